@@ -1,0 +1,81 @@
+"""Softmax attention over the tokens that take part, in each layout that tokens can have."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dyntune.tokens import Tokens
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, dropout: float = 0.0) -> Tensor:
+    """Multi-head scaled dot-product attention among the tokens of each image.
+
+    Args:
+        q, k, v: ``(B, N, H, D)`` for dense tokens, ``(M, H, D)`` for ragged ones; D is the width of a head.
+        tokens: whose layout, and whose ``keys`` where only some tokens may be attended to.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        ``(B, N, H * D)`` or ``(M, H * D)``.
+    """
+    if tokens.counts is not None:
+        attended = _ragged(q, k, v, tokens.counts, dropout)
+    else:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if tokens.keys is None:
+            attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
+        else:
+            attended = _gated(q, k, v, tokens.keys, dropout).transpose(1, 2)
+    return attended.flatten(-2)
+
+
+def _ragged(q: Tensor, k: Tensor, v: Tensor, counts: tuple[int, ...], dropout: float) -> Tensor:
+    """Attention inside each image; on a CPU image by image, elsewhere in one padded call."""
+    if len(set(counts)) == 1 and counts[0]:
+        q, k, v = (t.unflatten(0, (len(counts), -1)).transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(0, 1)
+    return _one_by_one(q, k, v, counts, dropout) if q.device.type == "cpu" else _padded(q, k, v, counts, dropout)
+
+
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, counts: tuple[int, ...], dropout: float) -> Tensor:
+    out = torch.empty_like(v)
+    start = 0
+    for count in counts:
+        image = slice(start, start + count)
+        start += count
+        if count:
+            one_q, one_k, one_v = (t[image].transpose(0, 1)[None] for t in (q, k, v))
+            out[image] = F.scaled_dot_product_attention(one_q, one_k, one_v, dropout_p=dropout)[0].transpose(0, 1)
+    return out
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, counts: tuple[int, ...], dropout: float) -> Tensor:
+    lengths = torch.tensor(counts, device=q.device)
+    present = torch.arange(max(counts), device=q.device) < lengths[:, None]  # (B, longest)
+    padded = []
+    for t in (q, k, v):
+        whole = t.new_zeros(*present.shape, *t.shape[1:])
+        whole[present] = t
+        padded.append(whole.transpose(1, 2))
+    # A query of an image without tokens would see no key and give NaN; nobody reads it, but it must not be made.
+    visible = present | (lengths == 0)[:, None]
+    q, k, v = padded
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None], dropout_p=dropout)
+    return out.transpose(1, 2)[present]
+
+
+def _gated(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, dropout: float) -> Tensor:
+    """Attention to the keys whose gate is 1, with a gradient for the gates.
+
+    ``P_ij = E_ij g_j / sum_k E_ik g_k`` with ``E_ij = exp(min(L_ij - max of L_i over open gates, 0))``. Forward, with
+    gates in {0, 1}, this is exactly the softmax over the open keys. Backward, a closed key j gets the gradient of being
+    opened, ``E_ij (v_j - y_i)``; the minimum keeps a closed key from counting for more than the strongest open one,
+    which without it would make the exponential, and the gradient, arbitrarily large.
+    """
+    logits = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5  # (B, H, N, N)
+    gate = keys[:, None, None, :].to(logits.dtype)
+    strongest = logits.detach().masked_fill(gate.detach() < 0.5, -torch.inf).amax(-1, keepdim=True)
+    strongest = strongest.masked_fill(strongest == -torch.inf, 0.0)  # an image with every key closed
+    weights = (logits - strongest).clamp(max=0).exp() * gate
+    weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    return F.dropout(weights.to(v.dtype), dropout) @ v

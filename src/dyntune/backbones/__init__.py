@@ -1,0 +1,16 @@
+"""Backbones: the interface that methods are written against, and the host families that implement it."""
+
+from torch import nn
+
+from dyntune.backbones import builtin as _builtin  # noqa: F401  registers the built-in backbone with timm
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.timm_vit import TimmViT
+
+
+def wrap(host: nn.Module) -> Backbone:
+    """The host model behind the backbone interface.
+
+    Raises:
+        BackboneError: no family of hosts fits; says what is supported.
+    """
+    return TimmViT(host)

@@ -1,0 +1,175 @@
+"""Where a backbone comes from: its timm name, how it was built, and the file or hub that its weights were read from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import timm
+import torch
+from timm.models import load_state_dict
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from dyntune.backbones.timm_vit import SUPPORTED
+from dyntune.errors import BackboneError, unknown_name
+
+_ARGUMENTS = ("num_classes", "global_pool", "in_chans", "dynamic_img_size")
+
+
+@dataclass(frozen=True)
+class BackboneSource:
+    """All that is needed to build a backbone again.
+
+    Args:
+        name: timm model name, with the tag of its weights if it has one; None for a model that timm did not build.
+        arguments: keyword arguments for ``timm.create_model``.
+        weights: path of a local weight file; None for the weights that timm downloads for ``name``.
+    """
+
+    name: str | None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+
+    def build(self, *, weights: str | Path | None = None, pretrained: bool = True) -> nn.Module:
+        """Creates the host model.
+
+        Args:
+            weights: a local weight file to use instead of the recorded source.
+            pretrained: False gives random weights, for instance to count costs.
+
+        Raises:
+            BackboneError: no such model, or its weights cannot be had or do not fit.
+        """
+        if self.name is None:
+            raise BackboneError(
+                "the backbone was not made by timm.create_model, so it cannot be built from its name. "
+                "Build it yourself and pass it: dyntune.load(folder, backbone=model)."
+            )
+        file = weights or self.weights
+        return create_backbone(self.name, weights=file, pretrained=pretrained, **self.arguments)
+
+    def with_weights(self, weights: str | Path | None) -> Self:
+        """The same source with its weights in a local file."""
+        return replace(self, weights=None if weights is None else str(weights))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def describe(host: nn.Module) -> BackboneSource:
+    """The source of a model made by ``timm.create_model``, read from the model itself."""
+    config = getattr(host, "pretrained_cfg", None) or {}
+    if not config.get("architecture") or not isinstance(host, VisionTransformer):
+        return BackboneSource(None)
+    name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
+    arguments = {key: getattr(host, key) for key in _ARGUMENTS}
+    if host.patch_embed.img_size is not None:
+        arguments["img_size"] = list(host.patch_embed.img_size)
+    return BackboneSource(name, arguments)
+
+
+def create_backbone(
+    name: str, *, weights: str | Path | None = None, pretrained: bool = True, **arguments: Any
+) -> nn.Module:
+    """A timm model with weights from a local file, from timm's hub, or random.
+
+    Args:
+        name: timm model name.
+        weights: Google ``.npz``, timm/jx ``.pth`` or ``.safetensors``; a head that does not fit is left out.
+        pretrained: without ``weights``, whether to download the ones that timm knows for ``name``.
+        arguments: passed on to ``timm.create_model``.
+
+    Raises:
+        BackboneError: unknown name, no weights to be had, or weights that do not fit.
+    """
+    if not timm.is_model(name):
+        raise BackboneError(unknown_name("timm model", name.split(".")[0], timm.list_models("vit*")))
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    if weights is not None:
+        model = timm.create_model(name, pretrained=False, **arguments)
+        load_weights(model, weights)
+        return model
+    try:
+        return timm.create_model(name, pretrained=pretrained, **arguments)
+    except Exception as error:
+        # timm, huggingface_hub and the network stack each have their own error types for a download that fails.
+        raise BackboneError(
+            f"cannot build {name!r}{' with its pretrained weights' if pretrained else ''}: {_first_line(error)}. "
+            "Without a network, give a local weight file (--weights FILE; weights=... in Python), "
+            "or use the built-in backbone (leave --model out)."
+        ) from error
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads a local weight file into a timm VisionTransformer, in place; nothing is unpickled beyond tensors.
+
+    Google's ``.npz`` arrays are mapped by timm's own loader; ``.pth`` and ``.safetensors`` may hold timm, jx, DINOv2 or
+    OpenAI CLIP names. Position embeddings are resized to the model's grid. The classifier is taken when it fits and
+    otherwise left as it is, as is the representation layer ``pre_logits`` of old in21k files.
+
+    Raises:
+        BackboneError: the file is missing, unreadable, or does not hold every tensor of the backbone.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BackboneError(f"no weight file at {path}. Expected a .npz, .pth or .safetensors file.")
+    if not isinstance(model, VisionTransformer):
+        raise BackboneError(f"weights can be read into {SUPPORTED}; given {type(model).__name__}.")
+    if path.suffix == ".npz":
+        try:
+            model.load_pretrained(str(path))
+        except Exception as error:
+            raise BackboneError(
+                f"{path} does not hold a ViT that fits {_size(model)}: {_first_line(error)}."
+            ) from error
+        return
+    try:
+        state = checkpoint_filter_fn(load_state_dict(str(path), weights_only=True), model)
+    except Exception as error:
+        raise BackboneError(
+            f"cannot read weights from {path}: {_first_line(error)}. Expected timm, jx, DINOv2 or CLIP names."
+        ) from error
+    own = model.state_dict()
+    head = {name for name in own if name.split(".")[0] in ("head", "head_dist")}
+    fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
+    missing = sorted(set(own) - set(fitting) - head)
+    left_out = sorted(name for name in set(state) - set(fitting) if name.split(".")[0] not in ("head", "head_dist"))
+    if missing or left_out:
+        raise BackboneError(
+            f"the weights in {path} do not fit {_size(model)}. "
+            f"Missing or of another shape: {_some(missing)}. In the file but not used: {_some(left_out)}."
+        )
+    model.load_state_dict(fitting, strict=False)
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A short digest of named tensors that tells two sets of weights apart, from 64 values of each tensor.
+
+    It does not depend on device, and reading a few values keeps it quick for a backbone of several GB.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors):
+        flat = tensor.detach().reshape(-1)
+        picked = flat[torch.linspace(0, max(len(flat) - 1, 0), min(64, len(flat))).long().to(flat.device)]
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(picked.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _size(model: VisionTransformer) -> str:
+    rows, columns = model.patch_embed.grid_size
+    return f"the model (width {model.embed_dim}, {len(model.blocks)} blocks, {rows} x {columns} patches)"
+
+
+def _some(names: list[str]) -> str:
+    return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__

@@ -1,0 +1,135 @@
+"""timm's VisionTransformer with the standard pre-norm Block, behind the backbone interface."""
+
+from typing import Any, cast
+
+import torch
+from timm.layers import Attention as TimmAttention
+from timm.layers import GluMlp, SwiGLU
+from timm.layers import Mlp as TimmMlp
+from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from dyntune.backbones.base import Attention, Backbone, Block, Mlp
+from dyntune.errors import BackboneError
+from dyntune.tokens import Tokens
+
+SUPPORTED = (
+    "timm's VisionTransformer with its standard pre-norm Block, such as "
+    "ViT Ti/S/B/L/H, DeiT, AugReg, DINO, DINOv2, CLIP and SigLIP"
+)
+
+
+class _HostedAttention(Attention):
+    host: Any
+
+    def __init__(self, path: str, width: int, host: TimmBlock) -> None:
+        super().__init__(path, width)
+        # Not registered: the host owns its modules, and they must not appear twice in the state dict.
+        object.__setattr__(self, "host", host)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attn = self.host.attn
+        qkv = attn.qkv(self.host.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+        q, k, v = qkv.unbind(-3)
+        return attn.q_norm(q), attn.k_norm(k), v
+
+    def combine(self, attended: Tensor) -> Tensor:
+        host = self.host
+        return host.drop_path1(host.ls1(host.attn.proj_drop(host.attn.proj(host.attn.norm(attended)))))
+
+    @property
+    def attention_dropout(self) -> float:
+        return self.host.attn.attn_drop.p if self.training else 0.0
+
+
+class _HostedMlp(Mlp):
+    host: Any
+
+    def __init__(self, path: str, width: int, host: TimmBlock) -> None:
+        super().__init__(path, width)
+        object.__setattr__(self, "host", host)
+
+    def update(self, tokens: Tokens) -> Tensor:
+        host = self.host
+        return host.drop_path2(host.ls2(host.mlp(host.norm2(tokens.x))))
+
+
+class TimmViT(Backbone):
+    """A timm VisionTransformer as a backbone.
+
+    Args:
+        host: the model; used as it is, its parameters stay where they are.
+
+    Raises:
+        BackboneError: the model is not a VisionTransformer, or its blocks are not the standard pre-norm Block.
+    """
+
+    host: VisionTransformer
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        refusal = _refusal(host)
+        if refusal:
+            raise BackboneError(f"{type(host).__name__} is not supported: {refusal}. Supported: {SUPPORTED}.")
+        self.host = cast(VisionTransformer, host)
+        width = self.host.embed_dim
+        self.blocks = nn.ModuleList(  # type: ignore[assignment]
+            Block(
+                index,
+                _HostedAttention(f"blocks.{index}.attn", width, block),
+                _HostedMlp(f"blocks.{index}.mlp", width, block),
+            )
+            for index, block in enumerate(self.host.blocks)
+        )
+
+    def embed(self, images: Tensor) -> Tokens:
+        host = self.host
+        channels, height, width = self.image_shape
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise BackboneError(f"expected images of shape (B, {channels}, {height}, {width}); given {images.shape}.")
+        if not host.dynamic_img_size and images.shape[2:] != (height, width):
+            raise BackboneError(
+                f"the backbone was built for images of {height} x {width} pixels; given {tuple(images.shape[2:])}. "
+                "Resize the images, or build the backbone with img_size=... or dynamic_img_size=True."
+            )
+        embedded = host.patch_embed(images)
+        grid = tuple(embedded.shape[1:3]) if host.dynamic_img_size else host.patch_embed.grid_size
+        return Tokens(host.norm_pre(host._pos_embed(embedded)), host.num_prefix_tokens, (int(grid[0]), int(grid[1])))
+
+    def readout(self, tokens: Tokens) -> Tensor:
+        return self.host.forward_head(self.host.norm(tokens.x))
+
+    @property
+    def heads(self) -> tuple[nn.Module, ...]:
+        head = self.host.get_classifier()
+        return tuple(head) if isinstance(head, tuple) else (head,)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        height, width = self.host.patch_embed.img_size or self.host.pretrained_cfg["input_size"][1:]
+        return self.host.in_chans, height, width
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self.host.grad_checkpointing and torch.is_grad_enabled()
+
+
+def _refusal(host: nn.Module) -> str | None:
+    """Why ``host`` cannot be run through the interface, or None if it can."""
+    if not isinstance(host, VisionTransformer):
+        return "it is not a timm VisionTransformer"
+    if type(host).forward_features is not VisionTransformer.forward_features:
+        return "it overrides forward_features"
+    if not isinstance(host.patch_drop, nn.Identity):
+        return "it drops patches at random (patch_drop_rate); build it with patch_drop_rate=0"
+    for index, block in enumerate(host.blocks):
+        if type(block) is not TimmBlock:
+            return f"blocks.{index} is a {type(block).__name__}"
+        if type(block.attn) is not TimmAttention:
+            return f"blocks.{index}.attn is a {type(block.attn).__name__}"
+        if getattr(block.attn, "gate", None) is not None:
+            return f"blocks.{index}.attn is gated"
+        if not isinstance(block.mlp, TimmMlp | GluMlp | SwiGLU):
+            return f"blocks.{index}.mlp is a {type(block.mlp).__name__}"
+    return None

@@ -1,0 +1,190 @@
+"""Saved adapters: a folder with JSON, safetensors and a model card, written atomically and read strictly.
+
+``adapter_model.safetensors`` holds the trained tensors (adapters, dispatchers, head), ``adapter_config.json`` all that
+is needed to put them on the same backbone again. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import dyntune
+from dyntune.backbones.source import BackboneSource, fingerprint
+from dyntune.data.transforms import Preprocessing
+from dyntune.errors import CheckpointError, DyntuneError
+from dyntune.files import write_atomically, write_json, write_text
+from dyntune.modelcard import model_card
+from dyntune.registry import expand, part_from_dict, resolve
+from dyntune.spec import Part
+
+if TYPE_CHECKING:
+    from dyntune.tuned import TunedModel
+
+FORMAT = 1
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+
+
+def save(model: TunedModel, folder: Path, results: dict[str, Any] | None = None) -> Path:
+    """Writes the trained tensors, their configuration and a model card.
+
+    The configuration names the weights by their digest, so a folder in which the two do not belong together is noticed.
+
+    Args:
+        model: any tuned model.
+        folder: made if it is not there; an adapter in it is replaced.
+        results: measured figures to keep with the adapter, for instance ``{"val_accuracy": 0.93}``.
+
+    Returns:
+        ``folder``.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give a folder to save the adapter in.")
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.tuned_state().items()}
+    payload = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    config = {
+        "library": "dyntune",
+        "format": FORMAT,
+        "dyntune_version": dyntune.__version__,
+        "torch_version": torch.__version__,
+        "spec": model.spec,
+        "parts": [part.to_dict() for part in expand(model.parts)],
+        "backbone": {**model.origin.to_dict(), "fingerprint": frozen_fingerprint(model)},
+        "preprocessing": model.preprocessing.to_dict(),
+        "classes": model.classes,
+        "results": results or {},
+        "weights_sha256": hashlib.sha256(payload).hexdigest(),
+    }
+    write_atomically(folder / WEIGHTS, lambda path: path.write_bytes(payload))
+    write_json(folder / CONFIG, config)
+    write_text(folder / CARD, model_card(config, tensors))
+    return folder
+
+
+def load(
+    folder: str | Path,
+    *,
+    backbone: nn.Module | None = None,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    check_backbone: bool = True,
+) -> TunedModel:
+    """Builds the backbone of a saved adapter and puts the adapter on; the model comes in eval mode.
+
+    Args:
+        folder: what ``save`` wrote.
+        backbone: the pretrained model, if it shall not be built from its timm name; it is adapted in place.
+        weights: local weight file of the backbone, instead of the source that was recorded.
+        device: where the model goes.
+        check_backbone: refuse a backbone whose weights differ from those that the adapter was trained on.
+
+    Raises:
+        CheckpointError: the folder is incomplete, damaged or of a newer format, or does not fit the backbone.
+        BackboneError: the backbone cannot be built.
+    """
+    from dyntune.tuned import TunedModel
+
+    folder = Path(folder)
+    config = read_config(folder)
+    tensors = _read_weights(folder, config)
+    try:
+        parts = _parts(config)
+        source = {key: value for key, value in config["backbone"].items() if key != "fingerprint"}
+        origin = BackboneSource(**source).with_weights(weights or source.get("weights"))
+        preprocessing = Preprocessing.from_dict(config["preprocessing"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} is not a valid configuration: {error!r}.") from error
+    except DyntuneError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    # Full tuning saves every weight, so the pretrained ones need not be had.
+    complete = config["backbone"].get("fingerprint") == fingerprint(())
+    host = backbone or replace(origin, weights=None if complete else origin.weights).build(pretrained=not complete)
+    model = TunedModel(host, parts)
+    _fill(model, tensors, folder)
+    trained_on, given = config["backbone"].get("fingerprint"), frozen_fingerprint(model)
+    if check_backbone and trained_on != given:
+        raise CheckpointError(
+            f"the adapter in {folder} was trained on other weights of {origin.name or 'its backbone'} than those given "
+            f"(fingerprint {trained_on}, given {given}), so its predictions would be wrong. Give the weights it was "
+            "trained on (weights=FILE, --weights FILE or backbone=model), or check_backbone=False to load it anyway."
+        )
+    model.origin = origin
+    model.preprocessing = preprocessing
+    model.classes = tuple(config["classes"]) if config.get("classes") else None
+    return model.to(device).eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a saved adapter.
+
+    Raises:
+        CheckpointError: there is none, or it is not one of Dyntune's in a format that this version knows.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            f"no saved adapter in {folder}: {CONFIG} is missing. Give the folder that save() or train wrote."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}.") from error
+    if not isinstance(config, dict) or config.get("library") != "dyntune":
+        raise CheckpointError(f"{path} was not written by Dyntune (a PEFT adapter has the same file names).")
+    if not isinstance(config.get("format"), int) or config["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {config.get('format')!r}; this Dyntune reads up to {FORMAT}. Upgrade Dyntune."
+        )
+    return config
+
+
+def frozen_fingerprint(model: TunedModel) -> str:
+    """Digest of everything that the adapter relies on but does not contain: the backbone's frozen weights."""
+    tuned = model.tuned_state()
+    return fingerprint((name, p) for name, p in model.backbone.named_parameters() if name not in tuned)
+
+
+def _parts(config: dict[str, Any]) -> tuple[Part, ...]:
+    """The saved parts; under the preset that the user named, as long as it still stands for the same parts."""
+    parts = tuple(part_from_dict(part) for part in config["parts"])
+    try:
+        named = resolve([config["spec"]])
+    except (DyntuneError, KeyError):
+        return parts
+    return named if expand(named) == parts else parts
+
+
+def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is incomplete: {WEIGHTS} is missing.")
+    payload = path.read_bytes()
+    if hashlib.sha256(payload).hexdigest() != config.get("weights_sha256"):
+        raise CheckpointError(
+            f"{path} is damaged or does not belong to {CONFIG} (digests differ). Copy the folder again."
+        )
+    return safetensors.torch.load(payload)
+
+
+def _fill(model: TunedModel, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Copies saved tensors into the model; every name and shape must match."""
+    own = model.tuned_state()
+    shapes = {name: (tuple(p.shape), tuple(tensors[name].shape)) for name, p in own.items() if name in tensors}
+    problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
+    problems += [f"unexpected {name}" for name in tensors.keys() - own.keys()]
+    problems += [f"{name} is {theirs}, expected {ours}" for name, (ours, theirs) in shapes.items() if ours != theirs]
+    if problems:
+        raise CheckpointError(
+            f"the adapter in {folder} does not fit the backbone: {'; '.join(sorted(problems)[:5])}"
+            f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}."
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])

@@ -1,0 +1,120 @@
+"""What every data set here is: labelled images that can be read by index, given a transform, cut and pickled."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+
+class LabelledImages(Dataset[tuple[Any, int]], ABC):
+    """A map-style data set of (RGB image, label) pairs.
+
+    Without a transform an item is ``(PIL.Image.Image in mode "RGB", int)``; after :meth:`with_transform` its first
+    half is whatever the transform gives, for the ones of :func:`dyntune.data.build_transform` a float tensor
+    (3, H, W). Every such data set can be pickled, so loaders with forked or spawned workers can use it.
+
+    Attributes:
+        targets: the zero-based label of every image, in order.
+        skipped: the sources of the images that were left out because they could not be read.
+        reads_files: whether reading an image can fail because of a bad file.
+    """
+
+    reads_files: bool = False
+
+    def __init__(self, targets: Sequence[int], *, skipped: Sequence[str] = ()) -> None:
+        self.targets: tuple[int, ...] = tuple(int(target) for target in targets)
+        self.skipped: tuple[str, ...] = tuple(skipped)
+        self.transform: Callable[[Image.Image], Any] | None = None
+
+    @abstractmethod
+    def read(self, index: int) -> Image.Image:
+        """The image at ``index`` as a PIL RGB image, before any transform.
+
+        Raises:
+            DataError: the image is missing or cannot be decoded; the message names it.
+        """
+
+    @abstractmethod
+    def source(self, index: int) -> str:
+        """Where the image at ``index`` comes from: a file, with its list-file line where there is one."""
+
+    def with_transform(self, transform: Callable[[Image.Image], Any] | None) -> Self:
+        """The same data set, giving ``(transform(image), label)``; this one is left as it is."""
+        other = copy.copy(self)
+        other.transform = transform
+        return other
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        # The label is looked up first: beyond the end it raises the IndexError that ends a plain for loop.
+        target = self.targets[index]
+        image = self.read(index)
+        return (image if self.transform is None else self.transform(image)), target
+
+
+class ImageSubset(LabelledImages):
+    """Some images of another data set, in a given order, without copying them."""
+
+    def __init__(self, parent: LabelledImages, indices: Sequence[int], *, skipped: Sequence[str] = ()) -> None:
+        super().__init__([parent.targets[i] for i in indices], skipped=(*parent.skipped, *skipped))
+        self.parent = parent
+        self.indices: tuple[int, ...] = tuple(int(i) for i in indices)
+        self.reads_files = parent.reads_files
+        self.transform = parent.transform
+
+    def read(self, index: int) -> Image.Image:
+        return self.parent.read(self.indices[index])
+
+    def source(self, index: int) -> str:
+        return self.parent.source(self.indices[index])
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """What a training or an evaluation needs to know of a data set.
+
+    Attributes:
+        name: the DATA argument it was loaded from.
+        train: the images to train on.
+        val: the images to choose by, or ``None`` where there are none apart from the others.
+        test: the images to report on, never used to choose by, or ``None`` where there is no labelled test split.
+        classes: class names in label order.
+    """
+
+    name: str
+    train: LabelledImages
+    val: LabelledImages | None
+    test: LabelledImages | None
+    classes: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, the width of a classification head."""
+        return len(self.classes)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Sources of all images left out as unreadable, over the three splits."""
+        return tuple(source for split in (self.train, self.val, self.test) if split for source in split.skipped)
+
+    def map(self, change: Callable[[LabelledImages], LabelledImages]) -> "DataSplits":
+        """The splits with ``change`` applied to each one there is."""
+        return replace(
+            self,
+            train=change(self.train),
+            val=None if self.val is None else change(self.val),
+            test=None if self.test is None else change(self.test),
+        )
+
+    def with_transform(
+        self, transform: Callable[[Image.Image], Any], *, train: Callable[[Image.Image], Any] | None = None
+    ) -> "DataSplits":
+        """The splits with ``transform`` on every image, or with ``train`` on the training images where it is given."""
+        changed = self.map(lambda split: split.with_transform(transform))
+        return changed if train is None else replace(changed, train=self.train.with_transform(train))

@@ -1,0 +1,42 @@
+"""The errors that a user can cause and mend; each message says what was given, what was expected and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class DyntuneError(Exception):
+    """Base of every error that Dyntune raises on purpose; the command line prints it as one message, exit status 1."""
+
+
+class SpecError(DyntuneError, ValueError):
+    """A method or token policy was named or configured wrongly."""
+
+
+class BackboneError(DyntuneError, ValueError):
+    """A backbone is not supported, cannot be built, or its weights do not fit."""
+
+
+class CheckpointError(DyntuneError, ValueError):
+    """A saved adapter or run cannot be read or does not fit what it is put on."""
+
+
+class DataError(DyntuneError, ValueError):
+    """A data set, an image or a file list is missing or malformed."""
+
+
+class TrainingError(DyntuneError, RuntimeError):
+    """Training cannot go on, for instance because the loss is not finite."""
+
+
+def unknown_name(kind: str, given: str, known: Iterable[str]) -> str:
+    """Words for "there is no such name": what was given, the nearest valid name, and all valid names.
+
+    Args:
+        kind: what the name stands for, for instance ``"tuning method"``.
+        given: the name as the user wrote it.
+        known: the valid names.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(given, names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {given!r}.{hint} Known: {', '.join(names)}."

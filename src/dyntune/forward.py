@@ -1,0 +1,105 @@
+"""The one forward path of every model, and its two executions: masked (to train) and compact (tokens really skipped).
+
+Training, evaluation, skipping and counting all walk the blocks with ``run``; an ``Execution`` only says how a gated
+unit is computed.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dyntune.backbones.base import Backbone, Block, Unit
+from dyntune.policies.base import Gate, Output, TokenPolicy
+from dyntune.tokens import Tokens
+
+
+class Execution(Protocol):
+    """How a unit computes when a gate says which tokens are active."""
+
+    def gated(self, unit: Unit, tokens: Tokens, gate: Gate) -> Tensor:
+        """The residual stream ``(B, N, C)`` after ``unit``, of which only gated tokens and prefix tokens computed."""
+        ...
+
+
+class Masked:
+    """Computes every token and multiplies the update by the gate: differentiable in the gate."""
+
+    def gated(self, unit: Unit, tokens: Tokens, gate: Gate) -> Tensor:
+        mask = tokens.cover_prefix(gate.values)
+        update = unit.update(tokens.with_keys(mask)) * mask.unsqueeze(-1)
+        beside = unit.beside_update(tokens)
+        return tokens.x + update if beside is None else tokens.x + update + beside
+
+
+class Compact:
+    """Gathers the active tokens of the whole batch, computes only those, and adds them back where they came from."""
+
+    def gated(self, unit: Unit, tokens: Tokens, gate: Gate) -> Tensor:
+        batch, count, width = tokens.x.shape
+        index, counts = self.select(unit, tokens, gate)
+        beside = unit.beside_update(tokens)
+        if len(index) == batch * count:
+            update = unit.update(tokens)
+            return tokens.x + update if beside is None else tokens.x + update + beside
+        active = tokens.x.reshape(batch * count, width).index_select(0, index)
+        update = unit.update(Tokens(active, tokens.prefix, tokens.grid, counts=counts))
+        out = (tokens.x.clone() if beside is None else tokens.x + beside).reshape(batch * count, width)
+        return out.index_add_(0, index, update.to(out.dtype)).view(batch, count, width)
+
+    def select(self, unit: Unit, tokens: Tokens, gate: Gate) -> tuple[Tensor, tuple[int, ...]]:
+        """Positions of the active tokens in the flattened batch, and how many each image has."""
+        mask = tokens.cover_prefix(gate.values) > 0.5
+        # Only attention asks which token belongs to which image, and on a GPU the answer costs a synchronisation.
+        counts = (-1,) if unit.tokenwise else tuple(mask.sum(1).tolist())
+        return mask.flatten().nonzero().squeeze(1), counts
+
+
+def run(backbone: Backbone, policies: Sequence[TokenPolicy], images: Tensor, execution: Execution) -> Output:
+    """Runs a backbone with everything that is installed on it.
+
+    Args:
+        backbone: with its methods' and policies' modules.
+        policies: whose gates are applied; an empty sequence computes every token (DyT's "complete model").
+        images: ``(B, 3, height, width)``.
+        execution: how gated units compute.
+    """
+    tokens = backbone.embed(images)
+    gates: list[Gate] = []
+    for block in backbone.blocks:
+        if backbone.gradient_checkpointing and backbone.training:
+            tokens, decided = checkpoint(_step, block, tokens, policies, execution, use_reentrant=False)
+        else:
+            tokens, decided = _step(block, tokens, policies, execution)
+        gates.extend(decided)
+    return Output(backbone.readout(tokens), tuple(gates), tokens.grid)
+
+
+def _step(
+    unit: Unit, tokens: Tokens, policies: Sequence[TokenPolicy], execution: Execution
+) -> tuple[Tokens, tuple[Gate, ...]]:
+    """One unit: gated as a whole, or for a block that is not, its two sub-layers in turn."""
+    gate = _ask(unit, tokens, policies)
+    if gate is not None:
+        return tokens.with_x(execution.gated(unit, tokens, gate)), (gate,)
+    if not isinstance(unit, Block):
+        return tokens.with_x(tokens.x + unit.change(tokens)), ()
+    beside = unit.beside_update(tokens)
+    tokens, attn_gates = _step(unit.attn, tokens, policies, execution)
+    tokens, mlp_gates = _step(unit.mlp, tokens, policies, execution)
+    return (tokens if beside is None else tokens.with_x(tokens.x + beside)), attn_gates + mlp_gates
+
+
+def _ask(unit: Unit, tokens: Tokens, policies: Sequence[TokenPolicy]) -> Gate | None:
+    """The decision of the one policy that gates ``unit``, if there is one."""
+    for policy in policies:
+        if policy.gates(unit):
+            return Gate(unit.path, policy.gate(unit, tokens), policy)
+    return None
+
+
+def activation_rates(gates: Sequence[Gate]) -> Tensor:
+    """Share of patches that each gate kept active, averaged over the batch: ``(gates,)``, between 0 and 1."""
+    return torch.stack([gate.values.detach().float().mean() for gate in gates]) if gates else torch.empty(0)

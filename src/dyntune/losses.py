@@ -1,0 +1,29 @@
+"""The terms of Dynamic Tuning's training loss: pure functions of gates and logits."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rate_loss(gates: Sequence[Tensor], target: float) -> Tensor:
+    """``(mean of all gates - target)^2``: one scalar for the batch, not one per image or block (DyT, equation 5).
+
+    Args:
+        gates: one ``(B, P)`` tensor in {0, 1} per gated unit. Where P differs between units, each unit counts alike.
+        target: the wished share of active patches.
+    """
+    return (torch.stack([gate.float().mean() for gate in gates]).mean() - target).square()
+
+
+def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """``KL(teacher || student)`` at temperature 1, mean over the batch; no gradient reaches the teacher (DyT, equation
+    6).
+
+    Args:
+        student: logits of the dispatched model, ``(B, classes)``.
+        teacher: logits of the complete model, ``(B, classes)``.
+    """
+    teacher_log = F.log_softmax(teacher.detach().float(), dim=-1)
+    return F.kl_div(F.log_softmax(student.float(), dim=-1), teacher_log, reduction="batchmean", log_target=True)

@@ -1,0 +1,68 @@
+"""AdaptFormer: a bottleneck adapter in parallel to a unit of the frozen backbone."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyntune.backbones.base import Backbone, Where
+from dyntune.methods.base import TuningMethod
+from dyntune.tokens import Tokens
+
+
+class Adapter(nn.Module):
+    """``s * (W_up drop(relu(W_down x + b_down)) + b_up)`` for each token x; zero at the start.
+
+    Args:
+        width: channels C of a token.
+        bottleneck: channels of the hidden layer.
+        scale: the factor s, or "learnable" for a trained scalar that starts at 1.
+        dropout: probability of dropping a hidden value while training.
+    """
+
+    def __init__(self, width: int, bottleneck: int, scale: float | Literal["learnable"], dropout: float) -> None:
+        super().__init__()
+        self.down_proj = nn.Linear(width, bottleneck)
+        self.up_proj = nn.Linear(bottleneck, width)
+        self.dropout = nn.Dropout(dropout)
+        self.scale = nn.Parameter(torch.ones(())) if scale == "learnable" else scale
+        nn.init.kaiming_uniform_(self.down_proj.weight, a=math.sqrt(5))
+        for zero in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """The update for every token, of the shape of ``tokens.x``."""
+        return self.up_proj(self.dropout(F.relu(self.down_proj(tokens.x)))) * self.scale
+
+
+@dataclass(frozen=True)
+class AdaptFormer(TuningMethod):
+    """Puts a bottleneck adapter beside each MLP; it reads the un-normalised residual stream and sees every token.
+
+    With z the residual stream after attention, a block gives ``z + mlp(norm2(z)) + s * up(relu(down(z)))``. L blocks of
+    width D add ``L * (2 D d + d + D)`` parameters and ``2 D d`` MACs per token and block.
+
+    Args:
+        bottleneck: channels d of the adapter's hidden layer.
+        scale: factor s on the adapter's output; "learnable" trains one scalar per adapter.
+        dropout: probability of dropping a hidden value while training.
+        where: the units that get an adapter beside them.
+    """
+
+    source: ClassVar[str] = "Chen et al., NeurIPS 2022, arXiv 2205.13535"
+
+    bottleneck: int = 8
+    scale: float | Literal["learnable"] = 0.1
+    dropout: float = 0.1
+    where: Where = "mlp"
+
+    def check(self) -> None:
+        self.require(self.bottleneck >= 1, "bottleneck of at least 1")
+        self.require(0 <= self.dropout < 1, "dropout in [0, 1)")
+
+    def install(self, backbone: Backbone) -> None:
+        for unit in backbone.units(self.where):
+            unit.add_beside("adapter", Adapter(unit.width, self.bottleneck, self.scale, self.dropout))

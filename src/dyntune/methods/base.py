@@ -1,0 +1,22 @@
+"""What every tuning method offers: which parameters are added, and which are trained."""
+
+from dataclasses import dataclass
+
+from dyntune.backbones.base import Backbone
+from dyntune.spec import Part
+
+
+@dataclass(frozen=True)
+class TuningMethod(Part):
+    """A configuration whose ``install`` adds modules to a backbone, or unfreezes parameters of it.
+
+    When ``install`` is called the whole backbone but its head is frozen. What it adds is trained and saved.
+    """
+
+    def install(self, backbone: Backbone) -> None:
+        """Adds this method's modules to ``backbone`` in place.
+
+        Raises:
+            BackboneError: the method is not defined on this backbone.
+        """
+        raise NotImplementedError

@@ -1,0 +1,41 @@
+"""The README.md that lies beside a saved adapter: what it is, what it scores, how to run it."""
+
+from typing import Any
+
+from torch import Tensor
+
+
+def model_card(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Markdown with the metadata that model hubs read.
+
+    Args:
+        config: what ``adapter_config.json`` holds.
+        tensors: the saved tensors.
+    """
+    backbone = config["backbone"]["name"] or "a custom VisionTransformer"
+    count = sum(t.numel() for t in tensors.values())
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    results = "".join(f"| {name} | {value} |\n" for name, value in sorted(config["results"].items()))
+    classes = config["classes"]
+    shown = ", ".join(classes[:20]) + (f" and {len(classes) - 20} more" if len(classes) > 20 else "") if classes else ""
+    metadata = [
+        "---",
+        "library_name: dyntune",
+        *([f"base_model: timm/{config['backbone']['name']}"] if config["backbone"]["name"] else []),
+        "pipeline_tag: image-classification",
+        "tags: [dyntune, parameter-efficient-fine-tuning, token-skipping]",
+        "---",
+    ]
+    sections = [
+        "\n".join(metadata),
+        f"# `{config['spec']}` on `{backbone}`",
+        f"An adapter made with Dyntune {config['dyntune_version']}: {count:,} trained values, {size:,} bytes. "
+        "The backbone is not in this folder; it is built from its name or from a local weight file.",
+        '```python\nimport dyntune\n\nmodel = dyntune.load("path/to/this/folder")   # in eval mode\n'
+        "logits = model(images)\n```",
+    ]
+    if results:
+        sections.append(f"## Measured\n\n| figure | value |\n| --- | --- |\n{results}".rstrip())
+    if shown:
+        sections.append(f"## Classes\n\n{len(classes)}: {shown}")
+    return "\n\n".join(sections) + "\n"

@@ -1,0 +1,85 @@
+"""What every token policy offers: which tokens each unit computes, and what training adds to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dyntune.backbones.base import Backbone, Unit
+from dyntune.spec import Part
+from dyntune.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One decision of a policy: which patches of each image a unit computed.
+
+    Args:
+        unit: the gated unit's path, for instance ``blocks.3.mlp``.
+        values: ``(B, P)``, 1 for active patches and 0 for skipped ones. While training the values carry the
+            straight-through gradient.
+        policy: who decided.
+    """
+
+    unit: str
+    values: Tensor
+    policy: TokenPolicy
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one forward pass gives.
+
+    Args:
+        logits: ``(B, classes)``.
+        gates: every gate of the pass, from the first block to the last.
+        grid: rows and columns of patches in the images.
+    """
+
+    logits: Tensor
+    gates: tuple[Gate, ...]
+    grid: tuple[int, int]
+
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""Logits ``(B, classes)`` and targets to a scalar loss."""
+
+
+@dataclass(frozen=True)
+class TokenPolicy(Part):
+    """A configuration whose ``install`` adds modules to a backbone, and which is asked during a forward pass."""
+
+    def install(self, backbone: Backbone) -> None:
+        """Adds the modules that decide to ``backbone`` in place.
+
+        Raises:
+            BackboneError: the policy is not defined on this backbone, or clashes with what is installed.
+        """
+        raise NotImplementedError
+
+    def gates(self, unit: Unit) -> bool:
+        """Whether this policy decides which patches ``unit`` computes."""
+        return False
+
+    def gate(self, unit: Unit, tokens: Tokens) -> Tensor:
+        """Which patches a gated ``unit`` computes: ``(B, P)`` in {0, 1}. Skipped tokens get no update."""
+        raise NotImplementedError
+
+    def target_rate(self, unit: Unit) -> float:
+        """Share of patches that a gated ``unit`` is meant to compute; what is counted when no images are given."""
+        raise NotImplementedError
+
+    def loss_terms(
+        self, output: Output, complete: Callable[[], Output], targets: Tensor, criterion: Criterion
+    ) -> dict[str, Tensor]:
+        """Weighted terms that this policy adds to the training loss.
+
+        Args:
+            output: the training pass.
+            complete: runs the same model on the same images with every token computed; at most once per step.
+            targets: what ``criterion`` compares logits with.
+            criterion: the task's loss.
+        """
+        return {}

@@ -1,0 +1,133 @@
+"""Token dispatch: a learned gate per unit lets informative tokens through; the others skip the unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dyntune.backbones.base import Backbone, Block, Unit, Where
+from dyntune.errors import BackboneError
+from dyntune.losses import distillation_loss, rate_loss
+from dyntune.policies.base import Criterion, Output, TokenPolicy
+from dyntune.tokens import Tokens
+
+
+class Dispatcher(nn.Module):
+    """A gate per patch: ``l = w x + b``, active where ``l > 0``.
+
+    While training, Gumbel noise makes the decision random: with g1, g2 ~ Gumbel(0, 1) the soft decision is
+    ``S = sigmoid((l + g1 - g2) / temperature)``, the patch is active where ``S > 0.5`` (with probability
+    ``sigmoid(l)``, whatever the temperature), and the gradient is that of S (straight-through; DyT section 3.2).
+
+    Args:
+        width: channels C of a token.
+        temperature: of the sigmoid; it shapes the gradient only.
+    """
+
+    def __init__(self, width: int, temperature: float) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, 1)
+        self.temperature = temperature
+        nn.init.trunc_normal_(self.gate.weight, std=0.02)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Patches ``(B, P, C)`` to a gate ``(B, P)`` in {0, 1}, differentiable while training."""
+        logits = self.gate(patches).squeeze(-1).float()
+        if not self.training:
+            return (logits > 0).to(patches.dtype)
+        first = -torch.empty_like(logits).exponential_().log()
+        second = -torch.empty_like(logits).exponential_().log()
+        soft = ((logits + first - second) / self.temperature).sigmoid()
+        hard = (soft > 0.5).to(soft.dtype)
+        # In this order the forward value is exactly 0 or 1: hard - soft + soft may miss it by a rounding error.
+        return (hard + (soft - soft.detach())).to(patches.dtype)
+
+
+@dataclass(frozen=True)
+class Dispatch(TokenPolicy):
+    """Gates units by a learned linear dispatcher, trained towards a target activation rate (DyT).
+
+    Class and register tokens are always active. Where attention is gated, active tokens attend to active tokens only,
+    in training as in inference. Each gated unit adds ``D + 1`` parameters and D MACs per patch.
+
+    Args:
+        rate: target share of active patches, the mean over all gated units, between 0 and 1.
+        where: the gated units. attn-mlp gates both sub-layers of a block separately, layer the block as a whole.
+        temperature: of the Gumbel-sigmoid; it shapes the gradient only.
+        rate_weight: coefficient of the rate loss, the squared distance of the mean activation to the target.
+        complete_weight: coefficient of the complete-model loss: the task's loss with every token computed.
+        distill_weight: coefficient of the distillation from the complete model to the dispatched one.
+    """
+
+    source: ClassVar[str] = "Zhao et al., NeurIPS 2024, arXiv 2403.11808, sections 3.2 and 3.3"
+
+    rate: float = 0.5
+    where: Where = "mlp"
+    temperature: float = 5.0
+    rate_weight: float = 2.0
+    complete_weight: float = 1.0
+    distill_weight: float = 1.0
+
+    def check(self) -> None:
+        self.require(0 <= self.rate <= 1, "rate between 0 and 1")
+        self.require(self.temperature > 0, "temperature above 0")
+        weights = (self.rate_weight, self.complete_weight, self.distill_weight)
+        self.require(min(weights) >= 0, "loss weights of at least 0")
+
+    def install(self, backbone: Backbone) -> None:
+        for unit in backbone.units(self.where):
+            for clash in _overlapping(backbone, unit):
+                if hasattr(clash, "dispatcher"):
+                    raise BackboneError(
+                        f"{clash.path} is gated already, so {unit.path} cannot be. Give dispatch once per unit, and "
+                        "either for a whole layer or for its sub-layers."
+                    )
+            _require_tokenwise(unit)
+        for unit in backbone.units(self.where):
+            unit.dispatcher = Dispatcher(unit.width, self.temperature)
+
+    def gates(self, unit: Unit) -> bool:
+        kind = "layer" if isinstance(unit, Block) else unit.path.rsplit(".", 1)[-1]
+        return kind == self.where or (self.where == "attn-mlp" and kind != "layer")
+
+    def gate(self, unit: Unit, tokens: Tokens) -> Tensor:
+        return unit.get_submodule("dispatcher")(tokens.patches)
+
+    def target_rate(self, unit: Unit) -> float:
+        return self.rate
+
+    def loss_terms(
+        self, output: Output, complete: Callable[[], Output], targets: Tensor, criterion: Criterion
+    ) -> dict[str, Tensor]:
+        terms = {}
+        if self.rate_weight:
+            gates = [gate.values for gate in output.gates if gate.policy is self]
+            terms["rate"] = self.rate_weight * rate_loss(gates, self.rate)
+        if self.complete_weight:
+            terms["complete"] = self.complete_weight * criterion(complete().logits, targets)
+        if self.distill_weight:
+            terms["distill"] = self.distill_weight * distillation_loss(output.logits, complete().logits)
+        return terms
+
+
+def _overlapping(backbone: Backbone, unit: Unit) -> list[Unit]:
+    """The units that must not be gated if ``unit`` is: itself, what contains it, what it contains."""
+    block = next(block for block in backbone.blocks if unit in (block, block.attn, block.mlp))
+    return [block, block.attn, block.mlp] if unit is block else [block, unit]
+
+
+def _require_tokenwise(unit: Unit) -> None:
+    """A module inside a gated block sees active tokens only, so it must treat each token by itself."""
+    if isinstance(unit, Block):
+        for inner in (unit.attn, unit.mlp):
+            for name, module in inner.beside.items():
+                if not getattr(module, "tokenwise", True):
+                    raise BackboneError(
+                        f"{name} at {inner.path} looks at all tokens of an image, but dispatch:where=layer shows it "
+                        "the active ones only. Put it beside the block with where=layer."
+                    )

@@ -1,0 +1,110 @@
+"""Evaluation: accuracy, activation rates, and the MACs that the run really executed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dyntune.cost import MacCounter, head_macs
+from dyntune.data.base import LabelledImages
+from dyntune.data.transforms import build_transform
+from dyntune.errors import DataError
+from dyntune.tuned import ExecutionName, TunedModel
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model does on a set of images.
+
+    Args:
+        images: how many there were.
+        accuracy: share of images whose highest logit is the right class.
+        loss: mean cross-entropy.
+        activation: mean share of active patches.
+        activation_per_unit: the same for each gated unit, by path; empty for a model without gates.
+        macs: MACs per image that ran, without the head; None if they were not counted.
+    """
+
+    images: int
+    accuracy: float
+    loss: float
+    activation: float
+    activation_per_unit: dict[str, float]
+    macs: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def as_tensors(dataset: Dataset[Any], model: TunedModel) -> Dataset[Any]:
+    """Labelled PIL images with the model's preprocessing put on; any other data set as it is."""
+    if isinstance(dataset, LabelledImages) and dataset.transform is None:
+        return dataset.with_transform(build_transform(model.preprocessing))
+    return dataset
+
+
+@torch.no_grad()
+def evaluate(
+    model: TunedModel,
+    data: Dataset[Any] | Iterable[tuple[Tensor, Tensor]],
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    count_macs: bool = True,
+    execution: ExecutionName = "compact",
+) -> Evaluation:
+    """Runs a model on labelled images, on the device that it is on.
+
+    Args:
+        model: put in eval mode for the run, and back afterwards.
+        data: a data set of (image, label), or an iterable of batches.
+        batch_size: images per forward pass.
+        workers: processes that read images.
+        count_macs: whether to count what runs; it costs a few microseconds per operator.
+        execution: ``compact`` skips tokens, ``masked`` computes all.
+
+    Raises:
+        DataError: there is no image.
+    """
+    batches: Iterable[tuple[Tensor, Tensor]] = (
+        DataLoader(as_tensors(data, model), batch_size, num_workers=workers) if isinstance(data, Dataset) else data
+    )
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    images = correct = 0
+    loss = 0.0
+    active: dict[str, float] = {}
+    counter = MacCounter() if count_macs else None
+    try:
+        for batch, labels in batches:
+            batch, labels = batch.to(device), labels.to(device)
+            with counter or nullcontext():
+                output = model.run(batch, execution=execution)
+            logits = output.logits.float()
+            images += len(batch)
+            correct += int((logits.argmax(-1) == labels).sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            for gate in output.gates:
+                active[gate.unit] = active.get(gate.unit, 0.0) + float(gate.values.float().mean(1).sum())
+    finally:
+        model.train(training)
+    if not images:
+        raise DataError("there is no image to evaluate on.")
+    rates = {unit: total / images for unit, total in active.items()}
+    return Evaluation(
+        images=images,
+        accuracy=correct / images,
+        loss=loss / images,
+        activation=sum(rates.values()) / len(rates) if rates else 1.0,
+        activation_per_unit=rates,
+        macs=counter.macs / images - head_macs(model.backbone) if counter else None,
+    )

@@ -1,0 +1,49 @@
+"""The training loss of a tuned model: the task's loss plus what its token policies ask for."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dyntune.policies.base import Criterion, Output
+from dyntune.tuned import TunedModel
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One step's loss.
+
+    Args:
+        total: scalar to call ``backward`` on; the sum of ``terms``.
+        terms: each term with its coefficient applied; ``task`` is always among them.
+        output: logits and gates of the training pass.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    output: Output
+
+
+def training_loss(model: TunedModel, images: Tensor, targets: Tensor, criterion: Criterion = F.cross_entropy) -> Loss:
+    """The loss that ``fit`` minimises, for training loops of your own.
+
+    For ``dyt`` it is ``CE(dispatched, y) + 2 (mean gate - rate)^2 + CE(complete, y) + KL(complete || dispatched)``,
+    each coefficient an option of the part; the complete model is a second forward pass with the same weights (DyT,
+    equation 8).
+
+    Args:
+        model: in train mode.
+        images: ``(B, 3, height, width)``, preprocessed.
+        targets: class indices ``(B,)``, or class shares ``(B, classes)`` under mixup.
+        criterion: the task's loss on logits and targets.
+    """
+    output = model.run(images)
+    complete = functools.cache(lambda: model.run(images, complete=True))
+    terms = {"task": criterion(output.logits, targets)}
+    for policy in model.policies:
+        for name, term in policy.loss_terms(output, complete, targets, criterion).items():
+            terms[name] = terms[name] + term if name in terms else term
+    return Loss(sum(terms.values(), start=terms["task"].new_zeros(())), terms, output)

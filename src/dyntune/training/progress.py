@@ -1,0 +1,99 @@
+"""What a person sees of a run while it goes on."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from dyntune.training.evaluate import Evaluation
+
+
+class Progress(Protocol):
+    """Told about every step and evaluation of a run; a context manager around the whole."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def epoch(self, epoch: int, epochs: int, steps: int, first: int) -> None:
+        """Epoch ``epoch`` of ``epochs``, counted from 0, begins at step ``first`` of ``steps``."""
+
+    def step(self, figures: dict[str, float]) -> None:
+        """A step is done: its loss, loss terms, accuracy, activation and speed."""
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """The epoch has been evaluated on the validation split."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def epoch(self, epoch: int, epochs: int, steps: int, first: int) -> None: ...
+
+    def step(self, figures: dict[str, float]) -> None: ...
+
+    def evaluated(self, evaluation: Evaluation) -> None: ...
+
+
+class ProgressBar:
+    """One bar for the run, with running means of the loss terms; one line per epoch when the output is no terminal.
+
+    Args:
+        title: shown before the bar.
+        console: where to write; standard error by default, so that standard output stays clean.
+    """
+
+    SMOOTHING = 0.9
+
+    def __init__(self, title: str, console: Console | None = None) -> None:
+        self.title = title
+        self.console = console or Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+        )
+        self.bar = Bar(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.means: dict[str, float] = {}
+        self.validation = ""
+        self.label = title
+        self.task: Any = None
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def epoch(self, epoch: int, epochs: int, steps: int, first: int) -> None:
+        if self.task is None:
+            self.task = self.bar.add_task(self.title, total=epochs * steps, status="")
+        self.label = f"{self.title} epoch {epoch + 1}/{epochs}"
+        self.bar.update(self.task, completed=epoch * steps + first, description=self.label)
+
+    def step(self, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            old = self.means.get(name, value)
+            self.means[name] = self.SMOOTHING * old + (1 - self.SMOOTHING) * value
+        self.bar.update(self.task, advance=1, status=f"{self._status()} {self.validation}".rstrip())
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        self.validation = f"val acc {evaluation.accuracy:.1%}"
+        if not self.console.is_terminal:
+            self.console.print(f"{self.label}: {self._status()} {self.validation}", highlight=False, soft_wrap=True)
+
+    def _status(self) -> str:
+        terms = " ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in self.means.items() if n.startswith("loss"))
+        activation = f" active {self.means['activation']:.0%}" if "activation" in self.means else ""
+        return f"{terms} acc {self.means['accuracy']:.1%}{activation} {self.means['images_per_second']:.0f} img/s"

@@ -1,0 +1,103 @@
+"""The options of a training run, and the learning rate that follows from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dyntune.errors import TrainingError, unknown_name
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Select = Literal["val", "test", "last"]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train.
+
+    Args:
+        epochs: passes over the training images.
+        batch_size: images per step and process.
+        lr: peak learning rate of AdamW.
+        min_lr: learning rate at the end of the cosine.
+        weight_decay: of AdamW, on every trained tensor.
+        warmup_epochs: linear warm-up from 0; None means a tenth of the epochs.
+        label_smoothing: share of the target spread over all classes.
+        mixup: alpha of mixup, 0 for none.
+        cutmix: alpha of CutMix, 0 for none.
+        augment: ``none`` resizes only, as VTAB-1K does; ``timm`` adds timm's random crops, flips and colour changes.
+        accumulate: steps whose gradients are added before the weights change.
+        clip_norm: largest norm of the gradient, None for no limit.
+        precision: of the forward and backward pass; weights stay as they are.
+        device: ``auto`` takes an accelerator if there is one.
+        workers: processes that read images; 0 reads in the training process.
+        seed: decides the order of images and every random number.
+        select: the split whose accuracy picks the saved epoch; ``last`` saves the last epoch, ``test`` is for those who
+            must reproduce published numbers.
+        log_every: steps between two records in the log.
+    """
+
+    epochs: int = 30
+    batch_size: int = 64
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    weight_decay: float = 1e-4
+    warmup_epochs: float | None = None
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    augment: Literal["none", "timm"] = "none"
+    accumulate: int = 1
+    clip_norm: float | None = None
+    precision: Precision = "fp32"
+    device: Device = "auto"
+    workers: int = 0
+    seed: int = 0
+    select: Select = "val"
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        positive = {"epochs": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "workers": 0}
+        for name, least in positive.items():
+            if getattr(self, name) < least:
+                raise TrainingError(f"{name}={getattr(self, name)}: expected at least {least}.")
+        if not 0 <= self.min_lr <= self.lr or self.lr == 0:
+            raise TrainingError(f"lr={self.lr}, min_lr={self.min_lr}: expected 0 <= min_lr <= lr and lr above 0.")
+        if self.warmup_epochs is not None and not 0 <= self.warmup_epochs <= self.epochs:
+            raise TrainingError(f"warmup_epochs={self.warmup_epochs}: expected between 0 and epochs={self.epochs}.")
+        if not 0 <= self.label_smoothing < 1 or min(self.mixup, self.cutmix, self.weight_decay) < 0:
+            raise TrainingError("expected label_smoothing in [0, 1) and mixup, cutmix, weight_decay of at least 0.")
+
+    @classmethod
+    def of(cls, **options: Any) -> TrainSettings:
+        """Settings from keyword options; an unknown one raises TrainingError with the nearest valid name."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in options:
+            if name not in known:
+                raise TrainingError(unknown_name("training option", name, known))
+        return cls(**options)
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of warm-up."""
+        return self.epochs / 10 if self.warmup_epochs is None else self.warmup_epochs
+
+    def learning_rate(self, epoch: float) -> float:
+        """Linear warm-up from 0, then a cosine down to ``min_lr``.
+
+        Args:
+            epoch: epochs done, with the fraction of the running one.
+        """
+        if epoch < self.warmup:
+            return self.lr * epoch / self.warmup
+        done = (epoch - self.warmup) / max(self.epochs - self.warmup, 1e-9)
+        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """What differs from ``other``, settings as a dictionary, among what decides the trained weights."""
+        free = {"workers", "device", "log_every"}
+        mine = dataclasses.asdict(self)
+        return [f"{k} was {other.get(k)}, is {mine[k]}" for k in mine if k not in free and mine[k] != other.get(k)]

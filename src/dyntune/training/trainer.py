@@ -1,0 +1,392 @@
+"""The training loop: one for every method, data set and number of processes, on Hugging Face Accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from timm.data import Mixup
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from dyntune.checkpoint import save
+from dyntune.data.base import LabelledImages
+from dyntune.data.transforms import build_transform
+from dyntune.errors import TrainingError
+from dyntune.files import write_json
+from dyntune.forward import activation_rates
+from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
+from dyntune.training.logs import RunLog
+from dyntune.training.objective import training_loss
+from dyntune.training.progress import Progress, Silent
+from dyntune.training.randomness import EpochSampler, SeededDataset, seed_all
+from dyntune.training.settings import TrainSettings
+from dyntune.training.state import STATE, RunState
+from dyntune.tuned import TunedModel
+
+
+class TrainingInterrupted(TrainingError):
+    """The user, or the system, asked a run to stop; its state is saved."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run came to.
+
+    Args:
+        best_accuracy: accuracy of the saved epoch on the split that picked it; None without such a split.
+        best_epoch: the saved epoch, counted from 1.
+        steps: steps of the whole run.
+        seconds: time spent training in this call, evaluation included.
+    """
+
+    best_accuracy: float | None
+    best_epoch: int
+    steps: int
+    seconds: float
+
+
+def fit(
+    model: TunedModel,
+    train_set: Dataset[Any],
+    val_set: Dataset[Any] | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    settings: TrainSettings | None = None,
+    **options: Any,
+) -> FitResult:
+    """Trains a tuned model in place; afterwards it holds the weights of the best epoch and is in eval mode.
+
+    With ``out``, the folder holds the adapter of the best epoch (for ``load``), ``log.jsonl``, TensorBoard files, and
+    the state that ``resume`` continues from: a run that was stopped at any moment comes to the same weights, bit for
+    bit on a CPU, as one that was not.
+
+    Args:
+        model: from ``tune``.
+        train_set: (image, label) pairs; PIL images are preprocessed as the backbone expects.
+        val_set: what the best epoch is picked on; without it the last epoch is kept.
+        out: the run's folder; None keeps nothing on disk.
+        resume: continue what ``out`` holds, or start if there is nothing.
+        progress: shows what goes on; nothing by default.
+        settings: all options at once.
+        options: single options of ``TrainSettings``, for instance ``epochs=10, lr=1e-3``.
+
+    Raises:
+        TrainingError: options do not make sense, ``out`` holds another run, or the loss is not finite.
+        TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved.
+    """
+    if settings is not None and options:
+        raise TrainingError("give settings=... or single options, not both.")
+    chosen = settings or TrainSettings.of(**options)
+    return _Run(model, train_set, val_set, None if out is None else Path(out), chosen, progress or Silent()).train(
+        resume
+    )
+
+
+class _Step(nn.Module):
+    """One training step's forward as a single call, which is what distributed wrappers need."""
+
+    def __init__(self, model: TunedModel, criterion: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.criterion = criterion
+
+    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Any]:
+        loss = training_loss(self.model, images, targets, self.criterion)
+        return {
+            "total": loss.total,
+            "terms": {name: term.detach() for name, term in loss.terms.items()},
+            "logits": loss.output.logits.detach(),
+            "activation": activation_rates(loss.output.gates),
+        }
+
+
+class _Run:
+    """One call of ``fit``."""
+
+    def __init__(
+        self,
+        model: TunedModel,
+        train_set: Dataset[Any],
+        val_set: Dataset[Any] | None,
+        out: Path | None,
+        settings: TrainSettings,
+        progress: Progress,
+    ) -> None:
+        self.model, self.out, self.settings, self.progress = model, out, settings, progress
+        self.select = settings.select if val_set is not None else "last"
+        self.accelerator = _accelerator(settings)
+        size = len(train_set)  # type: ignore[arg-type]
+        if not size:
+            raise TrainingError("the training set is empty.")
+        self.sampler = EpochSampler(size, settings.seed)
+        self.data = SeededDataset(_training_images(train_set, model, settings), settings.seed)
+        loader = DataLoader(
+            self.data,
+            batch_size=settings.batch_size,
+            sampler=self.sampler,
+            num_workers=settings.workers,
+            generator=torch.Generator(),  # of its own, so that starting workers draws nothing from the global one
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        val_loader = None
+        if val_set is not None:
+            val_loader = DataLoader(as_tensors(val_set, model), settings.batch_size, num_workers=settings.workers)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
+            raise TrainingError(
+                "nothing to train: the model has no head. Create it with num_classes=<number of classes>."
+            )
+        optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.mixup = _mixup(settings, model)
+        # Mixup smooths the targets itself.
+        smoothing = 0.0 if self.mixup else settings.label_smoothing
+        criterion = functools.partial(F.cross_entropy, label_smoothing=smoothing)
+        self.step_module, self.optimizer, self.loader = self.accelerator.prepare(
+            _Step(model, criterion), optimizer, loader
+        )
+        self.val_loader = self.accelerator.prepare(val_loader) if val_loader is not None else None
+        self.steps_per_epoch = len(self.loader)
+        self.best, self.best_epoch = -1.0, 0
+        self.best_tensors: dict[str, Tensor] = {}
+        self.identity = {"settings": dataclasses.asdict(settings), "spec": model.spec, "train_images": size}
+
+    def train(self, resume: bool) -> FitResult:
+        epoch, step = self._begin(resume)
+        started = time.perf_counter()
+        log = RunLog(self.out, epoch * self.steps_per_epoch + step) if self.out and self._main else None
+        try:
+            with _stop_requests() as stop, self.progress:
+                for current in range(epoch, self.settings.epochs):
+                    self._epoch(current, step if current == epoch else 0, log, stop)
+        finally:
+            if log:
+                log.close()
+        self._fill(self.best_tensors)
+        self.model.eval()
+        return FitResult(
+            best_accuracy=None if self.best < 0 else self.best,
+            best_epoch=self.best_epoch,
+            steps=self.settings.epochs * self.steps_per_epoch,
+            seconds=time.perf_counter() - started,
+        )
+
+    @property
+    def _main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def _begin(self, resume: bool) -> tuple[int, int]:
+        """Where to start: epoch and step in it; fills model and optimiser when there is something to resume."""
+        if self.out is None:
+            if resume:
+                raise TrainingError("resume needs the folder of the run: give out=FOLDER.")
+            return 0, 0
+        if not (self.out / STATE).exists():
+            if self.out.exists() and any(self.out.iterdir()) and not resume:
+                raise TrainingError(f"{self.out} is not empty. Give another folder, or remove it.")
+            if self._main:
+                write_json(self.out / "train.json", self.identity)
+            return 0, 0
+        if not resume:
+            raise TrainingError(
+                f"{self.out} holds a run already. Continue it with resume (--resume), or give another folder."
+            )
+        state = RunState.read(self.out)
+        changed = self.settings.differences(state.identity["settings"])
+        changed += [
+            f"{k} was {state.identity[k]}, is {v}"
+            for k, v in self.identity.items()
+            if k != "settings" and v != state.identity[k]
+        ]
+        if changed:
+            raise TrainingError(
+                f"the run in {self.out} was started differently: {'; '.join(changed)}. Use the same options."
+            )
+        self._fill(state.tensors)
+        self.optimizer.load_state_dict(state.optimizer)
+        if state.scaler and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        self.best, self.best_epoch = state.best, state.best_epoch
+        self.best_tensors = state.best_tensors
+        return state.epoch, state.step
+
+    def _epoch(self, epoch: int, first: int, log: RunLog | None, stop: threading.Event) -> None:
+        settings, accelerator = self.settings, self.accelerator
+        self.sampler.epoch = self.data.epoch = epoch
+        self.sampler.skip = first * settings.batch_size * accelerator.num_processes
+        self.step_module.train()
+        self.progress.epoch(epoch, settings.epochs, self.steps_per_epoch, first)
+        for step, (images, targets) in enumerate(self.loader, start=first):
+            began = time.perf_counter()
+            seed_all(settings.seed, epoch, 0, step, accelerator.process_index)
+            lr = settings.learning_rate(epoch + step / self.steps_per_epoch)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            labels = targets
+            if self.mixup:
+                even = len(images) - len(images) % 2  # timm mixes an image with its mirror in the batch
+                images, labels = images[:even], targets[:even]
+                images, targets = self.mixup(images, labels)
+            with accelerator.accumulate(self.step_module):
+                result = self.step_module(images, targets)
+                self._require_finite(result, epoch, step, lr)
+                accelerator.backward(result["total"])
+                if accelerator.sync_gradients and settings.clip_norm is not None:
+                    accelerator.clip_grad_norm_(self.step_module.parameters(), settings.clip_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            figures = {
+                "loss": float(result["total"].detach()),
+                **{f"loss_{name}": float(term) for name, term in result["terms"].items()},
+                "accuracy": float((result["logits"].argmax(-1) == labels).float().mean()),
+                **({"activation": float(result["activation"].mean())} if len(result["activation"]) else {}),
+                "images_per_second": len(images) * accelerator.num_processes / (time.perf_counter() - began),
+            }
+            self.progress.step(figures)
+            done = epoch * self.steps_per_epoch + step + 1
+            if log and done % settings.log_every == 0:
+                log.write("train", done, {"epoch": epoch + 1, "lr": lr, **figures})
+            if stop.is_set():
+                self._write_state(epoch, step + 1)
+                raise TrainingInterrupted(self._farewell(epoch, step + 1))
+        self._finish_epoch(epoch, log)
+
+    def _finish_epoch(self, epoch: int, log: RunLog | None) -> None:
+        """Evaluates, keeps the epoch if it is the best so far (of equals, the later one), and saves."""
+        accuracy: float | None = None
+        if self.val_loader is not None:
+            evaluation = self._evaluate()
+            accuracy = evaluation.accuracy
+            self.progress.evaluated(evaluation)
+            if log:
+                figures = {"accuracy": accuracy, "loss": evaluation.loss, "activation": evaluation.activation}
+                log.write("val", (epoch + 1) * self.steps_per_epoch, {"epoch": epoch + 1, **figures})
+        if accuracy is None or self.select == "last" or accuracy >= self.best:
+            self.best = -1.0 if accuracy is None else accuracy
+            self.best_epoch = epoch + 1
+            self.best_tensors = {name: p.detach().cpu().clone() for name, p in self.model.tuned_state().items()}
+            if self.out and self._main:
+                measured = {"epoch": epoch + 1, **({} if accuracy is None else {"val_accuracy": round(accuracy, 6)})}
+                save(self.model, self.out, measured)
+        self._write_state(epoch + 1, 0)
+
+    def _evaluate(self) -> Evaluation:
+        model, gather = self.model, self.accelerator.gather_for_metrics
+
+        def gathered() -> Iterator[tuple[Tensor, Tensor]]:
+            yield from cast(Any, self.val_loader)
+
+        with self.accelerator.autocast():
+            evaluation = evaluate(model, gathered(), count_macs=False)
+        if self.accelerator.num_processes == 1:
+            return evaluation
+        sums = torch.tensor(
+            [[evaluation.images, evaluation.accuracy * evaluation.images, evaluation.loss * evaluation.images]],
+            device=self.accelerator.device,
+        )
+        images, correct, loss = gather(sums).sum(0).tolist()
+        return dataclasses.replace(evaluation, images=int(images), accuracy=correct / images, loss=loss / images)
+
+    def _require_finite(self, result: dict[str, Any], epoch: int, step: int, lr: float) -> None:
+        if torch.isfinite(result["total"]):
+            return
+        terms = ", ".join(f"{name} {float(term):g}" for name, term in result["terms"].items())
+        kept = f"The last good checkpoint is in {self.out}. " if self.out and (self.out / STATE).exists() else ""
+        raise TrainingError(
+            f"the loss is not finite ({terms}) in epoch {epoch + 1}, step {step + 1}, at learning rate {lr:g}. {kept}"
+            "Try a tenth of the learning rate, clip_norm=1, a longer warm-up, or fp32 or bf16 instead of fp16."
+        )
+
+    def _fill(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.model.tuned_state().items():
+                parameter.copy_(tensors[name])
+
+    def _write_state(self, epoch: int, step: int) -> None:
+        if self.out is None or not self._main:
+            return
+        scaler = self.accelerator.scaler
+        RunState(
+            epoch=epoch,
+            step=step,
+            tensors={name: p.detach().cpu() for name, p in self.model.tuned_state().items()},
+            optimizer=self.optimizer.state_dict(),
+            scaler=scaler.state_dict() if scaler else None,
+            best=self.best,
+            best_epoch=self.best_epoch,
+            best_tensors=self.best_tensors,
+            identity=self.identity,
+        ).write(self.out)
+
+    def _farewell(self, epoch: int, step: int) -> str:
+        where = f"stopped in epoch {epoch + 1} after step {step} of {self.steps_per_epoch}"
+        return f"{where}; the state is saved in {self.out}. Go on with --resume." if self.out else f"{where}."
+
+
+def _accelerator(settings: TrainSettings) -> Accelerator:
+    precision = {"fp32": "no"}.get(settings.precision, settings.precision)
+    cpu = settings.device == "cpu"
+    # Accelerate keeps precision and device for the whole process; without this a second run could not choose others.
+    if AcceleratorState._shared_state and AcceleratorState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, gradient_accumulation_steps=settings.accumulate)
+    if settings.device in ("cuda", "mps") and accelerator.device.type != settings.device:
+        raise TrainingError(f"device={settings.device}: there is none; this machine offers {accelerator.device.type}.")
+    if settings.precision == "fp16" and accelerator.device.type == "cpu":
+        raise TrainingError("precision=fp16 needs a GPU; on a CPU use fp32 or bf16.")
+    return accelerator
+
+
+def _mixup(settings: TrainSettings, model: TunedModel) -> Mixup | None:
+    if not settings.mixup and not settings.cutmix:
+        return None
+    return Mixup(
+        mixup_alpha=settings.mixup,
+        cutmix_alpha=settings.cutmix,
+        label_smoothing=settings.label_smoothing,
+        num_classes=model.backbone.heads[0].out_features,
+    )
+
+
+def _training_images(dataset: Dataset[Any], model: TunedModel, settings: TrainSettings) -> Dataset[Any]:
+    if isinstance(dataset, LabelledImages) and dataset.transform is None:
+        return dataset.with_transform(build_transform(model.preprocessing, train=True, augment=settings.augment))
+    if settings.augment != "none":
+        raise TrainingError("augment needs a data set of PIL images; this one has a transform of its own.")
+    return dataset
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the running step; a second one acts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,123 @@
+"""A backbone with tuning methods and token policies on it: what ``tune`` returns and ``load`` gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, cast
+
+from torch import Tensor, nn
+
+from dyntune.backbones import wrap
+from dyntune.backbones.source import BackboneSource, describe
+from dyntune.cost import traced_macs
+from dyntune.data.transforms import Preprocessing
+from dyntune.errors import SpecError
+from dyntune.forward import Compact, Execution, Masked, run
+from dyntune.methods.base import TuningMethod
+from dyntune.policies.base import Output, TokenPolicy
+from dyntune.registry import expand, resolve
+from dyntune.spec import Part, format_spec
+
+ExecutionName = Literal["masked", "compact"]
+_EXECUTIONS: dict[str, Execution] = {"masked": Masked(), "compact": Compact()}
+
+
+class TunedModel(nn.Module):
+    """A pretrained model with tuning methods and token policies installed; made by ``tune`` or ``load``.
+
+    In train mode every token is computed and multiplied by its gate, so that the gates learn; in eval mode skipped
+    tokens are not computed at all. Both give the same logits.
+
+    Args:
+        host: the pretrained model; it is adapted in place.
+        parts: tuning methods, token policies and presets, in the order in which they are installed.
+
+    Attributes:
+        classes: names of the classes in label order, or None if not known.
+        preprocessing: what images must go through before they reach the model.
+        origin: where the backbone's weights come from, so that ``load`` can build it again.
+        dense_macs: MACs per image of the untouched backbone without its head.
+    """
+
+    def __init__(self, host: nn.Module, parts: Sequence[Part]) -> None:
+        super().__init__()
+        self.backbone = wrap(host)
+        self.dense_macs = traced_macs(self.backbone, ())
+        self.origin: BackboneSource = describe(host)
+        self.preprocessing = Preprocessing.from_backbone(host)
+        self.classes: tuple[str, ...] | None = None
+        self.parts = tuple(parts)
+        installed = expand(parts)
+        self.methods = tuple(part for part in installed if isinstance(part, TuningMethod))
+        self.policies = tuple(part for part in installed if isinstance(part, TokenPolicy))
+        host.requires_grad_(False)
+        for head in self.backbone.heads:
+            head.requires_grad_(True)
+        for part in installed:
+            cast(TuningMethod | TokenPolicy, part).install(self.backbone)
+        self.to(next(host.parameters()).device)
+        self._tuned = frozenset(name for name, p in self.backbone.named_parameters() if p.requires_grad)
+
+    @property
+    def spec(self) -> str:
+        """The parts as one spec string, for instance ``dyt:rate=0.7``."""
+        return "+".join(format_spec(part) for part in self.parts)
+
+    @property
+    def target_rate(self) -> float:
+        """Share of patches that gated units are meant to compute, the mean over those units; 1 without gates."""
+        rates = [p.target_rate(unit) for unit in self.backbone.all_units() for p in self.policies if p.gates(unit)]
+        return sum(rates) / len(rates) if rates else 1.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(B, 3, height, width)`` to logits ``(B, classes)``."""
+        return self.run(images).logits
+
+    def run(self, images: Tensor, *, complete: bool = False, execution: ExecutionName | None = None) -> Output:
+        """One forward pass with everything that it decided.
+
+        Args:
+            images: ``(B, 3, height, width)``, preprocessed.
+            complete: computes every token, ignoring the policies (DyT's "complete model").
+            execution: ``"masked"`` or ``"compact"``; by default masked in train mode and compact in eval mode.
+        """
+        how = execution or ("masked" if self.training else "compact")
+        if how not in _EXECUTIONS:
+            raise SpecError(f"execution must be one of {', '.join(_EXECUTIONS)}; given {how!r}.")
+        return run(self.backbone, () if complete else self.policies, images, _EXECUTIONS[how])
+
+    def tuned_state(self) -> dict[str, Tensor]:
+        """What this model holds beyond the pretrained backbone: the trained tensors, by name. They are not copied."""
+        return {name: p for name, p in self.backbone.named_parameters() if name in self._tuned}
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes adapter, dispatchers and head to ``folder``: JSON, safetensors and a model card.
+
+        Returns:
+            The folder.
+        """
+        from dyntune.checkpoint import save
+
+        return save(self, Path(folder))
+
+
+def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
+    """Puts tuning methods and token policies on a pretrained model.
+
+    The model is adapted in place: its parameters are frozen but for the head and what a method unfreezes, and modules
+    are added. Parts are installed in the order given; a preset such as ``dyt`` stands for several.
+
+    Args:
+        model: a timm VisionTransformer with its classifier.
+        parts: spec strings (``"dyt:rate=0.5"``, ``"adaptformer"``, ``"dispatch:where=mlp,rate=0.5"``) or typed
+            configurations (``DyT(rate=0.5)``).
+
+    Raises:
+        BackboneError: the model is not supported, or a part is not defined on it.
+        SpecError: a part's name, option or value is wrong, or no part is given.
+    """
+    resolved = resolve(parts)
+    if not resolved:
+        raise SpecError('no tuning method given; for instance tune(model, "dyt:rate=0.5") or tune(model, "linear").')
+    return TunedModel(model, resolved)

@@ -1,0 +1,324 @@
+"""Where backbones come from: weight files of each kind, and hosts that are refused."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from timm.layers import Attention
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import (
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+
+import dyntune
+from dyntune.backbones.source import BackboneSource, create_backbone, describe, fingerprint, load_weights
+from dyntune.errors import BackboneError
+
+
+class Bomb:
+    """Unpickling this makes the directory ``path``."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def google_arrays(host, prefix="", classes=7):
+    """The arrays of a ViT under the names and in the layout of Google's files."""
+    state = {name: value.numpy() for name, value in host.state_dict().items()}
+    heads, width = host.blocks[0].attn.num_heads, host.embed_dim
+    arrays = {
+        "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "cls": state["cls_token"],
+        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
+        "Transformer/encoder_norm/scale": state["norm.weight"],
+        "Transformer/encoder_norm/bias": state["norm.bias"],
+        "head/kernel": np.ones((width, classes), np.float32),
+        "head/bias": np.ones(classes, np.float32),
+        "pre_logits/kernel": np.ones((width, width), np.float32),
+        "pre_logits/bias": np.ones(width, np.float32),
+    }
+    for index in range(len(host.blocks)):
+        block, theirs = f"blocks.{index}.", f"Transformer/encoderblock_{index}/"
+        for norm, name in (("norm1", "LayerNorm_0"), ("norm2", "LayerNorm_2")):
+            arrays[f"{theirs}{name}/scale"] = state[f"{block}{norm}.weight"]
+            arrays[f"{theirs}{name}/bias"] = state[f"{block}{norm}.bias"]
+        attention = f"{theirs}MultiHeadDotProductAttention_1/"
+        weights = np.split(state[f"{block}attn.qkv.weight"], 3)
+        biases = np.split(state[f"{block}attn.qkv.bias"], 3)
+        for name, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
+            arrays[f"{attention}{name}/kernel"] = weight.T.reshape(width, heads, -1)
+            arrays[f"{attention}{name}/bias"] = bias.reshape(heads, -1)
+        arrays[f"{attention}out/kernel"] = state[f"{block}attn.proj.weight"].T.reshape(heads, -1, width)
+        arrays[f"{attention}out/bias"] = state[f"{block}attn.proj.bias"]
+        for layer, name in (("fc1", "Dense_0"), ("fc2", "Dense_1")):
+            arrays[f"{theirs}MlpBlock_3/{name}/kernel"] = state[f"{block}mlp.{layer}.weight"].T
+            arrays[f"{theirs}MlpBlock_3/{name}/bias"] = state[f"{block}mlp.{layer}.bias"]
+    return {prefix + name: np.ascontiguousarray(value) for name, value in arrays.items()}
+
+
+def write(path, state):
+    """Writes tensors in the format that the suffix names."""
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file({name: t.contiguous().clone() for name, t in state.items()}, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+def assert_same_backbone(host, expected):
+    ours, theirs = host.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        if not name.startswith("head"):
+            torch.testing.assert_close(ours[name], value, atol=0, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("prefix", ["", "opt/target/"])
+def test_google_npz_fills_the_backbone(make_host, images_for, tmp_path, prefix):
+    source, host = make_host(seed=1), make_host(seed=2)
+    np.savez(tmp_path / "vit.npz", **google_arrays(source, prefix))
+    head = host.head.weight.clone()
+    load_weights(host, tmp_path / "vit.npz")
+    assert_same_backbone(host, source)
+    assert torch.equal(host.head.weight, head)
+    images = images_for(host, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(host.forward_features(images), source.forward_features(images))
+
+
+def test_google_npz_gives_its_head_when_it_fits(make_host, tmp_path):
+    host = make_host(seed=2)
+    np.savez(tmp_path / "vit.npz", **google_arrays(make_host(seed=1), classes=5))
+    load_weights(host, tmp_path / "vit.npz")
+    assert (host.head.weight == 1).all()
+
+
+def test_position_embedding_is_resized(make_host, tmp_path):
+    source = make_host(seed=1)
+    with torch.no_grad():
+        source.pos_embed[:, 1:] = 0.25
+    np.savez(tmp_path / "vit.npz", **google_arrays(source))
+    write(tmp_path / "vit.safetensors", source.state_dict())
+    for name in ("vit.npz", "vit.safetensors"):
+        host = make_host(seed=2, img_size=48)
+        load_weights(host, tmp_path / name)
+        assert host.pos_embed.shape == (1, 37, 32)
+        torch.testing.assert_close(host.pos_embed[:, :1], source.pos_embed[:, :1])
+        torch.testing.assert_close(host.pos_embed[:, 1:], torch.full((1, 36, 32), 0.25))
+
+
+@pytest.mark.parametrize(
+    "suffix,nested", [(".safetensors", None), (".pth", None), (".pth", "state_dict"), (".pth", "model")]
+)
+def test_timm_and_jx_files_fill_the_backbone(make_host, tmp_path, suffix, nested):
+    source, host = make_host(seed=1), make_host(seed=2)
+    state = source.state_dict()
+    state |= {"head.weight": torch.zeros(21843, 32), "head.bias": torch.zeros(21843)}
+    state |= {"pre_logits.fc.weight": torch.ones(32, 32), "pre_logits.fc.bias": torch.ones(32)}
+    head = host.head.weight.clone()
+    load_weights(host, write(tmp_path / f"jx{suffix}", {nested: state} if nested else state))
+    assert_same_backbone(host, source)
+    assert torch.equal(host.head.weight, head)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_head_is_taken_when_it_fits(make_host, tmp_path, suffix):
+    source, host = make_host(seed=1), make_host(seed=2)
+    load_weights(host, write(tmp_path / f"vit{suffix}", source.state_dict()))
+    assert torch.equal(host.head.weight, source.head.weight)
+
+
+@pytest.mark.parametrize("name", ["registers", "clip", "siglip", "average", "swiglu", "qk_norm"])
+def test_every_kind_of_host_is_filled(make_host, tmp_path, name):
+    source, host = make_host(name, seed=1), make_host(name, seed=2)
+    load_weights(host, write(tmp_path / "vit.safetensors", source.state_dict()))
+    assert_same_backbone(host, source)
+
+
+@pytest.mark.parametrize("changes", [{"embed_dim": 64}, {"depth": 4}, {"depth": 2}, {"mlp_ratio": 2.0}])
+@pytest.mark.parametrize("suffix", [".npz", ".pth", ".safetensors"])
+def test_weights_of_another_size_are_refused(make_host, tmp_path, suffix, changes):
+    source, path = make_host(seed=1), tmp_path / f"vit{suffix}"
+    if suffix == ".npz":
+        np.savez(path, **google_arrays(source))
+    else:
+        write(path, source.state_dict())
+    with pytest.raises(BackboneError, match=r"fit.* the model \(width") as error:
+        load_weights(make_host(**changes), path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_and_foreign_tensors_are_named(make_host, tmp_path):
+    state = make_host().state_dict()
+    del state["blocks.1.mlp.fc1.weight"]
+    with pytest.raises(BackboneError, match=r"blocks\.1\.mlp\.fc1\.weight"):
+        load_weights(make_host(), write(tmp_path / "a.safetensors", state))
+    state = make_host().state_dict() | {"blocks.0.extra": torch.ones(1)}
+    with pytest.raises(BackboneError, match=r"not used: blocks\.0\.extra"):
+        load_weights(make_host(), write(tmp_path / "b.safetensors", state))
+    arrays = google_arrays(make_host())
+    del arrays["Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel"]
+    np.savez(tmp_path / "c.npz", **arrays)
+    with pytest.raises(BackboneError, match="Dense_0"):
+        load_weights(make_host(), tmp_path / "c.npz")
+
+
+def test_refused_weights_leave_the_model_as_it_was(make_host, tmp_path):
+    host = make_host(seed=2)
+    state = make_host(seed=1).state_dict()
+    del state["norm.bias"]
+    with pytest.raises(BackboneError):
+        load_weights(host, write(tmp_path / "vit.safetensors", state))
+    assert_same_backbone(host, make_host(seed=2))
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pth", ".safetensors"])
+@pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 cut off"])
+def test_unreadable_files_are_refused(make_host, tmp_path, suffix, content):
+    path = tmp_path / f"vit{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(BackboneError, match=f"vit{suffix}"):
+        load_weights(make_host(), path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": 5}, torch.ones(3), {"a": {"b": torch.ones(1)}}], ids=repr)
+def test_files_that_hold_no_named_tensors_are_refused(make_host, tmp_path, content):
+    torch.save(content, tmp_path / "vit.pth")
+    with pytest.raises(BackboneError, match=r"vit\.pth"):
+        load_weights(make_host(), tmp_path / "vit.pth")
+
+
+def test_missing_file_is_named(make_host, tmp_path):
+    with pytest.raises(BackboneError, match=r"no weight file at .*gone\.pth"):
+        load_weights(make_host(), tmp_path / "gone.pth")
+    with pytest.raises(BackboneError, match="no weight file"):
+        load_weights(make_host(), tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pth", ".pt", ".bin", ".safetensors"])
+@pytest.mark.parametrize("writer", ["pickle", "torch", "numpy", "among tensors"])
+def test_code_in_a_weight_file_is_never_executed(make_host, tmp_path, suffix, writer):
+    mark, path = tmp_path / "executed", tmp_path / f"vit{suffix}"
+    if writer == "pickle":
+        path.write_bytes(pickle.dumps(Bomb(mark)))
+    elif writer == "numpy":
+        arrays = google_arrays(make_host()) | {"embedding/kernel": np.array([Bomb(mark)], dtype=object)}
+        with path.open("wb") as file:
+            np.savez(file, **arrays)
+    else:
+        torch.save(Bomb(mark) if writer == "torch" else make_host().state_dict() | {"bomb": Bomb(mark)}, path)
+    try:
+        with pytest.raises(BackboneError):
+            load_weights(make_host(), path)
+    finally:
+        assert not mark.exists()
+
+
+def test_unknown_names_are_told_near_ones():
+    with pytest.raises(BackboneError) as error:
+        create_backbone("vit_base_patch16_225", pretrained=False)
+    assert "vit_base_patch16_224" in str(error.value).partition("Did you mean")[2].partition("?")[0]
+    with pytest.raises(BackboneError, match="unknown timm model 'nothing_like_it'"):
+        create_backbone("nothing_like_it.tag", pretrained=False)
+
+
+def test_options_that_timm_does_not_know_are_refused():
+    with pytest.raises(BackboneError, match="vit_tiny_patch16_224"):
+        create_backbone("vit_tiny_patch16_224", pretrained=False, img_sise=32)
+
+
+def test_source_gives_the_backbone_back(tmp_path):
+    host = create_backbone(
+        "vit_tiny_patch16_224.augreg_in21k", pretrained=False, img_size=[32, 48], num_classes=3, global_pool="avg"
+    )
+    source = describe(host)
+    assert source.name == "vit_tiny_patch16_224.augreg_in21k"
+    again = BackboneSource(**source.to_dict()).build(pretrained=False)
+    assert {name: t.shape for name, t in again.state_dict().items()} == {
+        name: t.shape for name, t in host.state_dict().items()
+    }
+    assert again.global_pool == "avg"
+    assert again.patch_embed.img_size == (32, 48)
+    file = write(tmp_path / "vit.safetensors", host.state_dict())
+    assert_same_backbone(source.with_weights(file).build(), host)
+    assert describe(VisionTransformer(depth=1, embed_dim=16, num_heads=2)).name is None
+
+
+def test_fingerprint_tells_weights_apart(make_host):
+    first, same, other = (fingerprint(make_host(seed=seed).named_parameters()) for seed in (1, 1, 2))
+    assert first == same != other
+    values = torch.arange(6.0)
+    assert (
+        len({fingerprint(pairs) for pairs in ([("a", values)], [("b", values)], [("a", values.view(2, 3))], [])}) == 4
+    )
+    assert fingerprint([("a", values), ("b", values + 1)]) == fingerprint([("b", values + 1), ("a", values)])
+
+
+def tiny(**options):
+    return VisionTransformer(
+        **({"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2} | options)
+    )
+
+
+def with_gated_attention(host):
+    host.blocks[1].attn = Attention(16, num_heads=2, qkv_bias=True, gated=True)
+    return host
+
+
+class FlexiblePatches(VisionTransformer):
+    """A ViT with a forward pass of its own."""
+
+    def forward_features(self, x):
+        return super().forward_features(x)
+
+
+UNSUPPORTED = {
+    "SwinTransformer": lambda: SwinTransformer(
+        img_size=32, patch_size=4, embed_dim=8, depths=(1,), num_heads=(2,), window_size=4
+    ),
+    "ResNet": lambda: ResNet(BasicBlock, (1, 1, 1, 1), base_width=64),
+    "ParallelScalingBlock": lambda: tiny(block_fn=ParallelScalingBlock),
+    "DiffParallelScalingBlock": lambda: tiny(block_fn=DiffParallelScalingBlock),
+    "ResPostBlock": lambda: tiny(block_fn=ResPostBlock),
+    "gated": lambda: with_gated_attention(tiny()),
+    "patch_drop_rate": lambda: tiny(patch_drop_rate=0.5),
+    "FlexiblePatches": lambda: FlexiblePatches(embed_dim=16, depth=1, num_heads=2),
+    "Linear": lambda: torch.nn.Linear(3, 3),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_hosts_are_refused_by_name(name):
+    host = UNSUPPORTED[name]()
+    before = {key: p.requires_grad for key, p in host.named_parameters()}
+    with pytest.raises(BackboneError) as error:
+        dyntune.tune(host, "dyt")
+    assert name in str(error.value)
+    assert type(host).__name__ in str(error.value)
+    assert "Supported: timm's VisionTransformer" in str(error.value)
+    assert {key: p.requires_grad for key, p in host.named_parameters()} == before
+
+
+def test_weights_are_not_read_into_unsupported_models(tmp_path):
+    (tmp_path / "vit.pth").write_bytes(b"")
+    with pytest.raises(BackboneError, match="given ResNet"):
+        load_weights(UNSUPPORTED["ResNet"](), tmp_path / "vit.pth")
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 48), (1, 3, 16, 16), (1, 4, 32, 32), (3, 32, 32), (1, 32, 32, 3)])
+def test_images_of_another_shape_are_told_what_was_expected(make_host, shape):
+    model = dyntune.tune(make_host(), "linear")
+    with pytest.raises(BackboneError, match=r"32 x 32|\(B, 3, 32, 32\)") as error:
+        model(torch.zeros(shape))
+    assert all(str(size) in str(error.value) for size in shape[-2:])

@@ -1,0 +1,76 @@
+"""Tiny random hosts that every test file shares: one per kind of timm ViT that is supported."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from timm.layers import SwiGLU, SwiGLUPacked
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 5}
+HOSTS = {
+    "plain": {},
+    "deit3": {"no_embed_class": True, "init_values": 1e-6},
+    "registers": {"no_embed_class": True, "init_values": 1e-5, "reg_tokens": 4},
+    "clip": {"pre_norm": True, "act_layer": "quick_gelu", "norm_layer": partial(nn.LayerNorm, eps=1e-5)},
+    "siglip": {"class_token": False, "global_pool": "map"},
+    "average": {"global_pool": "avg"},
+    "qk_norm": {"qk_norm": True, "scale_attn_norm": True, "qkv_bias": False, "proj_bias": False},
+    "swiglu": {"mlp_layer": SwiGLU},
+    "swiglu_packed": {"mlp_layer": SwiGLUPacked, "init_values": 1e-5},
+    "oblong": {"img_size": (24, 40)},
+    "distilled": {},
+}
+
+
+def _randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Fills every parameter with non-zero random values under which activations stay of the order of 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(module.named_parameters()):
+            fan_in = parameter[0].numel() if parameter.ndim > 1 and parameter.shape[0] > 1 else 4
+            values = torch.randn(parameter.shape, generator=generator) * fan_in**-0.5
+            parameter.copy_(values + 1 if parameter.ndim < 2 and not name.endswith("bias") else values)
+    return module
+
+
+def _make_host(name: str = "plain", *, seed: int = 0, **changes: object) -> VisionTransformer:
+    family = VisionTransformerDistilled if name == "distilled" else VisionTransformer
+    return _randomise(family(**(SHAPE | HOSTS[name] | changes)), seed).eval()
+
+
+def _images_for(host: VisionTransformer, batch: int, seed: int = 0) -> Tensor:
+    shape = (batch, host.in_chans, *host.patch_embed.img_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def randomise() -> Callable[..., nn.Module]:
+    """``randomise(module, seed=0)`` gives every parameter non-zero random values."""
+    return _randomise
+
+
+@pytest.fixture(scope="session")
+def make_host() -> Callable[..., VisionTransformer]:
+    """``make_host(name, seed=0, **changes)``: equal arguments give equal weights."""
+    return _make_host
+
+
+@pytest.fixture(scope="session")
+def images_for() -> Callable[..., Tensor]:
+    """``images_for(host, batch, seed=0)`` gives random images of the size that the host takes."""
+    return _images_for
+
+
+@pytest.fixture(scope="session", params=HOSTS)
+def host_name(request: pytest.FixtureRequest) -> str:
+    """The name of each kind of host in turn."""
+    return request.param

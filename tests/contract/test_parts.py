@@ -1,0 +1,141 @@
+"""What holds for every registered tuning method, token policy and preset."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import dyntune
+from dyntune.methods.base import TuningMethod
+from dyntune.policies.base import TokenPolicy
+from dyntune.presets.base import Preset
+from dyntune.registry import expand, part_from_dict, registered, resolve
+from dyntune.spec import format_spec
+
+NAMES = tuple(registered())
+
+
+@pytest.fixture(params=NAMES)
+def part_name(request):
+    return request.param
+
+
+@pytest.fixture
+def fresh(make_host, part_name):
+    torch.manual_seed(0)
+    return dyntune.tune(make_host("registers"), part_name)
+
+
+def trained(model, images_for, steps=3):
+    """The model after ``steps`` optimiser steps on its training loss, each of which must move what is trained."""
+    torch.manual_seed(1)
+    model.train()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.01)
+    for step in range(steps):
+        loss = dyntune.training_loss(model, images_for(model.backbone.host, 8, step), torch.arange(8) % 5)
+        optimiser.zero_grad()
+        loss.total.backward()
+        optimiser.step()
+    return model.eval()
+
+
+def test_registry_knows_the_parts_of_the_package():
+    assert {"adaptformer", "moe-adapter", "full", "linear", "dispatch", "dyt"} <= set(NAMES)
+    for name, cls in registered().items():
+        assert cls.name() == name
+        assert issubclass(cls, TuningMethod | TokenPolicy | Preset)
+
+
+@torch.no_grad()
+def test_fresh_part_leaves_the_hosts_logits_unchanged(make_host, images_for, fresh):
+    host = make_host("registers")
+    images = images_for(host, 4)
+    torch.testing.assert_close(fresh.eval().run(images, complete=True).logits, host(images), atol=1e-6, rtol=1e-5)
+
+
+def test_training_moves_the_trainable_tensors_and_nothing_else(images_for, fresh):
+    before = {name: p.detach().clone() for name, p in fresh.backbone.named_parameters()}
+    buffers = {name: b.clone() for name, b in fresh.backbone.named_buffers()}
+    trainable = {name for name, p in fresh.backbone.named_parameters() if p.requires_grad}
+    trained(fresh, images_for)
+    moved = {name for name, p in fresh.backbone.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == trainable == set(fresh.tuned_state())
+    assert {"host.head.weight", "host.head.bias"} <= moved
+    assert all(torch.equal(b, buffers[name]) for name, b in fresh.backbone.named_buffers())
+
+
+@torch.no_grad()
+def test_masked_equals_compact_after_training(images_for, fresh):
+    with torch.enable_grad():
+        trained(fresh, images_for)
+    images = images_for(fresh.backbone.host, 4, seed=9)
+    masked, compact = (fresh.run(images, execution=how).logits for how in ("masked", "compact"))
+    torch.testing.assert_close(masked, compact, atol=1e-5, rtol=1e-5)
+
+
+def test_saved_and_loaded_model_is_equal(make_host, images_for, fresh, part_name, tmp_path):
+    trained(fresh, images_for)
+    loaded = dyntune.load(fresh.save(tmp_path / "adapter"), backbone=make_host("registers"))
+    assert loaded.spec == part_name
+    assert loaded.parts == fresh.parts
+    with torch.no_grad():
+        images = images_for(fresh.backbone.host, 4, seed=9)
+        assert torch.equal(loaded(images), fresh(images))
+
+
+def test_cost_adds_up(fresh):
+    cost = dyntune.cost(fresh)
+    counted = {name: p.numel() for name, p in fresh.tuned_state().items()}
+    assert cost.trainable_params + cost.head_params == sum(counted.values())
+    assert cost.total_params == sum(p.numel() for p in fresh.backbone.parameters())
+    assert cost.adapter_bytes == 4 * sum(counted.values())
+    assert json.loads(json.dumps(cost.to_dict())) == cost.to_dict()
+
+
+def variants(cls):
+    """The default part, and one for each other value that a field can plainly take."""
+    yield cls()
+    for field in dataclasses.fields(cls):
+        for value in (0.25, 3, True, False, "learnable", "attn", "attn-mlp", "layer", "sigmoid", "none", "outputs"):
+            try:
+                part = cls(**{field.name: value})
+            except dyntune.DyntuneError:
+                continue
+            yield part
+
+
+def test_round_trip_as_json(part_name):
+    for part in variants(registered()[part_name]):
+        data = json.loads(json.dumps(part.to_dict()))
+        assert data["type"] == part_name
+        assert part_from_dict(data) == part
+
+
+def test_round_trip_as_spec(part_name):
+    seen = set()
+    for part in variants(registered()[part_name]):
+        text = format_spec(part)
+        assert resolve([text]) == (part,)
+        seen.add(text)
+    assert part_name in seen
+    assert len(seen) > bool(dataclasses.fields(registered()[part_name]))
+
+
+def test_every_option_is_described_once(part_name):
+    cls = registered()[part_name]
+    assert list(cls.options()) == [field.name for field in dataclasses.fields(cls)]
+    assert all(len(text) > 5 for text in cls.options().values())
+
+
+def test_summary_and_source_are_given(part_name):
+    cls = registered()[part_name]
+    assert cls.summary().endswith(".")
+    assert cls.source
+
+
+def test_presets_stand_for_methods_and_policies(part_name):
+    for part in variants(registered()[part_name]):
+        inner = expand([part])
+        assert all(isinstance(item, TuningMethod | TokenPolicy) for item in inner)
+        assert isinstance(part, Preset) or inner == (part,)

@@ -1,0 +1,182 @@
+"""Image folders: layouts, labels, splits, and what is said when something is wrong."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader
+
+from dyntune.data import build_transform, load_data
+from dyntune.data.transforms import Preprocessing
+from dyntune.errors import DataError
+
+
+def fill(root, counts, suffix=".png"):
+    """Write ``counts[folder]`` little images, each in a colour of its own, into each folder."""
+    for folder, count in counts.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            colour = (number, len(folder), sum(map(ord, folder)) % 256)
+            Image.new("RGB", (6, 4), colour).save(root / folder / f"{number:03d}{suffix}")
+    return root
+
+
+def paths(split):
+    return {split.source(index) for index in range(len(split))}
+
+
+@pytest.mark.parametrize("val_name", ["val", "valid", "validation"])
+def test_split_folders_are_taken_as_they_are(tmp_path, val_name):
+    fill(tmp_path, {"train/b": 3, "train/a": 2, f"{val_name}/a": 1, f"{val_name}/b": 1, "test/a": 2, "test/b": 1})
+    (tmp_path / "train/a/readme.txt").write_text("not an image")
+    splits = load_data(tmp_path)
+    assert splits.classes == ("a", "b")
+    assert splits.train.targets == (0, 0, 1, 1, 1)
+    assert paths(splits.val) == {str(tmp_path / val_name / "a/000.png"), str(tmp_path / val_name / "b/000.png")}
+    assert splits.test.targets == (0, 0, 1)
+    for split in (splits.train, splits.val, splits.test):
+        for index in range(len(split)):
+            assert Path(split.source(index)).parent.name == splits.classes[split[index][1]]
+    assert splits.train[2][0].getpixel((0, 0)) == (0, len("train/b"), sum(map(ord, "train/b")) % 256)
+
+
+def test_missing_validation_images_are_split_off_train_only(tmp_path):
+    fill(tmp_path, {"train/a": 20, "train/b": 10, "test/a": 3, "test/b": 3})
+    splits = load_data(f"folder:{tmp_path}", seed=3, val_fraction=0.2)
+    everything = {str(path) for path in (tmp_path / "train").rglob("*.png")}
+    assert paths(splits.train) | paths(splits.val) == everything
+    assert not paths(splits.train) & paths(splits.val)
+    assert sorted(splits.val.targets) == [0] * 4 + [1] * 2
+    assert len(splits.test) == 6
+    assert paths(load_data(tmp_path, seed=3).val) == paths(splits.val)
+    assert paths(load_data(tmp_path, seed=4).val) != paths(splits.val)
+
+
+def test_class_folders_alone_are_split_three_ways_with_one_test_split_for_all_seeds(tmp_path):
+    fill(tmp_path, {"cat": 50, "dog": 25})
+    splits = {seed: load_data(tmp_path, seed=seed) for seed in (0, 1)}
+    one = splits[0]
+    assert [len(part) for part in (one.train, one.val, one.test)] == [48, 12, 15]
+    assert one.test.targets.count(0) == 10 and one.val.targets.count(0) == 8
+    parts = [paths(part) for part in (one.train, one.val, one.test)]
+    assert len(set.union(*parts)) == sum(map(len, parts)) == 75
+    assert paths(splits[1].test) == parts[2]
+    assert paths(splits[1].val) != parts[1]
+
+
+def test_every_class_keeps_a_training_image(tmp_path):
+    fill(tmp_path, {"common": 30, "rare": 1, "twice": 2})
+    splits = load_data(tmp_path, val_fraction=0.9)
+    assert set(splits.train.targets) == {0, 1, 2}
+
+
+def test_classes_that_differ_between_train_and_test_are_listed(tmp_path):
+    fill(tmp_path, {"train/cat": 2, "train/dog": 2, "train/owl": 2, "test/cat": 1, "test/dogs": 1, "test/owl": 1})
+    with pytest.raises(DataError) as raised:
+        load_data(tmp_path)
+    message = str(raised.value)
+    assert f"{tmp_path / 'test'} lacks 'dog'" in message and f"{tmp_path / 'train'} lacks 'dogs'" in message
+    assert "owl" not in message and "'cat'" not in message
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ({"train/a": 2, "train/b": 0}, "no images in the class folders 'b'"),
+        ({"val/a": 2}, "val but no train"),
+        ({"train/a": 2, "test/a": 1, "test/b": 1}, "train lacks 'b'"),
+        ({"train/a": 2, "train/b": 2, "val/a": 1}, "val lacks 'b'"),
+        ({"train/a": 2, "val/a": 1, "valid/a": 1}, "val and valid"),
+        ({}, "no class folders"),
+        ({"a": 1, "b": 1}, "cannot split"),
+        ({"train/a": 2, "test/a": 0}, "test split has no images"),
+    ],
+)
+def test_layouts_that_make_no_sense_are_explained(tmp_path, counts, words):
+    fill(tmp_path, counts)
+    with pytest.raises(DataError, match=words):
+        load_data(tmp_path)
+
+
+def corrupt(path):
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def test_a_corrupt_image_is_an_error_that_names_it_when_it_is_read(tmp_path):
+    fill(tmp_path, {"train/a": 4, "val/a": 1})
+    corrupt(tmp_path / "train/a/002.png")
+    train = load_data(tmp_path).train
+    with pytest.raises(DataError, match=r"train/a/002\.png") as raised:
+        list(train)
+    # This is how a loader's worker hands an error to its parent process.
+    with pytest.raises(DataError, match=r"train/a/002\.png"):
+        pickle.loads(pickle.dumps(ExceptionWrapper((raised.type, raised.value, raised.tb)))).reraise()
+
+
+def test_skipping_drops_and_names_corrupt_images_and_leaves_the_other_splits_alone(tmp_path):
+    fill(tmp_path, {"a": 30, "b": 30})
+    before = load_data(tmp_path, seed=1)
+    bad = before.train.source(5)
+    corrupt(Path(bad))
+    after = load_data(tmp_path, seed=1, on_corrupt="skip")
+    assert after.skipped == after.train.skipped == (bad,)
+    assert paths(after.train) == paths(before.train) - {bad}
+    assert paths(after.val) == paths(before.val) and paths(after.test) == paths(before.test)
+    loaded = DataLoader(after.train, batch_size=4, num_workers=2, collate_fn=list, shuffle=True)
+    assert sum(len(batch) for batch in loaded) == len(before.train) - 1
+
+
+def test_a_split_of_corrupt_images_only_is_an_error(tmp_path):
+    fill(tmp_path, {"train/a": 2, "val/a": 1})
+    corrupt(tmp_path / "val/a/000.png")
+    with pytest.raises(DataError, match=r"none of the 1 images.*val/a/000\.png"):
+        load_data(tmp_path, on_corrupt="skip")
+
+
+def test_transforms_are_put_on_a_copy_and_survive_pickling_into_spawned_workers(tmp_path):
+    fill(tmp_path, {"train/a": 3, "val/a": 1})
+    splits = load_data(tmp_path)
+    transform = build_transform(Preprocessing((8, 10), (0.5,) * 3, (0.5,) * 3, "bicubic"))
+    changed = splits.with_transform(transform)
+    assert isinstance(splits.train[0][0], Image.Image)
+    assert changed.train[0][0].shape == changed.val[0][0].shape == (3, 8, 10) and changed.test is None
+    assert (pickle.loads(pickle.dumps(changed.train))[1][0] == changed.train[1][0]).all()
+    spawned = DataLoader(changed.train, batch_size=3, num_workers=1, multiprocessing_context="spawn")
+    images, labels = next(iter(spawned))
+    assert images.shape == (3, 3, 8, 10) and labels.tolist() == [0, 0, 0]
+    # Each image has one colour, its number in the red channel.
+    assert np.allclose(images[:, 0].amax((1, 2)), [(number / 255 - 0.5) / 0.5 for number in range(3)], atol=1e-6)
+
+
+def test_training_images_can_have_a_transform_of_their_own(tmp_path):
+    fill(tmp_path, {"train/a": 2, "val/a": 1})
+    changed = load_data(tmp_path).with_transform(lambda image: "plain", train=lambda image: "augmented")
+    assert (changed.train[0][0], changed.val[0][0]) == ("augmented", "plain")
+
+
+def test_torch_image_folder_never_gives_one_image_to_two_splits(tmp_path):
+    fill(tmp_path, {"a": 10, "b": 10})
+    splits = load_data("torch/image_folder", root=tmp_path)
+    parts = [paths(part) for part in (splits.train, splits.val, splits.test)]
+    assert len(set.union(*parts)) == sum(map(len, parts)) == 20
+
+
+def test_unknown_data_sets_get_the_forms_and_the_nearest_name(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"Did you mean 'digits'.*folder:PATH.*torch/NAME"):
+        load_data("digts")
+    fill(tmp_path, {"flowers/a": 1})
+    with pytest.raises(DataError, match=r"Did you mean '.*/flowers'"):
+        load_data(str(tmp_path / "flower"))
+    (tmp_path / "list.txt").touch()
+    with pytest.raises(DataError, match="is a file"):
+        load_data(tmp_path / "list.txt")
+    monkeypatch.chdir(fill(tmp_path, {"digits/x": 5}))
+    assert load_data("digits").num_classes == 10
+    assert load_data(Path("digits")).classes == load_data("folder:digits").classes == ("x",)
+    with pytest.raises(DataError, match="val_fraction"):
+        load_data("digits", val_fraction=1.0)
+    with pytest.raises(DataError, match="on_corrupt"):
+        load_data("digits", on_corrupt="ignore")

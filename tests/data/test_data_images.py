@@ -1,0 +1,136 @@
+"""Reading image files of every mode, and finding them behind command-line arguments."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dyntune.data import expand_images, read_image
+from dyntune.errors import DataError
+
+
+def rgb(path):
+    image = read_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def test_grey_palette_and_two_level_images_keep_their_colours(tmp_path):
+    grey = np.array([[0, 100], [200, 255]], np.uint8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert (rgb(tmp_path / "grey.png") == grey[..., None]).all()
+
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 200, 150, 100])
+    palette.putdata([1, 0])
+    palette.save(tmp_path / "palette.png")
+    assert rgb(tmp_path / "palette.png").tolist() == [[[200, 150, 100], [10, 20, 30]]]
+
+    Image.fromarray(np.array([[True, False]])).save(tmp_path / "bits.png")
+    assert rgb(tmp_path / "bits.png").tolist() == [[[255] * 3, [0] * 3]]
+
+
+def test_transparent_images_are_laid_on_white(tmp_path):
+    pixels = np.array([[[200, 0, 0, 255], [200, 0, 0, 0], [0, 100, 200, 51]]], np.uint8)
+    Image.fromarray(pixels, "RGBA").save(tmp_path / "rgba.png")
+    alpha = pixels[..., 3:] / 255
+    expected = pixels[..., :3] * alpha + 255 * (1 - alpha)
+    assert np.abs(rgb(tmp_path / "rgba.png") - expected).max() <= 1
+
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 200, 150, 100])
+    palette.putdata([0, 1])
+    palette.save(tmp_path / "clear.png", transparency=0)
+    assert rgb(tmp_path / "clear.png").tolist() == [[[255, 255, 255], [200, 150, 100]]]
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    levels = np.array([[0, 257, 25700, 32768, 65535]], np.uint16)
+    # Written by hand, so that the file does not depend on how Pillow would store the array.
+    raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", levels.shape[1], levels.shape[0], 16, 0, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    (tmp_path / "deep.png").write_bytes(png)
+    assert rgb(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 1, 100, 128, 255]
+
+
+def test_floating_point_images_are_refused(tmp_path):
+    Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(DataError, match=r"float\.tiff.*no defined white"):
+        read_image(tmp_path / "float.tiff")
+
+
+def test_cmyk_jpeg_has_the_colour_of_its_inks(tmp_path):
+    # Full cyan ink takes all red out; half black ink halves what is left.
+    Image.new("CMYK", (16, 16), (255, 0, 0, 128)).save(tmp_path / "ink.jpg", quality=100)
+    assert np.abs(rgb(tmp_path / "ink.jpg") - [0, 127, 127]).max() <= 3
+
+
+def test_exif_orientation_turns_the_image_upright(tmp_path):
+    pixels = np.zeros((2, 3, 3), np.uint8)
+    pixels[0, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned a quarter clockwise
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    assert (rgb(tmp_path / "turned.png") == np.rot90(pixels, k=-1)).all()
+
+
+def test_a_truncated_jpeg_is_an_error_that_names_the_file(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    whole = tmp_path / "whole.jpg"
+    Image.fromarray(noise).save(whole)
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    assert read_image(whole).size == (64, 64)
+    with pytest.raises(DataError, match=r"cut\.jpg.*truncated"):
+        read_image(cut)
+
+
+def test_missing_and_non_image_files_are_errors_that_name_them(tmp_path):
+    (tmp_path / "words.jpg").write_text("no image")
+    with pytest.raises(DataError, match=r"words\.jpg.*cannot be read"):
+        read_image(tmp_path / "words.jpg")
+    with pytest.raises(DataError, match=r"absent\.jpg.*no such"):
+        read_image(tmp_path / "absent.jpg")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for name in ("b.JPG", "a.png", "deep/er/c.webp", "notes.txt", "._a.png", ".hidden/d.png", "odd[1].png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def test_expand_images_takes_files_folders_and_patterns(photos):
+    def names(*arguments):
+        return [str(path.relative_to(photos)) for path in expand_images([str(photos / each) for each in arguments])]
+
+    assert names("") == ["a.png", "b.JPG", "deep/er/c.webp", "odd[1].png"]
+    assert names("b.JPG", "a.png") == ["b.JPG", "a.png"]
+    assert names("*.png") == ["a.png", "odd[1].png"]
+    assert names("**/*.webp") == ["deep/er/c.webp"]
+    assert names("de*") == ["deep/er/c.webp"]
+    assert names("odd[1].png") == ["odd[1].png"]
+    assert names("notes.txt") == ["notes.txt"]
+    assert names("b.JPG", "*") == ["b.JPG", "a.png", "deep/er/c.webp", "odd[1].png"]
+
+
+@pytest.mark.parametrize("argument", ["gone.jpg", "*.gif", "empty", ""])
+def test_expand_images_names_the_argument_that_matches_nothing(photos, argument, monkeypatch):
+    (photos / "empty").mkdir()
+    monkeypatch.chdir(photos)
+    with pytest.raises(DataError, match=f"no image found for '{argument.replace('*', '[*]')}'"):
+        expand_images(["a.png", argument])
+
+
+def test_a_folder_linked_into_itself_is_listed_once(tmp_path):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "again").symlink_to(tmp_path)
+    assert expand_images([str(tmp_path)]) == [tmp_path / "a.png"]

@@ -1,0 +1,131 @@
+"""Data sets that are read from front to back: WebDataset shards, and TensorFlow data sets as far as timm gives them."""
+
+import io
+import json
+import pickle
+import tarfile
+import types
+
+import pytest
+from PIL import Image
+
+from dyntune.data import load_data
+from dyntune.data import streams as streams_module
+from dyntune.errors import DataError
+
+
+def png(colour, size=(8, 8), **settings):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, format="PNG", **settings)
+    return buffer.getvalue()
+
+
+def write_shard(path, samples):
+    """A WebDataset shard: for each sample its files, named KEY.SUFFIX, one after another."""
+    with tarfile.open(path, "w") as archive:
+        for key, files in samples.items():
+            for suffix, content in files.items():
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+def shard_samples(first, count):
+    return {f"{i:04d}": {"png": png((i, 7, 9)), "cls": str(i % 2).encode()} for i in range(first, first + count)}
+
+
+@pytest.mark.parametrize("info", [False, True])
+def test_web_dataset_shards_are_read_whole_and_once(tmp_path, info):
+    write_shard(tmp_path / "train-0.tar", shard_samples(0, 6))
+    write_shard(tmp_path / "train-1.tar", shard_samples(6, 4))
+    write_shard(tmp_path / "val-0.tar", shard_samples(20, 3))
+    if info:
+        shards = {"train": {"train-0.tar": 6, "train-1.tar": 4}, "validation": {"val-0.tar": 3}}
+        entries = {
+            split: {
+                "name": split,
+                "filenames": list(files),
+                "shard_lengths": list(files.values()),
+                "num_samples": sum(files.values()),
+            }
+            for split, files in shards.items()
+        }
+        (tmp_path / "_info.json").write_text(json.dumps({"splits": entries}))
+    splits = load_data(f"wds/{tmp_path}")
+    assert [image.getpixel((3, 3)) for image, _ in splits.train] == [(i, 7, 9) for i in range(10)]
+    assert splits.train.targets == tuple(i % 2 for i in range(10))
+    assert [image.getpixel((0, 0))[0] for image, _ in splits.val] == [20, 21, 22]
+    assert splits.test is None and splits.classes == ("0", "1")
+    assert pickle.loads(pickle.dumps(splits.val))[0][1] == 0
+
+
+def test_bad_samples_of_a_shard_are_named_or_skipped(tmp_path):
+    samples = shard_samples(0, 8)
+    samples["0003"]["png"] = samples["0003"]["png"][:50]
+    del samples["0005"]["cls"]
+    write_shard(tmp_path / "train-0.tar", samples)
+    write_shard(tmp_path / "val-0.tar", shard_samples(8, 2))
+    with pytest.raises(DataError, match=r"2 samples cannot be read.*train-0\.tar: 0003\.png"):
+        load_data(f"wds/{tmp_path}")
+    splits = load_data(f"wds/{tmp_path}", on_corrupt="skip")
+    assert [image.getpixel((0, 0))[0] for image, _ in splits.train] == [0, 1, 2, 4, 6, 7]
+    assert len(splits.skipped) == 2 and splits.skipped[0] == f"{tmp_path / 'train-0.tar'}: 0003.png"
+
+
+def test_shards_that_are_not_there_are_explained(tmp_path):
+    with pytest.raises(DataError, match=r"no folder .*gone"):
+        load_data(f"wds/{tmp_path}/gone")
+    with pytest.raises(DataError, match="no training shards"):
+        load_data(f"wds/{tmp_path}")
+    with pytest.raises(DataError, match="Expected a local folder"):
+        load_data(f"wds/pipe:touch {tmp_path}/ran")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_streams_too_large_for_memory_are_refused(tmp_path, monkeypatch):
+    write_shard(tmp_path / "train-0.tar", shard_samples(0, 8))
+    monkeypatch.setattr(streams_module, "MEMORY_LIMIT", 200)
+    with pytest.raises(DataError, match="unpack it into an image folder"):
+        load_data(f"wds/{tmp_path}")
+
+
+class FakeTfds:
+    """What timm gives for a TensorFlow data set, as far as it is used."""
+
+    def __init__(self, count):
+        info = types.SimpleNamespace(splits={"train": None, "test": None, "unsupervised": None})
+        self.reader = types.SimpleNamespace(
+            dist_rank=1,
+            dist_num_replicas=2,
+            class_to_idx={"b": 1, "a": 0},
+            builder=types.SimpleNamespace(info=info),
+        )
+        self.count = count
+
+    def __iter__(self):
+        rank, world = self.reader.dist_rank, self.reader.dist_num_replicas
+        return ((Image.new("RGB", (4, 4), (i, 0, 0)), i % 2) for i in range(rank, self.count, world))
+
+
+def test_tensorflow_data_sets_are_read_whole_in_every_process(tmp_path, monkeypatch):
+    asked = []
+
+    def create_dataset(name, *, root, split, download=False):
+        asked.append((name, root, split))
+        return FakeTfds({"train": 10, "test": 4}[split])
+
+    monkeypatch.setattr("timm.data.create_dataset", create_dataset)
+    splits = load_data("tfds/some", root=tmp_path)
+    assert asked == [("tfds/some", str(tmp_path), "train"), ("tfds/some", str(tmp_path), "test")]
+    assert [len(part) for part in (splits.train, splits.val, splits.test)] == [8, 2, 4]
+    assert splits.classes == ("a", "b")
+    assert [image.getpixel((0, 0))[0] for image, _ in splits.test] == [0, 1, 2, 3]
+
+
+def test_tensorflow_data_sets_need_their_library(tmp_path, monkeypatch):
+    def missing(name, **settings):
+        raise ModuleNotFoundError("No module named 'tensorflow'")
+
+    monkeypatch.setattr("timm.data.create_dataset", missing)
+    with pytest.raises(DataError, match="install tensorflow-datasets"):
+        load_data("tfds/some", root=tmp_path)

@@ -1,0 +1,78 @@
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import dyntune
+from dyntune.errors import DataError
+from dyntune.training.evaluate import evaluate
+from dyntune.training.throughput import measure_throughput
+
+
+@pytest.fixture
+def model(make_host, randomise):
+    tuned = dyntune.tune(make_host(), "dyt")
+    randomise(tuned, seed=3)
+    return tuned
+
+
+def test_figures_equal_those_computed_by_hand(model, images_for):
+    images, labels = images_for(model.backbone.host, 13), torch.arange(13) % 5
+    model.eval()
+    with torch.no_grad():
+        output = model.run(images)
+    result = evaluate(model, TensorDataset(images, labels), batch_size=4)
+    assert result.images == 13
+    assert result.accuracy == pytest.approx((output.logits.argmax(-1) == labels).float().mean().item())
+    assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(output.logits, labels).item(), rel=1e-5)
+    rates = {gate.unit: gate.values.mean().item() for gate in output.gates}
+    assert result.activation_per_unit == pytest.approx(rates)
+    assert result.activation == pytest.approx(sum(rates.values()) / 3)
+
+
+def test_executed_macs_follow_from_the_active_tokens(model, images_for):
+    """Closed form for a block with MLP dispatch: only norm2 and MLP depend on the number of active tokens."""
+    images, labels = images_for(model.backbone.host, 6), torch.zeros(6, dtype=torch.long)
+    result = evaluate(model, TensorDataset(images, labels), batch_size=6)
+    tokens, width, hidden, patches = 17, 32, 128, 16
+    fixed = 16 * 3 * 8 * 8 * width + 5 * tokens * width  # patch embedding, last norm
+    for rate in result.activation_per_unit.values():
+        attention = 4 * tokens * width**2 + 2 * tokens**2 * width + 5 * tokens * width
+        active = 1 + rate * patches
+        mlp = active * (2 * width * hidden + 5 * width)
+        fixed += attention + mlp + 2 * tokens * width * 8 + patches * width  # adapter, dispatcher
+    assert result.macs == pytest.approx(fixed)
+
+
+def test_masked_evaluation_executes_everything_but_scores_alike(model, images_for):
+    data = TensorDataset(images_for(model.backbone.host, 6), torch.arange(6) % 5)
+    compact, masked = evaluate(model, data), evaluate(model, data, execution="masked")
+    assert masked.macs > compact.macs
+    assert masked.accuracy == compact.accuracy and masked.loss == pytest.approx(compact.loss, abs=1e-5)
+
+
+def test_the_mode_of_the_model_is_left_as_it_was(model, images_for):
+    model.train()
+    evaluate(model, TensorDataset(images_for(model.backbone.host, 2), torch.zeros(2, dtype=torch.long)))
+    assert model.training
+    with pytest.raises(DataError, match="no image"):
+        evaluate(model, TensorDataset(torch.empty(0, 3, 32, 32), torch.empty(0, dtype=torch.long)))
+
+
+def test_throughput_compares_models_run_in_turns():
+    """The slower of two functions that do one and four units of the same work has about a quarter of the speed."""
+    matrix = torch.randn(256, 256)
+
+    def work(times):
+        def run(images):
+            for _ in range(times):
+                images @ matrix @ matrix
+            return images
+
+        return run
+
+    images = torch.randn(256, 256)
+    speeds = measure_throughput({"one": work(5), "four": work(20)}, images, reference="one", rounds=5, seconds=0.01)
+    assert speeds["one"].speedup == 1
+    assert speeds["four"].speedup < 0.6
+    assert speeds["four"].images_per_second < speeds["one"].images_per_second
+    assert speeds["four"].speedup_low <= speeds["four"].speedup <= speeds["four"].speedup_high

@@ -1,0 +1,172 @@
+"""The training loss against its terms, computed one by one from the two forward passes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dyntune
+from dyntune.policies.base import Gate, Output
+from dyntune.policies.dispatch import Dispatch
+
+TARGETS = torch.tensor([0, 3, 1, 4])
+
+
+@pytest.fixture
+def build(make_host, randomise):
+    """``build(spec)``: a model in train mode with random weights and without dropout, so that only gates are random."""
+
+    def build(spec, name="average"):
+        return randomise(dyntune.tune(make_host(name), spec), 1).train()
+
+    return build
+
+
+def loss_of(model, images_for, **options):
+    torch.manual_seed(3)
+    return dyntune.training_loss(model, images_for(model.backbone.host, 4), TARGETS, **options)
+
+
+def passes(model, images_for):
+    """The dispatched and the complete pass with the noise of ``loss_of``."""
+    torch.manual_seed(3)
+    images = images_for(model.backbone.host, 4)
+    return model.run(images), model.run(images, complete=True)
+
+
+def test_terms_on_fixed_logits_and_masks():
+    policy = Dispatch(rate=0.5, rate_weight=2.0, complete_weight=0.5, distill_weight=3.0)
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    complete = torch.tensor([[1.0, -1.0], [0.5, 0.5]])
+    mine = [Gate("a", torch.tensor([[1.0, 1, 1, 0], [1, 1, 1, 0]]), policy), Gate("b", torch.ones(2, 4), policy)]
+    other = Gate("c", torch.zeros(2, 4), Dispatch(rate=0.1))
+    terms = policy.loss_terms(
+        Output(logits, (*mine, other), (2, 2)),
+        lambda: Output(complete, (), (2, 2)),
+        torch.tensor([0, 1]),
+        F.cross_entropy,
+    )
+    assert set(terms) == {"rate", "complete", "distill"}
+    assert terms["rate"].item() == pytest.approx(2 * (7 / 8 - 0.5) ** 2)
+    log_p = complete.log_softmax(-1)
+    assert terms["complete"].item() == pytest.approx(-0.5 * (log_p[0, 0] + log_p[1, 1]).item() / 2)
+    divergence = (log_p.exp() * (log_p - logits.log_softmax(-1))).sum().item() / 2
+    assert terms["distill"].item() == pytest.approx(3 * divergence, rel=1e-5)
+
+
+def test_dyt_loss_is_the_four_published_terms(build, images_for):
+    model = build("dyt:rate=0.3,dropout=0")
+    loss = loss_of(model, images_for)
+    output, complete = passes(model, images_for)
+    gates = torch.cat([gate.values.flatten() for gate in output.gates])
+    teacher = complete.logits.softmax(-1)
+    divergence = (teacher * (teacher.log() - output.logits.log_softmax(-1))).sum() / 4
+    expected = {
+        "task": F.cross_entropy(output.logits, TARGETS),
+        "rate": 2 * (gates.mean() - 0.3) ** 2,
+        "complete": F.cross_entropy(complete.logits, TARGETS),
+        "distill": divergence,
+    }
+    assert loss.terms.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(loss.terms[name], value, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(loss.total, sum(expected.values()))
+    assert torch.equal(loss.output.logits, output.logits)
+    assert min(value.item() for value in expected.values()) > 1e-4
+
+
+@pytest.mark.parametrize("term", ["rate", "complete", "distill"])
+def test_coefficients_scale_their_terms_and_zero_drops_them(build, images_for, term):
+    reference = loss_of(build("dyt:dropout=0"), images_for).terms
+    doubled = loss_of(build(f"dyt:dropout=0,{term}_weight={4 if term == 'rate' else 2}"), images_for).terms
+    dropped = loss_of(build(f"dyt:dropout=0,{term}_weight=0"), images_for)
+    torch.testing.assert_close(doubled[term], 2 * reference[term])
+    assert set(dropped.terms) == set(reference) - {term}
+    torch.testing.assert_close(dropped.total, sum(value for name, value in reference.items() if name != term))
+
+
+@pytest.mark.parametrize(
+    "options,runs", [("", 2), (",complete_weight=0", 2), (",complete_weight=0,distill_weight=0", 1)]
+)
+def test_complete_model_runs_at_most_once(build, images_for, options, runs):
+    model = build("dyt:dropout=0" + options)
+    seen = []
+    model.backbone.host.head.register_forward_hook(lambda *_: seen.append(1))
+    loss_of(model, images_for)
+    assert len(seen) == runs
+
+
+def test_model_without_policies_has_the_task_alone(build, images_for):
+    loss = loss_of(build("adaptformer:dropout=0"), images_for)
+    assert set(loss.terms) == {"task"}
+    assert torch.equal(loss.total, loss.terms["task"])
+
+
+def gradients(model, value):
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(value, list(named.values()), allow_unused=True, retain_graph=True)
+    return {name: g for name, g in zip(named, found, strict=True) if g is not None and g.abs().max() > 0}
+
+
+def test_complete_term_trains_adapters_and_head_but_not_dispatchers(build, images_for):
+    model = build("dyt:dropout=0")
+    terms = loss_of(model, images_for).terms
+    reached = gradients(model, terms["complete"])
+    assert any("adapter" in name for name in reached)
+    assert any("head" in name for name in reached)
+    assert not any("dispatcher" in name for name in reached)
+    for name in ("task", "rate", "distill"):
+        assert any("dispatcher" in parameter for parameter in gradients(model, terms[name]))
+
+
+def test_teacher_is_detached_in_the_distillation(build, images_for):
+    model = build("dyt:dropout=0")
+    found = gradients(model, loss_of(model, images_for).terms["distill"])
+    output, complete = passes(model, images_for)
+    fixed = complete.logits.detach().log_softmax(-1)
+    expected = gradients(model, F.kl_div(output.logits.log_softmax(-1), fixed, reduction="batchmean", log_target=True))
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_criterion_and_soft_targets_are_used_for_both_passes(build, images_for):
+    model = build("dyt:dropout=0,distill_weight=0,rate_weight=0")
+    torch.manual_seed(3)
+    targets = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    loss = dyntune.training_loss(
+        model, images_for(model.backbone.host, 4), targets, lambda logits, shares: (logits - shares).square().sum()
+    )
+    output, complete = passes(model, images_for)
+    torch.testing.assert_close(loss.terms["task"], (output.logits - targets).square().sum())
+    torch.testing.assert_close(loss.terms["complete"], (complete.logits - targets).square().sum())
+
+
+def test_two_policies_each_add_their_rate_loss(build, images_for):
+    model = build(
+        "dispatch:where=attn,rate=0.2,complete_weight=0,distill_weight=0"
+        "+dispatch:where=mlp,rate=0.9,complete_weight=0,distill_weight=0"
+    )
+    loss = loss_of(model, images_for)
+    output, _ = passes(model, images_for)
+    expected = F.cross_entropy(output.logits, TARGETS)
+    for kind, rate in (("attn", 0.2), ("mlp", 0.9)):
+        gates = torch.cat([gate.values.flatten() for gate in output.gates if gate.unit.endswith(kind)])
+        expected = expected + 2 * (gates.mean() - rate) ** 2
+    torch.testing.assert_close(loss.total, expected)
+    torch.testing.assert_close(loss.total, sum(loss.terms.values()))
+
+
+def test_rate_loss_alone_leads_the_gates_to_the_target(build, images_for):
+    model = build("dispatch:rate=0.2,temperature=1,complete_weight=0,distill_weight=0")
+    gates = [unit.dispatcher for unit in model.backbone.units("mlp")]
+    optimiser = torch.optim.Adam([p for gate in gates for p in gate.parameters()], lr=0.05)
+    torch.manual_seed(0)
+    images = images_for(model.backbone.host, 16)
+    for _ in range(60):
+        rate = dyntune.training_loss(model, images, torch.zeros(16, dtype=torch.long)).terms["rate"]
+        optimiser.zero_grad()
+        rate.backward()
+        optimiser.step()
+    with torch.no_grad():
+        share = torch.stack([gate.values.mean() for gate in model.run(images).gates]).mean().item()
+    assert share == pytest.approx(0.2, abs=0.06)

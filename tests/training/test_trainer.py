@@ -1,0 +1,195 @@
+"""``fit``: what it trains, keeps, writes and refuses."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import dyntune
+from dyntune.errors import TrainingError
+from dyntune.training.evaluate import evaluate
+from dyntune.training.logs import read_log
+from dyntune.training.state import STATE, RunState
+from dyntune.training.trainer import fit
+
+
+@pytest.fixture(scope="module")
+def colours() -> tuple[TensorDataset, TensorDataset]:
+    """Five classes of noisy plain colours: learnable in a few steps."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(80) % 5
+    tint = torch.randn(5, 3, generator=generator)[labels][:, :, None, None]
+    images = tint + 0.3 * torch.randn(80, 3, 32, 32, generator=generator)
+    return TensorDataset(images[:60], labels[:60]), TensorDataset(images[60:], labels[60:])
+
+
+def _model(make_host, spec="dyt:scale=1"):
+    torch.manual_seed(0)
+    return dyntune.tune(make_host(), spec)
+
+
+SHORT = {"epochs": 2, "batch_size": 20, "lr": 3e-3, "device": "cpu", "log_every": 1}
+
+
+def test_training_learns_and_keeps_the_best_epoch(make_host, colours, tmp_path):
+    model = _model(make_host)
+    before = evaluate(model, colours[1], count_macs=False)
+    result = fit(model, *colours, out=tmp_path / "run", **SHORT | {"epochs": 6, "lr": 1e-2})
+    after = evaluate(model, colours[1], count_macs=False)
+    assert after.loss < before.loss
+    assert after.accuracy == result.best_accuracy > before.accuracy
+    assert not model.training
+    loaded = dyntune.load(tmp_path / "run", backbone=make_host())
+    images = colours[1].tensors[0]
+    assert torch.equal(loaded(images), model(images))
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(make_host, colours):
+    states = []
+    for seed in (0, 0, 1):
+        model = _model(make_host)
+        fit(model, *colours, **SHORT, seed=seed)
+        states.append({name: p.clone() for name, p in model.tuned_state().items()})
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_nothing_that_runs_beside_training_changes_it(make_host, colours, tmp_path):
+    """Random numbers drawn between two runs, and writing to disk, must not matter."""
+    first = _model(make_host)
+    fit(first, *colours, **SHORT)
+    second = _model(make_host)
+    torch.rand(1000)
+    fit(second, *colours, out=tmp_path / "run", **SHORT | {"log_every": 3})
+    assert all(torch.equal(p, second.tuned_state()[name]) for name, p in first.tuned_state().items())
+
+
+def test_the_log_has_every_term_of_the_loss(make_host, colours, tmp_path):
+    fit(_model(make_host), *colours, out=tmp_path / "run", **SHORT)
+    records = read_log(tmp_path / "run")
+    steps = [record for record in records if record["kind"] == "train"]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    for record in steps:
+        terms = [record[f"loss_{name}"] for name in ("task", "rate", "complete", "distill")]
+        assert record["loss"] == pytest.approx(sum(terms), rel=1e-5)
+        assert 0 <= record["activation"] <= 1
+    assert [record["epoch"] for record in records if record["kind"] == "val"] == [1, 2]
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_ties_keep_the_later_epoch_and_last_ignores_accuracy(make_host, colours, tmp_path):
+    result = fit(_model(make_host, "linear"), *colours, out=tmp_path / "a", **SHORT | {"lr": 1e-9, "min_lr": 0.0})
+    assert result.best_epoch == 2
+    result = fit(_model(make_host), *colours, out=tmp_path / "b", select="last", **SHORT)
+    assert result.best_epoch == 2
+    result = fit(_model(make_host), colours[0], out=tmp_path / "c", **SHORT)
+    assert result.best_epoch == 2 and result.best_accuracy is None
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(make_host, colours, tmp_path):
+    images, labels = (t.clone() for t in colours[0].tensors)
+    run = tmp_path / "run"
+    calls = []
+
+    class Poisoned(TensorDataset):
+        def __getitem__(self, index):
+            calls.append(index)
+            image, label = super().__getitem__(index)
+            return (image * torch.nan if len(calls) > 70 else image), label
+
+    with pytest.raises(TrainingError, match=r"not finite .*epoch 2, step 1, at learning rate .*last good checkpoint"):
+        fit(_model(make_host), Poisoned(images, labels), colours[1], out=run, **SHORT)
+    state = RunState.read(run)
+    assert (state.epoch, state.step) == (1, 0)
+    assert all(torch.isfinite(t).all() for t in state.tensors.values())
+    dyntune.load(run, backbone=make_host())
+
+
+def test_a_used_folder_is_refused_and_resuming_with_other_options_too(make_host, colours, tmp_path):
+    run = tmp_path / "run"
+    fit(_model(make_host), *colours, out=run, **SHORT)
+    with pytest.raises(TrainingError, match="resume"):
+        fit(_model(make_host), *colours, out=run, **SHORT)
+    with pytest.raises(TrainingError, match=r"lr was 0.003, is 0.1"):
+        fit(_model(make_host), *colours, out=run, resume=True, **SHORT | {"lr": 0.1})
+    with pytest.raises(TrainingError, match="spec was"):
+        fit(_model(make_host, "linear"), *colours, out=run, resume=True, **SHORT)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(TrainingError, match="not empty"):
+        fit(_model(make_host), *colours, out=tmp_path / "mine", **SHORT)
+
+
+def test_resuming_a_finished_run_gives_its_result_back(make_host, colours, tmp_path):
+    first, second = _model(make_host), _model(make_host)
+    result = fit(first, *colours, out=tmp_path / "run", **SHORT)
+    again = fit(second, *colours, out=tmp_path / "run", resume=True, **SHORT)
+    assert (again.best_accuracy, again.best_epoch) == (result.best_accuracy, result.best_epoch)
+    assert all(torch.equal(p, second.tuned_state()[name]) for name, p in first.tuned_state().items())
+
+
+def test_the_training_state_is_read_without_unpickling(make_host, colours, tmp_path):
+    fit(_model(make_host), *colours, out=tmp_path / "run", **SHORT)
+    (tmp_path / "run" / STATE).write_bytes(b"cos\nsystem\n(S'touch /tmp/never'\ntR.")
+    with pytest.raises(dyntune.DyntuneError, match="cannot be read"):
+        fit(_model(make_host), *colours, out=tmp_path / "run", resume=True, **SHORT)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1},
+        {"accumulate": 3},
+        {"clip_norm": 0.5},
+        {"precision": "bf16"},
+        {"workers": 1},
+    ],
+    ids=str,
+)
+def test_options_train(make_host, colours, options):
+    model = _model(make_host)
+    before = {name: p.clone() for name, p in model.tuned_state().items()}
+    fit(model, *colours, **SHORT | options)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in model.tuned_state().items())
+
+
+def test_accumulated_steps_change_the_weights_only_at_their_end(make_host, colours, tmp_path):
+    """With three steps to add up and three steps in the epoch, Adam's step count is one per epoch."""
+    fit(_model(make_host), *colours, out=tmp_path / "run", **SHORT | {"accumulate": 3})
+    counts = {int(entry["step"]) for entry in RunState.read(tmp_path / "run").optimizer["state"].values()}
+    assert counts == {2}
+
+
+def test_fp16_on_a_cpu_and_unknown_options_are_refused(make_host, colours):
+    with pytest.raises(TrainingError, match="needs a GPU"):
+        fit(_model(make_host), *colours, precision="fp16", device="cpu")
+    with pytest.raises(TrainingError, match="learning_rate"):
+        fit(_model(make_host), *colours, learning_rate=1)
+    with pytest.raises(TrainingError, match="no head"):
+        fit(dyntune.tune(make_host(num_classes=0), "linear"), *colours)
+
+
+def test_pil_images_are_preprocessed_and_augmentation_is_reproducible(make_host):
+    from dyntune.data import load_data
+
+    digits = load_data("digits")
+    from dyntune.data import ImageSubset
+
+    few = ImageSubset(digits.train, range(0, 40))
+    weights = []
+    for workers in (0, 2):
+        torch.manual_seed(0)
+        model = dyntune.tune(make_host(num_classes=10), "adaptformer")
+        fit(model, few, epochs=1, batch_size=20, augment="timm", workers=workers, device="cpu")
+        weights.append({name: p.clone() for name, p in model.tuned_state().items()})
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_run_folder_says_what_was_asked(make_host, colours, tmp_path):
+    fit(_model(make_host), *colours, out=tmp_path / "run", **SHORT)
+    asked = json.loads((tmp_path / "run" / "train.json").read_text())
+    assert asked["settings"]["lr"] == 3e-3 and asked["spec"] == "dyt:scale=1"
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert set(config["results"]) == {"epoch", "val_accuracy"}
