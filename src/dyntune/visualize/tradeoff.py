@@ -1,0 +1,45 @@
+"""The picture of a comparison: accuracy over the MACs that ran, one point per method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+
+from dyntune.visualize.style import COLOURS, FAINT, INK, MARKERS, RULE, TEXT_SIZE, new_figure
+
+if TYPE_CHECKING:
+    from dyntune.comparison import Row
+
+
+def tradeoff_figure(rows: Sequence[Row]) -> Figure:
+    """Test accuracy (%) over MACs per image (M) of each method; dashed, the MACs of the untouched backbone.
+
+    Args:
+        rows: a row per method, with counted MACs.
+    """
+    figure = new_figure(6.4, 3.8, layout="constrained")
+    axes = figure.add_subplot()
+    for index, row in enumerate(rows):
+        axes.scatter(
+            (row.test.macs or 0) / 1e6,
+            100 * row.test.accuracy,
+            s=60,
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index // len(COLOURS) % len(MARKERS)],
+            zorder=3,
+            label=row.method,
+        )
+    dense = rows[0].dense_macs / 1e6
+    axes.axvline(dense, color=FAINT, linestyle="--", linewidth=1, label="MACs of the untouched backbone")
+    axes.set_xlim(0, max([dense, *((row.test.macs or 0) / 1e6 for row in rows)]) * 1.08)
+    axes.set_xlabel("MACs per image (M)", color=INK, fontsize=TEXT_SIZE)
+    axes.set_ylabel("test accuracy (%)", color=INK, fontsize=TEXT_SIZE)
+    axes.tick_params(colors=FAINT, labelsize=TEXT_SIZE)
+    axes.grid(color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=TEXT_SIZE)
+    return figure
