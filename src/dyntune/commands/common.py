@@ -1,0 +1,114 @@
+"""What the commands share: their options, building a model from them, and printing tables or JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dyntune.backbones.builtin import BUILTIN_BACKBONE
+from dyntune.backbones.source import create_backbone
+from dyntune.data.base import DataSplits
+from dyntune.errors import DataError, TrainingError
+from dyntune.tuned import TunedModel, tune
+
+DataArgument = Annotated[
+    str,
+    typer.Argument(
+        help="digits, shapes-location, shapes-orientation, a folder (folder:PATH), a VTAB-1K task (vtab:PATH), or "
+        "torch/NAME, hfds/NAME, wds/PATH, tfds/NAME."
+    ),
+]
+RunArgument = Annotated[Path, typer.Argument(help="Folder that train or save() wrote.")]
+ImagesArgument = Annotated[list[str], typer.Argument(help="Image files, folders or globs.")]
+ModelOption = Annotated[str, typer.Option(help="timm name of the backbone.")]
+WeightsOption = Annotated[
+    Path | None, typer.Option(help="Local weight file (.npz, .pth, .safetensors) of the backbone.")
+]
+MethodOption = Annotated[str, typer.Option(help="Tuning method, name or name:key=value,key=value.")]
+TokensOption = Annotated[str | None, typer.Option(help="Token policy on top, written like a method.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
+WorkersOption = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
+DEFAULT_MODEL = BUILTIN_BACKBONE
+
+_PIPED_WIDTH = None if sys.stdout.isatty() else 160  # a table in a file or a log need not fit a terminal of 80
+out = Console(width=_PIPED_WIDTH)
+err = Console(stderr=True)
+
+
+def parts(method: str, tokens: str | None) -> list[str]:
+    """The parts that ``--method`` and ``--tokens`` give, in the order in which they are installed."""
+    return [method] if tokens is None else [method, tokens]
+
+
+def build_model(
+    model: str, method: str, tokens: str | None, *, weights: Path | None, classes: tuple[str, ...], **arguments: Any
+) -> TunedModel:
+    """A pretrained backbone with a new head for ``classes`` and the parts on it."""
+    host = create_backbone(model, weights=weights, num_classes=len(classes), **arguments)
+    tuned = tune(host, *parts(method, tokens))
+    tuned.classes = classes
+    tuned.origin = tuned.origin.with_weights(None if weights is None else weights.resolve())
+    return tuned
+
+
+def require_classes(model: TunedModel, data: DataSplits) -> None:
+    """Raises DataError when a data set's classes are not those that the model was trained on."""
+    if model.classes and tuple(model.classes) != tuple(data.classes):
+        raise DataError(
+            f"{data.name} has {len(data.classes)} classes ({_some(data.classes)}), but the model was trained on "
+            f"{len(model.classes)} ({_some(model.classes)}). Give data with the same classes."
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that ``--device`` names; ``auto`` takes an accelerator if there is one."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    if name not in ("cpu", "cuda", "mps"):
+        raise TrainingError(f"device {name!r}: expected auto, cpu, cuda or mps.")
+    if name != "cpu" and not getattr(torch, name).is_available():
+        raise TrainingError(f"device {name!r} is not available on this machine; use auto or cpu.")
+    return torch.device(name)
+
+
+def print_json(data: Any) -> None:
+    """One JSON object on standard output."""
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table for people; the first column is text, the others are figures."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0 and len(columns) < 4)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def millions(count: float) -> str:
+    """A count of MACs or parameters in a unit that people read: k, M or G."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3f} {unit}" if unit == "G" else f"{count / size:.2f} {unit}"
+    return f"{count:.0f}"
+
+
+def kilobytes(size: int) -> str:
+    """A file size in kB (1,000 bytes)."""
+    return f"{size / 1000:,.0f} kB"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

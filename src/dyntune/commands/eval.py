@@ -1,0 +1,70 @@
+"""``dyntune eval``: accuracy, activation rates, MACs really executed, and speed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from dyntune.checkpoint import load
+from dyntune.commands.common import (
+    BatchOption,
+    DataArgument,
+    DeviceOption,
+    JsonOption,
+    RunArgument,
+    WeightsOption,
+    WorkersOption,
+    err,
+    millions,
+    pick_device,
+    print_json,
+    print_table,
+    require_classes,
+)
+from dyntune.comparison import DENSE, compare_speed, first_batch
+from dyntune.data import load_data
+from dyntune.errors import DataError
+from dyntune.training.evaluate import evaluate
+
+EXAMPLES = ("dyntune eval runs/digits digits", "dyntune eval runs/flowers folder:flowers --split val --json")
+
+
+def command(
+    run: RunArgument,
+    data: DataArgument,
+    split: Annotated[Literal["test", "val", "train"], typer.Option(help="Which images.")] = "test",
+    weights: WeightsOption = None,
+    batch_size: BatchOption = 64,
+    workers: WorkersOption = 0,
+    device: DeviceOption = "auto",
+    on_corrupt: Annotated[
+        Literal["error", "skip"], typer.Option(help="What to do with images that cannot be read.")
+    ] = "error",
+    json: JsonOption = False,
+) -> None:
+    """Accuracy, activation rate per block, MACs really executed, and images per second beside the dense backbone."""
+    model = load(run, weights=weights, device=pick_device(device))
+    splits = load_data(data, on_corrupt=on_corrupt)
+    require_classes(model, splits)
+    images = getattr(splits, split)
+    if images is None:
+        raise DataError(f"{data} has no {split} split.")
+    with err.status(f"evaluating on {len(images)} images"):
+        result = evaluate(model, images, batch_size=batch_size, workers=workers)
+        speeds = compare_speed({model.spec: model}, first_batch(images, model, batch_size))
+    speed, dense = speeds[model.spec], speeds[DENSE]
+    if json:
+        report = {"run": str(run), "data": data, "split": split, **result.to_dict(), "dense_macs": model.dense_macs}
+        report["images_per_second"] = speed.images_per_second
+        print_json({**report, "dense_images_per_second": dense.images_per_second, "speedup": speed.speedup})
+        return
+    macs = result.macs or 0.0
+    rows = [
+        ("accuracy", f"{result.accuracy:.2%}"),
+        ("active patches", f"{result.activation:.1%}"),
+        ("MACs per image", f"{millions(macs)} ({macs / model.dense_macs:.1%} of dense)"),
+        ("images per second", f"{speed.images_per_second:.0f} ({speed.speedup:.2f} x dense)"),
+        *((f"active in {unit}", f"{rate:.1%}") for unit, rate in result.activation_per_unit.items()),
+    ]
+    print_table(f"{model.spec} on {result.images} {split} images of {data}", ("", ""), rows)

@@ -1,0 +1,69 @@
+"""``dyntune predict``: the most probable classes of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from dyntune.checkpoint import load
+from dyntune.commands.common import (
+    BatchOption,
+    DeviceOption,
+    ImagesArgument,
+    JsonOption,
+    RunArgument,
+    WeightsOption,
+    pick_device,
+    print_json,
+    print_table,
+)
+from dyntune.data import build_transform, expand_images, read_image
+from dyntune.tuned import TunedModel
+
+EXAMPLES = ("dyntune predict runs/flowers photo.jpg", 'dyntune predict runs/flowers "photos/*.jpg" --top-k 3 --json')
+
+
+def command(
+    run: RunArgument,
+    images: ImagesArgument,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 5,
+    weights: WeightsOption = None,
+    batch_size: BatchOption = 32,
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """The most probable classes of image files, folders of images, or globs."""
+    paths = expand_images(images)
+    model = load(run, weights=weights, device=pick_device(device))
+    predictions = [
+        row for i in range(0, len(paths), batch_size) for row in predict(model, paths[i : i + batch_size], top_k)
+    ]
+    if json:
+        print_json({"predictions": predictions})
+        return
+    rows = [(row["image"], *(f"{top['class']} {top['probability']:.1%}" for top in row["top"])) for row in predictions]
+    print_table(
+        f"{model.spec} from {run}", ("image", *(f"top {i + 1}" for i in range(len(predictions[0]["top"])))), rows
+    )
+
+
+@torch.inference_mode()
+def predict(model: TunedModel, paths: list[Path], top_k: int) -> list[dict[str, Any]]:
+    """For each image file the ``top_k`` classes with their probabilities, the most probable first."""
+    transform = build_transform(model.preprocessing)
+    batch = torch.stack([transform(read_image(path)) for path in paths]).to(next(model.parameters()).device)
+    probabilities, labels = model(batch).softmax(-1).topk(min(top_k, model(batch[:1]).shape[-1]))
+    names = model.classes
+    return [
+        {
+            "image": str(path),
+            "top": [
+                {"class": names[label] if names else str(label), "label": label, "probability": probability}
+                for probability, label in zip(ps, ls, strict=True)
+            ],
+        }
+        for path, ps, ls in zip(paths, probabilities.tolist(), labels.tolist(), strict=True)
+    ]

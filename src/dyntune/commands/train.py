@@ -1,0 +1,122 @@
+"""``dyntune train``: adapt a pretrained ViT to labelled images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+
+from dyntune.commands.common import (
+    DEFAULT_MODEL,
+    DataArgument,
+    JsonOption,
+    MethodOption,
+    ModelOption,
+    TokensOption,
+    WeightsOption,
+    build_model,
+    kilobytes,
+    out,
+    print_json,
+)
+from dyntune.cost import cost
+from dyntune.data import load_data
+from dyntune.errors import DataError
+from dyntune.training.progress import ProgressBar
+from dyntune.training.settings import Device, Precision, Select, TrainSettings
+from dyntune.training.trainer import fit
+
+EXAMPLES = (
+    "dyntune train digits --method dyt:rate=0.5,scale=1 --out runs/digits",
+    "dyntune train folder:flowers --model vit_base_patch16_224.orig_in21k --method dyt:rate=0.5 --out runs/flowers",
+    "dyntune train folder:flowers --model vit_base_patch16_224.orig_in21k --weights ViT-B_16.npz "
+    "--method adaptformer --tokens dispatch:rate=0.7 --out runs/flowers --resume",
+)
+_DEFAULTS = TrainSettings()
+
+
+def command(
+    data: DataArgument,
+    run: Annotated[Path, typer.Option("--out", help="Folder for the adapter, logs and state.")],
+    model: ModelOption = DEFAULT_MODEL,
+    weights: WeightsOption = None,
+    method: MethodOption = "dyt",
+    tokens: TokensOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, or start it.")] = False,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = _DEFAULTS.epochs,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step and process.")] = _DEFAULTS.batch_size,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = _DEFAULTS.lr,
+    min_lr: Annotated[float, typer.Option(help="Learning rate at the end of the cosine.")] = _DEFAULTS.min_lr,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = _DEFAULTS.weight_decay,
+    warmup_epochs: Annotated[
+        float | None, typer.Option(help="Linear warm-up; a tenth of the epochs by default.")
+    ] = None,
+    label_smoothing: Annotated[float, typer.Option(help="Share of the target spread over all classes.")] = 0.0,
+    mixup: Annotated[float, typer.Option(help="Alpha of mixup, 0 for none.")] = 0.0,
+    cutmix: Annotated[float, typer.Option(help="Alpha of CutMix, 0 for none.")] = 0.0,
+    augment: Annotated[
+        Literal["none", "timm"], typer.Option(help="none resizes only; timm crops, flips, recolours.")
+    ] = "none",
+    drop_path: Annotated[float, typer.Option(help="Stochastic depth rate of the backbone.")] = 0.0,
+    accumulate: Annotated[int, typer.Option(min=1, help="Steps whose gradients are added up.")] = 1,
+    clip_norm: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
+    precision: Annotated[Precision, typer.Option(help="Of the forward and backward pass.")] = "fp32",
+    device: Annotated[Device, typer.Option(help="auto takes an accelerator if there is one.")] = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the order of images and every random number.")] = 0,
+    select: Annotated[Select, typer.Option(help="Split that picks the saved epoch.")] = "val",
+    img_size: Annotated[int | None, typer.Option(min=1, help="Image height and width in pixels.")] = None,
+    val_fraction: Annotated[
+        float, typer.Option(help="Split off the training images where there is no validation split.")
+    ] = 0.2,
+    on_corrupt: Annotated[
+        Literal["error", "skip"], typer.Option(help="What to do with images that cannot be read.")
+    ] = "error",
+    json: JsonOption = False,
+) -> None:
+    """Adapt a pretrained ViT to labelled images and save the adapter of the best epoch."""
+    settings = TrainSettings(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        min_lr=min(min_lr, lr),
+        weight_decay=weight_decay,
+        warmup_epochs=warmup_epochs,
+        label_smoothing=label_smoothing,
+        mixup=mixup,
+        cutmix=cutmix,
+        augment=augment,
+        accumulate=accumulate,
+        clip_norm=clip_norm,
+        precision=precision,
+        device=device,
+        workers=workers,
+        seed=seed,
+        select=select,
+    )
+    splits = load_data(data, seed=seed, val_fraction=val_fraction, on_corrupt=on_corrupt)
+    if splits.skipped:
+        out.print(f"left out {len(splits.skipped)} images that cannot be read, the first is {splits.skipped[0]}")
+    chosen = splits.test if select == "test" else splits.val
+    if chosen is None and select != "last":
+        raise DataError(f"{data} has no {select} split to select on; use --select last.")
+    torch.manual_seed(seed)
+    arguments = {"drop_path_rate": drop_path, **({} if img_size is None else {"img_size": img_size})}
+    tuned = build_model(model, method, tokens, weights=weights, classes=splits.classes, **arguments)
+    bar = ProgressBar(tuned.spec)
+    result = fit(tuned, splits.train, chosen, out=run, resume=resume, progress=bar, settings=settings)
+    figures = cost(tuned)
+    if json:
+        print_json(
+            {"run": str(run), "best_epoch": result.best_epoch, "accuracy": result.best_accuracy, **figures.to_dict()}
+        )
+        return
+    score = (
+        ""
+        if result.best_accuracy is None
+        else f", {result.best_accuracy:.1%} on {select if select != 'last' else 'val'}"
+    )
+    out.print(f"saved epoch {result.best_epoch}{score} to {run} ({kilobytes(figures.adapter_bytes)})", highlight=False)
+    out.print(f"next: dyntune eval {run} {data}", highlight=False)

@@ -1,0 +1,102 @@
+"""Runs that are really killed, as processes, and continued: they come to the same bits as one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dyntune.checkpoint import WEIGHTS
+from dyntune.training.state import STATE, RunState
+
+EPOCHS = 3
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """A folder of 48 small pictures in three classes."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for label, colour in enumerate(("red", "green", "blue")):
+            (root / split / colour).mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 120, (16, 16, 3), dtype=np.uint8)
+                pixels[..., label] += 130
+                Image.fromarray(pixels).save(root / split / colour / f"{index}.png")
+    return root
+
+
+def _start(photos: Path, out: Path, *more: str) -> subprocess.Popen:
+    arguments = ["train", str(photos), "--out", str(out), "--method", "dyt:scale=1", "--epochs", str(EPOCHS)]
+    arguments += ["--batch-size", "4", "--lr", "0.01", "--device", "cpu", *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "dyntune.cli", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _wait_for_epoch(process: subprocess.Popen, out: Path, epoch: int) -> None:
+    """Waits until the run in ``out`` has completed ``epoch`` epochs and is inside the next one."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended before it could be killed: {process.communicate()}")
+        if (out / STATE).exists() and RunState.read(out).epoch >= epoch:
+            time.sleep(0.2)
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run never completed an epoch")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(photos, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    process = _start(photos, out)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, output + errors
+    return out
+
+
+def _assert_same_bits(first: Path, second: Path) -> None:
+    a, b = RunState.read(first), RunState.read(second)
+    assert (a.epoch, a.step) == (b.epoch, b.step) == (EPOCHS, 0)
+    assert all(torch.equal(tensor, b.tensors[name]) for name, tensor in a.tensors.items())
+    for index, entry in a.optimizer["state"].items():
+        assert all(torch.equal(value, b.optimizer["state"][index][key]) for key, value in entry.items())
+    assert (first / WEIGHTS).read_bytes() == (second / WEIGHTS).read_bytes()
+
+
+def test_a_killed_run_continues_to_the_same_bits(photos, uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    process = _start(photos, out)
+    _wait_for_epoch(process, out, 1)
+    process.kill()
+    process.communicate()
+    assert RunState.read(out).epoch < EPOCHS
+    process = _start(photos, out, "--resume")
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, output + errors
+    _assert_same_bits(uninterrupted, out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_inside_the_epoch_says_how_to_go_on_and_loses_nothing(photos, uninterrupted, tmp_path, number):
+    out = tmp_path / "run"
+    process = _start(photos, out)
+    _wait_for_epoch(process, out, 1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "--resume" in errors and "Traceback" not in errors
+    state = RunState.read(out)
+    assert state.epoch >= 1 and state.step > 0, "the state was saved in the middle of an epoch"
+    process = _start(photos, out, "--resume")
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, output + errors
+    _assert_same_bits(uninterrupted, out)
