@@ -247,7 +247,7 @@ def main() -> None:
     start_values(model.backbone)
     model.fit_scales(to_input(bank[:2048]))
     optimizer = optimiser(model, args.lr)
-    counts: dict[str, Any] = {"images": 0, "seconds": 0.0, "seed": args.seed}
+    counts: dict[str, Any] = {"images": 0, "seconds": 0.0}
 
     def report(**values: Any) -> None:
         line = json.dumps({"images": counts["images"], "seconds": round(counts["seconds"])} | values)

@@ -1,22 +1,51 @@
-"""Dyntune: adapt pretrained Vision Transformers with few parameters, and skip the tokens that need no work."""
+"""Dyntune: adapt pretrained Vision Transformers with few parameters, and skip the tokens that need no work.
+
+Beside the names below, the configuration of every tuning method, token policy and preset is here under its class's
+name, for instance ``dyntune.DyT`` and ``dyntune.AdaptFormer``.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 from dyntune.checkpoint import load
 from dyntune.cost import Cost, MacCounter, cost
 from dyntune.errors import DyntuneError
+from dyntune.registry import registered
 from dyntune.training.objective import Loss, training_loss
 from dyntune.tuned import TunedModel, tune
+
+if TYPE_CHECKING:
+    from dyntune.training.evaluate import Evaluation, evaluate
+    from dyntune.training.trainer import FitResult, fit
 
 __all__ = [
     "Cost",
     "DyntuneError",
+    "Evaluation",
+    "FitResult",
     "Loss",
     "MacCounter",
     "TunedModel",
     "__version__",
     "cost",
+    "evaluate",
+    "fit",
     "load",
     "training_loss",
     "tune",
 ]
+
+_TRAINING = {"fit": "trainer", "FitResult": "trainer", "evaluate": "evaluate", "Evaluation": "evaluate"}
+
+
+def __getattr__(name: str) -> Any:
+    """Training brings Accelerate and TensorBoard along, which a server that only runs a model should not pay for."""
+    if name in _TRAINING:
+        from importlib import import_module
+
+        return getattr(import_module(f"dyntune.training.{_TRAINING[name]}"), name)
+    for part in registered().values():
+        if part.__name__ == name:
+            return part
+    raise AttributeError(f"module 'dyntune' has no attribute {name!r}")

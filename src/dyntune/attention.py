@@ -31,7 +31,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, dropout: float = 0.0
 
 def _ragged(q: Tensor, k: Tensor, v: Tensor, counts: tuple[int, ...], dropout: float) -> Tensor:
     """Attention inside each image; on a CPU image by image, elsewhere in one padded call."""
-    if len(set(counts)) == 1 and counts[0]:
+    if not any(counts):
+        return torch.empty_like(v)
+    if len(set(counts)) == 1:
         q, k, v = (t.unflatten(0, (len(counts), -1)).transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(0, 1)
     return _one_by_one(q, k, v, counts, dropout) if q.device.type == "cpu" else _padded(q, k, v, counts, dropout)
@@ -76,6 +78,8 @@ def _gated(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, dropout: float) -> Ten
     gate = keys[:, None, None, :].to(logits.dtype)
     strongest = logits.detach().masked_fill(gate.detach() < 0.5, -torch.inf).amax(-1, keepdim=True)
     strongest = strongest.masked_fill(strongest == -torch.inf, 0.0)  # an image with every key closed
-    weights = (logits - strongest).clamp(max=0).exp() * gate
+    # Not clamp(max=0): its gradient is 0 at the bound, where the strongest open key always is.
+    distance = logits - strongest
+    weights = torch.where(distance > 0, torch.zeros_like(distance), distance).exp() * gate
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return F.dropout(weights.to(v.dtype), dropout) @ v

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+PREVIOUS = ".adapter_model.previous.safetensors"
 
 
 def save(model: TunedModel, folder: Path, results: dict[str, Any] | None = None) -> Path:
@@ -62,8 +64,7 @@ def save(model: TunedModel, folder: Path, results: dict[str, Any] | None = None)
         "results": results or {},
         "weights_sha256": hashlib.sha256(payload).hexdigest(),
     }
-    write_atomically(folder / WEIGHTS, lambda path: path.write_bytes(payload))
-    write_json(folder / CONFIG, config)
+    _replace(folder, payload, config)
     write_text(folder / CARD, model_card(config, tensors))
     return folder
 
@@ -99,6 +100,7 @@ def load(
         source = {key: value for key, value in config["backbone"].items() if key != "fingerprint"}
         origin = BackboneSource(**source).with_weights(weights or source.get("weights"))
         preprocessing = Preprocessing.from_dict(config["preprocessing"])
+        classes = _classes(config)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / CONFIG} is not a valid configuration: {error!r}.") from error
     except DyntuneError as error:
@@ -107,7 +109,7 @@ def load(
     complete = config["backbone"].get("fingerprint") == fingerprint(())
     host = backbone or replace(origin, weights=None if complete else origin.weights).build(pretrained=not complete)
     model = TunedModel(host, parts)
-    _fill(model, tensors, folder)
+    _require_fit(model, tensors, folder)
     trained_on, given = config["backbone"].get("fingerprint"), frozen_fingerprint(model)
     if check_backbone and trained_on != given:
         raise CheckpointError(
@@ -115,10 +117,31 @@ def load(
             f"(fingerprint {trained_on}, given {given}), so its predictions would be wrong. Give the weights it was "
             "trained on (weights=FILE, --weights FILE or backbone=model), or check_backbone=False to load it anyway."
         )
+    with torch.no_grad():
+        for name, parameter in model.tuned_state().items():
+            parameter.copy_(tensors[name])
     model.origin = origin
     model.preprocessing = preprocessing
-    model.classes = tuple(config["classes"]) if config.get("classes") else None
+    model.classes = classes
     return model.to(device).eval()
+
+
+def _replace(folder: Path, payload: bytes, config: dict[str, Any]) -> None:
+    """Puts weights and configuration in place of those in ``folder``; at every moment a whole adapter can be loaded.
+
+    Until the configuration is replaced, it is the old weights that belong to it, so they stay until then.
+    """
+    weights, previous = folder / WEIGHTS, folder / PREVIOUS
+    if weights.exists():
+        shutil.copyfile(weights, previous)
+    try:
+        write_atomically(weights, lambda path: path.write_bytes(payload))
+        write_json(folder / CONFIG, config)
+    except BaseException:
+        if previous.exists():
+            previous.replace(weights)
+        raise
+    previous.unlink(missing_ok=True)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -151,6 +174,16 @@ def frozen_fingerprint(model: TunedModel) -> str:
     return fingerprint((name, p) for name, p in model.backbone.named_parameters() if name not in tuned)
 
 
+def _classes(config: dict[str, Any]) -> tuple[str, ...] | None:
+    """The saved class names, or None if there are none."""
+    names = config.get("classes")
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"classes must be a list of names; given {names!r}.")
+    return tuple(names)
+
+
 def _parts(config: dict[str, Any]) -> tuple[Part, ...]:
     """The saved parts; under the preset that the user named, as long as it still stands for the same parts."""
     parts = tuple(part_from_dict(part) for part in config["parts"])
@@ -165,16 +198,20 @@ def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not path.is_file():
         raise CheckpointError(f"{folder} is incomplete: {WEIGHTS} is missing.")
-    payload = path.read_bytes()
-    if hashlib.sha256(payload).hexdigest() != config.get("weights_sha256"):
+    payloads = [file.read_bytes() for file in (path, folder / PREVIOUS) if file.is_file()]
+    payload = next((p for p in payloads if hashlib.sha256(p).hexdigest() == config.get("weights_sha256")), None)
+    if payload is None:
         raise CheckpointError(
             f"{path} is damaged or does not belong to {CONFIG} (digests differ). Copy the folder again."
         )
-    return safetensors.torch.load(payload)
+    try:
+        return safetensors.torch.load(payload)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}.") from error
 
 
-def _fill(model: TunedModel, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Copies saved tensors into the model; every name and shape must match."""
+def _require_fit(model: TunedModel, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Raises CheckpointError unless the saved tensors are exactly those of the model, by name and shape."""
     own = model.tuned_state()
     shapes = {name: (tuple(p.shape), tuple(tensors[name].shape)) for name, p in own.items() if name in tensors}
     problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
@@ -185,6 +222,3 @@ def _fill(model: TunedModel, tensors: dict[str, Tensor], folder: Path) -> None:
             f"the adapter in {folder} does not fit the backbone: {'; '.join(sorted(problems)[:5])}"
             f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}."
         )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])

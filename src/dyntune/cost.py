@@ -157,7 +157,7 @@ def traced_macs(backbone: Backbone, policies: Sequence[TokenPolicy]) -> int:
     """
     traced = _Traced(backbone)
     shapes = {name: p.to("meta") for name, p in chain(traced.named_parameters(), traced.named_buffers())}
-    images = torch.empty(1, *backbone.image_shape, device="meta")
+    images = torch.empty(1, *backbone.image_shape, device="meta", dtype=next(backbone.parameters()).dtype)
     modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
     try:

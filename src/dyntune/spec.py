@@ -141,7 +141,10 @@ def _parse(text: str, hint: Any) -> Any:
                 if text == str(choice):
                     return choice
         elif get_origin(member) is tuple:
-            return tuple(_parse(item, get_args(member)[0]) for item in text.split("/"))
+            try:
+                return tuple(_parse(item, get_args(member)[0]) for item in text.split("/"))
+            except ValueError:
+                continue
         elif member is bool and text.lower() in ("true", "false", "1", "0", "yes", "no"):
             return text.lower() in ("true", "1", "yes")
         elif member is str:

@@ -15,7 +15,7 @@ from dyntune.data.transforms import Preprocessing
 from dyntune.errors import SpecError
 from dyntune.forward import Compact, Execution, Masked, run
 from dyntune.methods.base import TuningMethod
-from dyntune.policies.base import Output, TokenPolicy
+from dyntune.policies.base import Output, TokenPolicy, check_gates
 from dyntune.registry import expand, resolve
 from dyntune.spec import Part, format_spec
 
@@ -56,7 +56,9 @@ class TunedModel(nn.Module):
             head.requires_grad_(True)
         for part in installed:
             cast(TuningMethod | TokenPolicy, part).install(self.backbone)
-        self.to(next(host.parameters()).device)
+        check_gates(self.backbone, self.policies)
+        like = next(host.parameters())
+        self.backbone.get_submodule("blocks").to(device=like.device, dtype=like.dtype)
         self._tuned = frozenset(name for name, p in self.backbone.named_parameters() if p.requires_grad)
 
     @property

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import timm
 import torch
 from timm.models import load_state_dict
@@ -90,19 +92,22 @@ def create_backbone(
     if not timm.is_model(name):
         raise BackboneError(unknown_name("timm model", name.split(".")[0], timm.list_models("vit*")))
     arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-    if weights is not None:
-        model = timm.create_model(name, pretrained=False, **arguments)
-        load_weights(model, weights)
-        return model
+    download = pretrained and weights is None
     try:
-        return timm.create_model(name, pretrained=pretrained, **arguments)
+        model = timm.create_model(name, pretrained=download, **arguments)
     except Exception as error:
         # timm, huggingface_hub and the network stack each have their own error types for a download that fails.
-        raise BackboneError(
-            f"cannot build {name!r}{' with its pretrained weights' if pretrained else ''}: {_first_line(error)}. "
-            "Without a network, give a local weight file (--weights FILE; weights=... in Python), "
+        advice = (
+            " Without a network, give a local weight file (--weights FILE; weights=... in Python), "
             "or use the built-in backbone (leave --model out)."
+        )
+        raise BackboneError(
+            f"cannot build {name!r}{' with its pretrained weights' if download else ''}: {_first_line(error)}."
+            f"{advice if download else ''}"
         ) from error
+    if weights is not None:
+        load_weights(model, weights)
+    return model
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -122,6 +127,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise BackboneError(f"weights can be read into {SUPPORTED}; given {type(model).__name__}.")
     if path.suffix == ".npz":
         try:
+            with np.load(path, allow_pickle=False) as arrays:
+                blocks = {match[0] for name in arrays for match in re.finditer(r"encoderblock_\d+", name)}
+            if blocks and len(blocks) != len(model.blocks):
+                raise ValueError(f"the file has {len(blocks)} blocks")
             model.load_pretrained(str(path))
         except Exception as error:
             raise BackboneError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from dyntune.backbones.base import Backbone, Unit
+from dyntune.errors import BackboneError
 from dyntune.spec import Part
 from dyntune.tokens import Tokens
 
@@ -83,3 +84,26 @@ class TokenPolicy(Part):
             criterion: the task's loss.
         """
         return {}
+
+
+def check_gates(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
+    """Checks that everything installed on a backbone can run under its gates.
+
+    Raises:
+        BackboneError: two gates decide about the same unit, or a gate around a block hides tokens from a module in it
+            that looks at all of them.
+    """
+    for block in backbone.blocks:
+        gated = [unit for policy in policies for unit in (block, block.attn, block.mlp) if policy.gates(unit)]
+        if len(gated) != len(set(gated)) or (block in gated and len(gated) > 1):
+            raise BackboneError(
+                f"{' and '.join(unit.path for unit in gated)} are gated at the same time. Give one gate per unit, and "
+                "either for a whole layer or for its sub-layers."
+            )
+        for inner in (block.attn, block.mlp) if block in gated else ():
+            for name, module in inner.beside.items():
+                if not getattr(module, "tokenwise", True):
+                    raise BackboneError(
+                        f"{name} at {inner.path} looks at all tokens of an image, but a gate around the layer shows it "
+                        "the active ones only. Put it beside the layer with where=layer."
+                    )

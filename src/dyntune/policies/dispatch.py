@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone, Block, Unit, Where
-from dyntune.errors import BackboneError
 from dyntune.losses import distillation_loss, rate_loss
 from dyntune.policies.base import Criterion, Output, TokenPolicy
 from dyntune.tokens import Tokens
@@ -81,14 +80,6 @@ class Dispatch(TokenPolicy):
 
     def install(self, backbone: Backbone) -> None:
         for unit in backbone.units(self.where):
-            for clash in _overlapping(backbone, unit):
-                if hasattr(clash, "dispatcher"):
-                    raise BackboneError(
-                        f"{clash.path} is gated already, so {unit.path} cannot be. Give dispatch once per unit, and "
-                        "either for a whole layer or for its sub-layers."
-                    )
-            _require_tokenwise(unit)
-        for unit in backbone.units(self.where):
             unit.dispatcher = Dispatcher(unit.width, self.temperature)
 
     def gates(self, unit: Unit) -> bool:
@@ -113,21 +104,3 @@ class Dispatch(TokenPolicy):
         if self.distill_weight:
             terms["distill"] = self.distill_weight * distillation_loss(output.logits, complete().logits)
         return terms
-
-
-def _overlapping(backbone: Backbone, unit: Unit) -> list[Unit]:
-    """The units that must not be gated if ``unit`` is: itself, what contains it, what it contains."""
-    block = next(block for block in backbone.blocks if unit in (block, block.attn, block.mlp))
-    return [block, block.attn, block.mlp] if unit is block else [block, unit]
-
-
-def _require_tokenwise(unit: Unit) -> None:
-    """A module inside a gated block sees active tokens only, so it must treat each token by itself."""
-    if isinstance(unit, Block):
-        for inner in (unit.attn, unit.mlp):
-            for name, module in inner.beside.items():
-                if not getattr(module, "tokenwise", True):
-                    raise BackboneError(
-                        f"{name} at {inner.path} looks at all tokens of an image, but dispatch:where=layer shows it "
-                        "the active ones only. Put it beside the block with where=layer."
-                    )
