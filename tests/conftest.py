@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.layers import SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -74,3 +77,18 @@ def images_for() -> Callable[..., Tensor]:
 def host_name(request: pytest.FixtureRequest) -> str:
     """The name of each kind of host in turn."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small noisy pictures, three classes named by their colour: 12, 4 and 4 of each in three splits."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4), ("test", 4)):
+        for label, colour in enumerate(("blue", "green", "red")):
+            (root / split / colour).mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 100, (20, 20, 3), dtype=np.uint8)
+                pixels[..., 2 - label] += 150
+                Image.fromarray(pixels).save(root / split / colour / f"{index}.png")
+    return root

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -21,21 +20,6 @@ def dyntune(*arguments: object, status: int = 0, cwd: Path | None = None) -> sub
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    """A folder of small pictures, three classes named by their colour."""
-    root = tmp_path_factory.mktemp("photos")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 4), ("test", 4)):
-        for label, colour in enumerate(("blue", "green", "red")):
-            (root / split / colour).mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.integers(0, 100, (20, 20, 3), dtype=np.uint8)
-                pixels[..., 2 - label] += 150
-                Image.fromarray(pixels).save(root / split / colour / f"{index}.png")
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 from dyntune.checkpoint import load
 from dyntune.cost import Cost, MacCounter, cost
 from dyntune.errors import DyntuneError
+from dyntune.published import load_published
 from dyntune.registry import registered
 from dyntune.training.objective import Loss, training_loss
 from dyntune.tuned import TunedModel, tune
@@ -32,6 +33,7 @@ __all__ = [
     "evaluate",
     "fit",
     "load",
+    "load_published",
     "training_loss",
     "tune",
 ]

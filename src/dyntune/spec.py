@@ -21,6 +21,8 @@ class Part:
     """
 
     source: ClassVar[str] = ""
+    published: ClassVar[dict[str, str]] = {}
+    """Tensor names of the public code -> ours, as regular expressions; for ``dyntune.load_published``."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

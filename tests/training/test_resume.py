@@ -7,30 +7,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dyntune.checkpoint import WEIGHTS
 from dyntune.training.state import STATE, RunState
 
 EPOCHS = 3
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    """A folder of 48 small pictures in three classes."""
-    root = tmp_path_factory.mktemp("photos")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 4)):
-        for label, colour in enumerate(("red", "green", "blue")):
-            (root / split / colour).mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.integers(0, 120, (16, 16, 3), dtype=np.uint8)
-                pixels[..., label] += 130
-                Image.fromarray(pixels).save(root / split / colour / f"{index}.png")
-    return root
 
 
 def _start(photos: Path, out: Path, *more: str) -> subprocess.Popen:

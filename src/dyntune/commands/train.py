@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import torch
 import typer
+from accelerate import PartialState
 
 from dyntune.commands.common import (
     DEFAULT_MODEL,
@@ -107,6 +108,8 @@ def command(
     tuned = build_model(model, method, tokens, weights=weights, classes=splits.classes, **arguments)
     bar = ProgressBar(tuned.spec)
     result = fit(tuned, splits.train, chosen, out=run, resume=resume, progress=bar, settings=settings)
+    if not PartialState().is_main_process:
+        return
     figures = cost(tuned)
     if json:
         print_json(

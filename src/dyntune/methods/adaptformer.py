@@ -53,6 +53,7 @@ class AdaptFormer(TuningMethod):
     """
 
     source: ClassVar[str] = "Chen et al., NeurIPS 2022, arXiv 2205.13535"
+    published: ClassVar[dict[str, str]] = {r"^blocks\.(\d+)\.adaptmlp\.": r"blocks.\1.mlp.beside.adapter."}
 
     bottleneck: int = 8
     scale: float | Literal["learnable"] = 0.1

@@ -64,6 +64,9 @@ class Dispatch(TokenPolicy):
     """
 
     source: ClassVar[str] = "Zhao et al., NeurIPS 2024, arXiv 2403.11808, sections 3.2 and 3.3"
+    published: ClassVar[dict[str, str]] = {
+        r"^blocks\.(\d+)\.mlp_token_select\.mlp_head\.": r"blocks.\1.mlp.dispatcher.gate."
+    }
 
     rate: float = 0.5
     where: Where = "mlp"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +13,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from timm.data import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -27,7 +23,9 @@ from dyntune.data.transforms import build_transform
 from dyntune.errors import TrainingError
 from dyntune.files import write_json
 from dyntune.forward import activation_rates
+from dyntune.training.accelerator import make_accelerator
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
+from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.logs import RunLog
 from dyntune.training.objective import training_loss
 from dyntune.training.progress import Progress, Silent
@@ -35,10 +33,6 @@ from dyntune.training.randomness import EpochSampler, SeededDataset, seed_all
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE, RunState
 from dyntune.tuned import TunedModel
-
-
-class TrainingInterrupted(TrainingError):
-    """The user, or the system, asked a run to stop; its state is saved."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +65,9 @@ def fit(
 ) -> FitResult:
     """Trains a tuned model in place; afterwards it holds the weights of the best epoch and is in eval mode.
 
-    With ``out``, the folder holds the adapter of the best epoch (for ``load``), ``log.jsonl``, TensorBoard files, and
-    the state that ``resume`` continues from: a run that was stopped at any moment comes to the same weights, bit for
-    bit on a CPU, as one that was not.
+    With ``out``, the folder holds the adapter of the best epoch (for ``load``), that of the last one in ``last``,
+    ``log.jsonl``, TensorBoard files, and the state that ``resume`` continues from: a run that was stopped at any
+    moment comes to the same weights, bit for bit on a CPU, as one that was not.
 
     Args:
         model: from ``tune``.
@@ -127,9 +121,10 @@ class _Run:
         settings: TrainSettings,
         progress: Progress,
     ) -> None:
-        self.model, self.out, self.settings, self.progress = model, out, settings, progress
+        self.model, self.out, self.settings = model, out, settings
         self.select = settings.select if val_set is not None else "last"
-        self.accelerator = _accelerator(settings)
+        self.accelerator = make_accelerator(settings)
+        self.progress = progress if self._main else Silent()
         size = len(train_set)  # type: ignore[arg-type]
         if not size:
             raise TrainingError("the training set is empty.")
@@ -170,7 +165,7 @@ class _Run:
         started = time.perf_counter()
         log = RunLog(self.out, epoch * self.steps_per_epoch + step) if self.out and self._main else None
         try:
-            with _stop_requests() as stop, self.progress:
+            with stop_requests() as stop, self.progress:
                 for current in range(epoch, self.settings.epochs):
                     self._epoch(current, step if current == epoch else 0, log, stop)
         finally:
@@ -275,13 +270,15 @@ class _Run:
             if log:
                 figures = {"accuracy": accuracy, "loss": evaluation.loss, "activation": evaluation.activation}
                 log.write("val", (epoch + 1) * self.steps_per_epoch, {"epoch": epoch + 1, **figures})
+        measured = {"epoch": epoch + 1, **({} if accuracy is None else {"val_accuracy": round(accuracy, 6)})}
         if accuracy is None or self.select == "last" or accuracy >= self.best:
             self.best = -1.0 if accuracy is None else accuracy
             self.best_epoch = epoch + 1
             self.best_tensors = {name: p.detach().cpu().clone() for name, p in self.model.tuned_state().items()}
             if self.out and self._main:
-                measured = {"epoch": epoch + 1, **({} if accuracy is None else {"val_accuracy": round(accuracy, 6)})}
                 save(self.model, self.out, measured)
+        if self.out and self._main:
+            save(self.model, self.out / "last", measured)
         self._write_state(epoch + 1, 0)
 
     def _evaluate(self) -> Evaluation:
@@ -337,20 +334,6 @@ class _Run:
         return f"{where}; the state is saved in {self.out}. Go on with --resume." if self.out else f"{where}."
 
 
-def _accelerator(settings: TrainSettings) -> Accelerator:
-    precision = {"fp32": "no"}.get(settings.precision, settings.precision)
-    cpu = settings.device == "cpu"
-    # Accelerate keeps precision and device for the whole process; without this a second run could not choose others.
-    if AcceleratorState._shared_state and AcceleratorState().num_processes == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, gradient_accumulation_steps=settings.accumulate)
-    if settings.device in ("cuda", "mps") and accelerator.device.type != settings.device:
-        raise TrainingError(f"device={settings.device}: there is none; this machine offers {accelerator.device.type}.")
-    if settings.precision == "fp16" and accelerator.device.type == "cpu":
-        raise TrainingError("precision=fp16 needs a GPU; on a CPU use fp32 or bf16.")
-    return accelerator
-
-
 def _mixup(settings: TrainSettings, model: TunedModel) -> Mixup | None:
     if not settings.mixup and not settings.cutmix:
         return None
@@ -368,25 +351,3 @@ def _training_images(dataset: Dataset[Any], model: TunedModel, settings: TrainSe
     if settings.augment != "none":
         raise TrainingError("augment needs a data set of PIL images; this one has a transform of its own.")
     return dataset
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the running step; a second one acts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

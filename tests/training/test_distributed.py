@@ -1,0 +1,33 @@
+"""Several processes, as ``torchrun`` starts them: together they do what one does with the whole batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from dyntune.training.logs import read_log
+from dyntune.training.state import RunState
+
+
+def _train(photos: Path, out: Path, batch_size: int, launcher: tuple[str, ...]) -> str:
+    arguments = ["train", str(photos), "--out", str(out), "--method", "linear", "--epochs", "1", "--lr", "0.01"]
+    arguments += ["--batch-size", str(batch_size), "--device", "cpu", "--warmup-epochs", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *launcher, "dyntune.cli", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_two_processes_train_like_one_with_twice_the_batch(photos, tmp_path):
+    _train(photos, tmp_path / "one", 12, ())
+    printed = _train(photos, tmp_path / "two", 6, ("torch.distributed.run", "--nproc_per_node", "2", "-m"))
+    assert printed.count("saved epoch") == 1, "only the main process speaks"
+    one, two = (RunState.read(tmp_path / name) for name in ("one", "two"))
+    assert {entry["step"].item() for entry in two.optimizer["state"].values()} == {3.0}
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(two.tensors[name], tensor, atol=1e-5, rtol=1e-4)
+    scores = [[r["accuracy"] for r in read_log(tmp_path / name) if r["kind"] == "val"] for name in ("one", "two")]
+    assert scores[0] == scores[1]
