@@ -16,7 +16,7 @@ import dyntune
 from dyntune import attention
 from dyntune.errors import BackboneError, SpecError
 from dyntune.forward import Compact, Masked, activation_rates, run
-from dyntune.policies.base import TokenPolicy
+from dyntune.policies.base import Gate, TokenPolicy
 from dyntune.tokens import Tokens
 
 VARIANTS = ("mlp", "attn", "attn-mlp", "layer")
@@ -32,9 +32,11 @@ class GivenMasks(TokenPolicy):
     def __post_init__(self):
         pass
 
+    def gates(self, unit):
+        return unit.path in self.masks
+
     def gate(self, unit, tokens):
-        mask = self.masks.get(unit.path)
-        return None if mask is None else mask.to(tokens.x.dtype)
+        return Gate(unit.path, self.masks[unit.path].to(tokens.x.dtype), self)
 
 
 def gated_paths(variant, depth=3):
@@ -190,7 +192,7 @@ def test_skipped_tokens_get_exactly_the_adapters_update(tuned, images_for, varia
     tokens = model.backbone.embed(images_for(model.backbone.host, 3))
     mask = torch.rand(3, 16, generator=torch.Generator().manual_seed(0)) > 0.5
     policy = GivenMasks({unit.path: mask})
-    gate = dyntune.policies.base.Gate(unit.path, mask.float(), policy)
+    gate = Gate(unit.path, mask.float(), policy)
     skipped = torch.cat([torch.zeros(3, 1, dtype=torch.bool), ~mask], dim=1)
     out = execution.gated(unit, tokens, gate)
     adapter = unit.beside["adapter"]

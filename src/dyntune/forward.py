@@ -96,7 +96,7 @@ def _ask(unit: Unit, tokens: Tokens, policies: Sequence[TokenPolicy]) -> Gate | 
     """The decision of the one policy that gates ``unit``, if there is one."""
     for policy in policies:
         if policy.gates(unit):
-            return Gate(unit.path, policy.gate(unit, tokens), policy)
+            return policy.gate(unit, tokens)
     return None
 
 

@@ -308,3 +308,21 @@ def test_fresh_dispatchers_have_small_weights_and_no_bias():
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(SpecError, match="dispatch: expected"):
         Dispatch(**options)
+
+
+def test_the_rate_loss_can_hold_the_activation_of_inference(make_host, randomise, images_for):
+    """Noise makes gates with logits near 0 a coin toss; without it they are all open, which is what inference does."""
+    model = dyntune.tune(make_host(), "dispatch:rate=0.5,rate_of=inference,complete_weight=0,distill_weight=0").train()
+    with torch.no_grad():
+        for block in model.backbone.blocks:
+            block.mlp.dispatcher.gate.weight.zero_()
+            block.mlp.dispatcher.gate.bias.fill_(0.01)
+    images = images_for(model.backbone.host, 2)
+    loss = dyntune.training_loss(model, images, torch.tensor([0, 1]))
+    assert loss.terms["rate"].item() == pytest.approx(2 * (1.0 - 0.5) ** 2)
+    loss.terms["rate"].backward()
+    # d/db of 2 (m - r)^2 through the straight-through sigmoid: 4 (m - r) S(1 - S) / tau, a third per block
+    soft = torch.sigmoid(torch.tensor(0.01 / 5))
+    expected = 4 * 0.5 * soft * (1 - soft) / 5 / 3
+    for block in model.backbone.blocks:
+        torch.testing.assert_close(block.mlp.dispatcher.gate.bias.grad, expected[None])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dyntune.backbones.timm_vit import SUPPORTED
 from dyntune.errors import BackboneError, unknown_name
 
-_ARGUMENTS = ("num_classes", "global_pool", "in_chans", "dynamic_img_size")
+_ARGUMENTS = ("num_classes", "global_pool", "dynamic_img_size")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def describe(host: nn.Module) -> BackboneSource:
     if not config.get("architecture") or not isinstance(host, VisionTransformer):
         return BackboneSource(None)
     name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
-    arguments = {key: getattr(host, key) for key in _ARGUMENTS}
+    arguments = {key: getattr(host, key) for key in _ARGUMENTS} | {"in_chans": host.patch_embed.proj.in_channels}
     if host.patch_embed.img_size is not None:
         arguments["img_size"] = list(host.patch_embed.img_size)
     return BackboneSource(name, arguments)

@@ -108,7 +108,7 @@ class TimmViT(Backbone):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         height, width = self.host.patch_embed.img_size or self.host.pretrained_cfg["input_size"][1:]
-        return self.host.in_chans, height, width
+        return self.host.patch_embed.proj.in_channels, height, width
 
     @property
     def gradient_checkpointing(self) -> bool:

@@ -22,11 +22,13 @@ class Gate:
         values: ``(B, P)``, 1 for active patches and 0 for skipped ones. While training the values carry the
             straight-through gradient.
         policy: who decided.
+        logits: ``(B, P)``, what the decision was made from before noise, where a policy has that.
     """
 
     unit: str
     values: Tensor
     policy: TokenPolicy
+    logits: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class TokenPolicy(Part):
         """Whether this policy decides which patches ``unit`` computes."""
         return False
 
-    def gate(self, unit: Unit, tokens: Tokens) -> Tensor:
-        """Which patches a gated ``unit`` computes: ``(B, P)`` in {0, 1}. Skipped tokens get no update."""
+    def gate(self, unit: Unit, tokens: Tokens) -> Gate:
+        """Which patches a gated ``unit`` computes. Skipped tokens get no update."""
         raise NotImplementedError
 
     def target_rate(self, unit: Unit) -> float:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone, Block, Unit, Where
 from dyntune.losses import distillation_loss, rate_loss
-from dyntune.policies.base import Criterion, Output, TokenPolicy
+from dyntune.policies.base import Criterion, Gate, Output, TokenPolicy
 from dyntune.tokens import Tokens
+
+RateOf = Literal["training", "inference"]
 
 
 class Dispatcher(nn.Module):
@@ -36,15 +38,27 @@ class Dispatcher(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Patches ``(B, P, C)`` to a gate ``(B, P)`` in {0, 1}, differentiable while training."""
-        logits = self.gate(patches).squeeze(-1).float()
+        return self.decide(self.logits(patches)).to(patches.dtype)
+
+    def logits(self, patches: Tensor) -> Tensor:
+        """Patches ``(B, P, C)`` to the logits ``(B, P)`` of being active, in fp32."""
+        return self.gate(patches).squeeze(-1).float()
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """Logits to a gate in {0, 1}: noisy and differentiable while training, a plain threshold in evaluation."""
         if not self.training:
-            return (logits > 0).to(patches.dtype)
+            return (logits > 0).to(logits.dtype)
         first = -torch.empty_like(logits).exponential_().log()
         second = -torch.empty_like(logits).exponential_().log()
-        soft = ((logits + first - second) / self.temperature).sigmoid()
-        hard = (soft > 0.5).to(soft.dtype)
-        # In this order the forward value is exactly 0 or 1: hard - soft + soft may miss it by a rounding error.
-        return (hard + (soft - soft.detach())).to(patches.dtype)
+        return straight_through(logits + first - second, self.temperature)
+
+
+def straight_through(logits: Tensor, temperature: float) -> Tensor:
+    """1 where the logit is above 0, else 0; backward, the gradient of ``sigmoid(logits / temperature)``."""
+    soft = (logits / temperature).sigmoid()
+    hard = (soft > 0.5).to(soft.dtype)
+    # In this order the forward value is exactly 0 or 1: hard - soft + soft may miss it by a rounding error.
+    return hard + (soft - soft.detach())
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,8 @@ class Dispatch(TokenPolicy):
         where: the gated units. attn-mlp gates both sub-layers of a block separately, layer the block as a whole.
         temperature: of the Gumbel-sigmoid; it shapes the gradient only.
         rate_weight: coefficient of the rate loss, the squared distance of the mean activation to the target.
+        rate_of: the activation that the rate loss holds to the target: the noisy gates' of training, as published, or
+            that of inference, which decides without noise. The two differ by several points after a short training.
         complete_weight: coefficient of the complete-model loss: the task's loss with every token computed.
         distill_weight: coefficient of the distillation from the complete model to the dispatched one.
     """
@@ -72,6 +88,7 @@ class Dispatch(TokenPolicy):
     where: Where = "mlp"
     temperature: float = 5.0
     rate_weight: float = 2.0
+    rate_of: RateOf = "training"
     complete_weight: float = 1.0
     distill_weight: float = 1.0
 
@@ -89,8 +106,10 @@ class Dispatch(TokenPolicy):
         kind = "layer" if isinstance(unit, Block) else unit.path.rsplit(".", 1)[-1]
         return kind == self.where or (self.where == "attn-mlp" and kind != "layer")
 
-    def gate(self, unit: Unit, tokens: Tokens) -> Tensor:
-        return unit.get_submodule("dispatcher")(tokens.patches)
+    def gate(self, unit: Unit, tokens: Tokens) -> Gate:
+        dispatcher = cast(Dispatcher, unit.get_submodule("dispatcher"))
+        logits = dispatcher.logits(tokens.patches)
+        return Gate(unit.path, dispatcher.decide(logits).to(tokens.x.dtype), self, logits)
 
     def target_rate(self, unit: Unit) -> float:
         return self.rate
@@ -100,10 +119,16 @@ class Dispatch(TokenPolicy):
     ) -> dict[str, Tensor]:
         terms = {}
         if self.rate_weight:
-            gates = [gate.values for gate in output.gates if gate.policy is self]
+            gates = [self._held(gate) for gate in output.gates if gate.policy is self]
             terms["rate"] = self.rate_weight * rate_loss(gates, self.rate)
         if self.complete_weight:
             terms["complete"] = self.complete_weight * criterion(complete().logits, targets)
         if self.distill_weight:
             terms["distill"] = self.distill_weight * distillation_loss(output.logits, complete().logits)
         return terms
+
+    def _held(self, gate: Gate) -> Tensor:
+        """The gate whose mean the rate loss holds to the target."""
+        if self.rate_of == "training" or gate.logits is None:
+            return gate.values
+        return straight_through(gate.logits, self.temperature)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from dyntune.backbones.base import Where
 from dyntune.methods.adaptformer import AdaptFormer
 from dyntune.methods.moe_adapter import MoeAdapter, Normalise
-from dyntune.policies.dispatch import Dispatch
+from dyntune.policies.dispatch import Dispatch, RateOf
 from dyntune.presets.base import Preset
 from dyntune.spec import Part
 
@@ -29,6 +29,8 @@ class DyT(Preset):
         experts: 1 for a plain adapter, more for the MoE-adapter.
         normalise: what turns the MoE router's outputs into the experts' shares.
         rate_weight: coefficient of the rate loss.
+        rate_of: whether the rate loss holds the noisy activation of training to the target, as published, or that of
+            inference.
         complete_weight: coefficient of the complete-model loss.
         distill_weight: coefficient of the distillation loss.
     """
@@ -44,6 +46,7 @@ class DyT(Preset):
     experts: int = 1
     normalise: Normalise = "softmax"
     rate_weight: float = 2.0
+    rate_of: RateOf = "training"
     complete_weight: float = 1.0
     distill_weight: float = 1.0
 
@@ -68,6 +71,7 @@ class DyT(Preset):
             where=self.dispatch,
             temperature=self.temperature,
             rate_weight=self.rate_weight,
+            rate_of=self.rate_of,
             complete_weight=self.complete_weight,
             distill_weight=self.distill_weight,
         )
