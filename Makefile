@@ -12,7 +12,7 @@ test: $(STAMP)  ## style, types and all tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n auto
 
 lint: $(STAMP)  ## put the code into shape
 	$(VENV)/bin/ruff format .

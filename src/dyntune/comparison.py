@@ -27,6 +27,8 @@ from dyntune.tuned import TunedModel, tune
 
 DENSE = "dense backbone"
 """Name of the untouched backbone, the reference of every speed."""
+SPEED_BATCH = 64
+"""Images in the batch that speeds are measured on."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def compare(
         )
         seconds[spec] = result.seconds
     evaluations = {spec: evaluate(m, data.test, batch_size=settings.batch_size) for spec, m in models.items()}
-    speeds = compare_speed(models, first_batch(data.test, next(iter(models.values())), settings.batch_size))
+    speeds = compare_speed(models, first_batch(data.test, next(iter(models.values())), SPEED_BATCH))
     rows = [
         Row(
             method=spec,

@@ -190,8 +190,9 @@ _TEMPLATE = """<!doctype html>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .4rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }}
-th:first-child, td:first-child {{ text-align: left; font-family: ui-monospace, monospace; }}
+th, td {{ padding: .4rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }}
+th:first-child, td:first-child {{ text-align: left; white-space: normal; overflow-wrap: anywhere; }}
+td:first-child {{ font-family: ui-monospace, monospace; }}
 figure {{ margin: 2.5rem 0; }}
 img {{ max-width: 100%; height: auto; }}
 figcaption, .machine {{ color: #555; font-size: .9rem; }}

@@ -38,8 +38,8 @@ def command(
     intro = (
         "The built-in backbone, which never saw a digit, adapted to scikit-learn's handwritten digits: "
         f"{len(splits.train)} training images, {epochs} epochs, {len(splits.test)} test images. "
-        "The backbone stays frozen; DyT computes about "
-        "half of the patches in each MLP and skips the rest."
+        "The backbone stays frozen. The gates of DyT are trained to compute half of the patches in the MLPs and skip "
+        "the rest; the table says what they computed."
     )
     page = write_report(folder, "Dyntune demo: handwritten digits", intro, rows, models, splits.test)
     if json:

@@ -39,8 +39,8 @@ def measure_throughput(
     images: Tensor,
     *,
     reference: str,
-    rounds: int = 11,
-    seconds: float = 0.1,
+    rounds: int = 15,
+    seconds: float = 0.2,
 ) -> dict[str, Throughput]:
     """Times models in turns: each round runs every model, in rotating order, and a ratio compares runs of one round.
 
