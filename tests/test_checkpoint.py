@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -13,8 +14,8 @@ import torch
 
 import dyntune
 from dyntune.backbones.source import create_backbone
-from dyntune.checkpoint import CARD, CONFIG, WEIGHTS
-from dyntune.errors import BackboneError, CheckpointError
+from dyntune.checkpoint import CARD, CONFIG, PREVIOUS, WEIGHTS
+from dyntune.errors import BackboneError, CheckpointError, DyntuneError
 from dyntune.files import write_atomically
 
 TINY = {"img_size": 32, "num_classes": 3}
@@ -381,3 +382,69 @@ def test_refused_adapter_leaves_the_weights_of_the_given_backbone(saved, make_ho
     with pytest.raises(CheckpointError):
         dyntune.load(saved, backbone=host)
     assert all(torch.equal(p, before[name]) for name, p in host.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_another_precision_comes_back_in_it(tmp_path, dtype):
+    host = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3)
+    path = tmp_path / "backbone.safetensors"
+    safetensors.torch.save_file(host.state_dict(), path)
+    model = dyntune.tune(host.to(dtype), "dyt").eval()
+    model.save(tmp_path / "adapter")
+    loaded = dyntune.load(tmp_path / "adapter", weights=path)
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    images = torch.randn(2, 3, 32, 32).to(dtype)
+    assert torch.equal(loaded(images), model(images))
+
+
+@pytest.mark.parametrize("options", [{"act_layer": "relu"}, {"patch_size": 8}, {"init_values": 0.1}, {"qk_norm": True}])
+def test_a_backbone_that_its_name_would_not_build_must_be_given(tmp_path, options):
+    def make():
+        torch.manual_seed(0)
+        return timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, **options)
+
+    model = dyntune.tune(make(), "dyt").eval()
+    model.save(tmp_path / "adapter")
+    with pytest.raises(DyntuneError, match="backbone=model"):
+        dyntune.load(tmp_path / "adapter")
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(dyntune.load(tmp_path / "adapter", backbone=make())(images), model(images))
+
+
+@pytest.mark.parametrize(
+    "extra", [{"checkpoint_path": "/etc/passwd"}, {"pretrained_cfg_overlay": {"file": "x"}}, {"num_classes": {}}]
+)
+def test_a_stranger_cannot_pass_arguments_to_timm(tmp_path, extra):
+    host = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3)
+    dyntune.tune(host, "dyt").save(tmp_path / "adapter")
+    path = tmp_path / "adapter" / CONFIG
+    config = json.loads(path.read_text())
+    config["backbone"]["arguments"] |= extra
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="backbone argument"):
+        dyntune.load(tmp_path / "adapter")
+
+
+def test_two_kills_in_a_row_leave_the_adapter_that_the_configuration_names(make_host, tmp_path, monkeypatch):
+    """A kill between weights and configuration, twice: simulated by a configuration that is never written."""
+    folder = tmp_path / "adapter"
+    first = dyntune.tune(make_host(), "dyt").eval()
+    first.save(folder)
+    for seed in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr("dyntune.checkpoint.write_json", lambda *_: (_ for _ in ()).throw(_Killed()))
+            patch.setattr(Path, "replace", _no_way_back(Path.replace))
+            with pytest.raises(_Killed):
+                torch.manual_seed(seed)
+                dyntune.tune(make_host(), "dyt").save(folder)
+    loaded = dyntune.load(folder, backbone=make_host())
+    assert all(torch.equal(p, loaded.tuned_state()[name]) for name, p in first.tuned_state().items())
+
+
+class _Killed(BaseException):
+    pass
+
+
+def _no_way_back(replace):
+    """After a kill nothing puts the previous weights back."""
+    return lambda self, target: self if self.name == PREVIOUS else replace(self, target)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import dyntune
-from dyntune.backbones.source import BackboneSource, fingerprint
+from dyntune.backbones.source import BackboneSource, check_arguments
 from dyntune.data.transforms import Preprocessing
 from dyntune.errors import CheckpointError, DyntuneError
 from dyntune.files import write_atomically, write_json, write_text
@@ -58,7 +57,12 @@ def save(model: TunedModel, folder: Path, results: dict[str, Any] | None = None)
         "torch_version": torch.__version__,
         "spec": model.spec,
         "parts": [part.to_dict() for part in expand(model.parts)],
-        "backbone": {**model.origin.to_dict(), "fingerprint": frozen_fingerprint(model)},
+        "backbone": {
+            **model.origin.to_dict(),
+            "fingerprint": model.fingerprint,
+            "dtype": str(next(model.backbone.parameters()).dtype).removeprefix("torch."),
+            "complete": tensors.keys() == dict(model.backbone.named_parameters()).keys(),
+        },
         "preprocessing": model.preprocessing.to_dict(),
         "classes": model.classes,
         "results": results or {},
@@ -97,8 +101,12 @@ def load(
     tensors = _read_weights(folder, config)
     try:
         parts = _parts(config)
-        source = {key: value for key, value in config["backbone"].items() if key != "fingerprint"}
-        origin = BackboneSource(**source).with_weights(weights or source.get("weights"))
+        recorded = config["backbone"]
+        origin = BackboneSource(recorded["name"], check_arguments(recorded["arguments"]), recorded["weights"])
+        origin = origin if weights is None else origin.with_weights(weights)
+        dtype = {
+            str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        }[recorded["dtype"]]
         preprocessing = Preprocessing.from_dict(config["preprocessing"])
         classes = _classes(config)
     except (KeyError, TypeError, AttributeError) as error:
@@ -106,16 +114,16 @@ def load(
     except DyntuneError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     # Full tuning saves every weight, so the pretrained ones need not be had.
-    complete = config["backbone"].get("fingerprint") == fingerprint(())
-    host = backbone or replace(origin, weights=None if complete else origin.weights).build(pretrained=not complete)
-    model = TunedModel(host, parts)
+    complete = bool(recorded.get("complete"))
+    host = backbone or origin.build(pretrained=not complete)
+    model = TunedModel(host.to(dtype), parts)
     _require_fit(model, tensors, folder)
-    trained_on, given = config["backbone"].get("fingerprint"), frozen_fingerprint(model)
-    if check_backbone and trained_on != given:
+    if check_backbone and not complete and recorded.get("fingerprint") != model.fingerprint:
         raise CheckpointError(
             f"the adapter in {folder} was trained on other weights of {origin.name or 'its backbone'} than those given "
-            f"(fingerprint {trained_on}, given {given}), so its predictions would be wrong. Give the weights it was "
-            "trained on (weights=FILE, --weights FILE or backbone=model), or check_backbone=False to load it anyway."
+            f"(fingerprint {recorded.get('fingerprint')}, given {model.fingerprint}), so it would predict wrongly. "
+            "Give the weights it was trained on (weights=FILE, --weights FILE or backbone=model), or "
+            "check_backbone=False to load it anyway."
         )
     with torch.no_grad():
         for name, parameter in model.tuned_state().items():
@@ -132,8 +140,8 @@ def _replace(folder: Path, payload: bytes, config: dict[str, Any]) -> None:
     Until the configuration is replaced, it is the old weights that belong to it, so they stay until then.
     """
     weights, previous = folder / WEIGHTS, folder / PREVIOUS
-    if weights.exists():
-        shutil.copyfile(weights, previous)
+    if weights.exists() and _belongs(weights.read_bytes(), folder):
+        write_atomically(previous, lambda path: shutil.copyfile(weights, path))
     try:
         write_atomically(weights, lambda path: path.write_bytes(payload))
         write_json(folder / CONFIG, config)
@@ -142,6 +150,14 @@ def _replace(folder: Path, payload: bytes, config: dict[str, Any]) -> None:
             previous.replace(weights)
         raise
     previous.unlink(missing_ok=True)
+
+
+def _belongs(payload: bytes, folder: Path) -> bool:
+    """Whether the configuration in ``folder`` names these weights."""
+    try:
+        return hashlib.sha256(payload).hexdigest() == read_config(folder).get("weights_sha256")
+    except CheckpointError:
+        return False
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -166,12 +182,6 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} has format {config.get('format')!r}; this Dyntune reads up to {FORMAT}. Upgrade Dyntune."
         )
     return config
-
-
-def frozen_fingerprint(model: TunedModel) -> str:
-    """Digest of everything that the adapter relies on but does not contain: the backbone's frozen weights."""
-    tuned = model.tuned_state()
-    return fingerprint((name, p) for name, p in model.backbone.named_parameters() if name not in tuned)
 
 
 def _classes(config: dict[str, Any]) -> tuple[str, ...] | None:
@@ -214,11 +224,14 @@ def _require_fit(model: TunedModel, tensors: dict[str, Tensor], folder: Path) ->
     """Raises CheckpointError unless the saved tensors are exactly those of the model, by name and shape."""
     own = model.tuned_state()
     shapes = {name: (tuple(p.shape), tuple(tensors[name].shape)) for name, p in own.items() if name in tensors}
-    problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
-    problems += [f"unexpected {name}" for name in tensors.keys() - own.keys()]
+    problems = [f"missing {name}" for name in sorted(own.keys() - tensors.keys())]
+    problems += [f"unexpected {name}" for name in sorted(tensors.keys() - own.keys())]
     problems += [f"{name} is {theirs}, expected {ours}" for name, (ours, theirs) in shapes.items() if ours != theirs]
+    if any("host.head" in problem for problem in problems):
+        classes = tensors["host.head.bias"].shape[0] if "host.head.bias" in tensors else 0
+        problems.insert(0, f"its head has {classes} classes, that of the backbone given {model.backbone.classes}")
     if problems:
         raise CheckpointError(
-            f"the adapter in {folder} does not fit the backbone: {'; '.join(sorted(problems)[:5])}"
+            f"the adapter in {folder} does not fit the backbone: {'; '.join(problems[:5])}"
             f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}."
         )

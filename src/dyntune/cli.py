@@ -41,13 +41,12 @@ def main() -> None:
     """Entry point of the ``dyntune`` program."""
     try:
         app()
-    except DyntuneError as error:
-        err.print(f"[bold red]error:[/bold red] {_plain(str(error))}", highlight=False, soft_wrap=True)
+    except (DyntuneError, OSError) as error:
+        # An error in a worker process arrives with that process's traceback around it.
+        text = str(error).rpartition("Error: ")[2] if "Original Traceback" in str(error) else str(error)
+        err.print("error:", style="bold red", end=" ")
+        err.print(text.strip(), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")  # rich would read [...] as markup
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dyntune.backbones.source import create_backbone
 from dyntune.cost import cost
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.errors import DataError, SpecError
@@ -23,7 +22,7 @@ from dyntune.training.progress import Progress
 from dyntune.training.settings import TrainSettings
 from dyntune.training.throughput import Throughput, measure_throughput
 from dyntune.training.trainer import fit
-from dyntune.tuned import TunedModel, tune
+from dyntune.tuned import TunedModel, build_tuned
 
 DENSE = "dense backbone"
 """Name of the untouched backbone, the reference of every speed."""
@@ -71,6 +70,8 @@ def split_specs(text: str) -> list[str]:
     if not specs:
         raise SpecError("no method given; for instance linear,adaptformer,dyt:rate=0.5.")
     resolve(specs)
+    if len({folder_name(spec) for spec in specs}) < len(specs):
+        raise SpecError(f"{text!r} names a method twice; give each once.")
     return specs
 
 
@@ -114,10 +115,7 @@ def compare(
     seconds: dict[str, float] = {}
     for spec in specs:
         torch.manual_seed(settings.seed)  # the same new head for every method
-        host = create_backbone(model, weights=weights, num_classes=len(data.classes))
-        models[spec] = tune(host, spec)
-        models[spec].classes = data.classes
-        models[spec].origin = models[spec].origin.with_weights(weights)
+        models[spec] = build_tuned(model, spec, classes=data.classes, weights=weights)
         result = fit(
             models[spec],
             data.train,

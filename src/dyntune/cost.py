@@ -82,7 +82,7 @@ class Planned(Compact):
         self.counter.macs = before + costs[0] + (expected % 1) * (costs[1] - costs[0])
         return out
 
-    def select(self, unit: Unit, tokens: Tokens, gate: Gate) -> tuple[Tensor, tuple[int, ...]]:
+    def select(self, unit: Unit, tokens: Tokens, gate: Gate) -> tuple[Tensor, tuple[int, ...] | None]:
         images, count = gate.values.shape[0], tokens.prefix + self.active
         return torch.empty(images * count, dtype=torch.long, device=tokens.x.device), (count,) * images
 

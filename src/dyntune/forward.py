@@ -49,11 +49,11 @@ class Compact:
         out = (tokens.x.clone() if beside is None else tokens.x + beside).reshape(batch * count, width)
         return out.index_add_(0, index, update.to(out.dtype)).view(batch, count, width)
 
-    def select(self, unit: Unit, tokens: Tokens, gate: Gate) -> tuple[Tensor, tuple[int, ...]]:
-        """Positions of the active tokens in the flattened batch, and how many each image has."""
+    def select(self, unit: Unit, tokens: Tokens, gate: Gate) -> tuple[Tensor, tuple[int, ...] | None]:
+        """Positions of the active tokens in the flattened batch, and for attention how many each image has."""
         mask = tokens.cover_prefix(gate.values) > 0.5
         # Only attention asks which token belongs to which image, and on a GPU the answer costs a synchronisation.
-        counts = (-1,) if unit.tokenwise else tuple(mask.sum(1).tolist())
+        counts = None if unit.tokenwise else tuple(mask.sum(1).tolist())
         return mask.flatten().nonzero().squeeze(1), counts
 
 

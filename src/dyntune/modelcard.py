@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dyntune.backbones.builtin import BUILTIN_BACKBONE
+
 
 def model_card(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """Markdown with the metadata that model hubs read.
@@ -21,7 +23,7 @@ def model_card(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     metadata = [
         "---",
         "library_name: dyntune",
-        *([f"base_model: timm/{config['backbone']['name']}"] if config["backbone"]["name"] else []),
+        *([f"base_model: timm/{name}"] if (name := config["backbone"]["name"]) not in (None, BUILTIN_BACKBONE) else []),
         "pipeline_tag: image-classification",
         "tags: [dyntune, parameter-efficient-fine-tuning, token-skipping]",
         "---",

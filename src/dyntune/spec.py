@@ -28,7 +28,7 @@ class Part:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             try:
-                object.__setattr__(self, field.name, _coerce(value, _hints(type(self))[field.name]))
+                object.__setattr__(self, field.name, coerce(value, _hints(type(self))[field.name]))
             except ValueError as error:
                 raise SpecError(f"{self.name()}: {field.name}={value!r} is not valid: expected {error}.") from None
         self.check()
@@ -153,13 +153,13 @@ def _parse(text: str, hint: Any) -> Any:
             return text
         elif member in (int, float):
             try:
-                return _coerce(member(text), member)
+                return coerce(member(text), member)
             except ValueError:
                 continue
     raise ValueError(" or ".join(map(_expected, _members(hint))))
 
 
-def _coerce(value: Any, hint: Any) -> Any:
+def coerce(value: Any, hint: Any) -> Any:
     """``value`` as exactly the type ``hint`` (whole numbers as floats, lists as tuples); ValueError otherwise."""
     for member in _members(hint):
         if get_origin(member) is Literal:
@@ -167,7 +167,7 @@ def _coerce(value: Any, hint: Any) -> Any:
                 return value
         elif get_origin(member) is tuple:
             if isinstance(value, list | tuple):
-                return tuple(_coerce(item, get_args(member)[0]) for item in value)
+                return tuple(coerce(item, get_args(member)[0]) for item in value)
         elif member is float:
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
                 return float(value)

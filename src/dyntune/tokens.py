@@ -12,15 +12,15 @@ from torch import Tensor
 class Tokens:
     """Token features and their layout; immutable, local to one forward pass.
 
-    Two layouts exist. *Dense*: ``x`` is ``(B, N, C)``, ``counts`` is None. *Ragged*: ``x`` is ``(M, C)``, the tokens of
-    all images one after the other, ``counts[b]`` of them from image ``b``.
+    Two layouts exist. *Dense*: ``x`` is ``(B, N, C)``. *Ragged*: ``x`` is ``(M, C)``, the tokens of all images one
+    after the other, ``counts[b]`` of them from image ``b``.
 
     Args:
         x: features, ``(B, N, C)`` or ``(M, C)``.
         prefix: leading tokens of every image (class, register) that are no image patches. They are always computed.
         grid: rows and columns of patches in the image.
         keys: ``(B, N)`` with 1 for the tokens that may be attended to, 0 for the others; None means all.
-        counts: tokens of each image in the ragged layout.
+        counts: tokens of each image in the ragged layout; None where nothing asks which token is whose.
     """
 
     x: Tensor

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
 from dyntune.backbones import wrap
-from dyntune.backbones.source import BackboneSource, describe
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.source import BackboneSource, create_backbone, describe, fingerprint
 from dyntune.cost import traced_macs
 from dyntune.data.transforms import Preprocessing
-from dyntune.errors import SpecError
+from dyntune.errors import DyntuneError, SpecError
 from dyntune.forward import Compact, Execution, Masked, run
 from dyntune.methods.base import TuningMethod
 from dyntune.policies.base import Output, TokenPolicy, check_gates
@@ -38,12 +39,14 @@ class TunedModel(nn.Module):
         preprocessing: what images must go through before they reach the model.
         origin: where the backbone's weights come from, so that ``load`` can build it again.
         dense_macs: MACs per image of the untouched backbone without its head.
+        fingerprint: digest of the untouched backbone's weights without its head; None without weights (meta device).
     """
 
     def __init__(self, host: nn.Module, parts: Sequence[Part]) -> None:
         super().__init__()
         self.backbone = wrap(host)
         self.dense_macs = traced_macs(self.backbone, ())
+        self.fingerprint = _fingerprint(self.backbone)
         self.origin: BackboneSource = describe(host)
         self.preprocessing = Preprocessing.from_backbone(host)
         self.classes: tuple[str, ...] | None = None
@@ -51,12 +54,18 @@ class TunedModel(nn.Module):
         installed = expand(parts)
         self.methods = tuple(part for part in installed if isinstance(part, TuningMethod))
         self.policies = tuple(part for part in installed if isinstance(part, TokenPolicy))
+        trained_before = {p: p.requires_grad for p in host.parameters()}
         host.requires_grad_(False)
         for head in self.backbone.heads:
             head.requires_grad_(True)
-        for part in installed:
-            cast(TuningMethod | TokenPolicy, part).install(self.backbone)
-        check_gates(self.backbone, self.policies)
+        try:
+            for part in installed:
+                cast(TuningMethod | TokenPolicy, part).install(self.backbone)
+            check_gates(self.backbone, self.policies)
+        except DyntuneError:
+            for parameter, trained in trained_before.items():
+                parameter.requires_grad_(trained)
+            raise
         like = next(host.parameters())
         self.backbone.get_submodule("blocks").to(device=like.device, dtype=like.dtype)
         self._tuned = frozenset(name for name, p in self.backbone.named_parameters() if p.requires_grad)
@@ -123,3 +132,34 @@ def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
     if not resolved:
         raise SpecError('no tuning method given; for instance tune(model, "dyt:rate=0.5") or tune(model, "linear").')
     return TunedModel(model, resolved)
+
+
+def build_tuned(
+    name: str, *parts: str | Part, classes: Sequence[str], weights: str | Path | None = None, **arguments: Any
+) -> TunedModel:
+    """A pretrained backbone by name with a new head and parts on it: what ``dyntune train`` begins with.
+
+    The head starts as the DyT code starts it: truncated normal weights of deviation 0.01, zero biases.
+
+    Args:
+        name: timm model name.
+        parts: as for ``tune``.
+        classes: names of the classes in label order.
+        weights: local weight file of the backbone.
+        arguments: for ``timm.create_model``, for instance ``img_size``.
+    """
+    host = create_backbone(name, weights=weights, num_classes=len(classes), **arguments)
+    model = tune(host, *parts)
+    for head in model.backbone.heads:
+        if isinstance(head, nn.Linear):
+            nn.init.trunc_normal_(head.weight, std=0.01)
+            nn.init.zeros_(head.bias)
+    model.classes = tuple(classes)
+    model.origin = model.origin.with_weights(None if weights is None else Path(weights).resolve())
+    return model
+
+
+def _fingerprint(backbone: Backbone) -> str | None:
+    head = backbone.head_parameters()
+    weights = [(name, p) for name, p in backbone.named_parameters() if name not in head]
+    return None if any(p.is_meta for _, p in weights) else fingerprint(weights)

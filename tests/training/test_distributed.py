@@ -1,6 +1,7 @@
 """Several processes, as ``torchrun`` starts them: together they do what one does with the whole batch."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ def _train(photos: Path, out: Path, batch_size: int, launcher: tuple[str, ...]) 
 
 
 def test_two_processes_train_like_one_with_twice_the_batch(photos, tmp_path):
+    photos = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (photos / "val" / "red" / "0.png").unlink()
     _train(photos, tmp_path / "one", 12, ())
     printed = _train(photos, tmp_path / "two", 6, ("torch.distributed.run", "--nproc_per_node", "2", "-m"))
     assert printed.count("saved epoch") == 1, "only the main process speaks"
@@ -29,5 +32,8 @@ def test_two_processes_train_like_one_with_twice_the_batch(photos, tmp_path):
     assert {entry["step"].item() for entry in two.optimizer["state"].values()} == {3.0}
     for name, tensor in one.tensors.items():
         torch.testing.assert_close(two.tensors[name], tensor, atol=1e-5, rtol=1e-4)
+    # 11 validation images do not divide by two: each must count once.
     scores = [[r["accuracy"] for r in read_log(tmp_path / name) if r["kind"] == "val"] for name in ("one", "two")]
     assert scores[0] == scores[1]
+    losses = [[r["loss"] for r in read_log(tmp_path / name) if r["kind"] == "val"] for name in ("one", "two")]
+    assert abs(losses[0][0] - losses[1][0]) < 1e-4

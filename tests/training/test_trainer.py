@@ -1,6 +1,8 @@
 """``fit``: what it trains, keeps, writes and refuses."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -9,7 +11,11 @@ from torch.utils.data import TensorDataset
 import dyntune
 from dyntune.errors import TrainingError
 from dyntune.training.evaluate import evaluate
+from dyntune.training.interrupt import TrainingInterrupted
 from dyntune.training.logs import read_log
+from dyntune.training.mixing import make_mixup, mixed
+from dyntune.training.progress import Silent
+from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE, RunState
 from dyntune.training.trainer import fit
 
@@ -193,3 +199,134 @@ def test_the_run_folder_says_what_was_asked(make_host, colours, tmp_path):
     assert asked["settings"]["lr"] == 3e-3 and asked["spec"] == "dyt:scale=1"
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert set(config["results"]) == {"epoch", "val_accuracy"}
+
+
+class _CtrlC(Silent):
+    """Sends the process an interrupt in the middle of a given step."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def step(self, figures):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("at", [1, 2, 4, 5])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate": 2}, {"accumulate": 3}, {"mixup": 0.8, "cutmix": 1.0}, {"precision": "bf16"}, {"workers": 1}],
+    ids=str,
+)
+def test_an_interrupted_run_resumes_to_the_same_bits(make_host, colours, tmp_path, options, at):
+    """Three steps of 25, 25 and 10 images: windows of accumulated steps and the last batch are ragged."""
+    options = SHORT | {"batch_size": 25} | options
+    whole, parts = _model(make_host), _model(make_host)
+    fit(whole, *colours, **options)
+    with pytest.raises(TrainingInterrupted, match="resume"):
+        fit(parts, *colours, out=tmp_path / "run", progress=_CtrlC(at), **options)
+    assert RunState.read(tmp_path / "run").epoch * 3 + RunState.read(tmp_path / "run").step >= at
+    resumed = _model(make_host)
+    fit(resumed, *colours, out=tmp_path / "run", resume=True, **options)
+    assert all(torch.equal(p, resumed.tuned_state()[name]) for name, p in whole.tuned_state().items())
+
+
+def test_an_update_that_spoils_the_weights_is_not_saved(make_host, colours, tmp_path, monkeypatch):
+    """The loss of the last step of epoch 2 is finite, its gradient is not."""
+    steps = []
+    step = torch.optim.AdamW.step
+
+    def poisoned(self, *arguments, **keywords):
+        steps.append(1)
+        if len(steps) == 6:
+            self.param_groups[0]["params"][0].grad.fill_(torch.nan)
+        return step(self, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", poisoned)
+    with pytest.raises(TrainingError, match=r"not finite after an update in epoch 2.*last good checkpoint"):
+        fit(_model(make_host), colours[0], out=tmp_path / "run", **SHORT)
+    state = RunState.read(tmp_path / "run")
+    assert state.epoch == 1 and all(torch.isfinite(t).all() for t in state.tensors.values())
+    for folder in (tmp_path / "run", tmp_path / "run" / "last"):
+        saved = dyntune.load(folder, backbone=make_host())
+        assert all(torch.isfinite(p).all() for p in saved.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"patch_size": 16}, "architecture"), ({"seed": 5}, "weights"), ({"drop_path_rate": 0.2}, "architecture")],
+    ids=str,
+)
+def test_resuming_on_another_backbone_is_refused(make_host, colours, tmp_path, change, words):
+    fit(_model(make_host), *colours, out=tmp_path / "run", **SHORT)
+    with pytest.raises(TrainingError, match=rf"started differently.*{words} was"):
+        fit(dyntune.tune(make_host(**change), "dyt:scale=1"), *colours, out=tmp_path / "run", resume=True, **SHORT)
+
+
+def test_resuming_on_other_images_is_refused(make_host, tmp_path):
+    from dyntune.data import ImageSubset, load_data
+
+    digits = load_data("digits").train
+    options = {"epochs": 1, "batch_size": 20, "device": "cpu"}
+    fit(
+        dyntune.tune(make_host(num_classes=10), "linear"), ImageSubset(digits, range(20)), out=tmp_path / "a", **options
+    )
+    with pytest.raises(TrainingError, match="data was"):
+        other = ImageSubset(digits, range(20, 40))
+        fit(dyntune.tune(make_host(num_classes=10), "linear"), other, out=tmp_path / "a", resume=True, **options)
+
+
+def test_the_callers_random_numbers_are_left_alone(make_host, colours):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    model = _model(make_host)
+    torch.manual_seed(3)
+    fit(model, *colours, **SHORT)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_last_window_of_accumulated_steps_weighs_like_the_others(make_host, colours):
+    """60 images in steps of 20, two at a time: the third step is a window of its own, as if of one step."""
+    grads = []
+
+    class Spy(torch.optim.AdamW):
+        def step(self, *arguments, **keywords):
+            grads.append(self.param_groups[0]["params"][-1].grad.clone())
+            return super().step(*arguments, **keywords)
+
+    def run(accumulate):
+        grads.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim, "AdamW", Spy)
+            fit(
+                _model(make_host, "linear"),
+                *colours,
+                **SHORT | {"epochs": 1, "lr": 1e-12, "min_lr": 0.0},
+                accumulate=accumulate,
+            )
+        return [g.norm().item() for g in grads]
+
+    single, double = run(1), run(2)
+    assert len(single) == 3 and len(double) == 2
+    assert double[1] == pytest.approx(single[2], rel=1e-3)
+
+
+def test_mixing_an_odd_batch_keeps_every_image(colours):
+    images, labels = (t[:7].clone() for t in colours[0].tensors)
+    mixup = make_mixup(TrainSettings(mixup=0.8, label_smoothing=0.1), 5)
+    mixed_images, targets = mixed(mixup, images.clone(), labels)
+    assert mixed_images.shape == images.shape and targets.shape == (7, 5)
+    torch.testing.assert_close(targets.sum(1), torch.ones(7))
+    assert torch.equal(mixed_images[6], images[6])
+    assert targets[6, labels[6]].item() == pytest.approx(0.9 + 0.1 / 5)
+    alone, target = mixed(mixup, images[:1].clone(), labels[:1])
+    assert torch.equal(alone, images[:1]) and target.shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"device": "banana"}, {"select": "best"}, {"seed": -1}, {"clip_norm": 0.0}, {"epochs": 1.5}]
+)
+def test_wrong_values_are_refused_before_anything_runs(options):
+    with pytest.raises(TrainingError, match="expected"):
+        TrainSettings(**options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -28,7 +28,8 @@ class Unit(nn.Module, abc.ABC):
         width: channels C of its tokens.
     """
 
-    tokenwise = False
+    kind: ClassVar[Literal["attn", "mlp", "layer"]]
+    tokenwise: ClassVar[bool] = False
     """Whether the update of a token depends on that token alone."""
 
     def __init__(self, path: str, width: int) -> None:
@@ -72,6 +73,8 @@ class Unit(nn.Module, abc.ABC):
 class Attention(Unit):
     """An attention sub-layer, split around the softmax, which is ours: token-wise before and after it."""
 
+    kind = "attn"
+
     @abc.abstractmethod
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Norm and projections: ``(..., C)`` to queries, keys and values, each ``(..., H, D)``."""
@@ -92,11 +95,14 @@ class Attention(Unit):
 class Mlp(Unit):
     """An MLP sub-layer: token-wise, from norm to drop path."""
 
+    kind = "mlp"
     tokenwise = True
 
 
 class Block(Unit):
     """One transformer block: attention, then MLP."""
+
+    kind = "layer"
 
     def __init__(self, index: int, attn: Attention, mlp: Mlp) -> None:
         super().__init__(f"blocks.{index}", mlp.width)
@@ -127,6 +133,11 @@ class Backbone(nn.Module, abc.ABC):
     @abc.abstractmethod
     def heads(self) -> tuple[nn.Module, ...]:
         """The classifier's modules: always trained, always saved, never counted among a method's parameters."""
+
+    @property
+    def classes(self) -> int:
+        """Number of classes of the classifier; 0 without one."""
+        return next((head.out_features for head in self.heads if isinstance(head, nn.Linear)), 0)
 
     @property
     @abc.abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from dyntune.backbones.timm_vit import SUPPORTED
-from dyntune.errors import BackboneError, unknown_name
+from dyntune.errors import BackboneError
 
 _ARGUMENTS = ("num_classes", "global_pool", "dynamic_img_size")
 
@@ -51,7 +52,7 @@ class BackboneSource:
                 "the backbone was not made by timm.create_model, so it cannot be built from its name. "
                 "Build it yourself and pass it: dyntune.load(folder, backbone=model)."
             )
-        file = weights or self.weights
+        file = (weights or self.weights) if pretrained else None
         return create_backbone(self.name, weights=file, pretrained=pretrained, **self.arguments)
 
     def with_weights(self, weights: str | Path | None) -> Self:
@@ -68,11 +69,35 @@ def describe(host: nn.Module) -> BackboneSource:
     config = getattr(host, "pretrained_cfg", None) or {}
     if not config.get("architecture") or not isinstance(host, VisionTransformer):
         return BackboneSource(None)
+    if not timm.is_model(config["architecture"]) or config.get("source") == "hf-hub":
+        return BackboneSource(None)
     name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
     arguments = {key: getattr(host, key) for key in _ARGUMENTS} | {"in_chans": host.patch_embed.proj.in_channels}
     if host.patch_embed.img_size is not None:
         arguments["img_size"] = list(host.patch_embed.img_size)
-    return BackboneSource(name, arguments)
+    source = BackboneSource(name, arguments)
+    # Arguments that leave no trace in these five (an activation, an epsilon, a patch size) would build another model.
+    with torch.device("meta"):
+        rebuilt = source.build(pretrained=False)
+    return source if _structure(rebuilt) == _structure(host) else BackboneSource(None)
+
+
+def check_arguments(arguments: Any) -> dict[str, Any]:
+    """The recorded arguments of a backbone, refused unless they are the few that ``describe`` writes.
+
+    A saved adapter may come from a stranger, and ``timm.create_model`` takes arguments that read files and addresses.
+
+    Raises:
+        BackboneError: another argument, or a value that is no plain number, text or list of numbers.
+    """
+    known = {*_ARGUMENTS, "in_chans", "img_size"}
+    if not isinstance(arguments, dict) or not set(arguments) <= known:
+        raise BackboneError(f"backbone arguments {arguments!r}: expected only {', '.join(sorted(known))}.")
+    for key, value in arguments.items():
+        numbers = isinstance(value, list) and all(type(item) is int for item in value)
+        if not numbers and type(value) not in (int, bool, str):
+            raise BackboneError(f"backbone argument {key}={value!r}: expected a number, a text or a list of numbers.")
+    return arguments
 
 
 def create_backbone(
@@ -89,8 +114,11 @@ def create_backbone(
     Raises:
         BackboneError: unknown name, no weights to be had, or weights that do not fit.
     """
-    if not timm.is_model(name):
-        raise BackboneError(unknown_name("timm model", name.split(".")[0], timm.list_models("vit*")))
+    hub = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    if not hub and not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5)
+        hint = f" Did you mean {near[0]!r}? Also near: {', '.join(near[1:])}." if near else ""
+        raise BackboneError(f"timm has no model {name!r}.{hint} timm.list_models('vit*') lists them.")
     arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     download = pretrained and weights is None
     try:
@@ -168,6 +196,11 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(picked.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _structure(host: nn.Module) -> str:
+    """What a model computes, as its printed form, without what matters in training only."""
+    return re.sub(r"DropPath\(.*?\)", "Identity()", re.sub(r"Dropout\(.*?\)", "Dropout()", str(host)))
 
 
 def _size(model: VisionTransformer) -> str:

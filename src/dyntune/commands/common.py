@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
-from dyntune.backbones.source import create_backbone
 from dyntune.data.base import DataSplits
 from dyntune.errors import DataError, TrainingError
-from dyntune.tuned import TunedModel, tune
+from dyntune.tuned import TunedModel
 
 DataArgument = Annotated[
     str,
@@ -50,15 +49,10 @@ def parts(method: str, tokens: str | None) -> list[str]:
     return [method] if tokens is None else [method, tokens]
 
 
-def build_model(
-    model: str, method: str, tokens: str | None, *, weights: Path | None, classes: tuple[str, ...], **arguments: Any
-) -> TunedModel:
-    """A pretrained backbone with a new head for ``classes`` and the parts on it."""
-    host = create_backbone(model, weights=weights, num_classes=len(classes), **arguments)
-    tuned = tune(host, *parts(method, tokens))
-    tuned.classes = classes
-    tuned.origin = tuned.origin.with_weights(None if weights is None else weights.resolve())
-    return tuned
+def report_skipped(data: DataSplits) -> None:
+    """Says on standard error how many images were left out because they cannot be read."""
+    if data.skipped:
+        err.print(f"left out {len(data.skipped)} images that cannot be read, the first is {data.skipped[0]}")
 
 
 def require_classes(model: TunedModel, data: DataSplits) -> None:

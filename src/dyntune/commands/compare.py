@@ -57,7 +57,7 @@ def command(
         workers=workers,
         seed=seed,
     )
-    splits = load_data(data, seed=seed)
+    splits = load_data(data)
     rows, models = compare(
         specs, splits, folder, model=model, weights=weights, settings=settings, resume=resume, progress=ProgressBar
     )

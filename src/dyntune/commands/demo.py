@@ -39,7 +39,8 @@ def command(
         "The built-in backbone, which never saw a digit, adapted to scikit-learn's handwritten digits: "
         f"{len(splits.train)} training images, {epochs} epochs, {len(splits.test)} test images. "
         "The backbone stays frozen. The gates of DyT are trained to compute half of the patches in the MLPs and skip "
-        "the rest; the table says what they computed."
+        "the rest; the table says what they computed. Its rate loss holds the activation of inference, and "
+        "weighs more than in the paper (docs/dyt.md says why)."
     )
     page = write_report(folder, "Dyntune demo: handwritten digits", intro, rows, models, splits.test)
     if json:

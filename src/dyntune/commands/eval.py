@@ -20,6 +20,7 @@ from dyntune.commands.common import (
     pick_device,
     print_json,
     print_table,
+    report_skipped,
     require_classes,
 )
 from dyntune.comparison import DENSE, compare_speed, first_batch
@@ -34,6 +35,9 @@ def command(
     run: RunArgument,
     data: DataArgument,
     split: Annotated[Literal["test", "val", "train"], typer.Option(help="Which images.")] = "test",
+    val_fraction: Annotated[
+        float, typer.Option(help="As given to train, where val is split off the training images.")
+    ] = 0.2,
     weights: WeightsOption = None,
     batch_size: BatchOption = 64,
     workers: WorkersOption = 0,
@@ -45,7 +49,8 @@ def command(
 ) -> None:
     """Accuracy, activation rate per block, MACs really executed, and images per second beside the dense backbone."""
     model = load(run, weights=weights, device=pick_device(device))
-    splits = load_data(data, on_corrupt=on_corrupt)
+    splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
+    report_skipped(splits)
     require_classes(model, splits)
     images = getattr(splits, split)
     if images is None:
@@ -55,7 +60,14 @@ def command(
         speeds = compare_speed({model.spec: model}, first_batch(images, model, batch_size))
     speed, dense = speeds[model.spec], speeds[DENSE]
     if json:
-        report = {"run": str(run), "data": data, "split": split, **result.to_dict(), "dense_macs": model.dense_macs}
+        report = {
+            "run": str(run),
+            "data": data,
+            "split": split,
+            "skipped": len(splits.skipped),
+            **result.to_dict(),
+            "dense_macs": model.dense_macs,
+        }
         report["images_per_second"] = speed.images_per_second
         print_json({**report, "dense_images_per_second": dense.images_per_second, "speedup": speed.speedup})
         return

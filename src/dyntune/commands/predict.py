@@ -55,7 +55,8 @@ def predict(model: TunedModel, paths: list[Path], top_k: int) -> list[dict[str, 
     """For each image file the ``top_k`` classes with their probabilities, the most probable first."""
     transform = build_transform(model.preprocessing)
     batch = torch.stack([transform(read_image(path)) for path in paths]).to(next(model.parameters()).device)
-    probabilities, labels = model(batch).softmax(-1).topk(min(top_k, model(batch[:1]).shape[-1]))
+    logits = model(batch)
+    probabilities, labels = logits.softmax(-1).topk(min(top_k, logits.shape[-1]))
     names = model.classes
     return [
         {

@@ -17,10 +17,11 @@ from dyntune.commands.common import (
     ModelOption,
     TokensOption,
     WeightsOption,
-    build_model,
     kilobytes,
     out,
+    parts,
     print_json,
+    report_skipped,
 )
 from dyntune.cost import cost
 from dyntune.data import load_data
@@ -28,6 +29,7 @@ from dyntune.errors import DataError
 from dyntune.training.progress import ProgressBar
 from dyntune.training.settings import Device, Precision, Select, TrainSettings
 from dyntune.training.trainer import fit
+from dyntune.tuned import build_tuned
 
 EXAMPLES = (
     "dyntune train digits --method dyt:rate=0.5,scale=1 --out runs/digits",
@@ -60,7 +62,7 @@ def command(
     augment: Annotated[
         Literal["none", "timm"], typer.Option(help="none resizes only; timm crops, flips, recolours.")
     ] = "none",
-    drop_path: Annotated[float, typer.Option(help="Stochastic depth rate of the backbone.")] = 0.0,
+    drop_path: Annotated[float, typer.Option(min=0, max=0.99, help="Stochastic depth rate of the backbone.")] = 0.0,
     accumulate: Annotated[int, typer.Option(min=1, help="Steps whose gradients are added up.")] = 1,
     clip_norm: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
     precision: Annotated[Precision, typer.Option(help="Of the forward and backward pass.")] = "fp32",
@@ -97,15 +99,14 @@ def command(
         seed=seed,
         select=select,
     )
-    splits = load_data(data, seed=seed, val_fraction=val_fraction, on_corrupt=on_corrupt)
-    if splits.skipped:
-        out.print(f"left out {len(splits.skipped)} images that cannot be read, the first is {splits.skipped[0]}")
+    splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
+    report_skipped(splits)
     chosen = splits.test if select == "test" else splits.val
     if chosen is None and select != "last":
         raise DataError(f"{data} has no {select} split to select on; use --select last.")
     torch.manual_seed(seed)
     arguments = {"drop_path_rate": drop_path, **({} if img_size is None else {"img_size": img_size})}
-    tuned = build_model(model, method, tokens, weights=weights, classes=splits.classes, **arguments)
+    tuned = build_tuned(model, *parts(method, tokens), classes=splits.classes, weights=weights, **arguments)
     bar = ProgressBar(tuned.spec)
     result = fit(tuned, splits.train, chosen, out=run, resume=resume, progress=bar, settings=settings)
     if not PartialState().is_main_process:
@@ -113,7 +114,13 @@ def command(
     figures = cost(tuned)
     if json:
         print_json(
-            {"run": str(run), "best_epoch": result.best_epoch, "accuracy": result.best_accuracy, **figures.to_dict()}
+            {
+                "run": str(run),
+                "best_epoch": result.best_epoch,
+                "accuracy": result.best_accuracy,
+                "skipped": len(splits.skipped),
+                **figures.to_dict(),
+            }
         )
         return
     score = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -46,10 +46,6 @@ class Output:
     grid: tuple[int, int]
 
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
-"""Logits ``(B, classes)`` and targets to a scalar loss."""
-
-
 @dataclass(frozen=True)
 class TokenPolicy(Part):
     """A configuration whose ``install`` adds modules to a backbone, and which is asked during a forward pass."""
@@ -74,17 +70,15 @@ class TokenPolicy(Part):
         """Share of patches that a gated ``unit`` is meant to compute; what is counted when no images are given."""
         raise NotImplementedError
 
-    def loss_terms(
-        self, output: Output, complete: Callable[[], Output], targets: Tensor, criterion: Criterion
-    ) -> dict[str, Tensor]:
-        """Weighted terms that this policy adds to the training loss.
+    def complete_weights(self) -> tuple[float, float]:
+        """Coefficients of the complete model's own loss and of the distillation from it.
 
-        Args:
-            output: the training pass.
-            complete: runs the same model on the same images with every token computed; at most once per step.
-            targets: what ``criterion`` compares logits with.
-            criterion: the task's loss.
+        Both are about the model, not about a policy: of several policies the largest coefficients count, once.
         """
+        return 0.0, 0.0
+
+    def loss_terms(self, output: Output) -> dict[str, Tensor]:
+        """Weighted terms that this policy adds to the training loss for the gates of a training pass."""
         return {}
 
 

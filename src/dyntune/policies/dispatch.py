@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from dyntune.backbones.base import Backbone, Block, Unit, Where
-from dyntune.losses import distillation_loss, rate_loss
-from dyntune.policies.base import Criterion, Gate, Output, TokenPolicy
+from dyntune.backbones.base import Backbone, Unit, Where
+from dyntune.losses import rate_loss
+from dyntune.policies.base import Gate, Output, TokenPolicy
 from dyntune.tokens import Tokens
 
 RateOf = Literal["training", "inference"]
@@ -103,8 +102,7 @@ class Dispatch(TokenPolicy):
             unit.dispatcher = Dispatcher(unit.width, self.temperature)
 
     def gates(self, unit: Unit) -> bool:
-        kind = "layer" if isinstance(unit, Block) else unit.path.rsplit(".", 1)[-1]
-        return kind == self.where or (self.where == "attn-mlp" and kind != "layer")
+        return unit.kind == self.where or (self.where == "attn-mlp" and unit.kind != "layer")
 
     def gate(self, unit: Unit, tokens: Tokens) -> Gate:
         dispatcher = cast(Dispatcher, unit.get_submodule("dispatcher"))
@@ -114,18 +112,14 @@ class Dispatch(TokenPolicy):
     def target_rate(self, unit: Unit) -> float:
         return self.rate
 
-    def loss_terms(
-        self, output: Output, complete: Callable[[], Output], targets: Tensor, criterion: Criterion
-    ) -> dict[str, Tensor]:
-        terms = {}
-        if self.rate_weight:
-            gates = [self._held(gate) for gate in output.gates if gate.policy is self]
-            terms["rate"] = self.rate_weight * rate_loss(gates, self.rate)
-        if self.complete_weight:
-            terms["complete"] = self.complete_weight * criterion(complete().logits, targets)
-        if self.distill_weight:
-            terms["distill"] = self.distill_weight * distillation_loss(output.logits, complete().logits)
-        return terms
+    def complete_weights(self) -> tuple[float, float]:
+        return self.complete_weight, self.distill_weight
+
+    def loss_terms(self, output: Output) -> dict[str, Tensor]:
+        if not self.rate_weight:
+            return {}
+        gates = [self._held(gate) for gate in output.gates if gate.policy is self]
+        return {"rate": self.rate_weight * rate_loss(gates, self.rate)}
 
     def _held(self, gate: Gate) -> Tensor:
         """The gate whose mean the rate loss holds to the target."""

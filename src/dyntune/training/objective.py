@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyntune.policies.base import Criterion, Output
+from dyntune.losses import distillation_loss
+from dyntune.policies.base import Output
 from dyntune.tuned import TunedModel
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""Logits ``(B, classes)`` and targets to a scalar loss."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,17 @@ def training_loss(model: TunedModel, images: Tensor, targets: Tensor, criterion:
         criterion: the task's loss on logits and targets.
     """
     output = model.run(images)
-    complete = functools.cache(lambda: model.run(images, complete=True))
     terms = {"task": criterion(output.logits, targets)}
     for policy in model.policies:
-        for name, term in policy.loss_terms(output, complete, targets, criterion).items():
+        for name, term in policy.loss_terms(output).items():
             terms[name] = terms[name] + term if name in terms else term
+    weights = [policy.complete_weights() for policy in model.policies]
+    complete_weight = max((own for own, _ in weights), default=0.0)
+    distill_weight = max((distill for _, distill in weights), default=0.0)
+    if complete_weight or distill_weight:
+        complete = model.run(images, complete=True).logits
+        if complete_weight:
+            terms["complete"] = complete_weight * criterion(complete, targets)
+        if distill_weight:
+            terms["distill"] = distill_weight * distillation_loss(output.logits, complete)
     return Loss(sum(terms.values(), start=terms["task"].new_zeros(())), terms, output)

@@ -1,6 +1,8 @@
 """Random numbers that depend on where a run is, not on how it got there: what makes resuming exact."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,26 +22,40 @@ def seed_all(*position: int) -> None:
     torch.manual_seed(torch_)
 
 
+@contextmanager
+def caller_randomness_kept() -> Iterator[None]:
+    """Gives the global generators back as they were found: a library must not reseed the program that calls it."""
+    python, numpy_, torch_ = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_)  # noqa: NPY002
+        torch.set_rng_state(torch_)
+
+
 class EpochSampler(Sampler[int]):
     """Every index once, in an order that depends on seed and epoch only; can begin in the middle.
 
     Args:
         size: number of samples.
         seed: of the run.
+        multiple: the order is filled up, from its beginning, to a multiple of this, as several processes need.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(self, size: int, seed: int, multiple: int = 1) -> None:
         self.size = size
+        self.padding = -size % multiple
         self.seed = seed
         self.epoch = 0
         self.skip = 0
 
     def __len__(self) -> int:
-        return self.size - self.skip
+        return self.size + self.padding - self.skip
 
     def __iter__(self) -> Any:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
-        return iter(order[self.skip :].tolist())
+        return iter(np.resize(order, self.size + self.padding)[self.skip :].tolist())
 
 
 class SeededDataset(Dataset[Any]):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from dyntune.errors import TrainingError, unknown_name
+from dyntune.spec import coerce
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -60,7 +61,12 @@ class TrainSettings:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        positive = {"epochs": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "workers": 0}
+        for name, hint in get_type_hints(type(self)).items():
+            try:
+                object.__setattr__(self, name, coerce(getattr(self, name), hint))
+            except ValueError as error:
+                raise TrainingError(f"{name}={getattr(self, name)!r}: expected {error}.") from None
+        positive = {"epochs": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "workers": 0, "seed": 0}
         for name, least in positive.items():
             if getattr(self, name) < least:
                 raise TrainingError(f"{name}={getattr(self, name)}: expected at least {least}.")
@@ -68,6 +74,8 @@ class TrainSettings:
             raise TrainingError(f"lr={self.lr}, min_lr={self.min_lr}: expected 0 <= min_lr <= lr and lr above 0.")
         if self.warmup_epochs is not None and not 0 <= self.warmup_epochs <= self.epochs:
             raise TrainingError(f"warmup_epochs={self.warmup_epochs}: expected between 0 and epochs={self.epochs}.")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise TrainingError(f"clip_norm={self.clip_norm}: expected above 0, or None for no limit.")
         if not 0 <= self.label_smoothing < 1 or min(self.mixup, self.cutmix, self.weight_decay) < 0:
             raise TrainingError("expected label_smoothing in [0, 1) and mixup, cutmix, weight_decay of at least 0.")
 

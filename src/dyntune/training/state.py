@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class RunState:
         best: accuracy of the saved adapter, -1 before there is one.
         best_epoch: the epoch that it comes from, counted from 1.
         best_tensors: the trained tensors of that epoch.
-        identity: settings and parts, to refuse resuming another run.
+        seconds: time spent so far.
+        identity: what decides the run's outcome, to refuse resuming another run.
     """
 
     epoch: int
@@ -39,11 +40,12 @@ class RunState:
     best: float
     best_epoch: int
     best_tensors: dict[str, Tensor]
+    seconds: float
     identity: dict[str, Any]
 
     def write(self, folder: Path) -> None:
         """Replaces the state in ``folder`` in one step."""
-        write_atomically(folder / STATE, lambda path: torch.save(asdict(self), path))
+        write_atomically(folder / STATE, lambda path: torch.save(vars(self), path))
 
     @classmethod
     def read(cls, folder: Path) -> RunState:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from dyntune.checkpoint import save
 from dyntune.data.base import LabelledImages
@@ -27,12 +27,16 @@ from dyntune.training.accelerator import make_accelerator
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.logs import RunLog
+from dyntune.training.mixing import make_mixup, mixed
 from dyntune.training.objective import training_loss
 from dyntune.training.progress import Progress, Silent
-from dyntune.training.randomness import EpochSampler, SeededDataset, seed_all
+from dyntune.training.randomness import EpochSampler, SeededDataset, caller_randomness_kept, seed_all
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE, RunState
 from dyntune.tuned import TunedModel
+
+ASKED = "train.json"
+_ADVICE = "Try a tenth of the learning rate, clip_norm=1, a longer warm-up, or fp32 or bf16 instead of fp16."
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class FitResult:
         best_accuracy: accuracy of the saved epoch on the split that picked it; None without such a split.
         best_epoch: the saved epoch, counted from 1.
         steps: steps of the whole run.
-        seconds: time spent training in this call, evaluation included.
+        seconds: time spent on the run, evaluation and earlier calls included.
     """
 
     best_accuracy: float | None
@@ -128,7 +132,8 @@ class _Run:
         size = len(train_set)  # type: ignore[arg-type]
         if not size:
             raise TrainingError("the training set is empty.")
-        self.sampler = EpochSampler(size, settings.seed)
+        world = self.accelerator.num_processes
+        self.sampler = EpochSampler(size, settings.seed, settings.batch_size * world if world > 1 else 1)
         self.data = SeededDataset(_training_images(train_set, model, settings), settings.seed)
         loader = DataLoader(
             self.data,
@@ -138,46 +143,62 @@ class _Run:
             generator=torch.Generator(),  # of its own, so that starting workers draws nothing from the global one
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        val_loader = None
+        self.val_loader: DataLoader[Any] | None = None
         if val_set is not None:
-            val_loader = DataLoader(as_tensors(val_set, model), settings.batch_size, num_workers=settings.workers)
+            images = as_tensors(val_set, model)
+            share = range(self.accelerator.process_index, len(images), world)  # type: ignore[arg-type]
+            self.val_loader = DataLoader(Subset(images, share), settings.batch_size, num_workers=settings.workers)
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise TrainingError(
                 "nothing to train: the model has no head. Create it with num_classes=<number of classes>."
             )
         optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
-        self.mixup = _mixup(settings, model)
+        self.mixup = make_mixup(settings, model.backbone.classes)
         # Mixup smooths the targets itself.
         smoothing = 0.0 if self.mixup else settings.label_smoothing
         criterion = functools.partial(F.cross_entropy, label_smoothing=smoothing)
         self.step_module, self.optimizer, self.loader = self.accelerator.prepare(
             _Step(model, criterion), optimizer, loader
         )
-        self.val_loader = self.accelerator.prepare(val_loader) if val_loader is not None else None
         self.steps_per_epoch = len(self.loader)
         self.best, self.best_epoch = -1.0, 0
         self.best_tensors: dict[str, Tensor] = {}
-        self.identity = {"settings": dataclasses.asdict(settings), "spec": model.spec, "train_images": size}
+        self.seconds = 0.0
+        self.identity = {
+            "settings": dataclasses.asdict(settings),
+            "spec": model.spec,
+            "backbone": model.origin.name,
+            "architecture": hashlib.sha256(str(model.backbone.host).encode()).hexdigest()[:16],
+            "weights": model.fingerprint,
+            "classes": model.classes,
+            "processes": world,
+            "train_images": size,
+            "data": _data_digest(train_set),
+        }
 
     def train(self, resume: bool) -> FitResult:
-        epoch, step = self._begin(resume)
-        started = time.perf_counter()
-        log = RunLog(self.out, epoch * self.steps_per_epoch + step) if self.out and self._main else None
-        try:
-            with stop_requests() as stop, self.progress:
-                for current in range(epoch, self.settings.epochs):
-                    self._epoch(current, step if current == epoch else 0, log, stop)
-        finally:
-            if log:
-                log.close()
+        with caller_randomness_kept():
+            epoch, step = self._begin(resume)
+            self.started = time.perf_counter() - self.seconds
+            log = RunLog(self.out, epoch * self.steps_per_epoch + step) if self.out and self._main else None
+            try:
+                with stop_requests() as stop, self.progress:
+                    for current in range(epoch, self.settings.epochs):
+                        self._epoch(current, step if current == epoch else 0, log, stop)
+                        if self._agreed(stop.is_set()):
+                            raise TrainingInterrupted(self._farewell(current + 1, 0))
+            finally:
+                if log:
+                    log.close()
+            self.seconds = time.perf_counter() - self.started if epoch < self.settings.epochs else self.seconds
         self._fill(self.best_tensors)
         self.model.eval()
         return FitResult(
             best_accuracy=None if self.best < 0 else self.best,
             best_epoch=self.best_epoch,
             steps=self.settings.epochs * self.steps_per_epoch,
-            seconds=time.perf_counter() - started,
+            seconds=self.seconds,
         )
 
     @property
@@ -190,22 +211,27 @@ class _Run:
             if resume:
                 raise TrainingError("resume needs the folder of the run: give out=FOLDER.")
             return 0, 0
-        if not (self.out / STATE).exists():
-            if self.out.exists() and any(self.out.iterdir()) and not resume:
-                raise TrainingError(f"{self.out} is not empty. Give another folder, or remove it.")
+        started = (self.out / STATE).exists()
+        used = self.out.exists() and any(self.out.iterdir())
+        self.accelerator.wait_for_everyone()  # every process has looked before one of them writes
+        if not started:
+            if used and not resume:
+                begun = " A run began there: continue it with resume (--resume)." if (self.out / ASKED).exists() else ""
+                raise TrainingError(f"{self.out} is not empty.{begun} Give another folder, or remove it.")
             if self._main:
-                write_json(self.out / "train.json", self.identity)
+                write_json(self.out / ASKED, self.identity)
             return 0, 0
         if not resume:
             raise TrainingError(
                 f"{self.out} holds a run already. Continue it with resume (--resume), or give another folder."
             )
         state = RunState.read(self.out)
-        changed = self.settings.differences(state.identity["settings"])
+        before = state.identity
+        changed = self.settings.differences(before["settings"])
         changed += [
-            f"{k} was {state.identity[k]}, is {v}"
-            for k, v in self.identity.items()
-            if k != "settings" and v != state.identity[k]
+            f"{key} was {before.get(key)}, is {value}"
+            for key, value in self.identity.items()
+            if key != "settings" and value != before.get(key)
         ]
         if changed:
             raise TrainingError(
@@ -217,6 +243,7 @@ class _Run:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.best, self.best_epoch = state.best, state.best_epoch
         self.best_tensors = state.best_tensors
+        self.seconds = state.seconds
         return state.epoch, state.step
 
     def _epoch(self, epoch: int, first: int, log: RunLog | None, stop: threading.Event) -> None:
@@ -225,21 +252,19 @@ class _Run:
         self.sampler.skip = first * settings.batch_size * accelerator.num_processes
         self.step_module.train()
         self.progress.epoch(epoch, settings.epochs, self.steps_per_epoch, first)
+        began = time.perf_counter()
         for step, (images, targets) in enumerate(self.loader, start=first):
-            began = time.perf_counter()
             seed_all(settings.seed, epoch, 0, step, accelerator.process_index)
             lr = settings.learning_rate(epoch + step / self.steps_per_epoch)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             labels = targets
             if self.mixup:
-                even = len(images) - len(images) % 2  # timm mixes an image with its mirror in the batch
-                images, labels = images[:even], targets[:even]
-                images, targets = self.mixup(images, labels)
+                images, targets = mixed(self.mixup, images, labels)
             with accelerator.accumulate(self.step_module):
                 result = self.step_module(images, targets)
                 self._require_finite(result, epoch, step, lr)
-                accelerator.backward(result["total"])
+                accelerator.backward(result["total"] * self._window_share(step))
                 if accelerator.sync_gradients and settings.clip_norm is not None:
                     accelerator.clip_grad_norm_(self.step_module.parameters(), settings.clip_norm)
                 self.optimizer.step()
@@ -251,17 +276,33 @@ class _Run:
                 **({"activation": float(result["activation"].mean())} if len(result["activation"]) else {}),
                 "images_per_second": len(images) * accelerator.num_processes / (time.perf_counter() - began),
             }
+            began = time.perf_counter()
             self.progress.step(figures)
             done = epoch * self.steps_per_epoch + step + 1
             if log and done % settings.log_every == 0:
                 log.write("train", done, {"epoch": epoch + 1, "lr": lr, **figures})
-            if stop.is_set():
+            # Only between two updates: gradients that wait for an update are not part of the state.
+            if accelerator.sync_gradients and self._agreed(stop.is_set()):
+                self._require_finite_weights(epoch)
                 self._write_state(epoch, step + 1)
                 raise TrainingInterrupted(self._farewell(epoch, step + 1))
         self._finish_epoch(epoch, log)
 
+    def _window_share(self, step: int) -> float:
+        """Factor on the loss of an epoch's last window of accumulated steps, which may be shorter than the others."""
+        window = self.settings.accumulate
+        return window / min(window, self.steps_per_epoch - step // window * window)
+
+    def _agreed(self, mine: bool) -> bool:
+        """Whether any process says yes; all of them must ask at the same point."""
+        if self.accelerator.num_processes == 1:
+            return mine
+        votes = torch.tensor([float(mine)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(votes, "sum").item())
+
     def _finish_epoch(self, epoch: int, log: RunLog | None) -> None:
         """Evaluates, keeps the epoch if it is the best so far (of equals, the later one), and saves."""
+        self._require_finite_weights(epoch)
         accuracy: float | None = None
         if self.val_loader is not None:
             evaluation = self._evaluate()
@@ -282,31 +323,42 @@ class _Run:
         self._write_state(epoch + 1, 0)
 
     def _evaluate(self) -> Evaluation:
-        model, gather = self.model, self.accelerator.gather_for_metrics
-
-        def gathered() -> Iterator[tuple[Tensor, Tensor]]:
-            yield from cast(Any, self.val_loader)
-
-        with self.accelerator.autocast():
-            evaluation = evaluate(model, gathered(), count_macs=False)
+        """This process's share of the validation images, put together with the others'."""
+        loader = cast("DataLoader[Any]", self.val_loader)
+        own: Evaluation | None = None
+        if len(loader.dataset):  # type: ignore[arg-type]
+            with self.accelerator.autocast():
+                own = evaluate(self.model, loader, count_macs=False)
         if self.accelerator.num_processes == 1:
-            return evaluation
-        sums = torch.tensor(
-            [[evaluation.images, evaluation.accuracy * evaluation.images, evaluation.loss * evaluation.images]],
-            device=self.accelerator.device,
+            if own is None:
+                raise TrainingError("the validation set is empty.")
+            return own
+        images, correct, loss, active = (
+            (own.images, own.accuracy * own.images, own.loss * own.images, own.activation * own.images)
+            if own
+            else (0,) * 4
         )
-        images, correct, loss = gather(sums).sum(0).tolist()
-        return dataclasses.replace(evaluation, images=int(images), accuracy=correct / images, loss=loss / images)
+        sums = torch.tensor([images, correct, loss, active], dtype=torch.float64, device=self.accelerator.device)
+        total, correct, loss, active = self.accelerator.reduce(sums, "sum").tolist()
+        return Evaluation(int(total), correct / total, loss / total, active / total, {}, None)
 
     def _require_finite(self, result: dict[str, Any], epoch: int, step: int, lr: float) -> None:
-        if torch.isfinite(result["total"]):
+        if not self._agreed(not bool(torch.isfinite(result["total"]))):
             return
         terms = ", ".join(f"{name} {float(term):g}" for name, term in result["terms"].items())
         kept = f"The last good checkpoint is in {self.out}. " if self.out and (self.out / STATE).exists() else ""
         raise TrainingError(
-            f"the loss is not finite ({terms}) in epoch {epoch + 1}, step {step + 1}, at learning rate {lr:g}. {kept}"
-            "Try a tenth of the learning rate, clip_norm=1, a longer warm-up, or fp32 or bf16 instead of fp16."
+            f"the loss is not finite ({terms}) in epoch {epoch + 1}, step {step + 1}, at learning rate {lr:g}. "
+            f"{kept}{_ADVICE}"
         )
+
+    def _require_finite_weights(self, epoch: int) -> None:
+        """Refuses to save weights that an update has spoilt, so that what is on disk stays good."""
+        spoilt = [name for name, p in self.model.tuned_state().items() if not bool(torch.isfinite(p).all())]
+        if self._agreed(bool(spoilt)):
+            kept = f"The last good checkpoint is in {self.out}. " if self.out and (self.out / STATE).exists() else ""
+            where = spoilt[0] if spoilt else "another process's weights"
+            raise TrainingError(f"{where} is not finite after an update in epoch {epoch + 1}. {kept}{_ADVICE}")
 
     def _fill(self, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
@@ -326,6 +378,7 @@ class _Run:
             best=self.best,
             best_epoch=self.best_epoch,
             best_tensors=self.best_tensors,
+            seconds=time.perf_counter() - self.started,
             identity=self.identity,
         ).write(self.out)
 
@@ -334,15 +387,14 @@ class _Run:
         return f"{where}; the state is saved in {self.out}. Go on with --resume." if self.out else f"{where}."
 
 
-def _mixup(settings: TrainSettings, model: TunedModel) -> Mixup | None:
-    if not settings.mixup and not settings.cutmix:
+def _data_digest(dataset: Dataset[Any]) -> str | None:
+    """Tells two data sets apart by the labels and file names of their images; None for data sets of another kind."""
+    if not isinstance(dataset, LabelledImages):
         return None
-    return Mixup(
-        mixup_alpha=settings.mixup,
-        cutmix_alpha=settings.cutmix,
-        label_smoothing=settings.label_smoothing,
-        num_classes=model.backbone.heads[0].out_features,
-    )
+    digest = hashlib.sha256()
+    for index, target in enumerate(dataset.targets):
+        digest.update(f"{target} {Path(dataset.source(index)).name}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _training_images(dataset: Dataset[Any], model: TunedModel, settings: TrainSettings) -> Dataset[Any]:
