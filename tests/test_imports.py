@@ -66,3 +66,41 @@ def test_importing_the_package_is_light():
     program = f"import sys, dyntune; print(*(name for name in {HEAVY} if name in sys.modules))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.split() == []
+
+
+LAYERS = (
+    ("errors", "tokens", "files", "losses"),
+    ("spec", "attention"),
+    ("backbones", "data"),
+    ("methods", "policies"),
+    ("presets",),
+    ("registry", "forward"),
+    ("cost",),
+    ("tuned",),
+    ("modelcard", "published"),
+    ("checkpoint",),
+    ("training",),
+    ("comparison",),
+    ("visualize",),
+    ("report",),
+    ("commands",),
+    ("cli",),
+)
+
+
+def top_level(path):
+    """Modules of the package that a file imports when it is itself imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    froms = [node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
+    return {name.split(".")[1] for name in froms if name.startswith("dyntune.")}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if own == "__init__":
+        return
+    rank = {name: index for index, layer in enumerate(LAYERS) for name in layer}
+    assert own in rank, f"{own} is in no layer"
+    for other in top_level(path) - {own}:
+        assert rank[other] < rank[own], f"{own} may not import {other}"

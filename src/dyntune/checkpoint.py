@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -24,9 +24,7 @@ from dyntune.files import write_atomically, write_json, write_text
 from dyntune.modelcard import model_card
 from dyntune.registry import expand, part_from_dict, resolve
 from dyntune.spec import Part
-
-if TYPE_CHECKING:
-    from dyntune.tuned import TunedModel
+from dyntune.tuned import TunedModel
 
 FORMAT = 1
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -94,8 +92,6 @@ def load(
         CheckpointError: the folder is incomplete, damaged or of a newer format, or does not fit the backbone.
         BackboneError: the backbone cannot be built.
     """
-    from dyntune.tuned import TunedModel
-
     folder = Path(folder)
     config = read_config(folder)
     tensors = _read_weights(folder, config)
