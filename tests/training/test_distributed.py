@@ -2,14 +2,17 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from dyntune.training.logs import read_log
-from dyntune.training.state import RunState
+from dyntune.training.state import STATE, RunState
 
 
 def _train(photos: Path, out: Path, batch_size: int, launcher: tuple[str, ...]) -> str:
@@ -37,3 +40,37 @@ def test_two_processes_train_like_one_with_twice_the_batch(photos, tmp_path):
     assert scores[0] == scores[1]
     losses = [[r["loss"] for r in read_log(tmp_path / name) if r["kind"] == "val"] for name in ("one", "two")]
     assert abs(losses[0][0] - losses[1][0]) < 1e-4
+
+
+def _workers(out: Path) -> list[int]:
+    """The processes that train into ``out``, without the launcher."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().decode().split("\0") if entry.name.isdigit() else []
+        except OSError:
+            continue  # it has ended meanwhile
+        if str(out) in words and "torch.distributed.run" not in words:
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds the workers in /proc")
+def test_a_signal_to_one_process_stops_all_of_them_with_the_state_saved(photos, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["train", str(photos), "--out", str(out), "--method", "dyt", "--epochs", "200", "--batch-size", "4"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "dyntune.cli"]
+    process = subprocess.Popen(
+        [*launcher, *arguments, "--device", "cpu"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 180
+    while not (out / STATE).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(max(_workers(out)), signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert errors.count("the state is saved") == 2
+    state = RunState.read(out)
+    assert state.epoch >= 1 and state.step >= 0
