@@ -6,7 +6,7 @@ token predicts the histograms of its own patch and of the eight patches around i
 MaskFeat (Wei et al., CVPR 2022, arXiv:2112.09133), the encoder on visible patches only follows MAE (He et al., CVPR
 2022, arXiv:2111.06377). Heads are linear, so that what they predict lies open in the tokens.
 
-    python scripts/pretrain.py --out /tmp/dyntune-pretrain --minutes 55 --seed 0 --threads 1
+    python scripts/pretrain.py --out pretraining --minutes 50 --seed 0 --threads 1
 """
 
 import argparse

@@ -58,21 +58,23 @@ def test_the_mode_of_the_model_is_left_as_it_was(model, images_for):
         evaluate(model, TensorDataset(torch.empty(0, 3, 32, 32), torch.empty(0, dtype=torch.long)))
 
 
-def test_throughput_compares_models_run_in_turns():
-    """The slower of two functions that do one and four units of the same work has about a quarter of the speed."""
-    matrix = torch.randn(256, 256)
+def test_throughput_compares_runs_of_the_same_round(monkeypatch):
+    """On a clock that the models themselves move: the machine slows down by half in the middle, the ratio stays."""
+    clock = {"now": 0.0, "calls": 0}
 
-    def work(times):
+    def takes(seconds):
         def run(images):
-            for _ in range(times):
-                images @ matrix @ matrix
-            return images
+            clock["calls"] += 1
+            clock["now"] += seconds * (1 if clock["calls"] < 60 else 2)
 
         return run
 
-    images = torch.randn(256, 256)
-    speeds = measure_throughput({"one": work(5), "four": work(20)}, images, reference="one", rounds=5, seconds=0.01)
+    monkeypatch.setattr("dyntune.training.throughput.time.perf_counter", lambda: clock["now"])
+    images = torch.zeros(8, 3, 4, 4)
+    models = {"one": takes(0.01), "four": takes(0.04)}
+    speeds = measure_throughput(models, images, reference="one", rounds=9, seconds=0.08)
+    assert clock["calls"] > 80, "the machine has slowed down on the way"
     assert speeds["one"].speedup == 1
-    assert speeds["four"].speedup < 0.6
-    assert speeds["four"].images_per_second < speeds["one"].images_per_second
-    assert speeds["four"].speedup_low <= speeds["four"].speedup <= speeds["four"].speedup_high
+    assert speeds["four"].speedup == pytest.approx(0.25)
+    assert speeds["four"].speedup_low == pytest.approx(0.25) and speeds["four"].speedup_high == pytest.approx(0.25)
+    assert speeds["one"].images_per_second in (pytest.approx(800), pytest.approx(400))

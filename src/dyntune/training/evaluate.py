@@ -68,7 +68,7 @@ def evaluate(
         data: a data set of (image, label), or an iterable of batches.
         batch_size: images per forward pass.
         workers: processes that read images.
-        count_macs: whether to count what runs; it costs a few microseconds per operator.
+        count_macs: whether to count what runs; each operator then passes through Python, which costs some time.
         execution: ``compact`` skips tokens, ``masked`` computes all.
 
     Raises:
