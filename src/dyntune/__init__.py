@@ -41,6 +41,10 @@ __all__ = [
 _TRAINING = {"fit": "trainer", "FitResult": "trainer", "evaluate": "evaluate", "Evaluation": "evaluate"}
 
 
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(part.__name__ for part in registered().values())})
+
+
 def __getattr__(name: str) -> Any:
     """Training brings Accelerate and TensorBoard along, which a server that only runs a model should not pay for."""
     if name in _TRAINING:

@@ -116,8 +116,8 @@ class TunedModel(nn.Module):
 def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
     """Puts tuning methods and token policies on a pretrained model.
 
-    The model is adapted in place: its parameters are frozen but for the head and what a method unfreezes, and modules
-    are added. Parts are installed in the order given; a preset such as ``dyt`` stands for several.
+    The model is adapted in place, so give each tuned model a backbone of its own. Its parameters are frozen but for
+    the head and what a method unfreezes, and modules are added, in the order of the parts.
 
     Args:
         model: a timm VisionTransformer with its classifier.
@@ -128,6 +128,10 @@ def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
         BackboneError: the model is not supported, or a part is not defined on it.
         SpecError: a part's name, option or value is wrong, or no part is given.
     """
+    if isinstance(model, str):
+        raise SpecError(f"tune takes a model, not a name: tune(timm.create_model({model!r}, pretrained=True), ...).")
+    if isinstance(model, TunedModel):
+        raise SpecError("the model is tuned already; give all parts at once: tune(vit, part, part).")
     resolved = resolve(parts)
     if not resolved:
         raise SpecError('no tuning method given; for instance tune(model, "dyt:rate=0.5") or tune(model, "linear").')

@@ -268,7 +268,7 @@ def test_no_unit_is_gated_twice(make_host, first, second):
         units = [gate.unit for gate in model.run(torch.zeros(1, 3, 32, 32)).gates]
         assert units == [f"blocks.{i}.{kind}" for i in range(3) for kind in ("attn", "mlp")]
     else:
-        with pytest.raises(BackboneError, match="gated at the same time"):
+        with pytest.raises(BackboneError, match="several gates at the same time"):
             dyntune.tune(make_host(), spec)
 
 

@@ -330,3 +330,24 @@ def test_mixing_an_odd_batch_keeps_every_image(colours):
 def test_wrong_values_are_refused_before_anything_runs(options):
     with pytest.raises(TrainingError, match="expected"):
         TrainSettings(**options)
+
+
+def test_a_head_that_is_not_that_of_the_data_is_refused(make_host):
+    from dyntune.data import load_data
+
+    digits = load_data("digits")
+    for classes in (2, 1000):
+        with pytest.raises(TrainingError, match="num_classes=10"):
+            fit(dyntune.tune(make_host(num_classes=classes), "linear"), digits.train)
+    with pytest.raises(TrainingError, match="no head"):
+        fit(dyntune.tune(make_host(num_classes=0), "dyt"), digits.train)
+
+
+def test_class_names_of_the_data_are_kept(make_host, tmp_path):
+    from dyntune.data import ImageSubset, load_data
+
+    digits = load_data("digits")
+    model = dyntune.tune(make_host(num_classes=10), "linear")
+    fit(model, ImageSubset(digits.train, range(20)), out=tmp_path / "run", epochs=1, device="cpu")
+    assert model.classes == digits.classes
+    assert dyntune.load(tmp_path / "run", backbone=make_host(num_classes=10)).classes == digits.classes

@@ -127,7 +127,8 @@ def create_backbone(
         # timm, huggingface_hub and the network stack each have their own error types for a download that fails.
         advice = (
             " Without a network, give a local weight file (--weights FILE; weights=... in Python), "
-            "or use the built-in backbone (leave --model out)."
+            "or use the built-in backbone (vit_mini_patch4_32.dyntune, what train does without --model). "
+            "HF_HUB_OFFLINE=1 in the environment saves the wait."
         )
         raise BackboneError(
             f"cannot build {name!r}{' with its pretrained weights' if download else ''}: {_first_line(error)}."

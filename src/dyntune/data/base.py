@@ -20,6 +20,7 @@ class LabelledImages(Dataset[tuple[Any, int]], ABC):
     Attributes:
         targets: the zero-based label of every image, in order.
         skipped: the sources of the images that were left out because they could not be read.
+        classes: names of the classes in label order, where they are known.
         reads_files: whether reading an image can fail because of a bad file.
     """
 
@@ -29,6 +30,7 @@ class LabelledImages(Dataset[tuple[Any, int]], ABC):
         self.targets: tuple[int, ...] = tuple(int(target) for target in targets)
         self.skipped: tuple[str, ...] = tuple(skipped)
         self.transform: Callable[[Image.Image], Any] | None = None
+        self.classes: tuple[str, ...] | None = None
 
     @abstractmethod
     def read(self, index: int) -> Image.Image:
@@ -67,6 +69,7 @@ class ImageSubset(LabelledImages):
         self.indices: tuple[int, ...] = tuple(int(i) for i in indices)
         self.reads_files = parent.reads_files
         self.transform = parent.transform
+        self.classes = parent.classes
 
     def read(self, index: int) -> Image.Image:
         return self.parent.read(self.indices[index])
@@ -92,6 +95,11 @@ class DataSplits:
     val: LabelledImages | None
     test: LabelledImages | None
     classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for split in (self.train, self.val, self.test):
+            if split is not None:
+                split.classes = self.classes
 
     @property
     def num_classes(self) -> int:

@@ -51,7 +51,7 @@ class TorchImages(LabelledImages):
             # Any failure of the decoder behind the data set means that this image is bad.
             raise DataError(
                 f"{self.source(index)}: cannot be read as an image ({error}). Expected a complete image file; "
-                "restore it, or load the data set with on_corrupt='skip'."
+                "restore it, or load the data set with on_corrupt='skip' (--on-corrupt skip)."
             ) from error
 
     def source(self, index: int) -> str:
@@ -74,7 +74,7 @@ class ReaderImages(LabelledImages):
         except Exception as error:
             raise DataError(
                 f"{self.source(index)}: cannot be opened ({error}). Expected an image; restore it, or load the data "
-                "set with on_corrupt='skip'."
+                "set with on_corrupt='skip' (--on-corrupt skip)."
             ) from error
         with file:
             return read_image(file, self.source(index))

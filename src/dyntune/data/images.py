@@ -63,5 +63,5 @@ def read_image(source: str | os.PathLike[str] | bytes | BinaryIO, name: str | No
         # Decoders fail with many types (OSError, SyntaxError, ValueError, zlib.error, ...): all mean a bad image.
         raise DataError(
             f"{called}: cannot be read as an image ({error}). Expected a complete file in a format that Pillow reads; "
-            "replace or remove it, or load the data set with on_corrupt='skip'."
+            "replace or remove it, or load the data set with on_corrupt='skip' (--on-corrupt skip)."
         ) from error

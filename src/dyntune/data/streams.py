@@ -110,7 +110,8 @@ def collect(
     if bad and on_corrupt == "error":
         raise DataError(
             f"{name}: {len(warnings)} samples cannot be read, the first being {bad[0]} ({warnings[0]}). Expected "
-            "complete images with labels (.cls); mend the shard, or load the data set with on_corrupt='skip'."
+            "complete images with labels (.cls); mend the shard, or load the data set with "
+            "on_corrupt='skip' (--on-corrupt skip)."
         )
     return EncodedImages(files, targets, name, bad)
 

@@ -94,7 +94,7 @@ def load_vtab_task(
             if on_corrupt == "error" and not (folder / image).is_file():
                 raise DataError(
                     f"{where}: there is no image {folder / image}. Expected each listed image below the task folder; "
-                    "restore it, remove the line, or load the data set with on_corrupt='skip'."
+                    "restore it, remove the line, or load the data set with on_corrupt='skip' (--on-corrupt skip)."
                 )
         splits[each] = FileImages(
             [folder / image for image, _, _ in entries],

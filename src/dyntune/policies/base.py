@@ -92,9 +92,10 @@ def check_gates(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
     for block in backbone.blocks:
         gated = [unit for policy in policies for unit in (block, block.attn, block.mlp) if policy.gates(unit)]
         if len(gated) != len(set(gated)) or (block in gated and len(gated) > 1):
+            paths = " and ".join(sorted({unit.path for unit in gated}))
             raise BackboneError(
-                f"{' and '.join(unit.path for unit in gated)} are gated at the same time. Give one gate per unit, and "
-                "either for a whole layer or for its sub-layers."
+                f"{paths}: several gates at the same time. Give one gate per unit, and either "
+                "for a whole layer or for its sub-layers; dyt contains dispatch."
             )
         for inner in (block.attn, block.mlp) if block in gated else ():
             for name, module in inner.beside.items():

@@ -126,6 +126,9 @@ class _Run:
         progress: Progress,
     ) -> None:
         self.model, self.out, self.settings = model, out, settings
+        _require_matching_head(model, train_set)
+        if model.classes is None and getattr(train_set, "classes", None):
+            model.classes = tuple(map(str, cast(Any, train_set).classes))
         self.select = settings.select if val_set is not None else "last"
         self.accelerator = make_accelerator(settings)
         self.progress = progress if self._main else Silent()
@@ -385,6 +388,19 @@ class _Run:
     def _farewell(self, epoch: int, step: int) -> str:
         where = f"stopped in epoch {epoch + 1} after step {step} of {self.steps_per_epoch}"
         return f"{where}; the state is saved in {self.out}. Go on with --resume." if self.out else f"{where}."
+
+
+def _require_matching_head(model: TunedModel, dataset: Dataset[Any]) -> None:
+    """Raises TrainingError when the classifier cannot be that of the data set."""
+    head = model.backbone.classes
+    names = getattr(dataset, "classes", None)
+    if not head:
+        raise TrainingError("nothing to train: the model has no head. Create it with num_classes=<number of classes>.")
+    if names and len(names) != head:
+        raise TrainingError(
+            f"the model's head has {head} classes, the data set {len(names)}. Create the model with "
+            f"num_classes={len(names)}."
+        )
 
 
 def _data_digest(dataset: Dataset[Any]) -> str | None:
