@@ -351,3 +351,8 @@ def test_class_names_of_the_data_are_kept(make_host, tmp_path):
     fit(model, ImageSubset(digits.train, range(20)), out=tmp_path / "run", epochs=1, device="cpu")
     assert model.classes == digits.classes
     assert dyntune.load(tmp_path / "run", backbone=make_host(num_classes=10)).classes == digits.classes
+
+
+def test_a_model_that_is_wholly_frozen_is_refused(make_host, colours):
+    with pytest.raises(TrainingError, match="every parameter is frozen"):
+        fit(_model(make_host).requires_grad_(False), *colours, **SHORT)

@@ -153,9 +153,7 @@ class _Run:
             self.val_loader = DataLoader(Subset(images, share), settings.batch_size, num_workers=settings.workers)
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
-            raise TrainingError(
-                "nothing to train: the model has no head. Create it with num_classes=<number of classes>."
-            )
+            raise TrainingError("nothing to train: every parameter is frozen. Leave requires_grad as tune() set it.")
         optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
         self.mixup = make_mixup(settings, model.backbone.classes)
         # Mixup smooths the targets itself.
