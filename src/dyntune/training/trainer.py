@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from dyntune.files import write_json
 from dyntune.forward import activation_rates
 from dyntune.training.accelerator import make_accelerator
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
+from dyntune.training.identity import identity_changes, run_identity
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.logs import RunLog
 from dyntune.training.mixing import make_mixup, mixed
@@ -166,17 +165,7 @@ class _Run:
         self.best, self.best_epoch = -1.0, 0
         self.best_tensors: dict[str, Tensor] = {}
         self.seconds = 0.0
-        self.identity = {
-            "settings": dataclasses.asdict(settings),
-            "spec": model.spec,
-            "backbone": model.origin.name,
-            "architecture": hashlib.sha256(str(model.backbone.host).encode()).hexdigest()[:16],
-            "weights": model.fingerprint,
-            "classes": model.classes,
-            "processes": world,
-            "train_images": size,
-            "data": _data_digest(train_set),
-        }
+        self.identity = run_identity(model, settings, train_set, world)
 
     def train(self, resume: bool) -> FitResult:
         with caller_randomness_kept():
@@ -227,13 +216,7 @@ class _Run:
                 f"{self.out} holds a run already. Continue it with resume (--resume), or give another folder."
             )
         state = RunState.read(self.out)
-        before = state.identity
-        changed = self.settings.differences(before["settings"])
-        changed += [
-            f"{key} was {before.get(key)}, is {value}"
-            for key, value in self.identity.items()
-            if key != "settings" and value != before.get(key)
-        ]
+        changed = identity_changes(state.identity, self.identity)
         if changed:
             raise TrainingError(
                 f"the run in {self.out} was started differently: {'; '.join(changed)}. Use the same options."
@@ -399,16 +382,6 @@ def _require_matching_head(model: TunedModel, dataset: Dataset[Any]) -> None:
             f"the model's head has {head} classes, the data set {len(names)}. Create the model with "
             f"num_classes={len(names)}."
         )
-
-
-def _data_digest(dataset: Dataset[Any]) -> str | None:
-    """Tells two data sets apart by the labels and file names of their images; None for data sets of another kind."""
-    if not isinstance(dataset, LabelledImages):
-        return None
-    digest = hashlib.sha256()
-    for index, target in enumerate(dataset.targets):
-        digest.update(f"{target} {Path(dataset.source(index)).name}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 def _training_images(dataset: Dataset[Any], model: TunedModel, settings: TrainSettings) -> Dataset[Any]:
