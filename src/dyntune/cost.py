@@ -32,6 +32,11 @@ LAYER_NORM_MACS = 5
 """MACs per element that the convention gives an affine LayerNorm."""
 
 
+def _attention_macs(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Both products of attention, from ``(B, H, N, D)`` tensors."""
+    return query.shape[:-1].numel() * key.shape[-2] * (key.shape[-1] + value.shape[-1])
+
+
 class MacCounter(TorchDispatchMode):
     """Counts the MACs of everything that runs inside ``with MacCounter() as counter``; the sum is ``counter.macs``."""
 
@@ -52,6 +57,8 @@ class MacCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         if formula is not None:
             self.macs += formula(*args, **kwargs, out_val=result) // 2  # PyTorch counts a multiply-add as 2
+        elif func.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.macs += _attention_macs(*args, **kwargs)  # PyTorch 2.8 has no formula for it
         elif func.overloadpacket is torch.ops.aten.native_layer_norm:
             self.macs += LAYER_NORM_MACS * args[0].numel()
         return result

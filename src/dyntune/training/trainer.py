@@ -237,7 +237,10 @@ class _Run:
         self.step_module.train()
         self.progress.epoch(epoch, settings.epochs, self.steps_per_epoch, first)
         began = time.perf_counter()
-        for step, (images, targets) in enumerate(self.loader, start=first):
+        batches = (
+            self.loader if first < self.steps_per_epoch else ()
+        )  # stopped between the last step and its evaluation
+        for step, (images, targets) in enumerate(batches, start=first):
             seed_all(settings.seed, epoch, 0, step, accelerator.process_index)
             lr = settings.learning_rate(epoch + step / self.steps_per_epoch)
             for group in self.optimizer.param_groups:
