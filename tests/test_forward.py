@@ -458,3 +458,10 @@ def test_activation_rates_are_the_share_of_active_patches_of_each_gate():
     gates = [gate("a", torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0]]), policy), gate("b", torch.ones(2, 4), policy)]
     assert activation_rates(gates).tolist() == [0.375, 1.0]
     assert activation_rates([]).shape == (0,)
+
+
+def test_a_refused_part_leaves_the_host_as_trainable_as_it_was(make_host):
+    host = make_host()
+    with pytest.raises(BackboneError):
+        dyntune.tune(host, "adaptformer", "adaptformer")
+    assert all(p.requires_grad for p in host.parameters())

@@ -13,7 +13,7 @@ from dyntune.backbones.base import Backbone
 from dyntune.backbones.source import BackboneSource, create_backbone, describe, fingerprint
 from dyntune.cost import traced_macs
 from dyntune.data.transforms import Preprocessing
-from dyntune.errors import DyntuneError, SpecError
+from dyntune.errors import SpecError
 from dyntune.forward import Compact, Execution, Masked, run
 from dyntune.methods.base import TuningMethod
 from dyntune.policies.base import Output, TokenPolicy, check_gates
@@ -62,7 +62,7 @@ class TunedModel(nn.Module):
             for part in installed:
                 cast(TuningMethod | TokenPolicy, part).install(self.backbone)
             check_gates(self.backbone, self.policies)
-        except DyntuneError:
+        except BaseException:
             for parameter, trained in trained_before.items():
                 parameter.requires_grad_(trained)
             raise
