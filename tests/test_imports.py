@@ -77,7 +77,7 @@ LAYERS = (
     ("registry", "forward"),
     ("cost",),
     ("tuned",),
-    ("modelcard", "published"),
+    ("modelcard", "published", "merging"),
     ("checkpoint",),
     ("training",),
     ("comparison",),

@@ -44,6 +44,11 @@ def save(model: TunedModel, folder: Path, results: dict[str, Any] | None = None)
     Returns:
         ``folder``.
     """
+    if model.unmerged is not None:
+        raise CheckpointError(
+            "the model is merged: its adapter is part of the backbone's weights now. Save it before merging, or save "
+            "the whole model with safetensors.torch.save_model(model.backbone.host, FILE)."
+        )
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give a folder to save the adapter in.")
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.tuned_state().items()}

@@ -28,6 +28,7 @@ class Masked:
     """Computes every token and multiplies the update by the gate: differentiable in the gate."""
 
     def gated(self, unit: Unit, tokens: Tokens, gate: Gate) -> Tensor:
+        tokens = unit.prepare(tokens)
         mask = tokens.cover_prefix(gate.values)
         update = unit.update(tokens.with_keys(mask)) * mask.unsqueeze(-1)
         beside = unit.beside_update(tokens)
@@ -40,12 +41,12 @@ class Compact:
     def gated(self, unit: Unit, tokens: Tokens, gate: Gate) -> Tensor:
         batch, count, width = tokens.x.shape
         index, counts = self.select(unit, tokens, gate)
+        tokens = unit.prepare(tokens)
         beside = unit.beside_update(tokens)
         if len(index) == batch * count:
             update = unit.update(tokens)
             return tokens.x + update if beside is None else tokens.x + update + beside
-        active = tokens.x.reshape(batch * count, width).index_select(0, index)
-        update = unit.update(Tokens(active, tokens.prefix, tokens.grid, counts=counts))
+        update = unit.update(tokens.take(index, counts))
         out = (tokens.x.clone() if beside is None else tokens.x + beside).reshape(batch * count, width)
         return out.index_add_(0, index, update.to(out.dtype)).view(batch, count, width)
 
@@ -66,15 +67,28 @@ def run(backbone: Backbone, policies: Sequence[TokenPolicy], images: Tensor, exe
         images: ``(B, 3, height, width)``.
         execution: how gated units compute.
     """
-    tokens = backbone.embed(images)
+    bypass = backbone.bypass
+    # No gradient goes from a bypass to the blocks, so they need not remember anything for it.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and bypass is None):
+        tokens = backbone.embed(images)
+    stream = bypass.begin(tokens.x) if bypass else None
     gates: list[Gate] = []
     for block in backbone.blocks:
-        if backbone.gradient_checkpointing and backbone.training:
-            tokens, decided = checkpoint(_step, block, tokens, policies, execution, use_reentrant=False)
-        else:
-            tokens, decided = _step(block, tokens, policies, execution)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bypass is None):
+            if backbone.gradient_checkpointing and backbone.training:
+                tokens, decided = checkpoint(_enter, block, tokens, policies, execution, use_reentrant=False)
+            else:
+                tokens, decided = _enter(block, tokens, policies, execution)
         gates.extend(decided)
-    return Output(backbone.readout(tokens), tuple(gates), tokens.grid)
+        stream = bypass.step(block.index, stream, tokens.x) if bypass and stream is not None else None
+    return Output(backbone.readout(tokens if stream is None else tokens.with_x(stream)), tuple(gates), tokens.grid)
+
+
+def _enter(
+    block: Block, tokens: Tokens, policies: Sequence[TokenPolicy], execution: Execution
+) -> tuple[Tokens, tuple[Gate, ...]]:
+    """One block, with what stands in front of it."""
+    return _step(block, block.enter(tokens), policies, execution)
 
 
 def _step(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
@@ -26,19 +25,24 @@ def load_published(model: TunedModel, state: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: a tensor has no place in the model or another shape, or a tuned tensor is missing.
     """
-    names = {pattern: ours for part in expand(model.parts) for pattern, ours in part.published.items()}
     own = dict(model.backbone.named_parameters())
+    # A module that is changed by a method stands one level deeper than in the plain host.
+    plain = {name.replace(".base.", "."): name for name in own if name.startswith("host.")}
+    parts = expand(model.parts)
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        renamed = next((re.sub(p, ours, name) for p, ours in names.items() if re.search(p, name)), f"host.{name}")
-        if renamed not in own:
-            raise CheckpointError(f"{name!r} of the checkpoint has no place in {model.spec}; are the methods the same?")
-        if own[renamed].shape != tensor.shape:
-            raise CheckpointError(
-                f"{name!r} of the checkpoint is {tuple(tensor.shape)}, but {model.spec} needs "
-                f"{tuple(own[renamed].shape)}; are the sizes the same?"
-            )
-        found[renamed] = tensor
+        ours = next((renamed for part in parts if (renamed := part.from_published(name, tensor))), None)
+        for own_name, value in (ours or {plain.get(f"host.{name}", name): tensor}).items():
+            if own_name not in own:
+                raise CheckpointError(
+                    f"{name!r} of the checkpoint has no place in {model.spec}; are the methods the same?"
+                )
+            if own[own_name].shape != value.shape:
+                raise CheckpointError(
+                    f"{name!r} of the checkpoint is {tuple(value.shape)}, but {model.spec} needs "
+                    f"{tuple(own[own_name].shape)}; are the sizes the same?"
+                )
+            found[own_name] = value
     missing = sorted(model.tuned_state().keys() - found.keys())
     if missing:
         raise CheckpointError(

@@ -9,6 +9,8 @@ import re
 import types
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
+from torch import Tensor
+
 from dyntune.errors import SpecError, unknown_name
 
 
@@ -77,6 +79,17 @@ class Part:
             except ValueError as error:
                 raise SpecError(f"{cls.name()}: {key}={text!r} is not valid: expected {error}.") from None
         return cls(**converted)
+
+    def from_published(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What a tensor of the public code is here: our names (those of ``backbone.named_parameters``) and values.
+
+        Returns:
+            Nothing if ``name`` is not this part's. By default one tensor under the name that ``published`` gives.
+        """
+        for pattern, ours in self.published.items():
+            if re.search(pattern, name):
+                return {re.sub(pattern, ours, name): tensor}
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: ``type`` (the part's name) and every field."""

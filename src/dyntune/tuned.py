@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,7 +17,7 @@ from dyntune.data.transforms import Preprocessing
 from dyntune.errors import SpecError
 from dyntune.forward import Compact, Execution, Masked, run
 from dyntune.methods.base import TuningMethod
-from dyntune.policies.base import Output, TokenPolicy, check_gates
+from dyntune.policies.base import Output, TokenPolicy, check_bypass, check_gates
 from dyntune.registry import expand, resolve
 from dyntune.spec import Part, format_spec
 
@@ -40,12 +41,15 @@ class TunedModel(nn.Module):
         origin: where the backbone's weights come from, so that ``load`` can build it again.
         dense_macs: MACs per image of the untouched backbone without its head.
         fingerprint: digest of the untouched backbone's weights without its head; None without weights (meta device).
+        unmerged: after ``merge``, what could not be folded, by spec, with the reason; None before.
     """
 
     def __init__(self, host: nn.Module, parts: Sequence[Part]) -> None:
         super().__init__()
         self.backbone = wrap(host)
-        self.dense_macs = traced_macs(self.backbone, ())
+        host = self.backbone.host
+        with self.backbone.untouched():
+            self.dense_macs = traced_macs(self.backbone, ())
         self.fingerprint = _fingerprint(self.backbone)
         self.origin: BackboneSource = describe(host)
         self.preprocessing = Preprocessing.from_backbone(host)
@@ -56,19 +60,25 @@ class TunedModel(nn.Module):
         self.policies = tuple(part for part in installed if isinstance(part, TokenPolicy))
         trained_before = {p: p.requires_grad for p in host.parameters()}
         host.requires_grad_(False)
-        for head in self.backbone.heads:
-            head.requires_grad_(True)
+        for parameter in chain(self.backbone.adopted, *(head.parameters() for head in self.backbone.heads)):
+            parameter.requires_grad_(True)
         try:
             for part in installed:
                 cast(TuningMethod | TokenPolicy, part).install(self.backbone)
             check_gates(self.backbone, self.policies)
+            check_bypass(self.backbone, self.policies)
         except BaseException:
+            for site in self.backbone.sites():
+                site.restore()
             for parameter, trained in trained_before.items():
                 parameter.requires_grad_(trained)
             raise
         like = next(host.parameters())
-        self.backbone.get_submodule("blocks").to(device=like.device, dtype=like.dtype)
+        for name, module in self.backbone.named_children():
+            if name != "host":
+                module.to(device=like.device, dtype=like.dtype)
         self._tuned = frozenset(name for name, p in self.backbone.named_parameters() if p.requires_grad)
+        self.unmerged: dict[str, str] | None = None
 
     @property
     def spec(self) -> str:
@@ -101,6 +111,19 @@ class TunedModel(nn.Module):
     def tuned_state(self) -> dict[str, Tensor]:
         """What this model holds beyond the pretrained backbone: the trained tensors, by name. They are not copied."""
         return {name: p for name, p in self.backbone.named_parameters() if name in self._tuned}
+
+    def merge(self) -> nn.Module:
+        """Folds what can be folded into the backbone's weights, in place; logits stay the same, MACs fall.
+
+        LoRA, SSF and FacT vanish, and so does the factor on an adapter's output; what has to stay is named with the
+        reason in ``unmerged`` and in a log message. Save the model before: a merged one cannot be saved as an adapter.
+
+        Returns:
+            The plain backbone where nothing else remains, for instance timm's VisionTransformer, else this model.
+        """
+        from dyntune.merging import merge
+
+        return merge(self)
 
     def save(self, folder: str | Path) -> Path:
         """Writes adapter, dispatchers and head to ``folder``: JSON, safetensors and a model card.

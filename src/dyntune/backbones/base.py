@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from dyntune.attention import attend
+from dyntune.backbones.sites import Site, SiteKind
 from dyntune.errors import BackboneError
 from dyntune.tokens import Tokens
 
@@ -37,47 +39,99 @@ class Unit(nn.Module, abc.ABC):
         self.path = path
         self.width = width
         self.beside = nn.ModuleDict()
+        self.after = nn.ModuleDict()
 
     def add_beside(self, name: str, module: nn.Module) -> None:
         """Puts a module beside this unit: it reads the unit's input, sees every token, and its output is added.
 
         Args:
             module: maps Tokens to an update of the shape of ``tokens.x``. If it is not token-wise it has an attribute
-                ``tokenwise = False``.
+                ``tokenwise = False``; if it reads the output of the unit's norm, ``tokens.normed``, an attribute
+                ``reads_normed = True``.
+
+        Raises:
+            BackboneError: a module of that name is there already, or it reads a norm that the unit does not have.
+        """
+        if getattr(module, "reads_normed", False) and not isinstance(self, SubLayer):
+            raise BackboneError(f"{name} reads the output of a norm, which {self.path}, a whole block, does not have.")
+        _add(self.beside, name, module, self.path)
+
+    def add_after(self, name: str, module: nn.Module) -> None:
+        """Puts a module behind this unit: what it makes of the unit's update, token by token, is added instead of it.
+
+        A token that skips the unit skips the module too.
+
+        Args:
+            module: maps an update ``(..., C)`` to one of the same shape.
 
         Raises:
             BackboneError: a module of that name is there already.
         """
-        if name in self.beside:
-            raise BackboneError(f"{name} is already installed at {self.path}; give each tuning method once per place.")
-        self.beside[name] = module
+        _add(self.after, name, module, self.path)
 
     @abc.abstractmethod
+    def host_update(self, tokens: Tokens) -> Tensor:
+        """What the host adds to its residual stream, of the shape of ``tokens.x``."""
+
     def update(self, tokens: Tokens) -> Tensor:
-        """What the host adds to its residual stream, of the shape of ``tokens.x``; without the modules beside it."""
+        """The host's update as the modules behind it leave it; without the modules beside it."""
+        update = self.host_update(tokens)
+        for module in self.after.values():
+            update = module(update)
+        return update
 
     def beside_update(self, tokens: Tokens) -> Tensor | None:
-        """The sum of the modules beside this unit, or None where there is none."""
+        """The sum of the modules beside this unit, or None where there is none; ``tokens`` as ``prepare`` left them."""
         total: Tensor | None = None
         for module in self.beside.values():
             total = module(tokens) if total is None else total + module(tokens)
         return total
 
+    def prepare(self, tokens: Tokens) -> Tokens:
+        """The tokens with what the host and the modules beside it share: the norm's output, where one of them reads it.
+
+        Call it before ``beside_update`` and ``update``.
+        """
+        return tokens
+
     def change(self, tokens: Tokens) -> Tensor:
         """Everything that this unit adds to the residual stream."""
+        tokens = self.prepare(tokens)
         beside = self.beside_update(tokens)
         update = self.update(tokens)
         return update if beside is None else update + beside
 
 
-class Attention(Unit):
+class SubLayer(Unit):
+    """A unit that begins with a norm."""
+
+    @abc.abstractmethod
+    def norm(self, x: Tensor) -> Tensor:
+        """The norm at its beginning: ``(..., C)`` to the same shape."""
+
+    @property
+    @abc.abstractmethod
+    def drop_path_rate(self) -> float:
+        """Probability with which the host drops this unit's whole update while training."""
+
+    def prepare(self, tokens: Tokens) -> Tokens:
+        if tokens.normed is None and any(getattr(module, "reads_normed", False) for module in self.beside.values()):
+            return tokens.with_normed(self.norm(tokens.x))
+        return tokens
+
+    def normed(self, tokens: Tokens) -> Tensor:
+        """The norm's output, computed unless ``prepare`` has done so."""
+        return self.norm(tokens.x) if tokens.normed is None else tokens.normed
+
+
+class Attention(SubLayer):
     """An attention sub-layer, split around the softmax, which is ours: token-wise before and after it."""
 
     kind = "attn"
 
     @abc.abstractmethod
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Norm and projections: ``(..., C)`` to queries, keys and values, each ``(..., H, D)``."""
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projections of the norm's output: ``(..., C)`` to queries, keys and values, each ``(..., H, D)``."""
 
     @abc.abstractmethod
     def combine(self, attended: Tensor) -> Tensor:
@@ -88,15 +142,22 @@ class Attention(Unit):
     def attention_dropout(self) -> float:
         """Probability of dropping an attention weight, 0 in evaluation."""
 
-    def update(self, tokens: Tokens) -> Tensor:
-        return self.combine(attend(*self.project(tokens.x), tokens, self.attention_dropout))
+    def host_update(self, tokens: Tokens) -> Tensor:
+        return self.combine(attend(*self.project(self.normed(tokens)), tokens, self.attention_dropout))
 
 
-class Mlp(Unit):
+class Mlp(SubLayer):
     """An MLP sub-layer: token-wise, from norm to drop path."""
 
     kind = "mlp"
     tokenwise = True
+
+    @abc.abstractmethod
+    def transform(self, normed: Tensor) -> Tensor:
+        """The MLP, LayerScale and drop path: the norm's output ``(..., C)`` to the update ``(..., C)``."""
+
+    def host_update(self, tokens: Tokens) -> Tensor:
+        return self.transform(self.normed(tokens))
 
 
 class Block(Unit):
@@ -109,10 +170,50 @@ class Block(Unit):
         self.index = index
         self.attn = attn
         self.mlp = mlp
+        self.entries = nn.ModuleDict()
 
-    def update(self, tokens: Tokens) -> Tensor:
+    def add_entry(self, name: str, module: nn.Module) -> None:
+        """Puts a module in front of this block that may change which tokens there are, such as prompts.
+
+        Args:
+            module: maps Tokens to Tokens.
+
+        Raises:
+            BackboneError: a module is there already; two of them would remove each other's tokens.
+        """
+        if self.entries:
+            raise BackboneError(
+                f"{name} and {next(iter(self.entries))} both insert tokens at {self.path}; give one of them."
+            )
+        self.entries[name] = module
+
+    def enter(self, tokens: Tokens) -> Tokens:
+        """The tokens that this block computes."""
+        for module in self.entries.values():
+            tokens = module(tokens)
+        return tokens
+
+    def host_update(self, tokens: Tokens) -> Tensor:
         attended = self.attn.change(tokens)
         return attended + self.mlp.change(tokens.with_x(tokens.x + attended))
+
+
+def _add(modules: nn.ModuleDict, name: str, module: nn.Module, path: str) -> None:
+    if name in modules:
+        raise BackboneError(f"{name} is already installed at {path}; give each tuning method once per place.")
+    modules[name] = module
+
+
+class Bypass(nn.Module, abc.ABC):
+    """A stream of its own beside the frozen blocks that the head reads instead of theirs; no gradient enters them."""
+
+    @abc.abstractmethod
+    def begin(self, x: Tensor) -> Tensor:
+        """The stream at its beginning, from what enters the first block, ``(B, N, C)``."""
+
+    @abc.abstractmethod
+    def step(self, block: int, stream: Tensor, x: Tensor) -> Tensor:
+        """The stream after block number ``block``, from itself and what left that block, both ``(B, N, C)``."""
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -120,6 +221,19 @@ class Backbone(nn.Module, abc.ABC):
 
     host: nn.Module
     blocks: Sequence[Block]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.ModuleDict()
+        """Modules that a method's places have in common, under the method's name."""
+        self.bypass: Bypass | None = None
+        """What the head reads instead of the blocks' output, if anything."""
+        self.adopted: tuple[nn.Parameter, ...] = ()
+        """Parameters of the host that are not frozen, because another library has put them there to be trained."""
+
+    @abc.abstractmethod
+    def sites(self, *kinds: SiteKind) -> Iterator[Site]:
+        """The host's linear maps, convolutions and norms of these kinds, or all, in the order of a forward pass."""
 
     @abc.abstractmethod
     def embed(self, images: Tensor) -> Tokens:
@@ -158,6 +272,10 @@ class Backbone(nn.Module, abc.ABC):
                 yield block.mlp
             if where == "layer":
                 yield block
+
+    def untouched(self) -> AbstractContextManager[object]:
+        """A context in which the host computes as it did before anything was put on it, by us or by others."""
+        return nullcontext()
 
     def all_units(self) -> Iterator[Unit]:
         """Every block and its sub-layers, from the first block to the last."""

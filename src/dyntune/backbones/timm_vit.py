@@ -1,5 +1,6 @@
 """timm's VisionTransformer with the standard pre-norm Block, behind the backbone interface."""
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Attention, Backbone, Block, Mlp
+from dyntune.backbones.sites import Changed, Site, SiteKind
 from dyntune.errors import BackboneError
 from dyntune.tokens import Tokens
 
@@ -18,6 +20,19 @@ SUPPORTED = (
     "timm's VisionTransformer with its standard pre-norm Block, such as "
     "ViT Ti/S/B/L/H, DeiT, AugReg, DINO, DINOv2, CLIP and SigLIP"
 )
+
+
+_BLOCK_SITES: tuple[tuple[SiteKind, str, str], ...] = (
+    ("norm1", "", "norm1"),
+    ("qkv", "attn", "qkv"),
+    ("proj", "attn", "proj"),
+    ("norm2", "", "norm2"),
+    ("fc1", "mlp", "fc1"),
+    ("fc1", "mlp", "fc1_g"),
+    ("fc1", "mlp", "fc1_x"),
+    ("fc2", "mlp", "fc2"),
+)
+"""Kind, module of timm's block, and attribute of each site."""
 
 
 class _HostedAttention(Attention):
@@ -28,9 +43,16 @@ class _HostedAttention(Attention):
         # Not registered: the host owns its modules, and they must not appear twice in the state dict.
         object.__setattr__(self, "host", host)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def norm(self, x: Tensor) -> Tensor:
+        return self.host.norm1(x)
+
+    @property
+    def drop_path_rate(self) -> float:
+        return float(getattr(self.host.drop_path1, "drop_prob", 0.0))
+
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.host.attn
-        qkv = attn.qkv(self.host.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+        qkv = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, attn.head_dim))
         q, k, v = qkv.unbind(-3)
         return attn.q_norm(q), attn.k_norm(k), v
 
@@ -50,9 +72,16 @@ class _HostedMlp(Mlp):
         super().__init__(path, width)
         object.__setattr__(self, "host", host)
 
-    def update(self, tokens: Tokens) -> Tensor:
+    def norm(self, x: Tensor) -> Tensor:
+        return self.host.norm2(x)
+
+    @property
+    def drop_path_rate(self) -> float:
+        return float(getattr(self.host.drop_path2, "drop_prob", 0.0))
+
+    def transform(self, normed: Tensor) -> Tensor:
         host = self.host
-        return host.drop_path2(host.ls2(host.mlp(host.norm2(tokens.x))))
+        return host.drop_path2(host.ls2(host.mlp(normed)))
 
 
 class TimmViT(Backbone):
@@ -98,7 +127,25 @@ class TimmViT(Backbone):
         return Tokens(host.norm_pre(host._pos_embed(embedded)), host.num_prefix_tokens, (int(grid[0]), int(grid[1])))
 
     def readout(self, tokens: Tokens) -> Tensor:
-        return self.host.forward_head(self.host.norm(tokens.x))
+        # The norm sees the prompts too, as in the published models, whose MACs are counted so.
+        return self.host.forward_head(tokens.with_x(self.host.norm(tokens.x)).without_prompts().x)
+
+    def sites(self, *kinds: SiteKind) -> Iterator[Site]:
+        for site in self._all_sites():
+            if (not kinds or site.kind in kinds) and not isinstance(site.module, nn.Identity):
+                yield site
+
+    def _all_sites(self) -> Iterator[Site]:
+        host = self.host
+        yield Site("patch", None, "patch_embed.proj", host.patch_embed, "proj")
+        for index, block in enumerate(host.blocks):
+            for kind, part, attribute in _BLOCK_SITES:
+                owner = cast(nn.Module, block.get_submodule(part))
+                if hasattr(owner, attribute):
+                    path = ".".join(filter(None, ("blocks", str(index), part, attribute)))
+                    yield Site(kind, index, path, owner, attribute)
+        yield Site("norm", None, "norm", host, "norm")
+        yield Site("norm", None, "fc_norm", host, "fc_norm")
 
     @property
     def heads(self) -> tuple[nn.Module, ...]:
@@ -123,6 +170,8 @@ def _refusal(host: nn.Module) -> str | None:
         return "it overrides forward_features"
     if not isinstance(host.patch_drop, nn.Identity):
         return "it drops patches at random (patch_drop_rate); build it with patch_drop_rate=0"
+    if any(isinstance(module, Changed) for module in host.modules()):
+        return "another tuned model has changed its modules; build a backbone for each"
     for index, block in enumerate(host.blocks):
         if type(block) is not TimmBlock:
             return f"blocks.{index} is a {type(block).__name__}"

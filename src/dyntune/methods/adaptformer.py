@@ -37,6 +37,14 @@ class Adapter(nn.Module):
         """The update for every token, of the shape of ``tokens.x``."""
         return self.up_proj(self.dropout(F.relu(self.down_proj(tokens.x)))) * self.scale
 
+    def fold_scale(self) -> None:
+        """Multiplies the scale into the up-projection; the adapter computes the same."""
+        with torch.no_grad():
+            self.up_proj.weight.mul_(self.scale)
+            self.up_proj.bias.mul_(self.scale)
+        del self.scale
+        self.scale = 1.0
+
 
 @dataclass(frozen=True)
 class AdaptFormer(TuningMethod):
@@ -53,6 +61,7 @@ class AdaptFormer(TuningMethod):
     """
 
     source: ClassVar[str] = "Chen et al., NeurIPS 2022, arXiv 2205.13535"
+    stays: ClassVar[str | None] = "an adapter is not linear; its scale is folded into the up-projection"
     published: ClassVar[dict[str, str]] = {r"^blocks\.(\d+)\.adaptmlp\.": r"blocks.\1.mlp.beside.adapter."}
 
     bottleneck: int = 8

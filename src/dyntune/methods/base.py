@@ -1,6 +1,7 @@
 """What every tuning method offers: which parameters are added, and which are trained."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dyntune.backbones.base import Backbone
 from dyntune.spec import Part
@@ -11,7 +12,12 @@ class TuningMethod(Part):
     """A configuration whose ``install`` adds modules to a backbone, or unfreezes parameters of it.
 
     When ``install`` is called the whole backbone but its head is frozen. What it adds is trained and saved.
+
+    Attributes:
+        stays: why the method's modules remain after a merge; None if all of it folds into the host's weights.
     """
+
+    stays: ClassVar[str | None] = None
 
     def install(self, backbone: Backbone) -> None:
         """Adds this method's modules to ``backbone`` in place.

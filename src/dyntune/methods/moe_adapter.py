@@ -79,6 +79,14 @@ class MixedAdapter(nn.Module):
         hidden = x @ down.transpose(1, 2) + self._mixed(alpha, self.down_bias)
         return (self.dropout(F.relu(hidden)) @ up.transpose(1, 2) + self._mixed(alpha, self.up_bias)) * self.scale
 
+    def fold_scale(self) -> None:
+        """Multiplies the scale into the experts' up-projections; the adapter computes the same."""
+        with torch.no_grad():
+            self.up_weight.mul_(self.scale)
+            self.up_bias.mul_(self.scale)
+        del self.scale
+        self.scale = 1.0
+
     @staticmethod
     def _mixed(alpha: Tensor, bias: Tensor) -> Tensor:
         return (alpha.unsqueeze(-1) * bias).sum(1, keepdim=True)  # (B, 1, channels)
@@ -103,6 +111,7 @@ class MoeAdapter(TuningMethod):
     """
 
     source: ClassVar[str] = "Zhao et al., NeurIPS 2024, arXiv 2403.11808, section 3.4"
+    stays: ClassVar[str | None] = "its weights are mixed for each image; its scale is folded into the up-projections"
 
     experts: int = 4
     bottleneck: int = 8

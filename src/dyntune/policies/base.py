@@ -104,3 +104,20 @@ def check_gates(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
                         f"{name} at {inner.path} looks at all tokens of an image, but a gate around the layer shows it "
                         "the active ones only. Put it beside the layer with where=layer."
                     )
+
+
+def check_bypass(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
+    """Checks that nothing which a bypass cuts off waits for a gradient.
+
+    Raises:
+        BackboneError: a gate, or a trained parameter, stands before the output of the last block.
+    """
+    if backbone.bypass is None:
+        return
+    behind = {*backbone.bypass.parameters(), *(p for head in backbone.heads for p in head.parameters())}
+    trained = [name for name, p in backbone.named_parameters() if p.requires_grad and p not in behind]
+    if policies or trained:
+        raise BackboneError(
+            f"{type(backbone.bypass).__name__} lets no gradient into the backbone, so "
+            f"{policies[0].name() if policies else trained[0]} would never learn. Give the bypass alone."
+        )

@@ -1,0 +1,44 @@
+"""Folding: methods whose effect is a change of the host's weights become just that."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+
+from dyntune.methods.base import TuningMethod
+from dyntune.registry import expand
+from dyntune.spec import format_spec
+from dyntune.tuned import TunedModel
+
+log = logging.getLogger("dyntune")
+
+
+def merge(model: TunedModel) -> nn.Module:
+    """Folds what can be folded; see ``TunedModel.merge``."""
+    if model.unmerged is not None:
+        return _result(model)
+    backbone = model.backbone
+    for site in backbone.sites():
+        site.fold()
+    for module in list(backbone.modules()):
+        fold_scale = getattr(module, "fold_scale", None)
+        if fold_scale is not None:
+            fold_scale()
+    model.unmerged = {}
+    for part in expand(model.parts):
+        if isinstance(part, TuningMethod):
+            if part.stays is None:
+                backbone.shared.pop(part.name()) if part.name() in backbone.shared else None
+                continue
+            model.unmerged[format_spec(part)] = part.stays
+        else:
+            model.unmerged[format_spec(part)] = "which tokens a unit computes is decided anew for each image"
+    for spec, reason in model.unmerged.items():
+        log.warning("%s is not merged: %s.", spec, reason)
+    return _result(model)
+
+
+def _result(model: TunedModel) -> nn.Module:
+    """The plain host if it alone computes what the model computes."""
+    return model if model.unmerged else model.backbone.host
