@@ -9,11 +9,27 @@ import torch
 import dyntune
 from dyntune.methods.base import TuningMethod
 from dyntune.policies.base import TokenPolicy
+from dyntune.policies.dispatch import Dispatcher
 from dyntune.presets.base import Preset
 from dyntune.registry import expand, part_from_dict, registered, resolve
 from dyntune.spec import format_spec
 
 NAMES = tuple(registered())
+CHANGES_AT_ONCE = {
+    "ssf": "its scales and shifts start with a deviation of 0.02, as published",
+    "vpt": "prompts are attended to from the start",
+    "noah": "it has prompts",
+    "res-tuning-bypass": "the head reads the bypass",
+}
+"""Parts whose published form changes the logits before any training."""
+_SEVERAL = "several gates at the same time"
+REFUSES_DISPATCH = {
+    **{(name, where): _SEVERAL for name in ("dispatch", "dyt") for where in ("mlp", "attn-mlp", "layer")},
+    ("res-tuning-bypass", "any"): "no gradient into the backbone",
+    ("moe-adapter", "layer"): "looks at all tokens",
+    ("convpass", "layer"): "looks at all tokens",
+}
+"""Pairings that are not defined, and what the error says."""
 
 
 @pytest.fixture(params=NAMES)
@@ -48,9 +64,12 @@ def test_registry_knows_the_parts_of_the_package():
 
 
 @torch.no_grad()
-def test_fresh_part_leaves_the_hosts_logits_unchanged(make_host, images_for, fresh):
+def test_fresh_part_leaves_the_hosts_logits_unchanged(make_host, images_for, fresh, part_name):
     host = make_host("registers")
     images = images_for(host, 4)
+    if part_name in CHANGES_AT_ONCE:
+        assert (fresh.eval().run(images, complete=True).logits - host(images)).abs().max() > 1e-4
+        return
     torch.testing.assert_close(fresh.eval().run(images, complete=True).logits, host(images), atol=1e-6, rtol=1e-5)
 
 
@@ -82,6 +101,82 @@ def test_saved_and_loaded_model_is_equal(make_host, images_for, fresh, part_name
     with torch.no_grad():
         images = images_for(fresh.backbone.host, 4, seed=9)
         assert torch.equal(loaded(images), fresh(images))
+
+
+@torch.no_grad()
+def test_merged_equals_unmerged(images_for, fresh, part_name):
+    with torch.enable_grad():
+        trained(fresh, images_for)
+    images = images_for(fresh.backbone.host, 4, seed=9)
+    expected, before = fresh(images), dyntune.cost(fresh).macs
+    merged = fresh.merge()
+    torch.testing.assert_close(merged(images), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(fresh(images), expected, atol=1e-4, rtol=1e-4)
+    assert merged is (fresh if fresh.unmerged else fresh.backbone.host)
+    assert dyntune.cost(fresh).macs <= before
+    if not fresh.unmerged:
+        assert dyntune.cost(fresh).macs == fresh.dense_macs
+        assert not list(fresh.backbone.shared)
+    assert merged.merge() is merged if merged is fresh else True
+    with pytest.raises(dyntune.DyntuneError, match="merged"):
+        fresh.save("nowhere")
+
+
+@pytest.mark.parametrize("where", ["mlp", "attn", "attn-mlp", "layer"])
+def test_dispatch_on_it_skips_and_learns(make_host, images_for, part_name, where):
+    """Any method takes a gate: masked equals compact, and the gates, the method and the head all learn."""
+    torch.manual_seed(0)
+    reason = REFUSES_DISPATCH.get((part_name, where)) or REFUSES_DISPATCH.get((part_name, "any"))
+    if reason:
+        with pytest.raises(dyntune.DyntuneError, match=reason):
+            dyntune.tune(make_host("registers"), part_name, f"dispatch:where={where}")
+        return
+    model = dyntune.tune(make_host("registers"), part_name, f"dispatch:where={where},rate=0.4")
+    before = {name: p.detach().clone() for name, p in model.tuned_state().items()}
+    trained(model, images_for)
+    assert all(not torch.equal(p, before[name]) for name, p in model.tuned_state().items())
+    images = images_for(model.backbone.host, 4, seed=9)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Dispatcher):  # a few steps at this rate may have opened or closed every gate
+                module.gate.weight.normal_()
+                module.gate.bias.zero_()
+        masked, compact = (model.run(images, execution=how) for how in ("masked", "compact"))
+    assert 0 < sum(float(gate.values.mean()) for gate in compact.gates) / len(compact.gates) < 1
+    torch.testing.assert_close(masked.logits, compact.logits, atol=1e-5, rtol=1e-5)
+    cost = dyntune.cost(model)
+    with dyntune.MacCounter() as counter, torch.no_grad():
+        model.run(images[:1], complete=True)
+    assert cost.macs < counter.macs - cost.head_macs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing_gives_the_same_gradients(make_host, images_for, name):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = dyntune.tune(make_host(), name).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.backbone.host.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(1)
+        dyntune.training_loss(model, images_for(model.backbone.host, 4), torch.arange(4)).total.backward()
+        gradients.append({n: p.grad for n, p in model.tuned_state().items()})
+    for tensor, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][tensor], value, atol=1e-5, rtol=1e-4, msg=tensor)
+
+
+@torch.no_grad()
+def test_runs_under_mixed_precision_and_compiled(images_for, fresh):
+    images = images_for(fresh.backbone.host, 4)
+    expected = fresh.eval().run(images, complete=True).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = fresh.run(images, complete=True).logits
+    assert (mixed.float() - expected).abs().max() < 0.2 * expected.abs().max()
+    torch._dynamo.reset()
+    compiled = torch.compile(fresh, backend="aot_eager")(images)
+    torch.testing.assert_close(compiled, fresh(images), atol=1e-5, rtol=1e-5)
 
 
 def test_cost_adds_up(fresh):
