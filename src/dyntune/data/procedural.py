@@ -37,7 +37,7 @@ def render(seed: int, index: int, size: int = 32) -> NDArray[np.uint8]:
     """
     rng = _generator(seed, index, size, stream=0)
     image = _line_drawing(rng, size) if rng.random() < 0.3 else _scene(rng, size)
-    return _to_uint8(_degrade(rng, image))
+    return to_uint8(degrade(rng, image))
 
 
 def render_batch(seed: int, indices: Iterable[int], size: int = 32) -> NDArray[np.uint8]:
@@ -78,8 +78,8 @@ def render_shape(seed: int, index: int, size: int = 32) -> tuple[NDArray[np.uint
     circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     outline = np.sign(circle) * np.abs(circle) ** power * np.array([half_length, half_width])
     mask = _outline_mask(outline @ _rotation(turn).T + np.array([x, y]), size)
-    paint = _contrasting(rng, ground.mean(axis=(0, 1)))
-    image = _to_uint8(_degrade(rng, _over(ground, mask, paint)))
+    paint = contrasting(rng, ground.mean(axis=(0, 1)))
+    image = to_uint8(degrade(rng, _over(ground, mask, paint)))
     place = min(int((x - 0.2) / 0.6 * SHAPE_CLASSES), SHAPE_CLASSES - 1)
     direction = min(int(turn / np.pi * SHAPE_CLASSES), SHAPE_CLASSES - 1)
     return image, place, direction
@@ -115,7 +115,7 @@ def _scene(rng: Random, size: int) -> Array:
         mask = kinds[int(rng.choice(4, p=[0.4, 0.25, 0.2, 0.15]))](rng, size)
         if rng.random() < 0.2:
             mask = mask * rng.uniform(0.4, 0.9)
-        paint: Array = _ground(rng, size) if rng.random() < 0.2 else _contrasting(rng, image.mean(axis=(0, 1)))
+        paint: Array = _ground(rng, size) if rng.random() < 0.2 else contrasting(rng, image.mean(axis=(0, 1)))
         image = _over(image, mask, paint)
     return image
 
@@ -125,13 +125,13 @@ def _over(image: Array, mask: Array, paint: Array) -> Array:
     return image + mask[:, :, None] * (paint - image)
 
 
-def _contrasting(rng: Random, away_from: Array) -> Array:
+def contrasting(rng: Random, away_from: Array) -> Array:
     """A random colour, the farther of two from ``away_from``; both are RGB in [0, 1], shape (3,)."""
     colours = rng.random((2, 3), dtype=np.float32)
     return colours[int(np.argmax(np.abs(colours - away_from).sum(axis=1)))]
 
 
-def _to_uint8(image: Array) -> NDArray[np.uint8]:
+def to_uint8(image: Array) -> NDArray[np.uint8]:
     """Round [0, 1] to 0..255."""
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
@@ -141,10 +141,10 @@ def _rotation(angle: float) -> NDArray[np.float64]:
     return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
 
-def _degrade(rng: Random, image: Array) -> Array:
+def degrade(rng: Random, image: Array) -> Array:
     """Sometimes blur, shade or add sensor noise, as a camera would."""
     if rng.random() < 0.3:
-        blurred = Image.fromarray(_to_uint8(image)).filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.3)))
+        blurred = Image.fromarray(to_uint8(image)).filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.3)))
         image = np.asarray(blurred, np.float32) / np.float32(255)
     if rng.random() < 0.15:
         light: Array = np.float32(0.4) + np.float32(0.6) * _ramp(rng, image.shape[0])
@@ -163,7 +163,7 @@ def _ground(rng: Random, size: int) -> Array:
     if kind < 0.55:
         texture = _ramp(rng, size)
     elif kind < 0.8:
-        texture = _power_law_noise(rng, size)
+        texture = power_law_noise(rng, size)
     elif kind < 0.95:
         texture = _grating(rng, size)
     else:
@@ -179,7 +179,7 @@ def _ramp(rng: Random, size: int) -> Array:
     return (slope - slope.min()) / (slope.max() - slope.min())
 
 
-def _power_law_noise(rng: Random, size: int) -> Array:
+def power_law_noise(rng: Random, size: int) -> Array:
     """Noise whose amplitude falls as 1/f^a, a in 0.7..2.2 (photographs: about 1), in [0, 1], shape (size, size)."""
     rows, columns = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :]
     frequency = np.maximum(np.hypot(rows, columns), 1 / size)

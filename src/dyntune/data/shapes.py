@@ -36,19 +36,23 @@ class Pose:
     angle: float
 
 
-def draw_pose(pose: Pose) -> Image.Image:
-    """The shape as an antialiased RGB picture of 64x64 pixels."""
+def pose_corners(pose: Pose) -> list[tuple[float, float]]:
+    """The outline's corners (x, y) on the enlarged canvas, OVERSAMPLING times SIDE wide."""
     cos, sin = math.cos(pose.angle), math.sin(pose.angle)
     reach = RADIUS * pose.scale
-    corners = [
+    return [
         (
             (pose.x + reach * (u * cos - v * sin)) * OVERSAMPLING - 0.5,
             (pose.y + reach * (u * sin + v * cos)) * OVERSAMPLING - 0.5,
         )
         for u, v in OUTLINES[pose.outline]()
     ]
+
+
+def draw_pose(pose: Pose) -> Image.Image:
+    """The shape as an antialiased RGB picture of 64x64 pixels."""
     canvas = Image.new("L", (SIDE * OVERSAMPLING,) * 2)
-    ImageDraw.Draw(canvas).polygon(corners, fill=255)
+    ImageDraw.Draw(canvas).polygon(pose_corners(pose), fill=255)
     return canvas.reduce(OVERSAMPLING).convert("RGB")
 
 

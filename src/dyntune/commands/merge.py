@@ -1,0 +1,45 @@
+"""``dyntune merge``: a saved adapter folded into its backbone, as a weight file that timm reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import safetensors.torch
+import typer
+
+from dyntune.checkpoint import load
+from dyntune.commands.common import RunArgument, WeightsOption, out
+from dyntune.errors import CheckpointError
+from dyntune.files import write_atomically
+
+EXAMPLES = (
+    "dyntune merge runs/flowers --out flowers.safetensors",
+    "dyntune merge runs/flowers --weights ViT-B_16.npz --out flowers.safetensors",
+)
+
+
+def command(
+    run: RunArgument,
+    file: Annotated[Path, typer.Option("--out", help="The .safetensors file to write.")],
+    weights: WeightsOption = None,
+) -> None:
+    """Fold an adapter into its backbone and write the plain timm model's weights (LoRA, SSF, FacT, BitFit, full)."""
+    if file.suffix != ".safetensors":
+        raise CheckpointError(f"--out {file}: expected a file name that ends in .safetensors.")
+    model = load(run, weights=weights)
+    merged = model.merge()
+    if merged is model:
+        reasons = "; ".join(f"{spec}: {reason}" for spec, reason in (model.unmerged or {}).items())
+        raise CheckpointError(
+            f"{model.spec} does not fold into the backbone alone ({reasons}). Run it with dyntune.load({str(run)!r})."
+        )
+    tensors = {name: tensor.contiguous() for name, tensor in merged.state_dict().items()}
+    write_atomically(file, lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}))
+    classes = len(model.classes) if model.classes else model.backbone.classes
+    out.print(f"wrote {file}: the whole model, as dense as its backbone", highlight=False)
+    out.print(
+        f'next: timm.create_model("{model.origin.name}", num_classes={classes}, checkpoint_path="{file}")',
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,56 @@
+"""``dyntune merge``: the file that it writes is timm's, and what does not fold is said."""
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from typer.testing import CliRunner
+
+import dyntune
+from dyntune.backbones.builtin import BUILTIN_BACKBONE
+from dyntune.cli import app
+from dyntune.errors import CheckpointError
+from dyntune.tuned import build_tuned
+
+
+def saved(spec, folder):
+    model = build_tuned(BUILTIN_BACKBONE, spec, classes=("a", "b", "c"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for tensor in model.tuned_state().values():
+            tensor += 0.1 * torch.randn_like(tensor)
+    model.save(folder)
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["lora", "ssf+bitfit"])
+def test_the_file_is_read_by_timm_and_predicts_the_same(tmp_path, spec):
+    model = saved(spec, tmp_path / "run")
+    file = tmp_path / "merged.safetensors"
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "run"), "--out", str(file)])
+    assert done.exit_code == 0, done.output
+    assert "timm.create_model" in done.output
+    plain = timm.create_model(BUILTIN_BACKBONE, num_classes=3, checkpoint_path=str(file)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(plain(images), model(images), atol=1e-4, rtol=1e-4)
+    assert safetensors.torch.load_file(file).keys() == plain.state_dict().keys()
+
+
+def test_what_does_not_fold_is_said(tmp_path):
+    saved("lora+adaptformer", tmp_path / "run")
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged.safetensors")])
+    assert isinstance(done.exception, CheckpointError)
+    assert "adaptformer: an adapter is not linear" in str(done.exception)
+    assert not (tmp_path / "merged.safetensors").exists()
+
+
+def test_another_ending_is_refused_before_anything_is_loaded(tmp_path):
+    done = CliRunner().invoke(app, ["merge", str(tmp_path), "--out", "merged.pth"])
+    assert isinstance(done.exception, CheckpointError)
+    assert "ends in .safetensors" in str(done.exception)
+
+
+def test_the_reason_is_logged_in_python(make_host, caplog):
+    dyntune.tune(make_host(), "adaptformer").merge()
+    assert "adaptformer is not merged" in caplog.text
