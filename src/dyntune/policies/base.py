@@ -118,6 +118,6 @@ def check_bypass(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
     trained = [name for name, p in backbone.named_parameters() if p.requires_grad and p not in behind]
     if policies or trained:
         raise BackboneError(
-            f"{type(backbone.bypass).__name__} lets no gradient into the backbone, so "
+            f"a bypass lets no gradient into the backbone, so "
             f"{policies[0].name() if policies else trained[0]} would never learn. Give the bypass alone."
         )
