@@ -92,6 +92,22 @@ class Site:
         """Channels of the output."""
         return int(self.module.weight.shape[0])  # type: ignore[index]
 
+    def slots(self, width: int) -> tuple[int, int]:
+        """A linear map as whole slots of ``width`` x ``width``: how many stand side by side in its input and output.
+
+        Raises:
+            BackboneError: its weights are not made of such slots.
+        """
+        rows, columns = self.module.weight.shape  # type: ignore[misc]
+        outputs, inputs = rows // width, columns // width
+        expected = {"qkv": (3, 1), "proj": (1, 1), "fc1": (outputs, 1), "fc2": (1, inputs)}[self.kind]
+        if (rows, columns) != (expected[0] * width, expected[1] * width):
+            raise BackboneError(
+                f"{self.path} is {rows} x {columns}, which is not made of whole slots of {width} x {width}. "
+                "Use a method that takes maps of any size, such as lora."
+            )
+        return inputs, outputs
+
     def add(self, name: str, change: nn.Module) -> None:
         """Puts a change on this site, after those that are there.
 

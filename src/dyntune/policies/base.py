@@ -102,7 +102,8 @@ def check_gates(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
                 if not getattr(module, "tokenwise", True):
                     raise BackboneError(
                         f"{name} at {inner.path} looks at all tokens of an image, but a gate around the layer shows it "
-                        "the active ones only. Put it beside the layer with where=layer."
+                        "the active ones only. Gate the sub-layers instead (where=attn, mlp or attn-mlp), or put it "
+                        "beside the whole layer if it can stand there."
                     )
 
 
@@ -118,6 +119,6 @@ def check_bypass(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
     trained = [name for name, p in backbone.named_parameters() if p.requires_grad and p not in behind]
     if policies or trained:
         raise BackboneError(
-            f"a bypass lets no gradient into the backbone, so "
+            "a bypass lets no gradient into the backbone, so "
             f"{policies[0].name() if policies else trained[0]} would never learn. Give the bypass alone."
         )
