@@ -82,7 +82,9 @@ LAYERS = (
     ("training",),
     ("comparison",),
     ("visualize",),
+    ("noah",),
     ("report",),
+    ("vtab",),
     ("commands",),
     ("cli",),
 )

@@ -1,4 +1,4 @@
-"""``dyntune methods``: what there is, where it comes from, and what it costs on ViT-B/16."""
+"""``dyntune methods``: what there is, and what it costs on ViT-B/16 beside the published figures."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from dyntune.commands.common import JsonOption, err, millions, out, print_json, 
 from dyntune.cost import cost
 from dyntune.methods.base import TuningMethod
 from dyntune.presets.base import Preset
-from dyntune.registry import lookup, registered
+from dyntune.registry import lookup, registered, resolve
 from dyntune.spec import Part
 from dyntune.tuned import tune
+from dyntune.vtab.published import SOURCE, published_row, published_specs
 
 EXAMPLES = ("dyntune methods", "dyntune methods dyt", "dyntune methods --json")
 REFERENCE_MODEL = "vit_base_patch16_224"
@@ -24,36 +25,68 @@ REFERENCE_MODEL = "vit_base_patch16_224"
 def command(
     name: Annotated[str | None, typer.Argument(help="Show the options of this one.")] = None, json: JsonOption = False
 ) -> None:
-    """Tuning methods and token policies: name, source, and cost on ViT-B/16 with default options."""
+    """Tuning methods and token policies: source, and cost on ViT-B/16 beside what was published."""
     if name is not None:
         part = lookup(name)
         _show_options(part) if not json else print_json(_options(part))
         return
+    specs = list(dict.fromkeys([*registered(), *published_specs()]))
     with err.status("counting"):
-        rows = [_row(part) for part in registered().values()]
+        rows = sorted((_row(spec) for spec in specs), key=lambda row: ("method", "preset", "tokens").index(row["kind"]))
     if json:
         print_json(rows)
         return
     print_table(
         f"Methods and token policies, costs on {REFERENCE_MODEL} without head",
-        ("name", "kind", "trained parameters", "MACs", "source"),
-        [(r["name"], r["kind"], f"{r['trainable_params']:,}", millions(r["macs"]), r["source"]) for r in rows],
+        ("name", "kind", "trained parameters", "MACs", "merged", "published", "source"),
+        [
+            (
+                row["name"],
+                row["kind"],
+                f"{row['trainable_params']:,}",
+                millions(row["macs"]),
+                millions(row["merged_macs"]) if row["merged_macs"] != row["macs"] else "",
+                _published(row["published"]),
+                row["source"],
+            )
+            for row in rows
+        ],
     )
+    out.print(f"published: parameters and MACs of {SOURCE}. Where they differ:", highlight=False)
+    for row in rows:
+        if row["published"] and row["published"]["note"]:
+            out.print(f"  {row['name']}: {row['published']['note']}", highlight=False)
     out.print("Options of one: dyntune methods NAME", highlight=False)
 
 
-def _row(part: type[Part]) -> dict[str, Any]:
+def _row(spec: str) -> dict[str, Any]:
+    (part,) = resolve([spec])
     with torch.device("meta"):
-        figures = cost(tune(create_backbone(REFERENCE_MODEL, pretrained=False, num_classes=0), part()))
-    kind = "preset" if issubclass(part, Preset) else "method" if issubclass(part, TuningMethod) else "tokens"
+        model = tune(create_backbone(REFERENCE_MODEL, pretrained=False, num_classes=0), part)
+        figures = cost(model)
+    folds = not model.policies and all(method.stays is None for method in model.methods)
+    kind = "preset" if isinstance(part, Preset) else "method" if isinstance(part, TuningMethod) else "tokens"
+    published = published_row(spec)
     return {
-        "name": part.name(),
+        "name": spec,
         "kind": kind,
         "summary": part.summary(),
         "trainable_params": figures.trainable_params,
         "macs": figures.macs,
+        "merged_macs": figures.dense_macs if folds else figures.macs,
+        "published": published
+        and {
+            "name": published.name,
+            "params_m": published.params_m,
+            "gmacs": published.gflops,
+            "note": published.note,
+        },
         "source": part.source,
     }
+
+
+def _published(row: dict[str, Any] | None) -> str:
+    return f"{row['params_m']:.2f} M / {row['gmacs']:.2f} G" if row else ""
 
 
 def _options(part: type[Part]) -> dict[str, Any]:

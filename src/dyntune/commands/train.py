@@ -26,8 +26,10 @@ from dyntune.commands.common import (
 from dyntune.cost import cost
 from dyntune.data import load_data
 from dyntune.errors import DataError
+from dyntune.training.inputs import Interpolation, Normalisation, prepared_as
 from dyntune.training.progress import ProgressBar
-from dyntune.training.settings import Device, Precision, Select, TrainSettings
+from dyntune.training.schedule import Schedule
+from dyntune.training.settings import Device, Optimizer, Precision, Select, TrainSettings
 from dyntune.training.trainer import fit
 from dyntune.tuned import build_tuned
 
@@ -50,12 +52,21 @@ def command(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, or start it.")] = False,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = _DEFAULTS.epochs,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step and process.")] = _DEFAULTS.batch_size,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = _DEFAULTS.lr,
+    drop_last: Annotated[bool, typer.Option("--drop-last", help="Leave out a last batch that is not full.")] = False,
+    optimizer: Annotated[Optimizer, typer.Option(help="sgd has momentum 0.9.")] = _DEFAULTS.optimizer,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = _DEFAULTS.lr,
     min_lr: Annotated[float, typer.Option(help="Learning rate at the end of the cosine.")] = _DEFAULTS.min_lr,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = _DEFAULTS.weight_decay,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = _DEFAULTS.weight_decay,
+    decay_1d: Annotated[bool, typer.Option(help="Weight decay on biases and other 1-D tensors too.")] = True,
     warmup_epochs: Annotated[
         float | None, typer.Option(help="Linear warm-up; a tenth of the epochs by default.")
     ] = None,
+    warmup_lr: Annotated[float, typer.Option(help="Learning rate at which the warm-up begins.")] = _DEFAULTS.warmup_lr,
+    cooldown_epochs: Annotated[int, typer.Option(min=0, help="Last epochs, at --min-lr.")] = _DEFAULTS.cooldown_epochs,
+    schedule: Annotated[
+        Schedule,
+        typer.Option(help="Learning rate per iteration or per epoch; timm's cosine counts the warm-up as its part."),
+    ] = _DEFAULTS.schedule,
     label_smoothing: Annotated[float, typer.Option(help="Share of the target spread over all classes.")] = 0.0,
     mixup: Annotated[float, typer.Option(help="Alpha of mixup, 0 for none.")] = 0.0,
     cutmix: Annotated[float, typer.Option(help="Alpha of CutMix, 0 for none.")] = 0.0,
@@ -70,6 +81,11 @@ def command(
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Decides the order of images and every random number.")] = 0,
     select: Annotated[Select, typer.Option(help="Split that picks the saved epoch.")] = "val",
+    eval_every: Annotated[int, typer.Option(min=1, help="Epochs between two evaluations.")] = _DEFAULTS.eval_every,
+    normalisation: Annotated[
+        Normalisation, typer.Option(help="Of the pixels: the backbone's own, 0.5/0.5, ImageNet's statistics, or none.")
+    ] = "backbone",
+    interpolation: Annotated[Interpolation, typer.Option(help="How images are resized.")] = "backbone",
     img_size: Annotated[int | None, typer.Option(min=1, help="Image height and width in pixels.")] = None,
     val_fraction: Annotated[
         float, typer.Option(help="Split off the training images where there is no validation split.")
@@ -83,10 +99,16 @@ def command(
     settings = TrainSettings(
         epochs=epochs,
         batch_size=batch_size,
+        drop_last=drop_last,
+        optimizer=optimizer,
         lr=lr,
         min_lr=min(min_lr, lr),
         weight_decay=weight_decay,
+        decay_1d=decay_1d,
         warmup_epochs=warmup_epochs,
+        warmup_lr=warmup_lr,
+        cooldown_epochs=cooldown_epochs,
+        schedule=schedule,
         label_smoothing=label_smoothing,
         mixup=mixup,
         cutmix=cutmix,
@@ -98,6 +120,7 @@ def command(
         workers=workers,
         seed=seed,
         select=select,
+        eval_every=eval_every,
     )
     splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(splits)
@@ -107,6 +130,7 @@ def command(
     torch.manual_seed(seed)
     arguments = {"drop_path_rate": drop_path, **({} if img_size is None else {"img_size": img_size})}
     tuned = build_tuned(model, *parts(method, tokens), classes=splits.classes, weights=weights, **arguments)
+    tuned.preprocessing = prepared_as(tuned.preprocessing, normalisation, interpolation)
     bar = ProgressBar(tuned.spec)
     result = fit(tuned, splits.train, chosen, out=run, resume=resume, progress=bar, settings=settings)
     if not PartialState().is_main_process:

@@ -23,6 +23,7 @@ def run_identity(model: TunedModel, settings: TrainSettings, train_set: Dataset[
         "architecture": hashlib.sha256(str(model.backbone.host).encode()).hexdigest()[:16],
         "weights": model.fingerprint,
         "classes": model.classes,
+        "preprocessing": model.preprocessing.to_dict(),
         "processes": processes,
         "train_images": len(train_set),  # type: ignore[arg-type]
         "data": _data_digest(train_set),
@@ -30,12 +31,15 @@ def run_identity(model: TunedModel, settings: TrainSettings, train_set: Dataset[
 
 
 def identity_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two identities, in words; settings that do not touch the weights may differ."""
+    """What differs between two identities, in words; settings that do not touch the weights may differ.
+
+    What an older run did not record cannot be compared.
+    """
     changed = TrainSettings(**now["settings"]).differences(before["settings"])
     return changed + [
-        f"{key} was {before.get(key)}, is {value}"
+        f"{key} was {before[key]}, is {value}"
         for key, value in now.items()
-        if key != "settings" and value != before.get(key)
+        if key != "settings" and key in before and value != before[key]
     ]
 
 

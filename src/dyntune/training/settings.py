@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
 from dyntune.errors import TrainingError, unknown_name
 from dyntune.spec import coerce
+from dyntune.training.schedule import Schedule, warmup_cosine
 
+Optimizer = Literal["adamw", "sgd"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Select = Literal["val", "test", "last"]
@@ -22,10 +23,16 @@ class TrainSettings:
     Args:
         epochs: passes over the training images.
         batch_size: images per step and process.
-        lr: peak learning rate of AdamW.
+        drop_last: leaves out the last batch of an epoch when it is not full.
+        optimizer: AdamW, or SGD with momentum 0.9.
+        lr: peak learning rate.
         min_lr: learning rate at the end of the cosine.
-        weight_decay: of AdamW, on every trained tensor.
-        warmup_epochs: linear warm-up from 0; None means a tenth of the epochs.
+        weight_decay: on the trained tensors.
+        decay_1d: whether weight decay holds for biases and other tensors of one dimension too.
+        warmup_epochs: linear warm-up; None means a tenth of the epochs.
+        warmup_lr: learning rate at which the warm-up begins.
+        cooldown_epochs: the last epochs, spent at ``min_lr``.
+        schedule: how the learning rate follows the epochs; see ``dyntune.training.schedule.warmup_cosine``.
         label_smoothing: share of the target spread over all classes.
         mixup: alpha of mixup, 0 for none.
         cutmix: alpha of CutMix, 0 for none.
@@ -38,15 +45,22 @@ class TrainSettings:
         seed: decides the order of images and every random number.
         select: the split whose accuracy picks the saved epoch; ``last`` saves the last epoch, ``test`` is for those who
             must reproduce published numbers.
+        eval_every: epochs between two evaluations; the last epoch is always evaluated.
         log_every: steps between two records in the log.
     """
 
     epochs: int = 30
     batch_size: int = 64
+    drop_last: bool = False
+    optimizer: Optimizer = "adamw"
     lr: float = 1e-3
     min_lr: float = 1e-5
     weight_decay: float = 1e-4
+    decay_1d: bool = True
     warmup_epochs: float | None = None
+    warmup_lr: float = 0.0
+    cooldown_epochs: int = 0
+    schedule: Schedule = "iteration"
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -58,6 +72,7 @@ class TrainSettings:
     workers: int = 0
     seed: int = 0
     select: Select = "val"
+    eval_every: int = 1
     log_every: int = 10
 
     def __post_init__(self) -> None:
@@ -66,12 +81,17 @@ class TrainSettings:
                 object.__setattr__(self, name, coerce(getattr(self, name), hint))
             except ValueError as error:
                 raise TrainingError(f"{name}={getattr(self, name)!r}: expected {error}.") from None
-        positive = {"epochs": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "workers": 0, "seed": 0}
+        positive = {"epochs": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "eval_every": 1}
+        positive |= {"workers": 0, "seed": 0, "cooldown_epochs": 0}
         for name, least in positive.items():
             if getattr(self, name) < least:
                 raise TrainingError(f"{name}={getattr(self, name)}: expected at least {least}.")
         if not 0 <= self.min_lr <= self.lr or self.lr == 0:
             raise TrainingError(f"lr={self.lr}, min_lr={self.min_lr}: expected 0 <= min_lr <= lr and lr above 0.")
+        if self.cooldown_epochs >= self.epochs:
+            raise TrainingError(f"cooldown_epochs={self.cooldown_epochs}: expected below epochs={self.epochs}.")
+        if not 0 <= self.warmup_lr <= self.lr:
+            raise TrainingError(f"warmup_lr={self.warmup_lr}: expected between 0 and lr={self.lr}.")
         if self.warmup_epochs is not None and not 0 <= self.warmup_epochs <= self.epochs:
             raise TrainingError(f"warmup_epochs={self.warmup_epochs}: expected between 0 and epochs={self.epochs}.")
         if self.clip_norm is not None and self.clip_norm <= 0:
@@ -94,18 +114,28 @@ class TrainSettings:
         return self.epochs / 10 if self.warmup_epochs is None else self.warmup_epochs
 
     def learning_rate(self, epoch: float) -> float:
-        """Linear warm-up from 0, then a cosine down to ``min_lr``.
+        """The learning rate of a step, by ``schedule``.
 
         Args:
             epoch: epochs done, with the fraction of the running one.
         """
-        if epoch < self.warmup:
-            return self.lr * epoch / self.warmup
-        done = (epoch - self.warmup) / max(self.epochs - self.warmup, 1e-9)
-        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return warmup_cosine(
+            epoch,
+            form=self.schedule,
+            epochs=self.epochs - self.cooldown_epochs,
+            warmup=self.warmup,
+            lr=self.lr,
+            min_lr=self.min_lr,
+            warmup_lr=self.warmup_lr,
+        )
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """What differs from ``other``, settings as a dictionary, among what decides the trained weights."""
+        """What differs from ``other``, settings as a dictionary, among what decides the trained weights.
+
+        An option that ``other`` does not have yet was at its default.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        other = defaults | other
         free = {"workers", "device", "log_every"}
         mine = dataclasses.asdict(self)
-        return [f"{k} was {other.get(k)}, is {mine[k]}" for k in mine if k not in free and mine[k] != other.get(k)]
+        return [f"{k} was {other[k]}, is {mine[k]}" for k in mine if k not in free and mine[k] != other[k]]

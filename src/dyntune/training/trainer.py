@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from dyntune.checkpoint import save
-from dyntune.data.base import LabelledImages
-from dyntune.data.transforms import build_transform
 from dyntune.errors import TrainingError
 from dyntune.files import write_json
 from dyntune.forward import activation_rates
 from dyntune.training.accelerator import make_accelerator
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
 from dyntune.training.identity import identity_changes, run_identity
+from dyntune.training.inputs import require_matching_head, training_images
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.logs import RunLog
 from dyntune.training.mixing import make_mixup, mixed
 from dyntune.training.objective import training_loss
+from dyntune.training.optimizer import make_optimizer
 from dyntune.training.progress import Progress, Silent
 from dyntune.training.randomness import EpochSampler, SeededDataset, caller_randomness_kept, seed_all
 from dyntune.training.settings import TrainSettings
@@ -125,7 +125,7 @@ class _Run:
         progress: Progress,
     ) -> None:
         self.model, self.out, self.settings = model, out, settings
-        _require_matching_head(model, train_set)
+        require_matching_head(model, train_set)
         if model.classes is None and getattr(train_set, "classes", None):
             model.classes = tuple(map(str, cast(Any, train_set).classes))
         self.select = settings.select if val_set is not None else "last"
@@ -135,12 +135,18 @@ class _Run:
         if not size:
             raise TrainingError("the training set is empty.")
         world = self.accelerator.num_processes
+        if settings.drop_last and size < settings.batch_size * world:
+            raise TrainingError(
+                f"drop_last leaves no step: {size} training images, {settings.batch_size * world} per step. "
+                "Use smaller batches, or do without drop_last."
+            )
         self.sampler = EpochSampler(size, settings.seed, settings.batch_size * world if world > 1 else 1)
-        self.data = SeededDataset(_training_images(train_set, model, settings), settings.seed)
+        self.data = SeededDataset(training_images(train_set, model, settings), settings.seed)
         loader = DataLoader(
             self.data,
             batch_size=settings.batch_size,
             sampler=self.sampler,
+            drop_last=settings.drop_last,
             num_workers=settings.workers,
             generator=torch.Generator(),  # of its own, so that starting workers draws nothing from the global one
             pin_memory=self.accelerator.device.type == "cuda",
@@ -153,7 +159,7 @@ class _Run:
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise TrainingError("nothing to train: every parameter is frozen. Leave requires_grad as tune() set it.")
-        optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+        optimizer = make_optimizer(trained, settings)
         self.mixup = make_mixup(settings, model.backbone.classes)
         # Mixup smooths the targets itself.
         smoothing = 0.0 if self.mixup else settings.label_smoothing
@@ -288,10 +294,11 @@ class _Run:
         return bool(self.accelerator.reduce(votes, "sum").item())
 
     def _finish_epoch(self, epoch: int, log: RunLog | None) -> None:
-        """Evaluates, keeps the epoch if it is the best so far (of equals, the later one), and saves."""
+        """Evaluates if it is time, keeps the epoch if it is the best so far (of equals, the later one), and saves."""
         self._require_finite_weights(epoch)
         accuracy: float | None = None
-        if self.val_loader is not None:
+        due = (epoch + 1) % self.settings.eval_every == 0 or epoch + 1 == self.settings.epochs
+        if self.val_loader is not None and due:
             evaluation = self._evaluate()
             accuracy = evaluation.accuracy
             self.progress.evaluated(evaluation)
@@ -299,7 +306,8 @@ class _Run:
                 figures = {"accuracy": accuracy, "loss": evaluation.loss, "activation": evaluation.activation}
                 log.write("val", (epoch + 1) * self.steps_per_epoch, {"epoch": epoch + 1, **figures})
         measured = {"epoch": epoch + 1, **({} if accuracy is None else {"val_accuracy": round(accuracy, 6)})}
-        if accuracy is None or self.select == "last" or accuracy >= self.best:
+        best_so_far = accuracy is not None and accuracy >= self.best
+        if self.val_loader is None or self.select == "last" or best_so_far:
             self.best = -1.0 if accuracy is None else accuracy
             self.best_epoch = epoch + 1
             self.best_tensors = {name: p.detach().cpu().clone() for name, p in self.model.tuned_state().items()}
@@ -372,24 +380,3 @@ class _Run:
     def _farewell(self, epoch: int, step: int) -> str:
         where = f"stopped in epoch {epoch + 1} after step {step} of {self.steps_per_epoch}"
         return f"{where}; the state is saved in {self.out}. Go on with --resume." if self.out else f"{where}."
-
-
-def _require_matching_head(model: TunedModel, dataset: Dataset[Any]) -> None:
-    """Raises TrainingError when the classifier cannot be that of the data set."""
-    head = model.backbone.classes
-    names = getattr(dataset, "classes", None)
-    if not head:
-        raise TrainingError("nothing to train: the model has no head. Create it with num_classes=<number of classes>.")
-    if names and len(names) != head:
-        raise TrainingError(
-            f"the model's head has {head} classes, the data set {len(names)}. Create the model with "
-            f"num_classes={len(names)}."
-        )
-
-
-def _training_images(dataset: Dataset[Any], model: TunedModel, settings: TrainSettings) -> Dataset[Any]:
-    if isinstance(dataset, LabelledImages) and dataset.transform is None:
-        return dataset.with_transform(build_transform(model.preprocessing, train=True, augment=settings.augment))
-    if settings.augment != "none":
-        raise TrainingError("augment needs a data set of PIL images; this one has a transform of its own.")
-    return dataset

@@ -1,0 +1,182 @@
+"""``dyntune vtab``: several methods and seeds on the tasks of VTAB-1K, and the table that papers print."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dyntune.commands.common import (
+    DEFAULT_MODEL,
+    JsonOption,
+    ModelOption,
+    WeightsOption,
+    out,
+    pick_device,
+    print_json,
+    print_table,
+)
+from dyntune.comparison import split_specs
+from dyntune.errors import TrainingError
+from dyntune.report import machine
+from dyntune.training.inputs import Interpolation, Normalisation
+from dyntune.training.settings import Device, Precision, Select
+from dyntune.vtab.folders import find_folders
+from dyntune.vtab.locate import open_benchmark
+from dyntune.vtab.plan import Plan
+from dyntune.vtab.recipes import RECIPES, find_recipe
+from dyntune.vtab.run import BenchmarkResult, check_methods, failure_report, job_states, run_benchmark
+from dyntune.vtab.search import require_optuna
+from dyntune.vtab.table import terminal_rows
+
+EXAMPLES = (
+    "dyntune vtab vtab-mini --methods linear,adaptformer,dyt:rate=0.5 --epochs 20 --out runs/mini",
+    "dyntune vtab data/vtab-1k --methods linear,dyt:rate=0.5 --seeds 0,1,2 "
+    "--model vit_base_patch16_224.orig_in21k --weights ViT-B_16.npz --out runs/vtab",
+    "dyntune vtab data/vtab-1k --methods dyt:rate=0.7 --tasks cifar,dtd --search 20 --out runs/searched --dry-run",
+)
+
+
+def command(
+    root: Annotated[str, typer.Argument(help="Folder that holds the task folders, or vtab-mini, which is drawn.")],
+    methods: Annotated[str, typer.Option(help="Specs separated by commas; + joins the parts of one.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for jobs and tables; what it holds is continued.")],
+    model: ModelOption = DEFAULT_MODEL,
+    weights: WeightsOption = None,
+    tasks: Annotated[str | None, typer.Option(help="Task folders separated by commas; all by default.")] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds separated by commas; one decides head, order and noise.")] = "0",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help=f"How jobs are trained: {', '.join(RECIPES)}. A recipe is written for one checkpoint: ssf for the "
+            "AugReg weights, the others for the original ImageNet-21k ones (docs/vtab.md)."
+        ),
+    ] = "dyt",
+    select: Annotated[
+        Select,
+        typer.Option(
+            help="last trains on 1,000 images and keeps the last epoch; val trains on 800 and picks the epoch on 200; "
+            "test picks it on the test images, as most published numbers do."
+        ),
+    ] = "last",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's; warm-up is scaled.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate instead of the recipe's.")] = None,
+    full_lr: Annotated[
+        float | None, typer.Option(help="Factor on the learning rate of full tuning; a tenth by default.")
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
+    warmup_epochs: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
+    drop_path: Annotated[float | None, typer.Option(min=0, max=0.99, help="Instead of the recipe's.")] = None,
+    normalisation: Annotated[
+        Normalisation | None,
+        typer.Option(help="Of the pixels: the backbone's own, 0.5/0.5, ImageNet's statistics, or none."),
+    ] = None,
+    interpolation: Annotated[Interpolation | None, typer.Option(help="How images are resized.")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Instead of the recipe's, of which fp16 is fp32 without a GPU.")
+    ] = None,
+    search: Annotated[
+        int, typer.Option(min=0, help="Trials of learning rate and adapter scale per method and task, on val200.")
+    ] = 0,
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna database URL that several machines share; a file in --out by default.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Jobs at a time, each in a process of its own.")] = 1,
+    readers: Annotated[int, typer.Option(min=0, help="Processes per job that read images.")] = 0,
+    device: Annotated[Device, typer.Option(help="auto takes an accelerator if there is one.")] = "auto",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed jobs again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check data and methods, list the jobs, stop.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Train methods on every task of VTAB-1K with several seeds, and write the table: tasks, group means, MACs.
+
+    A run that was stopped goes on with the same command; finished jobs are not run again.
+    """
+    if search:
+        require_optuna()
+    chosen = find_recipe(recipe).changed(
+        select=select,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        full_lr=full_lr,
+        weight_decay=weight_decay,
+        warmup_epochs=warmup_epochs,
+        drop_path=drop_path,
+        normalisation=normalisation,
+        interpolation=interpolation,
+        precision=precision,
+    )
+    chosen = replace(chosen, settings=replace(chosen.settings, device=device, workers=readers))
+    specs = tuple(split_specs(methods))
+    numbers = _seeds(seeds)
+    benchmark, place = open_benchmark(root)
+    benchmark = benchmark.choose(None if tasks is None else [t.strip() for t in tasks.split(",") if t.strip()])
+    plan = Plan(
+        out=folder,
+        benchmark=benchmark,
+        folders=find_folders(benchmark, place),
+        model=model,
+        weights=weights,
+        recipe=chosen.on(pick_device(device)),
+        specs=specs,
+        seeds=numbers,
+        search=search,
+        storage=storage,
+    )
+    if dry_run:
+        _list_jobs(plan, json)
+        return
+    result = run_benchmark(plan, workers=workers, retry_failed=retry_failed)
+    _show(plan, result, json)
+    if result.failures:
+        raise TrainingError(failure_report(result.failures, plan))
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        seeds = tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        seeds = ()
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise TrainingError(f"seeds {text!r}: expected different whole numbers of at least 0, such as 0,1,2.")
+    return seeds
+
+
+def _list_jobs(plan: Plan, json: bool) -> None:
+    check_methods(plan)
+    states = job_states(plan, [*plan.searches(), *plan.jobs()])
+    if json:
+        rows = [{"method": j.spec, "task": j.task, "seed": j.seed, "state": state} for j, state in states]
+        print_json({"benchmark": plan.benchmark.name, "jobs": rows})
+        return
+    for job, state in states:
+        out.print(f"{state}: {job}", markup=False, highlight=False, soft_wrap=True)
+    todo = sum(state == "to do" for _, state in states)
+    tasks = len(plan.benchmark.tasks)
+    out.print(f"the data of all {tasks} tasks is complete; {todo} of {len(states)} jobs to do", highlight=False)
+
+
+def _show(plan: Plan, result: BenchmarkResult, json: bool) -> None:
+    if json:
+        print_json(
+            {
+                "benchmark": plan.benchmark.name,
+                "model": plan.model,
+                "recipe": {"name": plan.recipe.name, **plan.recipe.identity()},
+                "machine": machine(),
+                "out": str(plan.out),
+                "rows": [asdict(row) for row in result.rows],
+                "failures": [{"job": str(job), **asdict(failure)} for job, failure in result.failures.items()],
+                "elsewhere": [str(job) for job in result.elsewhere],
+            }
+        )
+        return
+    heads, rows = terminal_rows(result.rows, plan.benchmark, plan.model)
+    print_table(f"{plan.benchmark.name} with {plan.model}, recipe {plan.recipe.name}", heads, rows)
+    if result.elsewhere:
+        out.print(f"being run by another command: {len(result.elsewhere)} of the jobs", highlight=False)
+    out.print(f"tables: {plan.out / 'table'}.csv, .md, .tex; measured on {machine()}", highlight=False)

@@ -1,0 +1,144 @@
+"""One training of a benchmark, from its data to its result."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dyntune.cost import cost
+from dyntune.data.base import DataSplits
+from dyntune.errors import TrainingError
+from dyntune.methods.full import Full
+from dyntune.registry import expand, resolve
+from dyntune.spec import Part, format_spec
+from dyntune.training.evaluate import Evaluation, evaluate
+from dyntune.training.inputs import prepared_as
+from dyntune.training.progress import Progress
+from dyntune.training.settings import TrainSettings
+from dyntune.training.state import STATE
+from dyntune.training.trainer import FitResult, fit
+from dyntune.tuned import TunedModel, build_tuned
+from dyntune.vtab.folders import TrainList, load_task
+from dyntune.vtab.images import ResizedImages
+from dyntune.vtab.plan import Job, Plan
+from dyntune.vtab.results import JobResult, read_search
+
+Report = Callable[[float], None]
+"""Told the share of a job that is done."""
+
+
+class EpochReport:
+    """Passes a run's epochs on as the share of a job that is done.
+
+    Args:
+        report: is told the share.
+        begin: share that was done before this run.
+        end: share that will be done after it.
+    """
+
+    def __init__(self, report: Report, begin: float = 0.0, end: float = 1.0) -> None:
+        self.report, self.begin, self.end = report, begin, end
+
+    def __enter__(self) -> EpochReport:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def epoch(self, epoch: int, epochs: int, steps: int, first: int) -> None:
+        self.report(self.begin + (self.end - self.begin) * epoch / epochs)
+
+    def step(self, figures: dict[str, float]) -> None: ...
+
+    def evaluated(self, evaluation: Evaluation) -> None: ...
+
+
+def train_one(
+    spec: str, data: DataSplits, plan: Plan, settings: TrainSettings, out: Path | None, progress: Progress
+) -> tuple[TunedModel, FitResult]:
+    """Trains one method on one task, or continues what ``out`` holds; a method of several stages has them all in here.
+
+    Args:
+        spec: the method.
+        data: train images, and those that ``settings.select`` picks the epoch on.
+        plan: names backbone, weights and preprocessing.
+        settings: of the run; the seed decides the new head too.
+        out: folder of the run; None keeps nothing on disk.
+        progress: shows what goes on.
+    """
+    recipe = plan.recipe
+    torch.manual_seed(settings.seed)
+    model = build_tuned(plan.model, spec, classes=data.classes, weights=plan.weights, drop_path_rate=recipe.drop_path)
+    model.preprocessing = prepared_as(model.preprocessing, recipe.normalisation, recipe.interpolation)
+    train = ResizedImages(data.train, model.preprocessing) if settings.augment == "none" else data.train
+    chosen = {"val": data.val, "test": data.test, "last": None}[settings.select]
+    result = fit(model, train, chosen, out=out, resume=out is not None, progress=progress, settings=settings)
+    return model, result
+
+
+def train_job(job: Job, plan: Plan, report: Report) -> JobResult:
+    """Trains on all 1,000 images (on ``train800`` where ``val200`` picks the epoch) and evaluates on the test split.
+
+    Raises:
+        TrainingError: the search that it builds on has not finished, or training cannot go on.
+        TrainingInterrupted: the state is saved.
+    """
+    assert job.seed is not None
+    began = time.perf_counter()
+    spec, settings = job.spec, replace(plan.recipe.settings, seed=job.seed)
+    if plan.search:
+        found = read_search(job, plan.out)
+        if found is None:
+            raise TrainingError(f"the search of {job.spec} on {job.task} has not finished, so its result is missing.")
+        spec, settings = with_scale(spec, found.scale), with_lr(settings, found.lr)
+    elif any(isinstance(part, Full) for part in expand(resolve([spec]))):
+        settings = with_lr(settings, settings.lr * plan.recipe.full_lr)
+    task = plan.task(job.task)
+    train: TrainList = "train800" if settings.select == "val" else "train800val200"
+    data = load_task(task, plan.folders[task.folder], train)
+    assert data.test is not None  # every task has one
+    run = job.folder(plan.out) / "run"
+    before = time.perf_counter()
+    model, fitted = train_one(spec, data, plan, settings, run, EpochReport(report))
+    training = time.perf_counter() - before
+    evaluation = evaluate(model, data.test, batch_size=settings.batch_size, workers=settings.workers)
+    assert evaluation.macs is not None
+    # With full tuning these are gigabytes per job, and nothing is left to continue.
+    (run / STATE).unlink(missing_ok=True)
+    shutil.rmtree(run / "last", ignore_errors=True)
+    return JobResult(
+        spec=job.spec,
+        task=job.task,
+        seed=job.seed,
+        accuracy=evaluation.accuracy,
+        activation=evaluation.activation,
+        macs=evaluation.macs,
+        trainable_params=cost(model).trainable_params,
+        trained_spec=model.spec,
+        lr=settings.lr,
+        epoch=fitted.best_epoch,
+        train_seconds=fitted.seconds,
+        seconds=fitted.seconds + time.perf_counter() - began - training,
+    )
+
+
+def with_scale(spec: str, scale: float | None) -> str:
+    """The spec with another adapter scale in every part that has one as a number; None leaves it."""
+    if scale is None:
+        return spec
+    parts = [replace(part, **({"scale": scale} if has_scale(part) else {})) for part in resolve([spec])]
+    return "+".join(map(format_spec, parts))
+
+
+def has_scale(part: Part) -> bool:
+    """Whether a part has an adapter scale that is a number, neither learnt nor absent."""
+    return isinstance(getattr(part, "scale", None), float)
+
+
+def with_lr(settings: TrainSettings, lr: float) -> TrainSettings:
+    """The settings with another peak learning rate; where the schedule begins and ends is not above it."""
+    return replace(settings, lr=lr, min_lr=min(settings.min_lr, lr), warmup_lr=min(settings.warmup_lr, lr))
