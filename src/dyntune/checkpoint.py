@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import dyntune
 from dyntune.backbones.source import BackboneSource, check_arguments
 from dyntune.data.transforms import Preprocessing
-from dyntune.errors import CheckpointError, DyntuneError
+from dyntune.errors import BackboneError, CheckpointError, DyntuneError
 from dyntune.files import write_atomically, write_json, write_text
 from dyntune.modelcard import model_card
 from dyntune.registry import expand, part_from_dict, resolve
@@ -51,7 +51,7 @@ def save(model: TunedModel, folder: Path, results: dict[str, Any] | None = None)
         )
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give a folder to save the adapter in.")
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.tuned_state().items()}
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.saved_state().items()}
     payload = safetensors.torch.save(tensors, metadata={"format": "pt"})
     config = {
         "library": "dyntune",
@@ -66,6 +66,7 @@ def save(model: TunedModel, folder: Path, results: dict[str, Any] | None = None)
             "dtype": str(next(model.backbone.parameters()).dtype).removeprefix("torch."),
             "complete": tensors.keys() == dict(model.backbone.named_parameters()).keys(),
         },
+        "peft": model.backbone.recipe(),
         "preprocessing": model.preprocessing.to_dict(),
         "classes": model.classes,
         "results": results or {},
@@ -116,8 +117,10 @@ def load(
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     # Full tuning saves every weight, so the pretrained ones need not be had.
     complete = bool(recorded.get("complete"))
-    host = backbone or origin.build(pretrained=not complete)
-    model = TunedModel(host.to(dtype), parts)
+    host = (backbone or origin.build(pretrained=not complete)).to(dtype)
+    if config.get("peft") is not None:
+        host = _with_peft(host, config["peft"], folder)
+    model = TunedModel(host, parts)
     _require_fit(model, tensors, folder)
     if check_backbone and not complete and recorded.get("fingerprint") != model.fingerprint:
         raise CheckpointError(
@@ -127,12 +130,27 @@ def load(
             "check_backbone=False to load it anyway."
         )
     with torch.no_grad():
-        for name, parameter in model.tuned_state().items():
-            parameter.copy_(tensors[name])
+        for name, tensor in model.saved_state().items():
+            tensor.copy_(tensors[name])
     model.origin = origin
     model.preprocessing = preprocessing
     model.classes = classes
     return model.to(device).eval()
+
+
+def _with_peft(host: nn.Module, recipe: Any, folder: Path) -> nn.Module:
+    """The host with the layers of Hugging Face's PEFT that the adapter was trained with."""
+    try:
+        from dyntune.backbones.peft_vit import rebuild
+    except ImportError as error:
+        raise CheckpointError(
+            f"the adapter in {folder} was trained with layers of PEFT, which is not installed or not complete "
+            f"({error}). Install it: pip install 'dyntune[peft]'."
+        ) from error
+    try:
+        return rebuild(host, recipe)
+    except BackboneError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
 
 
 def _replace(folder: Path, payload: bytes, config: dict[str, Any]) -> None:
@@ -223,13 +241,14 @@ def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 def _require_fit(model: TunedModel, tensors: dict[str, Tensor], folder: Path) -> None:
     """Raises CheckpointError unless the saved tensors are exactly those of the model, by name and shape."""
-    own = model.tuned_state()
+    own = model.saved_state()
     shapes = {name: (tuple(p.shape), tuple(tensors[name].shape)) for name, p in own.items() if name in tensors}
     problems = [f"missing {name}" for name in sorted(own.keys() - tensors.keys())]
     problems += [f"unexpected {name}" for name in sorted(tensors.keys() - own.keys())]
     problems += [f"{name} is {theirs}, expected {ours}" for name, (ours, theirs) in shapes.items() if ours != theirs]
     if any("host.head" in problem for problem in problems):
-        classes = tensors["host.head.bias"].shape[0] if "host.head.bias" in tensors else 0
+        biases = (t for name, t in tensors.items() if name.startswith("host.head.") and name.endswith("bias"))
+        classes = next((len(bias) for bias in biases), 0)
         problems.insert(0, f"its head has {classes} classes, that of the backbone given {model.backbone.classes}")
     if problems:
         raise CheckpointError(

@@ -147,7 +147,7 @@ def compare_speed(models: dict[str, TunedModel], images: Tensor) -> dict[str, Th
     """Images per second of tuned models and of the untouched backbone, ``DENSE``, in turns on one batch."""
     first = next(iter(models.values()))
     device = next(first.parameters()).device
-    plain = first.origin.build(pretrained=False) if first.origin.name else copy.deepcopy(first.backbone.host)
+    plain = first.origin.build(pretrained=False) if first.origin.name else copy.deepcopy(first.backbone.plain().host)
     contestants: dict[str, Callable[[Tensor], Any]] = {DENSE: plain.to(device).eval()}
     contestants |= {spec: model.eval() for spec, model in models.items()}
     return measure_throughput(contestants, images.to(device), reference=DENSE)

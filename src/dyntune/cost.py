@@ -134,7 +134,7 @@ def cost(model: TunedModel) -> Cost:
     """
     parameters = dict(model.backbone.named_parameters())
     head = model.backbone.head_parameters()
-    saved = model.tuned_state()
+    trained = model.tuned_state()
     methods = [part for part in model.parts if not isinstance(part, TokenPolicy)]
     policies = [part for part in model.parts if isinstance(part, TokenPolicy)]
 
@@ -142,13 +142,13 @@ def cost(model: TunedModel) -> Cost:
         model=model.origin.name or type(model.backbone.host).__name__,
         method="+".join(map(format_spec, methods)),
         tokens="+".join(map(format_spec, policies)) or None,
-        trainable_params=sum(p.numel() for name, p in saved.items() if name not in head),
+        trainable_params=sum(p.numel() for name, p in trained.items() if name not in head),
         head_params=sum(parameters[name].numel() for name in head),
         total_params=sum(p.numel() for p in parameters.values()),
         macs=traced_macs(model.backbone, model.policies),
         head_macs=head_macs(model.backbone),
         dense_macs=model.dense_macs,
-        adapter_bytes=sum(p.numel() * p.element_size() for p in saved.values()),
+        adapter_bytes=sum(p.numel() * p.element_size() for p in model.saved_state().values()),
     )
 
 
@@ -163,13 +163,18 @@ def traced_macs(backbone: Backbone, policies: Sequence[TokenPolicy]) -> int:
     Nothing is computed: the parameters are swapped for tensors that have a shape and no content.
     """
     traced = _Traced(backbone)
-    shapes = {name: p.to("meta") for name, p in chain(traced.named_parameters(), traced.named_buffers())}
+    # Each module once, whatever its names: functional_call would not give a module with two names its tensors back.
+    shapes = {
+        f"{path}.{name}": tensor.to("meta")
+        for path, module in traced.named_modules()
+        for name, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+    }
     images = torch.empty(1, *backbone.image_shape, device="meta", dtype=next(backbone.parameters()).dtype)
     modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
     try:
         with MacCounter() as counter, torch.no_grad():
-            torch.func.functional_call(traced, shapes, (images, policies, Planned(counter)))
+            torch.func.functional_call(traced, shapes, (images, policies, Planned(counter)), tie_weights=False)
     finally:
         for module, training in modes.items():
             module.training = training

@@ -19,19 +19,18 @@ def merge(model: TunedModel) -> nn.Module:
     if model.unmerged is not None:
         return _result(model)
     backbone = model.backbone
-    for site in backbone.sites():
-        site.fold()
+    stays = backbone.fold()
     for module in list(backbone.modules()):
         fold_scale = getattr(module, "fold_scale", None)
         if fold_scale is not None:
             fold_scale()
-    model.unmerged = {}
+    model.unmerged = dict(stays)
     for part in expand(model.parts):
         if isinstance(part, TuningMethod):
-            if part.stays is None:
+            if part.stays is None and not stays:
                 backbone.shared.pop(part.name()) if part.name() in backbone.shared else None
                 continue
-            model.unmerged[format_spec(part)] = part.stays
+            model.unmerged[format_spec(part)] = part.stays or "the layers that it changes are not merged"
         else:
             model.unmerged[format_spec(part)] = "which tokens a unit computes is decided anew for each image"
     for spec, reason in model.unmerged.items():

@@ -26,8 +26,8 @@ def load_published(model: TunedModel, state: Mapping[str, Tensor]) -> None:
         CheckpointError: a tensor has no place in the model or another shape, or a tuned tensor is missing.
     """
     own = dict(model.backbone.named_parameters())
-    # A module that is changed by a method stands one level deeper than in the plain host.
-    plain = {name.replace(".base.", "."): name for name in own if name.startswith("host.")}
+    # A module that is changed by a method, or wrapped by PEFT, stands deeper than in the plain host.
+    plain = {model.backbone.saved_name(name.replace(".base.", ".")): name for name in own if name.startswith("host.")}
     parts = expand(model.parts)
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():

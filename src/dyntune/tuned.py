@@ -48,11 +48,11 @@ class TunedModel(nn.Module):
         super().__init__()
         self.backbone = wrap(host)
         host = self.backbone.host
-        with self.backbone.untouched():
-            self.dense_macs = traced_macs(self.backbone, ())
-        self.fingerprint = _fingerprint(self.backbone)
-        self.origin: BackboneSource = describe(host)
-        self.preprocessing = Preprocessing.from_backbone(host)
+        plain = self.backbone.plain()
+        self.dense_macs = traced_macs(plain, ())
+        self.fingerprint = _fingerprint(plain, self.backbone.adopted)
+        self.origin: BackboneSource = describe(plain.host)
+        self.preprocessing = Preprocessing.from_backbone(plain.host)
         self.classes: tuple[str, ...] | None = None
         self.parts = tuple(parts)
         installed = expand(parts)
@@ -65,6 +65,8 @@ class TunedModel(nn.Module):
         try:
             for part in installed:
                 cast(TuningMethod | TokenPolicy, part).install(self.backbone)
+            for parameter in self.backbone.idle:
+                parameter.requires_grad_(False)
             check_gates(self.backbone, self.policies)
             check_bypass(self.backbone, self.policies)
         except BaseException:
@@ -109,8 +111,13 @@ class TunedModel(nn.Module):
         return run(self.backbone, () if complete else self.policies, images, _EXECUTIONS[how])
 
     def tuned_state(self) -> dict[str, Tensor]:
-        """What this model holds beyond the pretrained backbone: the trained tensors, by name. They are not copied."""
+        """The trained tensors, by name. They are not copied."""
         return {name: p for name, p in self.backbone.named_parameters() if name in self._tuned}
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """What this model holds beyond the pretrained backbone: the trained tensors, and what belongs to them."""
+        tensors = self.tuned_state() | self.backbone.companions()
+        return {self.backbone.saved_name(name): tensor for name, tensor in tensors.items()}
 
     def merge(self) -> nn.Module:
         """Folds what can be folded into the backbone's weights, in place; logits stay the same, MACs fall.
@@ -143,7 +150,7 @@ def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
     the head and what a method unfreezes, and modules are added, in the order of the parts.
 
     Args:
-        model: a timm VisionTransformer with its classifier.
+        model: a timm VisionTransformer with its classifier, or one that PEFT's ``get_peft_model`` has wrapped.
         parts: spec strings (``"dyt:rate=0.5"``, ``"adaptformer"``, ``"dispatch:where=mlp,rate=0.5"``) or typed
             configurations (``DyT(rate=0.5)``).
 
@@ -186,7 +193,8 @@ def build_tuned(
     return model
 
 
-def _fingerprint(backbone: Backbone) -> str | None:
-    head = backbone.head_parameters()
-    weights = [(name, p) for name, p in backbone.named_parameters() if name not in head]
+def _fingerprint(backbone: Backbone, adopted: Sequence[nn.Parameter]) -> str | None:
+    """Digest of the weights that are the same for every adapter: without the head, and what was trained before."""
+    left_out = backbone.head_parameters() | {n for n, p in backbone.named_parameters() if any(p is a for a in adopted)}
+    weights = [(name, p) for name, p in backbone.named_parameters() if name not in left_out]
     return None if any(p.is_meta for _, p in weights) else fingerprint(weights)

@@ -13,4 +13,9 @@ def wrap(host: nn.Module) -> Backbone:
     Raises:
         BackboneError: no family of hosts fits; says what is supported.
     """
+    # Whoever has such a model has imported PEFT, which is slow to import and need not be installed otherwise.
+    if any(type(module).__module__.partition(".")[0] == "peft" for module in host.modules()):
+        from dyntune.backbones.peft_vit import PeftViT
+
+        return PeftViT(host)
     return TimmViT(host)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -273,9 +272,36 @@ class Backbone(nn.Module, abc.ABC):
             if where == "layer":
                 yield block
 
-    def untouched(self) -> AbstractContextManager[object]:
-        """A context in which the host computes as it did before anything was put on it, by us or by others."""
-        return nullcontext()
+    def plain(self) -> Backbone:
+        """The host as it was before other libraries put anything on it, with the same parameters."""
+        return self
+
+    @property
+    def idle(self) -> tuple[nn.Parameter, ...]:
+        """Parameters of the host that take no part in its forward pass, so that they are never trained."""
+        return ()
+
+    def companions(self) -> dict[str, Tensor]:
+        """Tensors that another library has put on the host and does not train: saved too, by name in the backbone."""
+        return {}
+
+    def saved_name(self, name: str) -> str:
+        """The name under which a tensor of the backbone is saved."""
+        return name
+
+    def recipe(self) -> dict[str, Any] | None:
+        """What another library needs to put its layers on a plain host again, as JSON values; None without layers."""
+        return None
+
+    def fold(self) -> dict[str, str]:
+        """Writes the changes of all sites, and what other libraries have put on the host, into the host's weights.
+
+        Returns:
+            What could not be folded, by name, with the reason.
+        """
+        for site in self.sites():
+            site.fold()
+        return {}
 
     def all_units(self) -> Iterator[Unit]:
         """Every block and its sub-layers, from the first block to the last."""
