@@ -49,3 +49,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(train
         with pytest.raises(CheckpointError, match=words):
             dyntune.load_published(model, state)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_what_the_public_code_stores_and_never_uses_is_let_pass(make_host):
+    model = dyntune.tune(make_host(), "noah:prompts=2,ranks=0,bottlenecks=0")
+    head = {f"head.{name}": p.detach().clone() for name, p in model.backbone.host.head.named_parameters()}
+    state = {f"blocks.{index}.visual_prompt_token": torch.full((1, 4, 32), float(index)) for index in range(3)}
+    unused = {"visual_prompt_token": torch.zeros(1, 2, 32), "blocks.0.attn.LoRA_a.weight": torch.zeros(4, 32)}
+    dyntune.load_published(model, head | state | unused)
+    assert model.tuned_state()["blocks.2.entries.noah.prompts"].tolist() == [[2.0] * 32] * 2
+    with pytest.raises(CheckpointError, match="has no place"):
+        dyntune.load_published(model, head | state | {"blocks.0.attn.LoRA_c.weight": torch.zeros(4, 32)})

@@ -31,8 +31,8 @@ def load_published(model: TunedModel, state: Mapping[str, Tensor]) -> None:
     parts = expand(model.parts)
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        ours = next((renamed for part in parts if (renamed := part.from_published(name, tensor))), None)
-        for own_name, value in (ours or {plain.get(f"host.{name}", name): tensor}).items():
+        mine = (ours for part in parts if (ours := part.from_published(name, tensor)) is not None)
+        for own_name, value in next(mine, {plain.get(f"host.{name}", name): tensor}).items():
             if own_name not in own:
                 raise CheckpointError(
                     f"{name!r} of the checkpoint has no place in {model.spec}; are the methods the same?"

@@ -80,16 +80,17 @@ class Part:
                 raise SpecError(f"{cls.name()}: {key}={text!r} is not valid: expected {error}.") from None
         return cls(**converted)
 
-    def from_published(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    def from_published(self, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
         """What a tensor of the public code is here: our names (those of ``backbone.named_parameters``) and values.
 
         Returns:
-            Nothing if ``name`` is not this part's. By default one tensor under the name that ``published`` gives.
+            None if ``name`` is not this part's, an empty dictionary if the tensor has no use. By default one tensor
+            under the name that ``published`` gives.
         """
         for pattern, ours in self.published.items():
             if re.search(pattern, name):
                 return {re.sub(pattern, ours, name): tensor}
-        return {}
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: ``type`` (the part's name) and every field."""

@@ -20,6 +20,7 @@ from dyntune.commands.common import (
 )
 from dyntune.comparison import split_specs
 from dyntune.errors import TrainingError
+from dyntune.noah import SearchSettings
 from dyntune.report import machine
 from dyntune.training.inputs import Interpolation, Normalisation
 from dyntune.training.settings import Device, Precision, Select
@@ -84,6 +85,10 @@ def command(
     storage: Annotated[
         str | None, typer.Option(help="Optuna database URL that several machines share; a file in --out by default.")
     ] = None,
+    population: Annotated[
+        int, typer.Option(min=1, help="Candidates of a generation of noah's search.")
+    ] = SearchSettings.population,
+    generations: Annotated[int, typer.Option(min=1, help="Generations of it.")] = SearchSettings.generations,
     workers: Annotated[int, typer.Option(min=1, help="Jobs at a time, each in a process of its own.")] = 1,
     readers: Annotated[int, typer.Option(min=0, help="Processes per job that read images.")] = 0,
     device: Annotated[Device, typer.Option(help="auto takes an accelerator if there is one.")] = "auto",
@@ -97,7 +102,9 @@ def command(
     """
     if search:
         require_optuna()
+    children = population // 2
     chosen = find_recipe(recipe).changed(
+        noah=SearchSettings(population=population, generations=generations, mutations=children, crossovers=children),
         select=select,
         epochs=epochs,
         batch_size=batch_size,

@@ -22,6 +22,9 @@ Init = Literal["zero", "noah"]
 PUBLISHED_WIDTH = 100
 """Width of the tensors that the published code slices, and whose initial statistics the slices have."""
 
+_DEAD = ("visual_prompt_token", "visual_prompt_token_pos_embed")
+"""Tensors of the published code that its first block removes from the sequence again."""
+
 
 @dataclass(frozen=True)
 class Subnet:
@@ -348,10 +351,12 @@ class Noah(TuningMethod):
                     ElasticLowRank(index, inputs, site.channels, rank, self.dropout, self.init, selection),
                 )
 
-    def from_published(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    def from_published(self, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
+        if name in _DEAD:
+            return {}
         match = re.match(r"blocks\.(\d+)\.(visual_prompt_token$|attn\.LoRA_[ab]\.weight$|adapter\.ln[12]\.)", name)
         if match is None:
-            return {}
+            return None
         block, kind = int(match.group(1)), match.group(2)
         if "prompt" in kind:
             return _if_any({f"blocks.{block}.entries.noah.prompts": tensor[0, : self._size(self.prompts, block)]})

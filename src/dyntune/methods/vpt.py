@@ -70,9 +70,9 @@ class Vpt(TuningMethod):
         for block in backbone.blocks if self.deep else backbone.blocks[:1]:
             block.add_entry("vpt", Prompts(self.prompts, block.width, bound, self.dropout))
 
-    def from_published(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    def from_published(self, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
         match = re.search(r"(?:^|\.)transformer\.(deep_)?prompt_embeddings$", name)
         if match is None:
-            return {}
+            return None
         first = 1 if match.group(1) else 0
         return {f"blocks.{block}.entries.vpt.prompts": prompts for block, prompts in enumerate(tensor, first)}

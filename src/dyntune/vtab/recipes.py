@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from dyntune.errors import TrainingError, unknown_name
+from dyntune.noah import SearchSettings
 from dyntune.training.inputs import Interpolation, Normalisation
 from dyntune.training.settings import Precision, TrainSettings
 
@@ -26,6 +27,9 @@ class Recipe:
         normalisation: of the pixels.
         interpolation: of the resize.
         full_lr: factor on the learning rate of jobs that train every weight; the DyT paper takes a tenth for them.
+        supernet: epochs and learning rate of noah's supernet, each a factor on those of the job (500 to 100, and 5e-4
+            to 1e-3, in NOAH's code).
+        noah: sizes and limits of noah's search.
         note: what else to know.
     """
 
@@ -38,6 +42,8 @@ class Recipe:
     normalisation: Normalisation = "backbone"
     interpolation: Interpolation = "bicubic"
     full_lr: float = 0.1
+    supernet: tuple[float, float] = (5.0, 0.5)
+    noah: SearchSettings = field(default_factory=SearchSettings)
     note: str = ""
 
     def changed(self, **changes: Any) -> Recipe:
@@ -46,7 +52,7 @@ class Recipe:
         Another number of epochs scales warm-up and cooldown with it, unless they are given too.
         """
         given = {name: value for name, value in changes.items() if value is not None}
-        options = ("drop_path", "normalisation", "interpolation", "full_lr")
+        options = ("drop_path", "normalisation", "interpolation", "full_lr", "supernet", "noah")
         own = {name: given.pop(name) for name in options if name in given}
         if "epochs" in given:
             factor = given["epochs"] / self.settings.epochs
@@ -75,6 +81,8 @@ class Recipe:
             "normalisation": self.normalisation,
             "interpolation": self.interpolation,
             "full_lr": self.full_lr,
+            "supernet": list(self.supernet),
+            "noah": asdict(self.noah),
         }
 
 

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from dyntune.backbones.source import create_backbone
-from dyntune.errors import BackboneError
+from dyntune.errors import BackboneError, SpecError
 from dyntune.training.interrupt import TrainingInterrupted
 from dyntune.tuned import tune
 from dyntune.vtab.averages import MethodRow
@@ -20,6 +20,7 @@ from dyntune.vtab.pool import run_jobs
 from dyntune.vtab.report import write_tables
 from dyntune.vtab.results import Failure, finished, read_failure, read_search
 from dyntune.vtab.search import open_storage
+from dyntune.vtab.train import unsearched
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ def check_methods(plan: Plan) -> None:
     if plan.weights is not None and not plan.weights.is_file():
         raise BackboneError(f"no weight file at {plan.weights}. Expected a .npz, .pth or .safetensors file.")
     for spec in plan.specs:
+        if plan.search and unsearched(spec):
+            raise SpecError(
+                f"{spec} searches its own sizes, which --search cannot be part of; run it without --search."
+            )
         with torch.device("meta"):
             tune(create_backbone(plan.model, pretrained=False, num_classes=2), spec)
 

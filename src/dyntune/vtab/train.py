@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from dyntune.cost import cost
 from dyntune.data.base import DataSplits
 from dyntune.errors import TrainingError
 from dyntune.methods.full import Full
+from dyntune.methods.noah import Noah
+from dyntune.noah import train_noah
 from dyntune.registry import expand, resolve
 from dyntune.spec import Part, format_spec
 from dyntune.training.evaluate import Evaluation, evaluate
@@ -27,6 +29,7 @@ from dyntune.vtab.folders import TrainList, load_task
 from dyntune.vtab.images import ResizedImages
 from dyntune.vtab.plan import Job, Plan
 from dyntune.vtab.results import JobResult, read_search
+from dyntune.vtab.tasks import Task
 
 Report = Callable[[float], None]
 """Told the share of a job that is done."""
@@ -60,7 +63,7 @@ class EpochReport:
 def train_one(
     spec: str, data: DataSplits, plan: Plan, settings: TrainSettings, out: Path | None, progress: Progress
 ) -> tuple[TunedModel, FitResult]:
-    """Trains one method on one task, or continues what ``out`` holds; a method of several stages has them all in here.
+    """Trains one method on one task, or continues what ``out`` holds.
 
     Args:
         spec: the method.
@@ -70,14 +73,49 @@ def train_one(
         out: folder of the run; None keeps nothing on disk.
         progress: shows what goes on.
     """
-    recipe = plan.recipe
     torch.manual_seed(settings.seed)
-    model = build_tuned(plan.model, spec, classes=data.classes, weights=plan.weights, drop_path_rate=recipe.drop_path)
-    model.preprocessing = prepared_as(model.preprocessing, recipe.normalisation, recipe.interpolation)
+    model = _build([spec], data, plan)
     train = ResizedImages(data.train, model.preprocessing) if settings.augment == "none" else data.train
     chosen = {"val": data.val, "test": data.test, "last": None}[settings.select]
     result = fit(model, train, chosen, out=out, resume=out is not None, progress=progress, settings=settings)
     return model, result
+
+
+def _build(parts: Sequence[str | Part], data: DataSplits, plan: Plan) -> TunedModel:
+    recipe = plan.recipe
+    model = build_tuned(plan.model, *parts, classes=data.classes, weights=plan.weights, drop_path_rate=recipe.drop_path)
+    model.preprocessing = prepared_as(model.preprocessing, recipe.normalisation, recipe.interpolation)
+    return model
+
+
+def unsearched(spec: str) -> Noah | None:
+    """The part that a search must give sizes before it can be trained; None if the spec has none."""
+    return next((part for part in resolve([spec]) if isinstance(part, Noah) and not part.searched), None)
+
+
+def _train_noah(
+    spec: str, part: Noah, task: Task, plan: Plan, settings: TrainSettings, out: Path, report: Report
+) -> tuple[TunedModel, FitResult]:
+    """Supernet on ``train800``, search on ``val200``, and the last training on both."""
+    recipe, folder = plan.recipe, plan.folders[task.folder]
+    halves, both = load_task(task, folder, "train800"), load_task(task, folder, "train800val200")
+    assert halves.val is not None  # train800 has val200 beside it
+    epochs, lr = recipe.supernet
+    shares = {"noah supernet": (0.0, 0.7), "noah": (0.8, 1.0)}
+    result = train_noah(
+        part,
+        lambda sized: _build([sized if other == part else other for other in resolve([spec])], both, plan),
+        halves.train,
+        halves.val,
+        both.train,
+        out,
+        replace(settings, select="last"),
+        supernet_epochs=max(1, round(settings.epochs * epochs)),
+        supernet_lr=settings.lr * lr,
+        search=recipe.noah,
+        progress=lambda title: EpochReport(report, *shares[title]),
+    )
+    return result.model, replace(result.fit, seconds=result.seconds)
 
 
 def train_job(job: Job, plan: Plan, report: Report) -> JobResult:
@@ -103,7 +141,10 @@ def train_job(job: Job, plan: Plan, report: Report) -> JobResult:
     assert data.test is not None  # every task has one
     run = job.folder(plan.out) / "run"
     before = time.perf_counter()
-    model, fitted = train_one(spec, data, plan, settings, run, EpochReport(report))
+    if part := unsearched(spec):
+        model, fitted = _train_noah(spec, part, task, plan, settings, run, report)
+    else:
+        model, fitted = train_one(spec, data, plan, settings, run, EpochReport(report))
     training = time.perf_counter() - before
     evaluation = evaluate(model, data.test, batch_size=settings.batch_size, workers=settings.workers)
     assert evaluation.macs is not None

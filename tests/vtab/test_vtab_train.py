@@ -1,0 +1,51 @@
+"""What a job trains: the learning rate of full tuning, and NOAH's stages."""
+
+import json
+
+import pytest
+
+from dyntune.errors import SpecError
+from dyntune.noah import SearchSettings
+from dyntune.registry import resolve
+from dyntune.vtab.plan import Job
+from dyntune.vtab.run import check_methods
+from dyntune.vtab.train import train_job
+
+SMALL = SearchSettings(population=3, generations=2, parents=2, mutations=1, crossovers=1)
+
+
+def trained(make_plan, out, spec, **options):
+    plan = make_plan(out, specs=(spec,), tasks=("digits",), options={"epochs": 1} | options)
+    shares = []
+    return train_job(Job(spec, "digits", 0), plan, shares.append), shares
+
+
+def test_full_tuning_takes_a_tenth_of_the_learning_rate(make_plan, tmp_path):
+    result, _ = trained(make_plan, tmp_path / "a", "full", lr=0.02)
+    assert result.lr == pytest.approx(0.002)
+    result, _ = trained(make_plan, tmp_path / "b", "full", lr=0.02, full_lr=1.0)
+    assert result.lr == pytest.approx(0.02)
+    result, _ = trained(make_plan, tmp_path / "c", "linear", lr=0.02)
+    assert result.lr == pytest.approx(0.02)
+
+
+def test_noah_is_searched_and_trained_with_what_was_found(make_plan, tmp_path):
+    options = {"noah": SMALL, "supernet": (1.0, 0.5)}
+    result, shares = trained(make_plan, tmp_path, "noah:choices=1/2+dispatch:rate=0.5", **options)
+    noah, dispatch = resolve([result.trained_spec])
+    assert noah.searched and dispatch.rate == 0.5
+    assert {*noah.prompts, *noah.ranks, *noah.bottlenecks} <= {0, 1, 2}
+    run = Job("noah:choices=1/2+dispatch:rate=0.5", "digits", 0).folder(tmp_path) / "run"
+    search = json.loads((run / "search.json").read_text())
+    found = {tuple(row["prompts"]) for row in search["candidates"]}
+    assert len(search["candidates"]) == 6 and noah.prompts in found
+    assert (run / "supernet").is_dir() and (run / "search.png").stat().st_size > 1000
+    # The last training has train800 and val200, the supernet train800 alone.
+    sizes = [json.loads((folder / "train.json").read_text())["train_images"] for folder in (run / "supernet", run)]
+    assert sizes == [16, 24]
+    assert shares == sorted(shares)
+
+
+def test_noah_is_refused_in_a_search(make_plan, tmp_path):
+    with pytest.raises(SpecError, match="searches its own sizes"):
+        check_methods(make_plan(tmp_path, specs=("noah",), search=2))
