@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-COMMANDS = ("methods", "cost", "train", "eval", "predict", "visualize", "compare", "demo")
+COMMANDS = ("methods", "cost", "train", "eval", "predict", "visualize", "compare", "merge", "noah", "vtab", "demo")
 
 
 def dyntune(*arguments: object, status: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess:

@@ -119,6 +119,11 @@ class TunedModel(nn.Module):
         tensors = self.tuned_state() | self.backbone.companions()
         return {self.backbone.saved_name(name): tensor for name, tensor in tensors.items()}
 
+    @property
+    def folds(self) -> bool:
+        """Whether every part folds into the backbone's weights, so that ``merge`` should leave it alone."""
+        return not self.policies and all(method.stays is None for method in self.methods)
+
     def merge(self) -> nn.Module:
         """Folds what can be folded into the backbone's weights, in place; logits stay the same, MACs fall.
 

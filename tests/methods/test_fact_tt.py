@@ -178,48 +178,6 @@ def test_gradients_reach_the_factors_and_the_head_alone(make_host, randomise, im
     assert {"shared.fact-tt.u.weight", "shared.fact-tt.v.weight"} < with_gradient
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(make_host, randomise, images_for):
-    gradients = []
-    for enable in (False, True):
-        model = randomise(dyntune.tune(make_host(), "fact-tt:dropout=0")).train()
-        model.backbone.host.set_grad_checkpointing(enable)
-        model(images_for(model.backbone.host, 2)).square().sum().backward()
-        gradients.append([p.grad for p in model.tuned_state().values()])
-    for plain, again in zip(*gradients, strict=True):
-        torch.testing.assert_close(again, plain, atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("where", ["attn", "mlp", "attn-mlp", "layer"])
-def test_masked_equals_compact_under_gates(make_host, randomise, images_for, where):
-    model = randomise(dyntune.tune(make_host("registers"), "fact-tt", f"dispatch:where={where}"), 3).eval()
-    images = images_for(model.backbone.host, 3)
-    masked = model.run(images, execution="masked")
-    assert 0.05 < torch.cat([gate.values for gate in masked.gates]).mean() < 0.95
-    torch.testing.assert_close(model.run(images, execution="compact").logits, masked.logits, atol=1e-5, rtol=1e-5)
-    model.merge()
-    torch.testing.assert_close(model(images), masked.logits, atol=1e-4, rtol=1e-4)
-    assert list(model.unmerged) == [f"dispatch:where={where}" if where != "mlp" else "dispatch"]
-
-
-@torch.no_grad()
-def test_runs_in_bf16(make_host, randomise, images_for):
-    model = randomise(dyntune.tune(make_host(), "fact-tt:scale=0.1")).eval()
-    images = images_for(model.backbone.host, 2)
-    expected = model(images)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(model(images).float(), expected, atol=0.2, rtol=0.1)
-
-
-@torch.no_grad()
-def test_saved_and_loaded_model_is_equal(make_host, randomise, images_for, tmp_path):
-    model = dyntune.tune(make_host(), "fact-tt:rank=4,scale=0.5").eval()
-    randomise(model.backbone.shared, 7)
-    loaded = dyntune.load(model.save(tmp_path / "adapter"), backbone=make_host())
-    images = images_for(model.backbone.host, 2)
-    assert torch.equal(loaded(images), model(images))
-
-
 @pytest.mark.parametrize("ratio,path", [(2.7, "fc1 is 86 x 32"), (0.5, "fc1 is 16 x 32")])
 def test_maps_that_are_not_made_of_whole_slots_are_refused(make_host, ratio, path):
     host = make_host(mlp_ratio=ratio)

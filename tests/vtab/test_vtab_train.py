@@ -49,3 +49,11 @@ def test_noah_is_searched_and_trained_with_what_was_found(make_plan, tmp_path):
 def test_noah_is_refused_in_a_search(make_plan, tmp_path):
     with pytest.raises(SpecError, match="searches its own sizes"):
         check_methods(make_plan(tmp_path, specs=("noah",), search=2))
+
+
+def test_what_folds_is_merged_before_it_is_evaluated(make_plan, tmp_path):
+    dense, _ = trained(make_plan, tmp_path / "a", "linear")
+    lora, _ = trained(make_plan, tmp_path / "b", "lora")
+    beside, _ = trained(make_plan, tmp_path / "c", "adaptformer")
+    assert lora.macs == dense.macs < beside.macs
+    assert lora.trainable_params == 12 * 8 * 4 * 96

@@ -64,7 +64,6 @@ def _row(spec: str) -> dict[str, Any]:
     with torch.device("meta"):
         model = tune(create_backbone(REFERENCE_MODEL, pretrained=False, num_classes=0), part)
         figures = cost(model)
-    folds = not model.policies and all(method.stays is None for method in model.methods)
     kind = "preset" if isinstance(part, Preset) else "method" if isinstance(part, TuningMethod) else "tokens"
     published = published_row(spec)
     return {
@@ -73,7 +72,7 @@ def _row(spec: str) -> dict[str, Any]:
         "summary": part.summary(),
         "trainable_params": figures.trainable_params,
         "macs": figures.macs,
-        "merged_macs": figures.dense_macs if folds else figures.macs,
+        "merged_macs": figures.dense_macs if model.folds else figures.macs,
         "published": published
         and {
             "name": published.name,

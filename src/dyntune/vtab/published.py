@@ -32,14 +32,14 @@ _NAMES = {
 }
 _NOTES = {
     "LoRA": "MACs with LoRA merged into the weights",
-    "VPT": "parameters of 57.6 prompts per block, the mean over tasks, but MACs of 8 prompts per block",
+    "VPT": "parameters of 57.6 prompts per block, the mean over tasks, but MACs of 8 per block, without those of norms",
     "SSF": "parameters are cut to two decimals, and MACs are those with SSF merged into the weights",
-    "NOAH": "parameters are the mean over tasks; MACs are given as those of the backbone alone, a lower bound",
+    "NOAH": "parameters are the mean of 19 searched sub-networks, MACs the backbone's alone; here the largest one",
     "FacT-TT": "parameters are the mean over tasks, each with a rank of 4, 8 or 16; MACs with FacT merged",
     "Res-Tuning": "parameters include the head, 0.04 M on average over tasks",
-    "DyT r=0.5": "parameters without the dispatchers; MACs as executed, at a mean activation of 54.3 %",
-    "DyT r=0.7": "parameters without the dispatchers; MACs as executed, at a mean activation of 75.8 %",
-    "DyT r=0.9": "parameters without the dispatchers; MACs as executed, at a mean activation of 95.1 %",
+    "DyT r=0.5": "parameters without the dispatchers; MACs as executed, which a mean activation of 54.3 % gives",
+    "DyT r=0.7": "parameters without the dispatchers; MACs as executed, which a mean activation of 75.8 % gives",
+    "DyT r=0.9": "parameters without the dispatchers; MACs as executed, which a mean activation of 95.1 % gives",
 }
 _TUNED_PER_TASK = {"scale", "dropout"}
 """Options that are chosen per task, so that they do not make another method."""

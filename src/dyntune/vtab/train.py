@@ -146,6 +146,9 @@ def train_job(job: Job, plan: Plan, report: Report) -> JobResult:
     else:
         model, fitted = train_one(spec, data, plan, settings, run, EpochReport(report))
     training = time.perf_counter() - before
+    trainable_params = cost(model).trainable_params
+    if model.folds:
+        model.merge()  # what would be served, and what published tables count
     evaluation = evaluate(model, data.test, batch_size=settings.batch_size, workers=settings.workers)
     assert evaluation.macs is not None
     # With full tuning these are gigabytes per job, and nothing is left to continue.
@@ -158,7 +161,7 @@ def train_job(job: Job, plan: Plan, report: Report) -> JobResult:
         accuracy=evaluation.accuracy,
         activation=evaluation.activation,
         macs=evaluation.macs,
-        trainable_params=cost(model).trainable_params,
+        trainable_params=trainable_params,
         trained_spec=model.spec,
         lr=settings.lr,
         epoch=fitted.best_epoch,
