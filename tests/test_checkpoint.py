@@ -448,3 +448,9 @@ class _Killed(BaseException):
 def _no_way_back(replace):
     """After a kill nothing puts the previous weights back."""
     return lambda self, target: self if self.name == PREVIOUS else replace(self, target)
+
+
+def test_a_tuned_model_is_no_backbone(build, tmp_path):
+    folder = build().save(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="give the plain timm model"):
+        dyntune.load(folder, backbone=build())

@@ -99,6 +99,8 @@ def load(
         BackboneError: the backbone cannot be built.
     """
     folder = Path(folder)
+    if isinstance(backbone, TunedModel):
+        raise CheckpointError("backbone is a tuned model already; give the plain timm model, one for each adapter.")
     config = read_config(folder)
     tensors = _read_weights(folder, config)
     try:

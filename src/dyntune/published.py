@@ -46,7 +46,8 @@ def load_published(model: TunedModel, state: Mapping[str, Tensor]) -> None:
     missing = sorted(model.tuned_state().keys() - found.keys())
     if missing:
         raise CheckpointError(
-            f"the checkpoint lacks {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}."
+            f"the checkpoint lacks {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}. Add what is "
+            "missing to the state dict under these names without the leading host., for instance head.weight."
         )
     with torch.no_grad():
         for name, tensor in found.items():

@@ -399,6 +399,9 @@ def test_what_is_not_supported_is_refused_with_a_reason(make_host, wrap):
     refused(peft.get_peft_model(make_host(), config_for("LORA"), mixed=True), "PeftMixedModel", "without mixed=True")
     swin = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
     refused(peft.get_peft_model(swin, peft.LoraConfig(target_modules=["qkv"])), "SwinTransformer is not supported")
+    for copied in ("mlp", "attn", "blocks.2"):
+        config = peft.LoraConfig(target_modules=["patch_embed.proj"], modules_to_save=[copied])
+        refused(peft.get_peft_model(make_host(), config), "modules_to_save has copied blocks.", f"{copied} as a whole")
     for init in ("pissa", "olora"):
         config = peft.LoraConfig(target_modules=["qkv"], init_lora_weights=init)
         refused(peft.get_peft_model(make_host(), config), init, "init_lora_weights=True")

@@ -105,3 +105,8 @@ def test_a_refused_part_takes_its_changes_off_again(make_host):
         dyntune.tune(host, "lora", "lora")
     assert not [module for module in host.modules() if isinstance(module, Changed)]
     assert all(p.requires_grad for p in host.parameters())
+
+
+def test_nothing_stands_behind_a_whole_block(make_host):
+    with pytest.raises(BackboneError, match=r"cannot stand behind blocks\.0, a whole block"):
+        wrap(make_host()).blocks[0].add_after("double", nn.Identity())

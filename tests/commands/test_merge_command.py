@@ -37,6 +37,37 @@ def test_the_file_is_read_by_timm_and_predicts_the_same(tmp_path, spec):
     assert safetensors.torch.load_file(file).keys() == plain.state_dict().keys()
 
 
+def saved_on(name, spec, folder, **arguments):
+    """A model on random weights of a timm architecture, which come from a file beside the run."""
+    weights = folder / "weights.safetensors"
+    safetensors.torch.save_file(timm.create_model(name, num_classes=3, **arguments).state_dict(), weights)
+    model = build_tuned(name, spec, classes=("a", "b", "c"), weights=weights, **arguments)
+    with torch.no_grad():
+        for tensor in model.tuned_state().values():
+            tensor += 0.1
+    model.save(folder / "run")
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arguments", [{"img_size": 48}, {"img_size": 32, "global_pool": "avg"}])
+def test_the_printed_line_builds_the_model(tmp_path, arguments):
+    model = saved_on("vit_tiny_patch16_224", "lora", tmp_path, **arguments)
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged.safetensors")])
+    assert done.exit_code == 0, done.exception
+    line = next(line for line in done.output.splitlines() if line.startswith("next: "))
+    plain = eval(line.removeprefix("next: "), {"timm": timm}).eval()
+    images = torch.randn(2, *model.backbone.image_shape)
+    torch.testing.assert_close(plain(images), model(images), atol=1e-4, rtol=1e-4)
+
+
+def test_tensors_that_timm_would_not_read_are_refused(tmp_path):
+    saved_on("vit_xsmall_patch16_clip_224", "ssf", tmp_path)
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged.safetensors")])
+    assert "tensors that timm's model does not have (patch_embed.proj.bias)" in str(done.exception)
+    assert not (tmp_path / "merged.safetensors").exists()
+
+
 def test_what_does_not_fold_is_said(tmp_path):
     saved("lora+adaptformer", tmp_path / "run")
     done = CliRunner().invoke(app, ["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged.safetensors")])

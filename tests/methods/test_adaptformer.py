@@ -29,6 +29,17 @@ def test_published_counts(bottleneck, parameters, macs):
     assert cost.total_params == 85_798_656 + parameters + cost.head_params
 
 
+def test_without_biases_as_in_petl_vit(make_host, randomise, images_for):
+    assert dyntune.cost(dyntune.tune(vit_base(), "adaptformer:bias=false")).trainable_params == 147_456
+    adapter = Adapter(6, 3, 0.5, 0.0, bias=False)
+    randomise(adapter)
+    x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    expected = 0.5 * (x @ adapter.down_proj.weight.T).relu() @ adapter.up_proj.weight.T
+    torch.testing.assert_close(adapter(Tokens(x, 0, (1, 2))), expected)
+    adapter.fold_scale()
+    torch.testing.assert_close(adapter(Tokens(x, 0, (1, 2))), expected)
+
+
 @pytest.mark.parametrize("where,places", [("mlp", 3), ("attn", 3), ("attn-mlp", 6), ("layer", 3)])
 @pytest.mark.parametrize("bottleneck", [1, 5])
 def test_closed_form_counts(make_host, where, places, bottleneck):

@@ -220,7 +220,7 @@ def test_subnets_that_are_no_part_of_the_supernet_are_refused(make_host):
             selection.set_subnet(sizes)
 
 
-def test_each_training_pass_draws_a_subnet_from_the_cpu_generator(make_host, images_for):
+def test_each_training_step_draws_a_subnet_from_the_cpu_generator(make_host, images_for):
     part = Noah(depths=(1, 2, 3))
     model = dyntune.tune(make_host(), part)
     selection, images = model.backbone.shared["noah"], images_for(model.backbone.host, 2)
@@ -228,8 +228,10 @@ def test_each_training_pass_draws_a_subnet_from_the_cpu_generator(make_host, ima
     seen = []
     for seed in (0, 1, 2, 0):
         torch.manual_seed(seed)
-        model.train()(images)
+        dyntune.training_loss(model.train(), images, torch.tensor([0, 1]))
         seen.append(selection.sizes)
+        model(images)
+        assert selection.sizes == seen[-1]  # another pass of the same step
         for sizes in vars(selection.sizes).values():
             depth = sum(map(bool, sizes))
             assert depth in space.depths and set(sizes[:depth]) <= {1, 5, 10} and not any(sizes[depth:])
@@ -238,6 +240,30 @@ def test_each_training_pass_draws_a_subnet_from_the_cpu_generator(make_host, ima
     before = torch.get_rng_state()
     model(images)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_all_passes_of_a_step_compute_the_same_subnet(make_host, images_for, checkpointing):
+    model = dyntune.tune(make_host(), "noah:dropout=0,depths=1/2/3", "dispatch").train()
+    model.backbone.host.set_grad_checkpointing(checkpointing)
+    used = []
+    adapter = model.backbone.blocks[0].mlp.after["noah"]
+    adapter.register_forward_hook(lambda module, *_: used.append(module.selection.sizes))
+    for seed in range(4):
+        torch.manual_seed(seed)
+        dyntune.training_loss(model, images_for(model.backbone.host, 2), torch.tensor([0, 1])).total.backward()
+        assert len(used) >= 2 + checkpointing and len(set(used)) == 1
+        used.clear()
+
+
+@torch.no_grad()
+def test_merging_folds_what_evaluation_computes(make_host, randomise, images_for):
+    model = randomise(dyntune.tune(make_host(), "noah"), 1)
+    images = images_for(model.backbone.host, 2)
+    expected = model.eval()(images)
+    model.train().backbone.begin_step()
+    model.merge()
+    torch.testing.assert_close(model.eval()(images), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_space_is_that_of_the_published_search():

@@ -158,7 +158,8 @@ def test_published_names(make_host, images_for, spec, prefix):
     state = {f"{prefix}transformer.prompt_embeddings": first[None]}
     if deep:
         state[f"{prefix}transformer.deep_prompt_embeddings"] = torch.stack(deep)
-    state |= {"head.weight": model.backbone.host.head.weight, "head.bias": model.backbone.host.head.bias}
+    head = "head.last_layer" if prefix else "head"
+    state |= {f"{head}.{name}": p for name, p in model.backbone.host.head.named_parameters()}
     other = dyntune.tune(make_host(), spec).eval()
     dyntune.load_published(other, {name: tensor.clone() for name, tensor in state.items()})
     images = images_for(model.backbone.host, 2)

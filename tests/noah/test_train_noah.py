@@ -188,7 +188,7 @@ def test_another_seed_gives_another_search(procedure, whole, tmp_path):
 
 def test_other_options_are_refused(procedure, whole, tmp_path):
     out, _ = whole
-    with pytest.raises(TrainingError, match=r"the search in .* was started differently: search was .*'limit': 0\.003"):
+    with pytest.raises(TrainingError, match=r"the search in .* was started differently: limit was 0\.003, is 0\.002"):
         procedure(out, search=dataclasses.replace(SEARCHED, limit=0.002))
     with pytest.raises(TrainingError, match="epochs was 2, is 3"):
         procedure(out, supernet_epochs=3)

@@ -64,8 +64,10 @@ class Unit(nn.Module, abc.ABC):
             module: maps an update ``(..., C)`` to one of the same shape.
 
         Raises:
-            BackboneError: a module of that name is there already.
+            BackboneError: a module of that name is there already, or the unit is a whole block.
         """
+        if not isinstance(self, SubLayer):
+            raise BackboneError(f"{name} cannot stand behind {self.path}, a whole block; put it behind its sub-layers.")
         _add(self.after, name, module, self.path)
 
     @abc.abstractmethod
@@ -302,6 +304,13 @@ class Backbone(nn.Module, abc.ABC):
         for site in self.sites():
             site.fold()
         return {}
+
+    def begin_step(self) -> None:
+        """Tells what the places have in common that a training step begins: its forward passes belong together."""
+        for module in self.shared.values():
+            begin = getattr(module, "begin_step", None)
+            if begin is not None:
+                begin()
 
     def all_units(self) -> Iterator[Unit]:
         """Every block and its sub-layers, from the first block to the last."""

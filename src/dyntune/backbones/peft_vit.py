@@ -90,6 +90,7 @@ class PeftViT(TimmViT):
             )
         for name in model.active_adapters:
             _check(model.peft_config[name])
+        _check_copies(model.get_base_model())
         super().__init__(model.get_base_model())
         # Not registered: the host owns PEFT's layers, and they must not appear twice in the state dict.
         object.__setattr__(self, "peft", model)
@@ -290,6 +291,16 @@ def _check(config: Any) -> None:
     for option in _OTHER_MODELS:
         if getattr(config, option, None):
             raise BackboneError(f"PEFT's option {option} is not supported; leave it out.")
+
+
+def _check_copies(host: nn.Module) -> None:
+    """Raises BackboneError where ``modules_to_save`` has copied what gates and methods must see into."""
+    for path, module in host.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and re.search(r"(^|\.)(blocks(\.\d+)?|attn|mlp)$", path):
+            raise BackboneError(
+                f"modules_to_save has copied {path} as a whole. It may name the head, norms and patch_embed; to train "
+                "the rest of the backbone as well, leave it out and add the method full."
+            )
 
 
 def _unsupported(kind: Any) -> str:

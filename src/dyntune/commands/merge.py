@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import safetensors.torch
+import torch
 import typer
 
 from dyntune.checkpoint import load
@@ -34,12 +35,21 @@ def command(
         raise CheckpointError(
             f"{model.spec} does not fold into the backbone alone ({reasons}). Run it with dyntune.load({str(run)!r})."
         )
+    with torch.device("meta"):
+        built = model.origin.build(pretrained=False).state_dict().keys()
+    extra = sorted(merged.state_dict().keys() - built)
+    if extra:
+        raise CheckpointError(
+            f"folding {model.spec} has given {model.origin.name} tensors that timm's model does not have "
+            f"({', '.join(extra[:3])}), so timm could not read the file. Run it with dyntune.load({str(run)!r}), or "
+            "merge in Python: model.merge() returns the module."
+        )
     tensors = {name: tensor.contiguous() for name, tensor in merged.state_dict().items()}
     write_atomically(file, lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}))
-    classes = len(model.classes) if model.classes else model.backbone.classes
+    arguments = ", ".join(f"{name}={value!r}" for name, value in sorted(model.origin.arguments.items()))
     out.print(f"wrote {file}: the whole model, as dense as its backbone", highlight=False)
     out.print(
-        f'next: timm.create_model("{model.origin.name}", num_classes={classes}, checkpoint_path="{file}")',
+        f'next: timm.create_model("{model.origin.name}", {arguments}, checkpoint_path="{file}")',
         highlight=False,
         soft_wrap=True,
     )

@@ -26,7 +26,6 @@ from dyntune.methods.noah import Noah
 from dyntune.noah import SearchSettings, train_noah
 from dyntune.noah.progress import SearchBar
 from dyntune.registry import resolve
-from dyntune.spec import format_spec
 from dyntune.training.inputs import Interpolation, Normalisation, prepared_as
 from dyntune.training.progress import ProgressBar
 from dyntune.training.settings import Device, Precision, TrainSettings
@@ -89,8 +88,12 @@ def command(
 ) -> None:
     """Train a supernet, search it under a limit of parameters, and train what was found; the same command goes on."""
     parts = resolve([method])
-    if len(parts) != 1 or not isinstance(parts[0], Noah) or parts[0].searched:
-        raise SpecError(f"--method {method}: expected noah without sizes; train a part with sizes with dyntune train.")
+    supernets = [part for part in parts if isinstance(part, Noah) and not part.searched]
+    if len(supernets) != 1:
+        raise SpecError(
+            f"--method {method}: expected noah without sizes, alone or joined by + with other parts. "
+            "Train a part that has sizes with dyntune train."
+        )
     search = SearchSettings(
         limit=limit,
         least=least,
@@ -120,12 +123,13 @@ def command(
         raise DataError(f"{data} has no validation split, which the search needs.")
 
     def build(part: Noah) -> TunedModel:
-        tuned = build_tuned(model, part, classes=splits.classes, weights=weights, drop_path_rate=drop_path)
+        sized = [part if other is supernets[0] else other for other in parts]
+        tuned = build_tuned(model, *sized, classes=splits.classes, weights=weights, drop_path_rate=drop_path)
         tuned.preprocessing = prepared_as(tuned.preprocessing, normalisation, interpolation)
         return tuned
 
     result = train_noah(
-        parts[0],
+        supernets[0],
         build,
         splits.train,
         splits.val,
@@ -139,7 +143,7 @@ def command(
         search_progress=SearchBar,
     )
     assert result.best is not None  # the part had no sizes
-    figures, spec = cost(result.model), format_spec(result.part)
+    figures, spec = cost(result.model), result.model.spec
     if json:
         print_json(
             {

@@ -8,15 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.methods.base import TuningMethod
+from dyntune.methods.base import TuningMethod, quick_gelu
 
 Activation = Literal["quick_gelu", "gelu", "relu"]
 Init = Literal["zero", "noah"]
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """``x sigmoid(1.702 x)``, an approximation of GELU."""
-    return x * (1.702 * x).sigmoid()
 
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {

@@ -21,17 +21,21 @@ class Adapter(nn.Module):
         bottleneck: channels of the hidden layer.
         scale: the factor s, or "learnable" for a trained scalar that starts at 1.
         dropout: probability of dropping a hidden value while training.
+        bias: whether the projections have biases.
     """
 
-    def __init__(self, width: int, bottleneck: int, scale: float | Literal["learnable"], dropout: float) -> None:
+    def __init__(
+        self, width: int, bottleneck: int, scale: float | Literal["learnable"], dropout: float, bias: bool = True
+    ) -> None:
         super().__init__()
-        self.down_proj = nn.Linear(width, bottleneck)
-        self.up_proj = nn.Linear(bottleneck, width)
+        self.down_proj = nn.Linear(width, bottleneck, bias)
+        self.up_proj = nn.Linear(bottleneck, width, bias)
         self.dropout = nn.Dropout(dropout)
         self.scale = nn.Parameter(torch.ones(())) if scale == "learnable" else scale
         nn.init.kaiming_uniform_(self.down_proj.weight, a=math.sqrt(5))
-        for zero in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
-            nn.init.zeros_(zero)
+        nn.init.zeros_(self.up_proj.weight)
+        for linear in (self.down_proj, self.up_proj) if bias else ():
+            nn.init.zeros_(linear.bias)
 
     def forward(self, tokens: Tokens) -> Tensor:
         """The update for every token, of the shape of ``tokens.x``."""
@@ -40,8 +44,8 @@ class Adapter(nn.Module):
     def fold_scale(self) -> None:
         """Multiplies the scale into the up-projection; the adapter computes the same."""
         with torch.no_grad():
-            self.up_proj.weight.mul_(self.scale)
-            self.up_proj.bias.mul_(self.scale)
+            for parameter in self.up_proj.parameters():
+                parameter.mul_(self.scale)
         del self.scale
         self.scale = 1.0
 
@@ -58,6 +62,8 @@ class AdaptFormer(TuningMethod):
         scale: factor s on the adapter's output; "learnable" trains one scalar per adapter.
         dropout: probability of dropping a hidden value while training.
         where: the units that get an adapter beside them.
+        bias: whether the projections have biases; those of PETL-ViT, which VTAB tables call AdaptFormer too,
+            have none.
     """
 
     source: ClassVar[str] = "Chen et al., NeurIPS 2022, arXiv 2205.13535"
@@ -68,6 +74,7 @@ class AdaptFormer(TuningMethod):
     scale: float | Literal["learnable"] = 0.1
     dropout: float = 0.1
     where: Where = "mlp"
+    bias: bool = True
 
     def check(self) -> None:
         self.require(self.bottleneck >= 1, "bottleneck of at least 1")
@@ -75,4 +82,4 @@ class AdaptFormer(TuningMethod):
 
     def install(self, backbone: Backbone) -> None:
         for unit in backbone.units(self.where):
-            unit.add_beside("adapter", Adapter(unit.width, self.bottleneck, self.scale, self.dropout))
+            unit.add_beside("adapter", Adapter(unit.width, self.bottleneck, self.scale, self.dropout, self.bias))

@@ -3,8 +3,15 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from dyntune.backbones.base import Backbone
 from dyntune.spec import Part
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """``x sigmoid(1.702 x)``, the approximation of GELU that CLIP made common."""
+    return x * (1.702 * x).sigmoid()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from dyntune.backbones.base import Backbone, SubLayer
-from dyntune.methods.base import TuningMethod
+from dyntune.methods.base import TuningMethod, quick_gelu
 from dyntune.tokens import Tokens
 
 Init = Literal["xavier", "identity"]
@@ -48,8 +48,8 @@ class ConvBypass(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tensor:
         """The update for every token, ``(B, N, C)``."""
-        hidden = self.mix(_quick_gelu(self.down(tokens.normed)), tokens.prefix, tokens.grid)
-        return self.drop_path(self.up(self.dropout(_quick_gelu(hidden)))) * self.scale
+        hidden = self.mix(quick_gelu(self.down(tokens.normed)), tokens.prefix, tokens.grid)
+        return self.drop_path(self.up(self.dropout(quick_gelu(hidden)))) * self.scale
 
     def mix(self, hidden: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
         """The convolution of hidden tokens ``(B, N, h)``."""
@@ -66,10 +66,6 @@ class ConvBypass(nn.Module):
             self.up.weight.mul_(self.scale)
             self.up.bias.mul_(self.scale)
         self.scale = 1.0
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * (1.702 * x).sigmoid()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.sites import Change
 from dyntune.errors import BackboneError, SpecError
-from dyntune.methods.base import TuningMethod
+from dyntune.methods.base import TuningMethod, quick_gelu
 from dyntune.tokens import Tokens
 
 Init = Literal["zero", "noah"]
@@ -84,7 +84,7 @@ class Space:
 class Selection(nn.Module):
     """Which sub-network computes: the modules of all blocks ask it.
 
-    Of a supernet a random one computes in each training pass, and ``subnet`` in evaluation. Modules that it leaves out
+    Of a supernet a random one computes in each training step, and ``subnet`` in evaluation. Modules that it leaves out
     take part with a gradient of zero, so that every step finds all parameters in the graph, as optimiser and
     distributed training expect.
 
@@ -100,8 +100,11 @@ class Selection(nn.Module):
         self.subnet = largest
         self._drawn = largest
 
-    def begin_pass(self) -> None:
-        """Draws the sub-network of a training pass; the CPU generator decides, which ``fit`` seeds in every step."""
+    def begin_step(self) -> None:
+        """Draws the sub-network of a training step, for all its forward passes and what is recomputed of them.
+
+        The CPU generator decides, which ``fit`` seeds in every step.
+        """
         if self.training and self.space is not None:
             self._drawn = self.space.draw(lambda below: int(torch.randint(below, (), device="cpu")))
 
@@ -111,7 +114,7 @@ class Selection(nn.Module):
         return self._drawn if self.training and self.space is not None else self.subnet
 
     def set_subnet(self, subnet: Subnet) -> None:
-        """Chooses the sub-network that evaluation computes.
+        """Chooses the sub-network that evaluation computes and ``merge`` folds; it is no part of what is saved.
 
         Raises:
             SpecError: it has another number of blocks, or a size beyond what is stored.
@@ -148,8 +151,6 @@ class ElasticPrompts(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tokens:
         """The tokens with this block's prompts behind the host's own prefix tokens."""
-        if self.block == 0:
-            self.selection.begin_pass()
         sizes = self.selection.sizes.prompts
         own = self.prompts[: sizes[self.block]]
         if not len(own):
@@ -190,16 +191,16 @@ class ElasticLowRank(Change):
             nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        down, up = self._sliced()
+        down, up = self._sliced(self.selection.sizes)
         return y + F.linear(F.linear(self.dropout(x), down), up)
 
     @torch.no_grad()
     def fold(self, base: nn.Module) -> None:
-        down, up = self._sliced()
+        down, up = self._sliced(self.selection.subnet)
         cast(Tensor, base.weight).add_(up @ down)
 
-    def _sliced(self) -> tuple[Tensor, Tensor]:
-        rank = self.selection.sizes.ranks[self.block]
+    def _sliced(self, sizes: Subnet) -> tuple[Tensor, Tensor]:
+        rank = sizes.ranks[self.block]
         return self.down.weight[:rank], self.up.weight[:, :rank]
 
 
@@ -239,7 +240,7 @@ class ElasticAdapter(nn.Module):
         """What is added to the residual stream instead of ``update``, ``(..., D)``."""
         size = self.selection.sizes.bottlenecks[self.block]
         hidden = F.linear(update, self.down_proj.weight[:size], self.down_proj.bias[:size])
-        hidden = self.dropout(hidden * (1.702 * hidden).sigmoid())
+        hidden = self.dropout(quick_gelu(hidden))
         return update + F.linear(hidden, self.up_proj.weight[:, :size], self.up_proj.bias * (size > 0))
 
 
@@ -252,7 +253,7 @@ class Noah(TuningMethod):
     ``z + u + up(drop(act(down(u))))`` with ``u = mlp(norm2(z))``, after drop path, and ``act(t) = t sigmoid(1.702 t)``.
     Any of the three may be 0; without prompts of its own a block leaves those that are there.
 
-    Without sizes it is the supernet, with every module at its largest: each training pass computes a random
+    Without sizes it is the supernet, with every module at its largest: each training step computes a random
     sub-network, in which the first few blocks have prompts, the first few a low-rank update and the first few an
     adapter; evaluation computes the largest one. ``dyntune noah`` trains it, searches it and trains what was found.
     By default a quarter (of at least 3), half, three quarters or all of the blocks have a kind of module.

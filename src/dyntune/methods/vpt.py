@@ -71,6 +71,8 @@ class Vpt(TuningMethod):
             block.add_entry("vpt", Prompts(self.prompts, block.width, bound, self.dropout))
 
     def from_published(self, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
+        if name.startswith("head.last_layer."):
+            return {name.replace("head.last_layer.", "host.head."): tensor}
         match = re.search(r"(?:^|\.)transformer\.(deep_)?prompt_embeddings$", name)
         if match is None:
             return None

@@ -152,7 +152,7 @@ def search_noah(
         raise TrainingError("noah has sizes already, so there is nothing to search; leave them out.")
     out, search = Path(out), search or SearchSettings()
     model = _built(build, part, settings.seed)
-    record = _Record(out / SEARCH, {**run_identity(model, settings, val, 1), "search": asdict(search)})
+    record = _Record(out / SEARCH, {**run_identity(model, settings, val, 1), **asdict(search)})
     display = progress("noah supernet") if progress else None
     trained = fit(model, train, out=out / SUPERNET, resume=True, progress=display, settings=settings)
     score = _scorer(model, val, settings)

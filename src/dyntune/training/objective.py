@@ -44,6 +44,7 @@ def training_loss(model: TunedModel, images: Tensor, targets: Tensor, criterion:
         targets: class indices ``(B,)``, or class shares ``(B, classes)`` under mixup.
         criterion: the task's loss on logits and targets.
     """
+    model.backbone.begin_step()
     output = model.run(images)
     terms = {"task": criterion(output.logits, targets)}
     for policy in model.policies:
