@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -76,8 +77,15 @@ def split_specs(text: str) -> list[str]:
 
 
 def folder_name(spec: str) -> str:
-    """A folder name for a spec: letters, digits, dots and dashes."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", spec).strip("-")
+    """A folder name for a spec: letters, digits, dots and dashes; different specs have different names.
+
+    Where more is lost than the separators of a spec, such as the sign of a number, a digest is appended.
+    """
+    written = "".join(spec.split())
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", written).strip("-")
+    if re.fullmatch(r"[A-Za-z0-9.]+((?:[:,=/]|[+_-](?=[A-Za-z]))[A-Za-z0-9.]+)*", written):
+        return name
+    return f"{name}-{hashlib.sha256(written.encode()).hexdigest()[:8]}"
 
 
 def compare(

@@ -31,6 +31,7 @@ def make_plan(mini_root: Path) -> Callable[..., Plan]:
         recipe = replace(recipe, settings=replace(recipe.settings, device="cpu"))
         seeds = fields.pop("seeds", (0,))
         folders = find_folders(benchmark, folder)
-        return Plan(out, benchmark, folders, BUILTIN_BACKBONE, None, recipe, tuple(specs), seeds, **fields)
+        weights = fields.pop("weights", None)
+        return Plan(out, benchmark, folders, BUILTIN_BACKBONE, weights, recipe, tuple(specs), seeds, **fields)
 
     return make

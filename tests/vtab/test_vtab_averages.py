@@ -54,7 +54,16 @@ def test_the_mean_is_that_of_groups_and_not_of_tasks():
         ("linear", "Frozen"),
         ("full", "Full tuning"),
         ("fact-tt", "FacT-TT"),
+        ("fact-tt:rank=4,scale=10", "FacT-TT"),
+        ("fact-tt:rank=64", None),
         ("lora", "LoRA"),
+        ("lora:init=noah", "LoRA"),
+        ("lora:rank=4", None),
+        ("adapter:init=noah", "Adapter"),
+        ("adapter:where=attn-mlp,init=noah", None),
+        ("convpass:init=identity,scale=0.01", "ConvPass"),
+        ("convpass:where=attn", None),
+        ("vpt:prompts=50", "VPT"),
         ("dyt:rate=0.6", None),
         ("dyt:rate=0.5,dispatch=layer", None),
         ("adaptformer:bottleneck=64", None),
@@ -120,7 +129,8 @@ def test_markdown_and_latex_show_the_same_figures():
         and "45.00 ± 7.07 | 1.000 | 2.000 |" in markdown
     )
     assert "| `two` | 1 | - |" in markdown and "Measured here." in markdown and "Published" not in markdown
-    latex = to_latex(rows, BENCHMARK)
+    latex = to_latex(rows, BENCHMARK, "Recipe of 100 %\nand more.")
+    assert latex.startswith("% Recipe of 100 % and more.\n\\begin{tabular}")
     assert r"\texttt{one:rate=0.5} & 55.0 $\pm$ 7.1" in latex and r"A\_1" in latex and r"C \& D" in latex
     assert r"\cmidrule(lr){2-3} \cmidrule(lr){4-4}" in latex and latex.count(r"\\") == 4
     counts = {

@@ -73,6 +73,13 @@ def test_all_tasks_run_and_failures_are_named_at_the_end(mini_root, tmp_path):
     done = vtab(*arguments, *options)
     assert "Shapes" not in done.stdout and "±" in done.stdout and "4/4" in done.stderr
     assert "adaptformer+dispatch:rate=0.7" in (run / "table.tex").read_text()
+    trained = (
+        "Recipe dyt with epochs 1 (preset 100), batch_size 8 (preset 64), warmup_epochs 0.1 (preset 10), precision "
+        "fp32 (preset fp16), normalisation none (preset inception); trained on train800val200, epoch picked on the "
+        "test images that it is reported on; backbone weights of vit_mini_patch4_32.dyntune; no search."
+    )
+    assert trained in done.stdout and trained in (run / "table.md").read_text()
+    assert (run / "table.tex").read_text().startswith(f"% vtab-mini: {trained} Measured on ")
     job = run / "jobs" / "linear" / "cells" / "seed-3"
     assert dyntune.load(job / "run").preprocessing.mean == (0, 0, 0)
     (job / "result.json").unlink()
@@ -90,6 +97,8 @@ def test_all_tasks_run_and_failures_are_named_at_the_end(mini_root, tmp_path):
         (("--methods", "linear", "--tasks", "digitz"), "Did you mean 'digits'"),
         (("--methods", "linear", "--model", "vit_basement"), "vit_basement"),
         (("--methods", "linear", "--weights", "missing.npz"), "missing.npz"),
+        (("--methods", "linear", "--recipe", "fact"), "at most 24"),
+        (("--methods", "full", "--full-lr", "0"), "above 0"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_made(mini_root, tmp_path, arguments, words):

@@ -1,5 +1,6 @@
 """Jobs that are interrupted, killed, failed, claimed by others, and run by several workers."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ from dyntune.checkpoint import WEIGHTS
 from dyntune.errors import TrainingError
 from dyntune.training.interrupt import TrainingInterrupted
 from dyntune.training.state import STATE
-from dyntune.vtab.display import remaining_seconds
+from dyntune.vtab.display import JobDisplay, remaining_seconds
 from dyntune.vtab.images import ResizedImages
 from dyntune.vtab.jobs import LOCK, run_job
 from dyntune.vtab.plan import Job
@@ -91,9 +92,8 @@ def test_two_workers_survive_a_kill_and_come_to_the_same_bits(one_worker, make_p
     result = run_benchmark(plan, workers=2, console=QUIET)
     killer.join()
     assert killed and len(result.failures) == 1
-    assert "SIGKILL" in failure_report(result.failures, plan) and "--retry-failed" in failure_report(
-        result.failures, plan
-    )
+    report = failure_report(result.failures, plan)
+    assert "SIGKILL" in report and "--retry-failed" in report and "smaller batches in another --out" in report
     assert sum(finished(job, plan.out) for job in plan.jobs()) == len(plan.jobs()) - 1
     assert "-" in (plan.out / "table.md").read_text()
     again = run_benchmark(plan, console=QUIET)
@@ -177,6 +177,44 @@ def test_a_folder_is_continued_with_the_same_options_only(one_worker, make_plan,
     (tmp_path / "letter.txt").write_text("")
     with pytest.raises(TrainingError, match="something else"):
         make_plan(tmp_path).take_folder()
+
+
+def test_a_folder_is_continued_with_the_same_data_and_weights_only(mini_root, make_plan, tmp_path):
+    weights = tmp_path / "a.npz"
+    content = bytearray(range(256)) * 50_000
+    weights.write_bytes(content)
+    make_plan(tmp_path / "run", weights=weights).take_folder()
+
+    data, moved = tmp_path / "data", tmp_path / "moved" / "b.npz"
+    shutil.copytree(mini_root, data)
+    moved.parent.mkdir()
+    weights.rename(moved)
+    plan = make_plan(tmp_path / "run", tasks=("digits", "fields"), root=data, weights=moved)
+    plan.take_folder()  # moved, with a task more
+    assert set(json.loads((tmp_path / "run" / "plan.json").read_text())["tasks"]) == {"digits", "cells", "fields"}
+
+    study = plan.digest("digits")
+    file = data / "fields" / "test.txt"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[::-1]))
+    assert plan.digest("digits") == study
+    with pytest.raises(TrainingError, match=r"differently: fields had other lists\. Use the same"):
+        plan.take_folder()
+    make_plan(tmp_path / "run", tasks=("digits",), root=data, weights=moved).take_folder()
+
+    content[-1] ^= 1  # in the checksums at the end of an archive
+    moved.write_bytes(content)
+    assert plan.digest("digits") != study
+    with pytest.raises(TrainingError, match="weights was 12800000 bytes, digest"):
+        make_plan(tmp_path / "run", weights=moved).take_folder()
+
+
+def test_a_line_without_an_estimate_ends_with_the_job(make_plan, tmp_path):
+    plan = make_plan(tmp_path / "run")
+    text = io.StringIO()
+    with JobDisplay(plan, plan.jobs(), plan.jobs(), 1, Console(file=text)) as display:
+        display.begun(plan.jobs()[0])
+        display.ended(plan.jobs()[0], "taken")
+    assert text.getvalue() == "1/2 linear on digits, seed 0: another command is at it\n"
 
 
 def test_a_damaged_result_is_named(one_worker, tmp_path):

@@ -28,6 +28,12 @@ def test_other_epochs_scale_the_warm_up_unless_it_is_given():
     assert RECIPES["fact"].changed() == RECIPES["fact"]
 
 
+@pytest.mark.parametrize("factor", [0.0, -0.1, float("nan"), float("inf")])
+def test_the_factor_of_full_tuning_is_above_0(factor):
+    with pytest.raises(TrainingError, match=r"full_lr=.*above 0"):
+        RECIPES["dyt"].changed(full_lr=factor)
+
+
 def test_fp16_is_for_gpus():
     assert RECIPES["dyt"].on(torch.device("cpu")).settings.precision == "fp32"
     assert RECIPES["dyt"].on(torch.device("cuda")).settings.precision == "fp16"

@@ -1,16 +1,20 @@
 """The search of learning rate and scale: what it tries, keeps, shares and hands on."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from dyntune.errors import TrainingError
+from dyntune.registry import resolve
 from dyntune.vtab import search
+from dyntune.vtab import train as training
 from dyntune.vtab.plan import Job
 from dyntune.vtab.results import read_result, read_search
 from dyntune.vtab.run import run_benchmark
 from dyntune.vtab.search import open_storage, require_optuna, search_job
+from dyntune.vtab.train import train_job
 
 QUIET = Console(quiet=True)
 optuna = pytest.importorskip("optuna")
@@ -39,6 +43,40 @@ def test_the_best_values_are_trained_with(make_plan, tmp_path):
     result = read_result(Job("adaptformer", "digits", 0), plan.out)
     assert result.lr == found.lr
     assert result.trained_spec == ("adaptformer" if found.scale == 0.1 else f"adaptformer:scale={found.scale:g}")
+
+
+@pytest.mark.parametrize(
+    ("spec", "first"),
+    [
+        ("full", {"lr": 1e-4}),  # a tenth, as without a search
+        ("lora+adaptformer", {"lr": 1e-3}),  # two scales, 1 and 0.1
+        ("lora:scale=3+dispatch:rate=0.7", {"lr": 1e-3, "scale": 3.0}),
+    ],
+)
+def test_the_first_trial_is_what_a_run_without_a_search_trains(make_plan, tmp_path, monkeypatch, spec, first):
+    def caught(module, plan):
+        """The method and settings that the first training is given."""
+        seen = []
+
+        def train(spec, data, plan, settings, out, progress):
+            seen.append((resolve([spec]), replace(settings, seed=0)))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, "train_one", train)
+        with pytest.raises(KeyboardInterrupt):
+            work, jobs = (train_job, plan.jobs()) if module is training else (search_job, plan.searches())
+            work(jobs[0], plan, nothing)
+        return seen
+
+    searched = make_plan(tmp_path / "a", (spec,), ("digits",), search=2)
+    searched.take_folder()
+    assert caught(search, searched) == caught(training, make_plan(tmp_path / "b", (spec,), ("digits",)))
+    (trial,) = trials(searched)
+    assert trial.params == pytest.approx(first)
+    centre, (low, high) = first["lr"], (trial.distributions["lr"].low, trial.distributions["lr"].high)
+    assert (low, high) == pytest.approx((centre / 10, centre * 10))
+    if "scale" in first:
+        assert trial.distributions["scale"].choices == (0.01, 0.1, 1.0, 3.0, 10.0, 100.0)
 
 
 def test_a_search_goes_on_and_counts_what_others_tried(make_plan, tmp_path, monkeypatch):

@@ -95,6 +95,62 @@ def test_everything_that_is_wrong_is_in_one_error(root):
         assert words in text, text
 
 
+def test_a_bad_line_hides_nothing_else(root):
+    kitti = root / "kitti"
+    lines = (kitti / "train800.txt").read_text().splitlines()
+    lines[1], lines[4] = "images/train800/000001.jpg far", "../elsewhere/000004.jpg 0"
+    (kitti / "train800.txt").write_text("\n\n".join(lines))
+    (kitti / "val200.txt").write_bytes(b"\xff\xfe 1")
+    (kitti / "images" / "train800" / "000002.jpg").unlink()
+    (kitti / "images" / "test" / "000001.jpg").unlink()
+    (kitti / "images" / "test" / "000001.jpg").write_bytes(b"")
+    (kitti / "images" / "test" / "000003.jpg").unlink()
+    (kitti / "images" / "test" / "000003.jpg").symlink_to(kitti / "nowhere.jpg")
+    with pytest.raises(DataError) as caught:
+        find_folders(SMALL, root)
+    text = str(caught.value)
+    for words in (
+        f"{kitti / 'train800.txt'} line 3: malformed line 'images/train800/000001.jpg far', line 9: '../elsewhere/",
+        "lies outside the task folder (2 of its 6 lines are wrong)",
+        f"1 of the 4 images of {kitti / 'train800.txt'} are missing: {kitti / 'images/train800/000002.jpg'}",
+        f"cannot read the list file {kitti / 'val200.txt'}",
+        f"1 of the 4 images of {kitti / 'test.txt'} are missing: {kitti / 'images/test/000003.jpg'}",
+        f"1 of the 4 images of {kitti / 'test.txt'} are empty files: {kitti / 'images/test/000001.jpg'}",
+    ):
+        assert words in text, text
+    assert text.count("KITTI-Dist") == 5
+
+
+def test_no_list_repeats_an_image_and_none_shares_one_with_the_test_list(root):
+    def replace_line(task, name, number, line):
+        file = root / task / f"{name}.txt"
+        lines = file.read_text().splitlines()
+        lines[number - 1] = line
+        file.write_text("\n".join(lines) + "\n")
+
+    # train800val200 may name the images of the other two lists.
+    pets = root / "oxford_iiit_pet"
+    both = (pets / "train800.txt").read_text() + (pets / "val200.txt").read_text()
+    (pets / "train800val200.txt").write_text(both)
+    find_folders(SMALL, root)
+
+    replace_line("kitti", "train800", 3, "images/./train800/000001.jpg 0")
+    replace_line("kitti", "train800val200", 1, "images/test/000002.jpg 0")
+    replace_line("cifar100", "val200", 2, "images/test/000001.jpg 1")
+    replace_line("oxford_iiit_pet", "val200", 1, "images/train800/000000.jpg 0")
+    with pytest.raises(DataError) as caught:
+        find_folders(SMALL, root)
+    text = str(caught.value)
+    for words in (
+        "train800.txt: images/train800/000001.jpg (lines 2 and 3, labels 1 and 0)",
+        f"KITTI-Dist: 1 images of {root / 'kitti' / 'test.txt'} are in train800val200.txt too: images/test/000002.jpg",
+        f"CIFAR-100: 1 images of {root / 'cifar100' / 'test.txt'} are in val200.txt too: images/test/000001.jpg",
+        f"Pets: 1 images of {pets / 'val200.txt'} are in train800.txt too",
+    ):
+        assert words in text, text
+    assert text.count("\n  ") == 4
+
+
 def test_a_number_of_test_images_that_differs_between_versions_may_be_either(root):
     file = root / "cifar100" / "test.txt"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dyntune.errors import SpecError
+from dyntune.errors import SpecError, TrainingError
 from dyntune.noah import SearchSettings
 from dyntune.registry import resolve
 from dyntune.vtab.plan import Job
@@ -49,6 +49,25 @@ def test_noah_is_searched_and_trained_with_what_was_found(make_plan, tmp_path):
 def test_noah_is_refused_in_a_search(make_plan, tmp_path):
     with pytest.raises(SpecError, match="searches its own sizes"):
         check_methods(make_plan(tmp_path, specs=("noah",), search=2))
+
+
+@pytest.mark.parametrize(
+    ("batch", "spec", "fields", "images"),
+    [
+        (25, "linear", {}, 24),
+        (24, "linear", {"search": 1}, 16),
+        (24, "noah", {}, 16),
+        (24, "linear", {"options": {"select": "val"}}, 16),
+    ],
+)
+def test_a_recipe_that_would_drop_every_batch_is_refused(make_plan, tmp_path, batch, spec, fields, images):
+    def plan(size):
+        options = {"drop_last": True, "batch_size": size} | fields.get("options", {})
+        return make_plan(tmp_path, specs=(spec,), **fields | {"options": options})
+
+    with pytest.raises(TrainingError, match=f"--batch-size of at most {images}"):
+        check_methods(plan(batch))
+    check_methods(plan(images))
 
 
 def test_what_folds_is_merged_before_it_is_evaluated(make_plan, tmp_path):

@@ -24,6 +24,7 @@ from dyntune.noah import SearchSettings
 from dyntune.report import machine
 from dyntune.training.inputs import Interpolation, Normalisation
 from dyntune.training.settings import Device, Precision, Select
+from dyntune.vtab.describe import describe
 from dyntune.vtab.folders import find_folders
 from dyntune.vtab.locate import open_benchmark
 from dyntune.vtab.plan import Plan
@@ -173,6 +174,9 @@ def _show(plan: Plan, result: BenchmarkResult, json: bool) -> None:
             {
                 "benchmark": plan.benchmark.name,
                 "model": plan.model,
+                "weights": None if plan.weights is None else plan.weights.name,
+                "search": plan.search,
+                "trained": describe(plan),
                 "recipe": {"name": plan.recipe.name, **plan.recipe.identity()},
                 "machine": machine(),
                 "out": str(plan.out),
@@ -183,7 +187,8 @@ def _show(plan: Plan, result: BenchmarkResult, json: bool) -> None:
         )
         return
     heads, rows = terminal_rows(result.rows, plan.benchmark, plan.model)
-    print_table(f"{plan.benchmark.name} with {plan.model}, recipe {plan.recipe.name}", heads, rows)
+    print_table(f"{plan.benchmark.name} with {plan.model}", heads, rows)
+    out.print(describe(plan), markup=False, highlight=False, soft_wrap=True)
     if result.elsewhere:
         out.print(f"being run by another command: {len(result.elsewhere)} of the jobs", highlight=False)
     out.print(f"tables: {plan.out / 'table'}.csv, .md, .tex; measured on {machine()}", highlight=False)

@@ -66,8 +66,7 @@ class JobDisplay:
         if outcome == "failed":
             failure = read_failure(job, self.plan.out)
             words["failed"] = f"failed: {failure.error if failure else 'no record'}"
-        remaining = f"; {self._remaining()}" if self.left else ""
-        line = f"{count} {job}: {words[outcome]}{remaining}"
+        line = "; ".join(filter(None, (f"{count} {job}: {words[outcome]}", self._remaining() if self.left else "")))
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _refresh(self) -> None:

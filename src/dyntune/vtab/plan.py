@@ -11,6 +11,7 @@ from typing import Any
 from dyntune.comparison import folder_name
 from dyntune.errors import TrainingError
 from dyntune.files import write_json
+from dyntune.vtab.fingerprint import file_digest, lists_digest
 from dyntune.vtab.recipes import Recipe
 from dyntune.vtab.tasks import Benchmark, Task
 
@@ -83,41 +84,51 @@ class Plan:
         pairs = [(spec, task.folder) for spec in self.specs for task in self.benchmark.tasks]
         return [Job(spec, task, None) for spec, task in pairs] if self.search else []
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the outcome of every job; methods, tasks and seeds may be added."""
+    def options(self) -> dict[str, Any]:
+        """What decides the outcome of every job, apart from its data."""
         return {
             "benchmark": self.benchmark.name,
             "model": self.model,
-            "weights": None if self.weights is None else self.weights.name,
+            "weights": None if self.weights is None else file_digest(self.weights),
             **self.recipe.identity(),
             "search": self.search,
         }
 
-    def digest(self) -> str:
-        """Tells searches apart that share a database."""
-        same = {key: value for key, value in self.identity().items() if key != "search"}
+    def lists(self) -> dict[str, str]:
+        """A digest of every task's lists."""
+        return {task.folder: lists_digest(self.folders[task.folder]) for task in self.benchmark.tasks}
+
+    def digest(self, task: str) -> str:
+        """Tells searches on a task apart that share a database."""
+        same = self.options() | {"search": None, "lists": lists_digest(self.folders[task])}
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:12]
 
     def take_folder(self) -> None:
-        """Writes the plan to ``out``, or makes sure that the one in there is this one.
+        """Writes the plan to ``out``, or makes sure that the one in there is this one, and adds tasks that are new.
+
+        Methods and seeds may be added too; data and weights may have been moved.
 
         Raises:
-            TrainingError: ``out`` holds a run with other options, or something else.
+            TrainingError: ``out`` holds a run with other options, data or weights, or something else.
         """
         file = self.out / PLAN
-        mine = self.identity()
+        options, lists = self.options(), self.lists()
         if not file.exists():
             if self.out.exists() and any(self.out.iterdir()):
                 raise TrainingError(f"{self.out} holds something else than a benchmark run; give another folder.")
-            write_json(file, mine)
+            write_json(file, {**options, "tasks": lists})
             return
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
-            changed = [f"{k} was {before.get(k)}, is {v}" for k, v in mine.items() if before.get(k) != v]
-        except (ValueError, AttributeError) as error:
+            known = dict(before.get("tasks", {}))
+            changed = [f"{k} was {before.get(k)}, is {v}" for k, v in options.items() if before.get(k) != v]
+        except (ValueError, AttributeError, TypeError) as error:
             raise TrainingError(f"{file} is damaged ({error}); give another folder.") from error
+        changed += [f"{task} had other lists" for task, own in lists.items() if known.get(task, own) != own]
         if changed:
             raise TrainingError(
-                f"the run in {self.out} was started differently: {'; '.join(changed)}. Use the same options, "
-                "or another folder."
+                f"the run in {self.out} was started differently: {'; '.join(changed)}. Use the same options, data and "
+                "weights, or another folder."
             )
+        if not lists.keys() <= known.keys():
+            write_json(file, {**options, "tasks": known | lists})

@@ -121,7 +121,7 @@ class _Pool:
             how = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit status {code}"
             error = TrainingError(
                 f"the worker process ended by {how} during the job. The system ends processes that need too much "
-                "memory; use fewer workers or a smaller batch, and --retry-failed."
+                "memory; use fewer workers and --retry-failed, or smaller batches in another --out."
             )
             write_failure(job.folder(self.plan.out), error)
         self.watcher.ended(job, outcome)

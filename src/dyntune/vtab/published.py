@@ -41,8 +41,16 @@ _NOTES = {
     "DyT r=0.7": "parameters without the dispatchers; MACs as executed, which a mean activation of 75.8 % gives",
     "DyT r=0.9": "parameters without the dispatchers; MACs as executed, which a mean activation of 95.1 % gives",
 }
-_TUNED_PER_TASK = {"scale", "dropout"}
+_ANY_VALUE = {"scale", "dropout"}
 """Options that are chosen per task, so that they do not make another method."""
+_PUBLISHED_VALUES: dict[str, dict[str, tuple[str, ...]]] = {
+    "adapter": {"init": ("noah",)},
+    "lora": {"init": ("noah",)},
+    "fact-tt": {"rank": ("4", "8", "16")},
+    "convpass": {"init": ("xavier", "identity")},
+    "vpt": {"prompts": ("1", "5", "10", "50", "100", "200")},
+}
+"""By method, the values that its published runs have in further options, chosen per task or other than our defaults."""
 _FIGURES = ("mean", "params_m", "gflops")
 
 
@@ -101,13 +109,14 @@ def published_specs() -> tuple[str, ...]:
 def published_row(spec: str) -> PublishedRow | None:
     """The row of the method that a spec stands for; None for a method, or an option of one, that is not in the table.
 
-    Options that are chosen per task (scale, dropout) may have any value.
+    Scale and dropout, which are chosen per task, may have any value, and other options those of the published runs.
     """
     parts = split_spec(spec)
     if len(parts) != 1:
         return None
     name, options = parts[0]
-    kept = {key: value for key, value in options.items() if key not in _TUNED_PER_TASK}
+    published = _PUBLISHED_VALUES.get(name, {})
+    kept = {k: v for k, v in options.items() if k not in _ANY_VALUE and v not in published.get(k, ())}
     key = f"{name}:{','.join(f'{k}={v}' for k, v in kept.items())}" if kept else name
     if name in registered():  # writes an option that has its default value as if it were not given
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -45,6 +46,10 @@ class Recipe:
     supernet: tuple[float, float] = (5.0, 0.5)
     noah: SearchSettings = field(default_factory=SearchSettings)
     note: str = ""
+
+    def __post_init__(self) -> None:
+        if not (self.full_lr > 0 and math.isfinite(self.full_lr)):
+            raise TrainingError(f"full_lr={self.full_lr}: expected a number above 0, such as 0.1 for a tenth.")
 
     def changed(self, **changes: Any) -> Recipe:
         """The recipe with options replaced, those of ``settings`` among them; None leaves an option as it is.

@@ -7,6 +7,7 @@ from dyntune.report import machine
 from dyntune.visualize.accuracy_macs import Point, accuracy_macs_figure
 from dyntune.visualize.save import save_figure
 from dyntune.vtab.averages import MethodRow, method_row
+from dyntune.vtab.describe import describe
 from dyntune.vtab.plan import Plan
 from dyntune.vtab.published import comparable, published_rows
 from dyntune.vtab.results import read_result
@@ -25,9 +26,9 @@ def write_tables(plan: Plan) -> list[MethodRow]:
     """Writes ``table.csv``, ``.md`` and ``.tex``, and the figure once a method has finished; gives the rows back."""
     rows = summarise(plan)
     write_text(plan.out / "table.csv", to_csv(rows, plan.benchmark))
-    measured = f"Recipe {plan.recipe.name}, measured on {machine()}."
-    write_text(plan.out / "table.md", to_markdown(rows, plan.benchmark, plan.model, measured))
-    write_text(plan.out / "table.tex", to_latex(rows, plan.benchmark))
+    trained, measured = describe(plan), f"Measured on {machine()}."
+    write_text(plan.out / "table.md", to_markdown(rows, plan.benchmark, plan.model, f"{trained} {measured}"))
+    write_text(plan.out / "table.tex", to_latex(rows, plan.benchmark, f"{plan.benchmark.name}: {trained} {measured}"))
     points = [Point(r.method, r.macs, r.mean.mean, r.mean.std) for r in rows if r.mean and r.macs]
     if points:
         figure = accuracy_macs_figure(points, _published(plan))

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from dyntune.backbones.source import create_backbone
-from dyntune.errors import BackboneError, SpecError
+from dyntune.errors import BackboneError, SpecError, TrainingError
 from dyntune.training.interrupt import TrainingInterrupted
 from dyntune.tuned import tune
 from dyntune.vtab.averages import MethodRow
@@ -44,7 +44,9 @@ def check_methods(plan: Plan) -> None:
     Raises:
         BackboneError: the backbone or its weight file does not exist, or a method is not defined on it.
         SpecError: a method is configured wrongly.
+        TrainingError: the recipe drops partial batches, and a batch is larger than what is trained on.
     """
+    _check_batches(plan)
     if plan.weights is not None and not plan.weights.is_file():
         raise BackboneError(f"no weight file at {plan.weights}. Expected a .npz, .pth or .safetensors file.")
     for spec in plan.specs:
@@ -96,11 +98,24 @@ def run_benchmark(
     return BenchmarkResult(write_tables(plan), failures, elsewhere)
 
 
+def _check_batches(plan: Plan) -> None:
+    settings, benchmark = plan.recipe.settings, plan.benchmark
+    halves = settings.select == "val" or plan.search or any(map(unsearched, plan.specs))
+    images = benchmark.train_images + (0 if halves else benchmark.val_images)
+    if settings.drop_last and images < settings.batch_size:
+        raise TrainingError(
+            f"batches of {settings.batch_size} of which the recipe {plan.recipe.name} drops the last partial one: "
+            f"{images} training images leave none. Give a --batch-size of at most {images}, or a --recipe that keeps "
+            "the last batch."
+        )
+
+
 def failure_report(failures: dict[Job, Failure], plan: Plan) -> str:
     """The failed jobs, their errors, and what to do."""
     lines = [f"{job}: {failure.kind}: {failure.error} ({job.folder(plan.out)})" for job, failure in failures.items()]
     jobs = "1 job" if len(lines) == 1 else f"{len(lines)} jobs"
-    return f"{jobs} failed; run again with --retry-failed once the cause is gone:\n  " + "\n  ".join(lines)
+    advice = "run again with --retry-failed once the cause is gone, or with other options in another --out"
+    return f"{jobs} failed; {advice}:\n  " + "\n  ".join(lines)
 
 
 def job_states(plan: Plan, jobs: Sequence[Job]) -> list[tuple[Job, str]]:

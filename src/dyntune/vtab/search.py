@@ -8,20 +8,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dyntune.errors import TrainingError
-from dyntune.registry import resolve
 from dyntune.training.evaluate import evaluate
 from dyntune.training.interrupt import TrainingInterrupted
 from dyntune.vtab.folders import load_task
 from dyntune.vtab.plan import Job, Plan
 from dyntune.vtab.results import SearchResult
-from dyntune.vtab.train import EpochReport, Report, has_scale, train_one, with_lr, with_scale
+from dyntune.vtab.train import EpochReport, Report, base_settings, own_scale, train_one, with_lr, with_scale
 
 if TYPE_CHECKING:
     import optuna
 
-SCALES = (0.01, 0.1, 1.0, 10.0)
+SCALES = (0.01, 0.1, 1.0, 10.0, 100.0)
+"""Those from which the published runs of ConvPass and FacT choose per task."""
 LR_FACTOR = 10.0
-"""Learning rates from a tenth of the recipe's to ten times it."""
+"""Learning rates from a tenth of the method's own, without a search, to ten times it."""
 
 
 def require_optuna() -> Any:
@@ -60,15 +60,16 @@ def open_storage(plan: Plan) -> Any:
 def search_job(job: Job, plan: Plan, report: Report) -> SearchResult:
     """Tries values until the study has ``plan.search`` finished trials, those of other machines among them.
 
-    Each trial trains on ``train800`` with the first seed and scores the last epoch on ``val200``. The first trial is
-    the recipe itself, so the best is never below it. What was interrupted is tried again.
+    Each trial trains on ``train800`` with the first seed and scores the last epoch on ``val200``. The first trial has
+    the values of a run without a search, so the best is never below it. A spec with several adapter scales keeps them;
+    only its learning rate is searched. What was interrupted is tried again.
 
     Raises:
         TrainingInterrupted: finished trials are kept.
     """
     optuna = require_optuna()
     began = time.perf_counter()
-    name = f"{plan.benchmark.name} {job.spec} {job.task} {plan.digest()}"
+    name = f"{plan.benchmark.name} {job.spec} {job.task} {plan.digest(job.task)}"
     study = optuna.create_study(storage=open_storage(plan), study_name=name, direction="maximize", load_if_exists=True)
     complete, waiting = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.WAITING
     if not study.get_trials(deepcopy=False, states=[complete, waiting]):
@@ -81,7 +82,7 @@ def search_job(job: Job, plan: Plan, report: Report) -> SearchResult:
         study.sampler = optuna.samplers.TPESampler(seed=zlib.crc32(f"{name} {done}".encode()))
         trial = study.ask()
         lr, scale = _suggest(trial, job, plan)
-        settings = replace(with_lr(plan.recipe.settings, lr), seed=plan.seeds[0], select="last")
+        settings = replace(with_lr(base_settings(job.spec, plan.recipe), lr), seed=plan.seeds[0], select="last")
         progress = EpochReport(report, done / plan.search, (done + 1) / plan.search)
         try:
             model, _ = train_one(with_scale(job.spec, scale), data, plan, settings, None, progress)
@@ -106,19 +107,13 @@ def search_job(job: Job, plan: Plan, report: Report) -> SearchResult:
     )
 
 
-def _own_scale(spec: str) -> float | None:
-    """The scale that a spec has now; None if no part has one as a number."""
-    scales = [part.scale for part in resolve([spec]) if has_scale(part)]  # type: ignore[attr-defined]
-    return scales[0] if scales else None
-
-
 def _first(job: Job, plan: Plan) -> dict[str, float]:
-    scale = _own_scale(job.spec)
-    return {"lr": plan.recipe.settings.lr} | ({} if scale is None else {"scale": scale})
+    scale = own_scale(job.spec)
+    return {"lr": base_settings(job.spec, plan.recipe).lr} | ({} if scale is None else {"scale": scale})
 
 
 def _suggest(trial: optuna.Trial, job: Job, plan: Plan) -> tuple[float, float | None]:
-    centre, own = plan.recipe.settings.lr, _own_scale(job.spec)
+    centre, own = base_settings(job.spec, plan.recipe).lr, own_scale(job.spec)
     lr = trial.suggest_float("lr", centre / LR_FACTOR, centre * LR_FACTOR, log=True)
     if own is None:
         return lr, None

@@ -60,7 +60,7 @@ def to_csv(rows: Sequence[MethodRow], benchmark: Benchmark) -> str:
 
 
 def to_markdown(rows: Sequence[MethodRow], benchmark: Benchmark, model: str, measured: str) -> str:
-    """The table with a line per seed under each method, and what it was measured on."""
+    """The table with a line per seed under each method, and how its figures were trained and measured."""
     heads = ["method", "seed", *columns(benchmark)]
     lines = [
         f"# {benchmark.name} with {model}",
@@ -83,12 +83,16 @@ def to_markdown(rows: Sequence[MethodRow], benchmark: Benchmark, model: str, mea
     return "\n".join(lines)
 
 
-def to_latex(rows: Sequence[MethodRow], benchmark: Benchmark) -> str:
-    """The table for the packages booktabs and graphicx: a line per method, tasks under their groups."""
+def to_latex(rows: Sequence[MethodRow], benchmark: Benchmark, measured: str) -> str:
+    """The table for the packages booktabs and graphicx: a line per method, tasks under their groups.
+
+    How its figures were trained and measured is a comment in the first line.
+    """
     sizes = [sum(task.group == group for task in benchmark.tasks) for group in benchmark.groups]
     starts = [2 + sum(sizes[:i]) for i in range(len(sizes))]
     heads = [f"\\rotatebox{{90}}{{{_escape(name)}}}" for name in columns(benchmark)]
     lines = [
+        f"% {' '.join(measured.split())}",
         f"\\begin{{tabular}}{{l{'c' * len(heads)}}}",
         "\\toprule",
         " & "

@@ -28,6 +28,7 @@ from dyntune.tuned import TunedModel, build_tuned
 from dyntune.vtab.folders import TrainList, load_task
 from dyntune.vtab.images import ResizedImages
 from dyntune.vtab.plan import Job, Plan
+from dyntune.vtab.recipes import Recipe
 from dyntune.vtab.results import JobResult, read_search
 from dyntune.vtab.tasks import Task
 
@@ -127,14 +128,12 @@ def train_job(job: Job, plan: Plan, report: Report) -> JobResult:
     """
     assert job.seed is not None
     began = time.perf_counter()
-    spec, settings = job.spec, replace(plan.recipe.settings, seed=job.seed)
+    spec, settings = job.spec, replace(base_settings(job.spec, plan.recipe), seed=job.seed)
     if plan.search:
         found = read_search(job, plan.out)
         if found is None:
             raise TrainingError(f"the search of {job.spec} on {job.task} has not finished, so its result is missing.")
         spec, settings = with_scale(spec, found.scale), with_lr(settings, found.lr)
-    elif any(isinstance(part, Full) for part in expand(resolve([spec]))):
-        settings = with_lr(settings, settings.lr * plan.recipe.full_lr)
     task = plan.task(job.task)
     train: TrainList = "train800" if settings.select == "val" else "train800val200"
     data = load_task(task, plan.folders[task.folder], train)
@@ -168,6 +167,20 @@ def train_job(job: Job, plan: Plan, report: Report) -> JobResult:
         train_seconds=fitted.seconds,
         seconds=fitted.seconds + time.perf_counter() - began - training,
     )
+
+
+def base_settings(spec: str, recipe: Recipe) -> TrainSettings:
+    """What a method is trained with unless a search finds better; where every weight is trained, the rate is lower."""
+    settings = recipe.settings
+    if any(isinstance(part, Full) for part in expand(resolve([spec]))):
+        return with_lr(settings, settings.lr * recipe.full_lr)
+    return settings
+
+
+def own_scale(spec: str) -> float | None:
+    """The adapter scale that a search can change; None unless exactly one part has one as a number."""
+    scales = [part.scale for part in resolve([spec]) if has_scale(part)]  # type: ignore[attr-defined]
+    return scales[0] if len(scales) == 1 else None
 
 
 def with_scale(spec: str, scale: float | None) -> str:
