@@ -100,7 +100,7 @@ class Part:
 def format_spec(part: Part) -> str:
     """The spec string that gives ``part`` back: its name and the fields that differ from their defaults."""
     changed = [
-        f"{field.name}={_format(getattr(part, field.name))}"
+        f"{field.name}={format_value(getattr(part, field.name))}"
         for field in dataclasses.fields(part)
         if getattr(part, field.name) != field.default
     ]
@@ -120,7 +120,9 @@ def split_spec(text: str) -> list[tuple[str, dict[str, str]]]:
         for option in filter(None, (o.strip() for o in options.split(","))):
             key, equals, value = option.partition("=")
             if not equals or not key or not value:
-                raise SpecError(f"{option!r} in {text!r} is not key=value. A spec is name:key=value,key=value.")
+                raise SpecError(
+                    f"{option!r} in {text!r} is not key=value. A spec is name:key=value,key=value; a list is a/b."
+                )
             if key in values:
                 raise SpecError(f"{key!r} is given twice in {text!r}.")
             values[key] = value
@@ -190,9 +192,10 @@ def coerce(value: Any, hint: Any) -> Any:
     raise ValueError(" or ".join(map(_expected, _members(hint))))
 
 
-def _format(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """A value as it is written in a spec string."""
     if isinstance(value, tuple):
-        return "/".join(map(_format, value))
+        return "/".join(map(format_value, value))
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

@@ -103,8 +103,8 @@ class Site:
         expected = {"qkv": (3, 1), "proj": (1, 1), "fc1": (outputs, 1), "fc2": (1, inputs)}[self.kind]
         if (rows, columns) != (expected[0] * width, expected[1] * width):
             raise BackboneError(
-                f"{self.path} is {rows} x {columns}, which is not made of whole slots of {width} x {width}. "
-                "Use a method that takes maps of any size, such as lora."
+                f"{self.path} is {rows} x {columns}, which is not made of whole slots of {width} x {width}, as "
+                "the factors of FacT need (gated MLPs seldom are). Use a method that takes any size, such as lora."
             )
         return inputs, outputs
 

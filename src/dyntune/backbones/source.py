@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import pickle
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -49,8 +50,9 @@ class BackboneSource:
         """
         if self.name is None:
             raise BackboneError(
-                "the backbone was not made by timm.create_model, so it cannot be built from its name. "
-                "Build it yourself and pass it: dyntune.load(folder, backbone=model)."
+                "the backbone is not what timm.create_model builds from a name alone (with num_classes, img_size, "
+                "global_pool, in_chans or dynamic_img_size), so it cannot be built again. Build it yourself and pass "
+                "it: dyntune.load(folder, backbone=model)."
             )
         file = (weights or self.weights) if pretrained else None
         return create_backbone(self.name, weights=file, pretrained=pretrained, **self.arguments)
@@ -170,7 +172,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         state = checkpoint_filter_fn(load_state_dict(str(path), weights_only=True), model)
     except Exception as error:
         raise BackboneError(
-            f"cannot read weights from {path}: {_first_line(error)}. Expected timm, jx, DINOv2 or CLIP names."
+            f"cannot read weights from {path}: {_reason(error)}. Expected timm, jx, DINOv2 or CLIP names."
         ) from error
     own = model.state_dict()
     head = {name for name in own if name.split(".")[0] in ("head", "head_dist")}
@@ -211,6 +213,11 @@ def _size(model: VisionTransformer) -> str:
 
 def _some(names: list[str]) -> str:
     return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"
+
+
+def _reason(error: Exception) -> str:
+    # PyTorch's own words advise to load the file with weights_only=False, which would run code from it.
+    return "it is no file of plain tensors" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from dyntune.checkpoint import load
 from dyntune.commands.common import RunArgument, WeightsOption, out
 from dyntune.errors import CheckpointError
 from dyntune.files import write_atomically
+from dyntune.merging import log
 
 EXAMPLES = (
     "dyntune merge runs/flowers --out flowers.safetensors",
@@ -29,7 +31,10 @@ def command(
     if file.suffix != ".safetensors":
         raise CheckpointError(f"--out {file}: expected a file name that ends in .safetensors.")
     model = load(run, weights=weights)
+    level = log.level
+    log.setLevel(logging.ERROR)  # what stays is told once, in the error
     merged = model.merge()
+    log.setLevel(level)
     if merged is model:
         reasons = "; ".join(f"{spec}: {reason}" for spec, reason in (model.unmerged or {}).items())
         raise CheckpointError(

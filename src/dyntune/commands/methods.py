@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.markup import escape
+from rich.padding import Padding
 
 from dyntune.backbones.source import create_backbone
 from dyntune.commands.common import JsonOption, err, millions, out, print_json, print_table
@@ -14,7 +16,7 @@ from dyntune.cost import cost
 from dyntune.methods.base import TuningMethod
 from dyntune.presets.base import Preset
 from dyntune.registry import lookup, registered, resolve
-from dyntune.spec import Part
+from dyntune.spec import Part, format_value
 from dyntune.tuned import tune
 from dyntune.vtab.published import SOURCE, published_row, published_specs
 
@@ -45,13 +47,14 @@ def command(
                 row["kind"],
                 f"{row['trainable_params']:,}",
                 millions(row["macs"]),
-                millions(row["merged_macs"]) if row["merged_macs"] != row["macs"] else "",
+                millions(row["merged_macs"]) if row["merges"] else "",
                 _published(row["published"]),
                 row["source"],
             )
             for row in rows
         ],
     )
+    out.print("merged: MACs after merging, of those that merge completely.", highlight=False)
     out.print(f"published: parameters and MACs of {SOURCE}. Where they differ:", highlight=False)
     for row in rows:
         if row["published"] and row["published"]["note"]:
@@ -72,6 +75,7 @@ def _row(spec: str) -> dict[str, Any]:
         "summary": part.summary(),
         "trainable_params": figures.trainable_params,
         "macs": figures.macs,
+        "merges": model.folds,
         "merged_macs": figures.dense_macs if model.folds else figures.macs,
         "published": published
         and {
@@ -100,6 +104,7 @@ def _show_options(part: type[Part]) -> None:
     out.print(
         f"[bold]{described['name']}[/bold]: {described['summary']}\nSource: {described['source']}", highlight=False
     )
-    rows = [(option["name"], str(option["default"]), option["help"]) for option in described["options"]]
-    if rows:
-        print_table("", ("option", "default", "what it does"), rows)
+    for option in described["options"]:
+        default = format_value(option["default"]) or "(empty)"
+        out.print(f"\n  [bold]{option['name']}[/bold]={escape(default)}", highlight=False)
+        out.print(Padding(escape(option["help"]), (0, 0, 0, 6)), highlight=False)

@@ -147,11 +147,22 @@ def evolve(
                 yield population[-1]
         best = sorted(best + population, key=lambda candidate: -candidate.accuracy)[: settings.parents]
         if not best:
-            ends = [settings.parameters(subnet, width) / 1e6 for subnet in (space.smallest, space.largest)]
-            raise TrainingError(
-                f"no sub-network with {settings.least:g} to {settings.limit:g} million parameters was found: the "
-                f"smallest has {ends[0]:.4g}, the largest {ends[1]:.4g} million. Give another limit or other choices."
-            )
+            raise _nothing_allowed(space, settings, width)
+
+
+def require_possible(space: Space, settings: SearchSettings, width: int) -> None:
+    """Raises TrainingError unless the limits leave anything between the smallest and the largest sub-network."""
+    smallest, largest = (settings.parameters(subnet, width) / 1e6 for subnet in (space.smallest, space.largest))
+    if smallest > settings.limit or largest < settings.least:
+        raise _nothing_allowed(space, settings, width)
+
+
+def _nothing_allowed(space: Space, settings: SearchSettings, width: int) -> TrainingError:
+    ends = [settings.parameters(subnet, width) / 1e6 for subnet in (space.smallest, space.largest)]
+    return TrainingError(
+        f"no sub-network with {settings.least:g} to {settings.limit:g} million parameters was found: the "
+        f"smallest has {ends[0]:.4g}, the largest {ends[1]:.4g} million. Give another limit or other choices."
+    )
 
 
 def mutated(sizes: tuple[int, ...], space: Space, settings: SearchSettings, rng: random.Random) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from dyntune.errors import CheckpointError, TrainingError
 from dyntune.files import write_json
 from dyntune.methods.noah import Noah, Selection, Subnet
-from dyntune.noah.evolution import Candidate, SearchSettings, evolve, winner
+from dyntune.noah.evolution import Candidate, SearchSettings, evolve, require_possible, winner
 from dyntune.noah.progress import SearchProgress, SilentSearch
 from dyntune.training.evaluate import as_tensors, evaluate
 from dyntune.training.identity import identity_changes, run_identity
@@ -152,11 +152,17 @@ def search_noah(
         raise TrainingError("noah has sizes already, so there is nothing to search; leave them out.")
     out, search = Path(out), search or SearchSettings()
     model = _built(build, part, settings.seed)
+    width, space = model.backbone.blocks[0].width, part.space(len(model.backbone.blocks))
+    require_possible(space, search, width)
     record = _Record(out / SEARCH, {**run_identity(model, settings, val, 1), **asdict(search)})
     display = progress("noah supernet") if progress else None
-    trained = fit(model, train, out=out / SUPERNET, resume=True, progress=display, settings=settings)
+    try:
+        trained = fit(model, train, out=out / SUPERNET, resume=True, progress=display, settings=settings)
+    except TrainingInterrupted:
+        raise
+    except TrainingError as error:
+        raise TrainingError(f"supernet: {error}") from error
     score = _scorer(model, val, settings)
-    width, space = model.backbone.blocks[0].width, part.space(len(model.backbone.blocks))
     found: list[Candidate] = []
     with stop_requests() as stop, search_progress(search) if search_progress else SilentSearch() as shown:
         for candidate in evolve(space, search, width, settings.seed, lambda subnet: record.score(subnet, score)):

@@ -79,6 +79,8 @@ class ProgressBar:
     def epoch(self, epoch: int, epochs: int, steps: int, first: int) -> None:
         if self.task is None:
             self.task = self.bar.add_task(self.title, total=epochs * steps, status="")
+        if epoch and self.means and not self.validation and not self.console.is_terminal:
+            self.console.print(f"{self.label}: {self._status()}", highlight=False, soft_wrap=True)
         self.label = f"{self.title} epoch {epoch + 1}/{epochs}"
         self.bar.update(self.task, completed=epoch * steps + first, description=self.label)
 

@@ -379,4 +379,5 @@ class _Run:
 
     def _farewell(self, epoch: int, step: int) -> str:
         where = f"stopped in epoch {epoch + 1} after step {step} of {self.steps_per_epoch}"
-        return f"{where}; the state is saved in {self.out}. Go on with --resume." if self.out else f"{where}."
+        how = "The same command goes on; train and compare need --resume for it."
+        return f"{where}; the state is saved in {self.out}. {how}" if self.out else f"{where}."
