@@ -326,3 +326,14 @@ def test_the_rate_loss_can_hold_the_activation_of_inference(make_host, randomise
     expected = 4 * 0.5 * soft * (1 - soft) / 5 / 3
     for block in model.backbone.blocks:
         torch.testing.assert_close(block.mlp.dispatcher.gate.bias.grad, expected[None])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["dispatch:bias=3", "dyt:gate_bias=3"])
+def test_gates_can_start_open(make_host, images_for, spec):
+    torch.manual_seed(0)
+    host = make_host()
+    images = images_for(host, 4)
+    assert all(gate.values.mean() == 1 for gate in dyntune.tune(host, spec).eval().run(images).gates)
+    rates = [gate.values.mean() for gate in dyntune.tune(make_host(), spec.split(":")[0]).eval().run(images).gates]
+    assert 0.1 < sum(rates) / len(rates) < 0.9

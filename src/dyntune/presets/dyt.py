@@ -33,6 +33,7 @@ class DyT(Preset):
             inference.
         complete_weight: coefficient of the complete-model loss.
         distill_weight: coefficient of the distillation loss.
+        gate_bias: logit that all gates start at; 0 as published, above 0 they start open.
     """
 
     source: ClassVar[str] = "Zhao et al., NeurIPS 2024, arXiv 2403.11808"
@@ -49,6 +50,7 @@ class DyT(Preset):
     rate_of: RateOf = "training"
     complete_weight: float = 1.0
     distill_weight: float = 1.0
+    gate_bias: float = 0.0
 
     def check(self) -> None:
         self.require(self.experts >= 1, "at least 1 expert")
@@ -74,5 +76,6 @@ class DyT(Preset):
             rate_of=self.rate_of,
             complete_weight=self.complete_weight,
             distill_weight=self.distill_weight,
+            bias=self.gate_bias,
         )
         return method, dispatch
