@@ -19,6 +19,7 @@ methods=full,linear,adapter,bitfit,lora,vpt,ssf,noah,convpass,adaptformer:scale=
 methods+=,dyt:rate=0.5,$gates,dyt:rate=0.7,$gates,dyt:rate=0.9,$gates
 methods+=,dyt:rate=0.5,dispatch=attn,$gates,dyt:rate=0.7,dispatch=attn-mlp,$gates,dyt:rate=0.7,dispatch=layer,$gates
 methods+=,dyt:rate=0.5,experts=4,$gates,dyt:rate=0.5,scale=1
+for rate in 0.5 0.7 0.9; do methods+=,dyt:rate=$rate,gate_bias=2,$gates; done
 
 dyntune vtab "$out/data" --methods "$methods" --tasks "${TASKS:-fields,digits}" --seeds 1,2,3 --epochs 5 --batch-size 16 \
   --lr 1e-2 --population 16 --generations 4 --workers "${WORKERS:-1}" --device cpu --out "$out/runs"
