@@ -27,10 +27,10 @@ def merge(model: TunedModel) -> nn.Module:
     model.unmerged = dict(stays)
     for part in expand(model.parts):
         if isinstance(part, TuningMethod):
-            if part.stays is None and not stays:
-                backbone.shared.pop(part.name()) if part.name() in backbone.shared else None
-                continue
-            model.unmerged[format_spec(part)] = part.stays or "the layers that it changes are not merged"
+            if part.stays is not None or stays:
+                model.unmerged[format_spec(part)] = part.stays or "the layers that it changes are not merged"
+            elif part.name() in backbone.shared:
+                del backbone.shared[part.name()]
         else:
             model.unmerged[format_spec(part)] = "which tokens a unit computes is decided anew for each image"
     for spec, reason in model.unmerged.items():

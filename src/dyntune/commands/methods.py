@@ -18,10 +18,9 @@ from dyntune.presets.base import Preset
 from dyntune.registry import lookup, registered, resolve
 from dyntune.spec import Part, format_value
 from dyntune.tuned import tune
-from dyntune.vtab.published import SOURCE, published_row, published_specs
+from dyntune.vtab.published import MODEL, SOURCE, published_row, published_specs
 
 EXAMPLES = ("dyntune methods", "dyntune methods dyt", "dyntune methods --json")
-REFERENCE_MODEL = "vit_base_patch16_224"
 
 
 def command(
@@ -39,7 +38,7 @@ def command(
         print_json(rows)
         return
     print_table(
-        f"Methods and token policies, costs on {REFERENCE_MODEL} without head",
+        f"Methods and token policies, costs on {MODEL} without head",
         ("name", "kind", "trained parameters", "MACs", "merged", "published", "source"),
         [
             (
@@ -65,7 +64,7 @@ def command(
 def _row(spec: str) -> dict[str, Any]:
     (part,) = resolve([spec])
     with torch.device("meta"):
-        model = tune(create_backbone(REFERENCE_MODEL, pretrained=False, num_classes=0), part)
+        model = tune(create_backbone(MODEL, pretrained=False, num_classes=0), part)
         figures = cost(model)
     kind = "preset" if isinstance(part, Preset) else "method" if isinstance(part, TuningMethod) else "tokens"
     published = published_row(spec)

@@ -53,7 +53,6 @@ _PUBLISHED_VALUES: dict[str, dict[str, tuple[str, ...]]] = {
 """By method, the values that its published runs have in further options, chosen per task or other than our defaults."""
 _FIGURES = ("mean", "params_m", "gflops")
 
-
 MODEL = "vit_base_patch16_224"
 """The backbone of the table, whatever its weights."""
 
