@@ -69,8 +69,9 @@ def test_importing_the_package_is_light():
 
 
 LAYERS = (
-    ("errors", "tokens", "files", "losses"),
-    ("spec", "attention"),
+    ("errors", "files", "losses", "matching"),
+    ("spec", "tokens"),
+    ("attention",),
     ("backbones", "data"),
     ("methods", "policies"),
     ("presets",),

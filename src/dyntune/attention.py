@@ -6,13 +6,17 @@ from torch import Tensor
 
 from dyntune.tokens import Tokens
 
+_EPSILON = 1e-6
+"""Of DynamicViT's masked softmax."""
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, dropout: float = 0.0) -> Tensor:
     """Multi-head scaled dot-product attention among the tokens of each image.
 
     Args:
         q, k, v: ``(B, N, H, D)`` for dense tokens, ``(M, H, D)`` for ragged ones; D is the width of a head.
-        tokens: whose layout, and whose ``keys`` where only some tokens may be attended to.
+        tokens: whose layout, whose ``keys`` where only some tokens may be attended to, whose ``key_bias`` where some
+            count for more, and whose ``sources.present`` where training hides tokens.
         dropout: probability of dropping an attention weight.
 
     Returns:
@@ -22,10 +26,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, dropout: float = 0.0
         attended = _ragged(q, k, v, tokens.counts, dropout)
     else:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if tokens.keys is None:
-            attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
+        present = None if tokens.sources.present is None else tokens.cover_prefix(tokens.sources.present)
+        if tokens.keys is not None:
+            keys = tokens.keys if present is None else tokens.keys * present
+            attended = _gated(q, k, v, keys, dropout).transpose(1, 2)
+        elif present is not None:
+            attended = _hidden(q, k, v, present).transpose(1, 2)
         else:
-            attended = _gated(q, k, v, tokens.keys, dropout).transpose(1, 2)
+            bias = tokens.key_bias
+            mask = None if bias is None else F.pad(bias, (tokens.prefix, 0))[:, None, None].to(q.dtype)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
     return attended.flatten(-2)
 
 
@@ -83,3 +93,18 @@ def _gated(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, dropout: float) -> Ten
     weights = torch.where(distance > 0, torch.zeros_like(distance), distance).exp() * gate
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return F.dropout(weights.to(v.dtype), dropout) @ v
+
+
+def _hidden(q: Tensor, k: Tensor, v: Tensor, present: Tensor) -> Tensor:
+    """Attention in which every token sees itself and the tokens that are present (DynamicViT, equation 11).
+
+    ``P_ij = (E_ij M_ij + eps / N) / (sum_k E_ik M_ik + eps)`` with ``E = exp(L - max of the row over all keys)``, M_ij
+    the presence of j, M_ii = 1 and eps = 1e-6. Dropout is left out, as in the published code.
+    """
+    logits = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5  # (B, H, N, N)
+    count = logits.shape[-1]
+    seen = present[:, None, None, :].to(logits.dtype)
+    seen = seen + (1 - seen) * torch.eye(count, dtype=logits.dtype, device=logits.device)
+    weights = (logits - logits.detach().amax(-1, keepdim=True)).exp() * seen
+    weights = (weights + _EPSILON / count) / (weights.sum(-1, keepdim=True) + _EPSILON)
+    return weights.to(v.dtype) @ v

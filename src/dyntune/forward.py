@@ -4,7 +4,8 @@ Training, evaluation, skipping and counting all walk the blocks with ``run``; an
 unit is computed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dyntune.backbones.base import Backbone, Block, Unit
-from dyntune.policies.base import Gate, Output, TokenPolicy
+from dyntune.policies.base import Gate, Output, Reduction, TokenPolicy
 from dyntune.tokens import Tokens
 
 
@@ -58,42 +59,61 @@ class Compact:
         return mask.flatten().nonzero().squeeze(1), counts
 
 
-def run(backbone: Backbone, policies: Sequence[TokenPolicy], images: Tensor, execution: Execution) -> Output:
+def run(
+    backbone: Backbone,
+    policies: Sequence[TokenPolicy],
+    images: Tensor,
+    execution: Execution,
+    watch: Callable[[Block, Tokens], None] | None = None,
+) -> Output:
     """Runs a backbone with everything that is installed on it.
 
     Args:
         backbone: with its methods' and policies' modules.
-        policies: whose gates are applied; an empty sequence computes every token (DyT's "complete model").
+        policies: which tokens there are and which a unit computes; an empty sequence computes every token (DyT's
+            "complete model").
         images: ``(B, 3, height, width)``.
         execution: how gated units compute.
+        watch: called behind every block with the block and the tokens that left it.
     """
     bypass = backbone.bypass
     # No gradient goes from a bypass to the blocks, so they need not remember anything for it.
     with torch.set_grad_enabled(torch.is_grad_enabled() and bypass is None):
         tokens = backbone.embed(images)
     stream = bypass.begin(tokens.x) if bypass else None
-    gates: list[Gate] = []
+    decisions: list[Gate | Reduction] = []
     for block in backbone.blocks:
         with torch.set_grad_enabled(torch.is_grad_enabled() and bypass is None):
             if backbone.gradient_checkpointing and backbone.training:
                 tokens, decided = checkpoint(_enter, block, tokens, policies, execution, use_reentrant=False)
             else:
                 tokens, decided = _enter(block, tokens, policies, execution)
-        gates.extend(decided)
+        decisions.extend(decided)
         stream = bypass.step(block.index, stream, tokens.x) if bypass and stream is not None else None
-    return Output(backbone.readout(tokens if stream is None else tokens.with_x(stream)), tuple(gates), tokens.grid)
+        if watch:
+            watch(block, tokens)
+    finished = backbone.finish(tokens if stream is None else tokens.with_x(stream))
+    return Output(
+        backbone.readout(finished),
+        tuple(decision for decision in decisions if isinstance(decision, Gate)),
+        finished.grid,
+        tuple(decision for decision in decisions if isinstance(decision, Reduction)),
+        finished,
+    )
 
 
 def _enter(
     block: Block, tokens: Tokens, policies: Sequence[TokenPolicy], execution: Execution
-) -> tuple[Tokens, tuple[Gate, ...]]:
+) -> tuple[Tokens, tuple[Gate | Reduction, ...]]:
     """One block, with what stands in front of it."""
-    return _step(block, block.enter(tokens), policies, execution)
+    tokens, _, reduced = _reduce(block, block.enter(tokens), None, policies, None)
+    tokens, decided = _step(block, tokens, policies, execution)
+    return tokens, (*reduced, *decided)
 
 
 def _step(
     unit: Unit, tokens: Tokens, policies: Sequence[TokenPolicy], execution: Execution
-) -> tuple[Tokens, tuple[Gate, ...]]:
+) -> tuple[Tokens, tuple[Gate | Reduction, ...]]:
     """One unit: gated as a whole, or for a block that is not, its two sub-layers in turn."""
     gate = _ask(unit, tokens, policies)
     if gate is not None:
@@ -101,19 +121,42 @@ def _step(
     if not isinstance(unit, Block):
         return tokens.with_x(tokens.x + unit.change(tokens)), ()
     beside = unit.beside_update(tokens)
-    tokens, attn_gates = _step(unit.attn, tokens, policies, execution)
-    tokens, mlp_gates = _step(unit.mlp, tokens, policies, execution)
-    return (tokens if beside is None else tokens.with_x(tokens.x + beside)), attn_gates + mlp_gates
+    projected = None
+    if any(policy.reduces(unit.mlp) for policy in policies):
+        # Computed here once, for the attention and for the policy that reads them.
+        projected = unit.attn.projected(tokens := unit.attn.prepare(tokens))
+        tokens = tokens.with_projected(projected)
+    tokens, decided = _step(unit.attn, tokens, policies, execution)
+    tokens, beside, reduced = _reduce(unit.mlp, tokens, beside, policies, projected)
+    tokens, mlp_decided = _step(unit.mlp, tokens, policies, execution)
+    return (tokens if beside is None else tokens.with_x(tokens.x + beside)), (*decided, *reduced, *mlp_decided)
 
 
 def _ask(unit: Unit, tokens: Tokens, policies: Sequence[TokenPolicy]) -> Gate | None:
     """The decision of the one policy that gates ``unit``, if there is one."""
     for policy in policies:
         if policy.gates(unit):
-            return policy.gate(unit, tokens)
+            return replace(policy.gate(unit, tokens), sources=tokens.sources)
     return None
 
 
+def _reduce(
+    unit: Unit,
+    tokens: Tokens,
+    beside: Tensor | None,
+    policies: Sequence[TokenPolicy],
+    projected: tuple[Tensor, Tensor, Tensor] | None,
+) -> tuple[Tokens, Tensor | None, tuple[Reduction, ...]]:
+    """The tokens that go on into ``unit``, and the update ``beside`` them that is yet to be added, for those."""
+    for policy in policies:
+        apply = policy.reduction(unit, tokens, projected) if policy.reduces(unit) else None
+        if apply is not None:
+            beside = None if beside is None else apply(tokens.with_x(beside)).x
+            tokens = apply(tokens)
+            return tokens, beside, (Reduction(unit.path, policy, tokens.sources, tokens.x.shape[1]),)
+    return tokens, beside, ()
+
+
 def activation_rates(gates: Sequence[Gate]) -> Tensor:
-    """Share of patches that each gate kept active, averaged over the batch: ``(gates,)``, between 0 and 1."""
-    return torch.stack([gate.values.detach().float().mean() for gate in gates]) if gates else torch.empty(0)
+    """Share of the tokens that each gate kept active, averaged over the batch: ``(gates,)``, between 0 and 1."""
+    return torch.stack([gate.there.detach().float().mean() for gate in gates]) if gates else torch.empty(0)

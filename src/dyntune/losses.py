@@ -11,7 +11,7 @@ def rate_loss(gates: Sequence[Tensor], target: float) -> Tensor:
     """``(mean of all gates - target)^2``: one scalar for the batch, not one per image or block (DyT, equation 5).
 
     Args:
-        gates: one ``(B, P)`` tensor in {0, 1} per gated unit. Where P differs between units, each unit counts alike.
+        gates: one tensor in {0, 1} per gated unit, of any shape. Where their sizes differ, each unit counts alike.
         target: the wished share of active patches.
     """
     return (torch.stack([gate.float().mean() for gate in gates]).mean() - target).square()

@@ -17,7 +17,7 @@ from dyntune.data.transforms import Preprocessing
 from dyntune.errors import SpecError
 from dyntune.forward import Compact, Execution, Masked, run
 from dyntune.methods.base import TuningMethod
-from dyntune.policies.base import Output, TokenPolicy, check_bypass, check_gates
+from dyntune.policies.base import Output, TokenPolicy, check_bypass, check_gates, check_reductions
 from dyntune.registry import expand, resolve
 from dyntune.spec import Part, format_spec
 
@@ -68,6 +68,7 @@ class TunedModel(nn.Module):
             for parameter in self.backbone.idle:
                 parameter.requires_grad_(False)
             check_gates(self.backbone, self.policies)
+            check_reductions(self.backbone, self.policies)
             check_bypass(self.backbone, self.policies)
         except BaseException:
             for site in self.backbone.sites():
@@ -109,6 +110,18 @@ class TunedModel(nn.Module):
         if how not in _EXECUTIONS:
             raise SpecError(f"execution must be one of {', '.join(_EXECUTIONS)}; given {how!r}.")
         return run(self.backbone, () if complete else self.policies, images, _EXECUTIONS[how])
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features of every image patch behind the last norm, for dense tasks: ``(B, C, rows, columns)``.
+
+        Patches that were merged share the features of their token.
+
+        Raises:
+            DyntuneError: a policy has dropped patches.
+        """
+        tokens = self.run(images).tokens
+        assert tokens is not None  # run() gives them
+        return tokens.on_grid()
 
     def tuned_state(self) -> dict[str, Tensor]:
         """The trained tensors, by name. They are not copied."""

@@ -1,14 +1,10 @@
 """Dispatch against the equations of DyT, written out in plain tensor operations."""
 
-import re
-import zlib
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 
 import dyntune
 from dyntune.errors import BackboneError, SpecError
@@ -111,65 +107,30 @@ def test_logits_and_masks_are_those_of_the_written_out_block(make_host, randomis
     torch.testing.assert_close(output.logits, torch.stack([logits for logits, _ in expected]), atol=1e-5, rtol=1e-5)
 
 
-def deterministic(name, shape):
-    """The fixture's tensor called ``name``: a hash of each flat index, mapped to the range of that kind of tensor."""
-    h = (np.arange(1, np.prod(shape) + 1, dtype=np.uint64) * 0x9E3779B1 + zlib.crc32(name.encode())) & 0xFFFFFFFF
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        h = ((h ^ (h >> np.uint64(shift))) * np.uint64(factor)) & np.uint64(0xFFFFFFFF)
-    u = 2 * h.astype(np.float64) / 2**32 - 1
-    if name in ("cls_token", "pos_embed"):
-        u = 0.5 * u
-    elif len(shape) == 1:
-        u = 1 + 0.2 * u if name.endswith("weight") else 0.1 * u
-    elif name != "input":
-        u = 2 * u / np.prod(shape[1:]) ** 0.5
-    return torch.from_numpy(u.astype(np.float32)).reshape(shape)
-
-
 @torch.no_grad()
-def deterministic_host():
-    host = VisionTransformer(embed_dim=64, depth=12, num_heads=4, num_classes=10).eval()
-    for name, parameter in host.named_parameters():
-        parameter.copy_(deterministic(name, parameter.shape))
-    return host
-
-
-@torch.no_grad()
-def test_fixture_of_the_public_code():
-    images = deterministic("input", (2, 3, 224, 224))
-    host = deterministic_host()
+def test_logits_and_gates_recorded_from_the_public_code(recorded):
+    host = recorded.host()
     assert host.blocks[0].attn.qkv.weight[0, :4].tolist() == pytest.approx(
         [0.22381, 0.224474, 0.028266, -0.148139], abs=1e-6
     )
     model = dyntune.tune(host, "dyt:bottleneck=8,scale=0.1").eval()
     names = {r"\.mlp\.beside\.adapter\.": ".adaptmlp.", r"\.mlp\.dispatcher\.gate\.": ".mlp_token_select.mlp_head."}
-    for own, parameter in model.backbone.blocks.named_parameters():
-        name = "blocks." + own
-        for ours, theirs in names.items():
-            name = re.sub(ours, theirs, name)
-        parameter.copy_(deterministic(name, parameter.shape))
-
-    dense = model.run(images, complete=True)
-    assert dense.gates == ()
+    recorded.fill(model.backbone.blocks, "blocks.", names)
+    assert model.run(recorded.images, complete=True).gates == ()
     for execution in ("masked", "compact"):
-        output = model.run(images, execution=execution)
-        logits = output.logits
-        assert logits[0, :5].tolist() == pytest.approx([0.7241, 0.6888, -0.8221, -1.6897, 0.6172], abs=1e-4)
-        assert logits[1, :3].tolist() == pytest.approx([0.8716, 0.7175, -0.9255], abs=1e-4)
-        assert logits.abs().sum().item() == pytest.approx(21.0246, abs=1e-3)
+        output = model.run(recorded.images, execution=execution)
+        recorded.check(output.logits, ".7241 .6888 -.8221 -1.6897 .6172 | .8716 .7175 -.9255 | 21.0246")
         shares = [gate.values[0].mean().item() for gate in output.gates]
         published = [0.459, 0.597, 0.526, 0.939, 0.138, 0.219, 0.638, 0.051, 0.020, 0.056, 0, 0.985]
         assert shares == pytest.approx(published, abs=5e-4)
-    for image, expected in zip(images, output.logits, strict=True):
+    for image, expected in zip(recorded.images, output.logits, strict=True):
         torch.testing.assert_close(model(image[None])[0], expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_fixture_of_the_dense_model():
-    logits = dyntune.tune(deterministic_host(), "linear").eval()(deterministic("input", (2, 3, 224, 224)))
-    assert logits[0, :5].tolist() == pytest.approx([0.4322, 0.6317, -0.98, -2.0359, 0.414], abs=1e-4)
-    assert logits[1, :3].tolist() == pytest.approx([0.4731, 0.5311, -1.2391], abs=1e-4)
-    assert logits.abs().sum().item() == pytest.approx(22.3676, abs=1e-3)
+def test_logits_of_the_dense_model_are_those_recorded(recorded):
+    logits = dyntune.tune(recorded.host(), "linear").eval()(recorded.images)
+    recorded.check(logits, ".4322 .6317 -.9800 -2.0359 .4140 | .4731 .5311 -1.2391 | 22.3676")
 
 
 def linear_gate(weight, bias=0.0, temperature=5.0):

@@ -37,7 +37,7 @@ def test_rate_term_on_fixed_masks():
     policy = Dispatch(rate=0.5, rate_weight=2.0)
     mine = [Gate("a", torch.tensor([[1.0, 1, 1, 0], [1, 1, 1, 0]]), policy), Gate("b", torch.ones(2, 4), policy)]
     other = Gate("c", torch.zeros(2, 4), Dispatch(rate=0.1))
-    terms = policy.loss_terms(Output(torch.zeros(2, 2), (*mine, other), (2, 2)))
+    terms = policy.loss_terms(Output(torch.zeros(2, 2), (*mine, other), (2, 2)), None)
     assert set(terms) == {"rate"}
     assert terms["rate"].item() == pytest.approx(2 * (7 / 8 - 0.5) ** 2)
 

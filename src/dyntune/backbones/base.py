@@ -39,6 +39,7 @@ class Unit(nn.Module, abc.ABC):
         self.width = width
         self.beside = nn.ModuleDict()
         self.after = nn.ModuleDict()
+        self.reducers = nn.ModuleDict()
 
     def add_beside(self, name: str, module: nn.Module) -> None:
         """Puts a module beside this unit: it reads the unit's input, sees every token, and its output is added.
@@ -46,7 +47,7 @@ class Unit(nn.Module, abc.ABC):
         Args:
             module: maps Tokens to an update of the shape of ``tokens.x``. If it is not token-wise it has an attribute
                 ``tokenwise = False``; if it reads the output of the unit's norm, ``tokens.normed``, an attribute
-                ``reads_normed = True``.
+                ``reads_normed = True``; if it needs every patch of the grid in its place, ``reads_grid = True``.
 
         Raises:
             BackboneError: a module of that name is there already, or it reads a norm that the unit does not have.
@@ -69,6 +70,18 @@ class Unit(nn.Module, abc.ABC):
         if not isinstance(self, SubLayer):
             raise BackboneError(f"{name} cannot stand behind {self.path}, a whole block; put it behind its sub-layers.")
         _add(self.after, name, module, self.path)
+
+    def add_reducer(self, name: str, module: nn.Module) -> None:
+        """Puts a module in front of this unit that decides which tokens go on, for the policy called ``name``.
+
+        Raises:
+            BackboneError: a module is there already.
+        """
+        if self.reducers:
+            raise BackboneError(
+                f"{name} and {next(iter(self.reducers))} would each decide which tokens there are; give one of them."
+            )
+        self.reducers[name] = module
 
     @abc.abstractmethod
     def host_update(self, tokens: Tokens) -> Tensor:
@@ -143,8 +156,12 @@ class Attention(SubLayer):
     def attention_dropout(self) -> float:
         """Probability of dropping an attention weight, 0 in evaluation."""
 
+    def projected(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each ``(..., H, D)``, computed unless ``tokens`` brings them."""
+        return self.project(self.normed(tokens)) if tokens.projected is None else tokens.projected
+
     def host_update(self, tokens: Tokens) -> Tensor:
-        return self.combine(attend(*self.project(self.normed(tokens)), tokens, self.attention_dropout))
+        return self.combine(attend(*self.projected(tokens), tokens, self.attention_dropout))
 
 
 class Mlp(SubLayer):
@@ -241,8 +258,17 @@ class Backbone(nn.Module, abc.ABC):
         """Images ``(B, 3, height, width)`` to the tokens that enter the first block."""
 
     @abc.abstractmethod
+    def finish(self, tokens: Tokens) -> Tokens:
+        """The tokens that left the last block behind the last norm, without prompts."""
+
+    @abc.abstractmethod
     def readout(self, tokens: Tokens) -> Tensor:
-        """The tokens that left the last block to logits ``(B, classes)``."""
+        """Finished tokens to logits ``(B, classes)``; in a mean, tokens count by ``tokens.sources.weights``."""
+
+    @property
+    @abc.abstractmethod
+    def class_token(self) -> bool:
+        """Whether the first token of every image is a class token."""
 
     @property
     @abc.abstractmethod
@@ -305,12 +331,16 @@ class Backbone(nn.Module, abc.ABC):
             site.fold()
         return {}
 
-    def begin_step(self) -> None:
-        """Tells what the places have in common that a training step begins: its forward passes belong together."""
+    def begin_step(self, epoch: float | None = None) -> None:
+        """Tells what the places have in common that a training step begins: its forward passes belong together.
+
+        Args:
+            epoch: epochs done, with the fraction of the running one; None where nobody counts them.
+        """
         for module in self.shared.values():
             begin = getattr(module, "begin_step", None)
             if begin is not None:
-                begin()
+                begin(epoch)
 
     def all_units(self) -> Iterator[Unit]:
         """Every block and its sub-layers, from the first block to the last."""

@@ -126,9 +126,34 @@ class TimmViT(Backbone):
         grid = tuple(embedded.shape[1:3]) if host.dynamic_img_size else host.patch_embed.grid_size
         return Tokens(host.norm_pre(host._pos_embed(embedded)), host.num_prefix_tokens, (int(grid[0]), int(grid[1])))
 
-    def readout(self, tokens: Tokens) -> Tensor:
+    def finish(self, tokens: Tokens) -> Tokens:
         # The norm sees the prompts too, as in the published models, whose MACs are counted so.
-        return self.host.forward_head(tokens.with_x(self.host.norm(tokens.x)).without_prompts().x)
+        return tokens.with_x(self.host.norm(tokens.x)).without_prompts()
+
+    def readout(self, tokens: Tokens) -> Tensor:
+        host = self.host
+        if not host.global_pool and tokens.sources.owner is not None:  # the head reads every patch
+            tokens = tokens.with_x(torch.cat([tokens.x[:, : tokens.prefix], tokens.on_grid().flatten(2).mT], dim=1))
+        weights = tokens.sources.weights
+        if weights is None or host.global_pool in ("", "token"):
+            return host.forward_head(tokens.x)
+        return host.head(host.head_drop(host.fc_norm(self._pooled(tokens, weights))))
+
+    def _pooled(self, tokens: Tokens, weights: Tensor) -> Tensor:
+        """The host's pooling, ``(B, C)``, with weights ``(B, P)`` of the patches."""
+        host, x = self.host, tokens.x
+        weights = tokens.cover_prefix(weights).to(x.dtype)
+        if not host.pool_include_prefix:
+            x, weights = x[:, tokens.prefix :], weights[:, tokens.prefix :]
+        if host.attn_pool is not None:
+            return host.attn_pool(x, attn_mask=weights.clamp_min(1e-20).log()[:, None, None])
+        mean = (x * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True)
+        most = x.masked_fill(weights.unsqueeze(-1) <= 0, -torch.inf).amax(1)
+        return {"avg": mean, "max": most, "avgmax": 0.5 * (mean + most)}[host.global_pool]
+
+    @property
+    def class_token(self) -> bool:
+        return self.host.cls_token is not None
 
     def sites(self, *kinds: SiteKind) -> Iterator[Site]:
         for site in self._all_sites():

@@ -31,6 +31,7 @@ class ConvBypass(nn.Module):
 
     tokenwise = False
     reads_normed = True
+    reads_grid = True
 
     def __init__(self, width: int, bottleneck: int, scale: float, dropout: float, init: Init, drop_path: float) -> None:
         super().__init__()

@@ -59,9 +59,9 @@ class MixedAdapter(nn.Module):
         for expert in self.down_weight.unbind():
             nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
 
-    def route(self, x: Tensor) -> Tensor:
-        """The experts' shares for each image, ``(B, E)``, from its tokens ``(B, N, C)``."""
-        scores = self.router(x.mean(1))
+    def route(self, tokens: Tokens) -> Tensor:
+        """The experts' shares for each image, ``(B, E)``."""
+        scores = self.router(tokens.mean)
         if self.normalise == "softmax":
             return scores.softmax(-1)
         return scores.sigmoid() if self.normalise == "sigmoid" else scores
@@ -69,7 +69,7 @@ class MixedAdapter(nn.Module):
     def forward(self, tokens: Tokens) -> Tensor:
         """The update for every token, ``(B, N, C)``."""
         x = tokens.x
-        alpha = self.route(x)
+        alpha = self.route(tokens)
         if self.mix == "outputs":
             hidden = torch.einsum("bnc,edc->bend", x, self.down_weight) + self.down_bias[:, None]
             update = torch.einsum("bend,ecd->benc", self.dropout(F.relu(hidden)), self.up_weight)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone, Unit
 from dyntune.errors import BackboneError
 from dyntune.spec import Part
-from dyntune.tokens import Tokens
+from dyntune.tokens import EVERY_PATCH, Sources, Tokens
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,42 @@ class Gate:
             straight-through gradient.
         policy: who decided.
         logits: ``(B, P)``, what the decision was made from before noise, where a policy has that.
+        sources: which image patches the P tokens stand for.
     """
 
     unit: str
     values: Tensor
     policy: TokenPolicy
     logits: Tensor | None = None
+    sources: Sources = EVERY_PATCH
+
+    @property
+    def there(self) -> Tensor:
+        """The values of the tokens that are there: all of them, or, where training hides some, the others, flat."""
+        present = self.sources.present
+        return self.values if present is None else self.values[present > 0.5]
+
+    @property
+    def on_patches(self) -> Tensor:
+        """``(B, patches of the image)``: merged patches have the value of their token, dropped ones 0."""
+        return self.sources.of_patches(self.values)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One reduction of the tokens in front of a unit: some are merged, dropped, or hidden while training.
+
+    Args:
+        unit: path of the unit, for instance ``blocks.3.mlp``.
+        policy: who decided.
+        sources: which image patches the tokens stand for afterwards.
+        count: tokens of an image afterwards, prefix tokens included.
+    """
+
+    unit: str
+    policy: TokenPolicy
+    sources: Sources
+    count: int
 
 
 @dataclass(frozen=True)
@@ -39,16 +69,24 @@ class Output:
         logits: ``(B, classes)``.
         gates: every gate of the pass, from the first block to the last.
         grid: rows and columns of patches in the images.
+        reductions: every reduction of the tokens, from the first block to the last.
+        tokens: what the head read, behind the last norm.
     """
 
     logits: Tensor
     gates: tuple[Gate, ...]
     grid: tuple[int, int]
+    reductions: tuple[Reduction, ...] = ()
+    tokens: Tokens | None = None
 
 
 @dataclass(frozen=True)
 class TokenPolicy(Part):
-    """A configuration whose ``install`` adds modules to a backbone, and which is asked during a forward pass."""
+    """A configuration whose ``install`` adds modules to a backbone, and which is asked during a forward pass.
+
+    A policy *gates* units, so that skipped tokens get no update, or it *reduces* the tokens in front of units, so that
+    fewer go on.
+    """
 
     def install(self, backbone: Backbone) -> None:
         """Adds the modules that decide to ``backbone`` in place.
@@ -70,6 +108,30 @@ class TokenPolicy(Part):
         """Share of patches that a gated ``unit`` is meant to compute; what is counted when no images are given."""
         raise NotImplementedError
 
+    def reduces(self, unit: Unit) -> bool:
+        """Whether this policy decides, in front of ``unit``, which tokens there are from there on.
+
+        In front of a block it sees what enters the block; in front of an MLP also the block's attention.
+        """
+        return False
+
+    def reduction(
+        self, unit: Unit, tokens: Tokens, projected: tuple[Tensor, Tensor, Tensor] | None
+    ) -> Callable[[Tokens], Tokens] | None:
+        """Decides what becomes of the tokens in front of ``unit``.
+
+        Args:
+            unit: one that this policy ``reduces``.
+            tokens: what enters it.
+            projected: queries, keys and values of the block's attention, each ``(B, N, H, D)``, in front of an MLP;
+                None in front of a block.
+
+        Returns:
+            A function from tokens of this layout, whatever their features, to those that remain: prefix tokens first
+            and unchanged, made with ``Tokens.with_patches`` or ``Tokens.with_present``. None if nothing changes.
+        """
+        raise NotImplementedError
+
     def complete_weights(self) -> tuple[float, float]:
         """Coefficients of the complete model's own loss and of the distillation from it.
 
@@ -77,9 +139,41 @@ class TokenPolicy(Part):
         """
         return 0.0, 0.0
 
-    def loss_terms(self, output: Output) -> dict[str, Tensor]:
-        """Weighted terms that this policy adds to the training loss for the gates of a training pass."""
+    def distills(self) -> bool:
+        """Whether this policy's loss has terms that need a teacher."""
+        return False
+
+    def loss_terms(self, output: Output, teacher: Output | None) -> dict[str, Tensor]:
+        """Weighted terms that this policy adds to the training loss for the decisions of a training pass.
+
+        Args:
+            output: of the training pass.
+            teacher: what a frozen teacher makes of the same images, where one was given.
+        """
         return {}
+
+
+class Reducer(nn.Module):
+    """What a reducing policy puts on a unit: it decides there which tokens go on."""
+
+    def forward(
+        self, tokens: Tokens, projected: tuple[Tensor, Tensor, Tensor] | None
+    ) -> Callable[[Tokens], Tokens] | None:
+        """As ``TokenPolicy.reduction``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ReducingPolicy(TokenPolicy):
+    """A policy whose ``install`` puts a ``Reducer`` in front of units, with ``Unit.add_reducer``."""
+
+    def reduces(self, unit: Unit) -> bool:
+        return self.name() in unit.reducers
+
+    def reduction(
+        self, unit: Unit, tokens: Tokens, projected: tuple[Tensor, Tensor, Tensor] | None
+    ) -> Callable[[Tokens], Tokens] | None:
+        return unit.reducers[self.name()](tokens, projected)
 
 
 def check_gates(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
@@ -104,6 +198,35 @@ def check_gates(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
                         f"{name} at {inner.path} looks at all tokens of an image, but a gate around the layer shows it "
                         "the active ones only. Gate the sub-layers instead (where=attn, mlp or attn-mlp), or put it "
                         "beside the whole layer if it can stand there."
+                    )
+
+
+def check_reductions(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
+    """Checks that everything installed on a backbone can run where tokens are merged, dropped or hidden.
+
+    Raises:
+        BackboneError: two policies reduce tokens, a gate hides from the reducing one what it reads, or a module needs
+            the whole grid of patches.
+    """
+    reducing = [policy for policy in policies if any(map(policy.reduces, backbone.all_units()))]
+    if len(reducing) > 1:
+        names = " and ".join(policy.name() for policy in reducing)
+        raise BackboneError(f"{names} would each decide which tokens there are; give one of them.")
+    for policy in reducing:
+        for block in backbone.blocks:
+            gated = next((unit for unit in (block, block.attn) if any(other.gates(unit) for other in policies)), None)
+            if gated is not None and policy.reduces(block.mlp):
+                raise BackboneError(
+                    f"{policy.name()} reads queries and keys of all tokens in {block.attn.path}, which a gate at "
+                    f"{gated.path} does not compute for skipped tokens. Gate the MLP (dispatch:where=mlp, "
+                    "dyt:dispatch=mlp)."
+                )
+        for unit in backbone.all_units():
+            for name, module in unit.beside.items():
+                if getattr(module, "reads_grid", False):
+                    raise BackboneError(
+                        f"{name} at {unit.path} needs every patch in its place in the grid, which {policy.name()} "
+                        "does not leave there. Use dispatch, which keeps every token, or another method."
                     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -119,7 +119,7 @@ class Dispatch(TokenPolicy):
     def complete_weights(self) -> tuple[float, float]:
         return self.complete_weight, self.distill_weight
 
-    def loss_terms(self, output: Output) -> dict[str, Tensor]:
+    def loss_terms(self, output: Output, teacher: Output | None) -> dict[str, Tensor]:
         if not self.rate_weight:
             return {}
         gates = [self._held(gate) for gate in output.gates if gate.policy is self]
@@ -128,5 +128,5 @@ class Dispatch(TokenPolicy):
     def _held(self, gate: Gate) -> Tensor:
         """The gate whose mean the rate loss holds to the target."""
         if self.rate_of == "training" or gate.logits is None:
-            return gate.values
-        return straight_through(gate.logits, self.temperature)
+            return gate.there
+        return replace(gate, values=straight_through(gate.logits, self.temperature)).there

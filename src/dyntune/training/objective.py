@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from dyntune.backbones import wrap
+from dyntune.forward import Masked, run
 from dyntune.losses import distillation_loss
 from dyntune.policies.base import Output
 from dyntune.tuned import TunedModel
@@ -31,7 +34,15 @@ class Loss:
     output: Output
 
 
-def training_loss(model: TunedModel, images: Tensor, targets: Tensor, criterion: Criterion = F.cross_entropy) -> Loss:
+def training_loss(
+    model: TunedModel,
+    images: Tensor,
+    targets: Tensor,
+    criterion: Criterion = F.cross_entropy,
+    *,
+    teacher: nn.Module | None = None,
+    epoch: float | None = None,
+) -> Loss:
     """The loss that ``fit`` minimises, for training loops of your own.
 
     For ``dyt`` it is ``CE(dispatched, y) + 2 (mean gate - rate)^2 + CE(complete, y) + KL(complete || dispatched)``,
@@ -43,12 +54,18 @@ def training_loss(model: TunedModel, images: Tensor, targets: Tensor, criterion:
         images: ``(B, 3, height, width)``, preprocessed.
         targets: class indices ``(B,)``, or class shares ``(B, classes)`` under mixup.
         criterion: the task's loss on logits and targets.
+        teacher: a frozen model of the same task, tuned or a plain backbone, for policies that learn from one
+            (DynamicViT); their terms are left out without it.
+        epoch: epochs done, with the fraction of the running one, for what follows a schedule (EViT's keep rate).
     """
-    model.backbone.begin_step()
+    model.backbone.begin_step(epoch)
     output = model.run(images)
     terms = {"task": criterion(output.logits, targets)}
+    taught = None
+    if teacher is not None and any(policy.distills() for policy in model.policies):
+        taught = dense_output(teacher, images)
     for policy in model.policies:
-        for name, term in policy.loss_terms(output).items():
+        for name, term in policy.loss_terms(output, taught).items():
             terms[name] = terms[name] + term if name in terms else term
     weights = [policy.complete_weights() for policy in model.policies]
     complete_weight = max((own for own, _ in weights), default=0.0)
@@ -60,3 +77,15 @@ def training_loss(model: TunedModel, images: Tensor, targets: Tensor, criterion:
         if distill_weight:
             terms["distill"] = distill_weight * distillation_loss(output.logits, complete)
     return Loss(sum(terms.values(), start=terms["task"].new_zeros(())), terms, output)
+
+
+@torch.no_grad()
+def dense_output(teacher: nn.Module, images: Tensor) -> Output:
+    """What a teacher, tuned or a plain backbone, makes of images; in eval mode, without gradient."""
+    modes = {module: module.training for module in teacher.modules()}
+    teacher.eval()
+    try:
+        return teacher.run(images) if isinstance(teacher, TunedModel) else run(wrap(teacher), (), images, Masked())
+    finally:
+        for module, training in modes.items():
+            module.training = training
