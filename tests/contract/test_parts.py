@@ -8,13 +8,17 @@ import torch
 
 import dyntune
 from dyntune.methods.base import TuningMethod
-from dyntune.policies.base import TokenPolicy
+from dyntune.policies.base import ReducingPolicy, TokenPolicy
 from dyntune.policies.dispatch import Dispatcher
 from dyntune.presets.base import Preset
 from dyntune.registry import expand, part_from_dict, registered, resolve
 from dyntune.spec import format_spec
 
 NAMES = tuple(registered())
+METHODS = tuple(name for name, cls in registered().items() if issubclass(cls, TuningMethod))
+REDUCING = tuple(name for name, cls in registered().items() if issubclass(cls, ReducingPolicy))
+DEEP = ("evit", "dynamicvit", "fpet")
+"""Parts whose published layers a host of three blocks does not have."""
 CHANGES_AT_ONCE = {
     "ssf": "its scales and shifts start with a deviation of 0.02, as published",
     "vpt": "prompts are attended to from the start",
@@ -23,13 +27,25 @@ CHANGES_AT_ONCE = {
 }
 """Parts whose published form changes the logits before any training."""
 _SEVERAL = "several gates at the same time"
+_ATTENTION = "reads queries and keys of all tokens"
 REFUSES_DISPATCH = {
+    **{
+        (name, where): _ATTENTION
+        for name in ("tome", "evit", "pyra", "fpet")
+        for where in ("attn", "attn-mlp", "layer")
+    },
     **{(name, where): _SEVERAL for name in ("dispatch", "dyt") for where in ("mlp", "attn-mlp", "layer")},
     ("res-tuning-bypass", "any"): "no gradient into the backbone",
     ("moe-adapter", "layer"): "looks at all tokens",
     ("convpass", "layer"): "looks at all tokens",
 }
 """Pairings that are not defined, and what the error says."""
+REFUSES_REDUCTION = {"convpass": "every patch in its place", "res-tuning-bypass": "no gradient into the backbone"}
+"""Methods that tokens may not be taken from, and what the error says."""
+
+
+def host_for(make_host, part_name):
+    return make_host("registers", depth=12) if part_name in DEEP else make_host("registers")
 
 
 @pytest.fixture(params=NAMES)
@@ -40,7 +56,7 @@ def part_name(request):
 @pytest.fixture
 def fresh(make_host, part_name):
     torch.manual_seed(0)
-    return dyntune.tune(make_host("registers"), part_name)
+    return dyntune.tune(host_for(make_host, part_name), part_name)
 
 
 def trained(model, images_for, steps=3):
@@ -65,7 +81,7 @@ def test_registry_knows_the_parts_of_the_package():
 
 @torch.no_grad()
 def test_fresh_part_leaves_the_hosts_logits_unchanged(make_host, images_for, fresh, part_name):
-    host = make_host("registers")
+    host = host_for(make_host, part_name)
     images = images_for(host, 4)
     if part_name in CHANGES_AT_ONCE:
         assert (fresh.eval().run(images, complete=True).logits - host(images)).abs().max() > 1e-4
@@ -95,8 +111,8 @@ def test_masked_equals_compact_after_training(images_for, fresh):
 
 def test_saved_and_loaded_model_is_equal(make_host, images_for, fresh, part_name, tmp_path):
     trained(fresh, images_for)
-    loaded = dyntune.load(fresh.save(tmp_path / "adapter"), backbone=make_host("registers"))
-    assert loaded.spec == part_name
+    loaded = dyntune.load(fresh.save(tmp_path / "adapter"), backbone=host_for(make_host, part_name))
+    assert loaded.spec == fresh.spec
     assert loaded.parts == fresh.parts
     with torch.no_grad():
         images = images_for(fresh.backbone.host, 4, seed=9)
@@ -129,9 +145,9 @@ def test_dispatch_on_it_skips_and_learns(make_host, images_for, part_name, where
     reason = REFUSES_DISPATCH.get((part_name, where)) or REFUSES_DISPATCH.get((part_name, "any"))
     if reason:
         with pytest.raises(dyntune.DyntuneError, match=reason):
-            dyntune.tune(make_host("registers"), part_name, f"dispatch:where={where}")
+            dyntune.tune(host_for(make_host, part_name), part_name, f"dispatch:where={where}")
         return
-    model = dyntune.tune(make_host("registers"), part_name, f"dispatch:where={where},rate=0.4")
+    model = dyntune.tune(host_for(make_host, part_name), part_name, f"dispatch:where={where},rate=0.4")
     before = {name: p.detach().clone() for name, p in model.tuned_state().items()}
     trained(model, images_for)
     assert all(not torch.equal(p, before[name]) for name, p in model.tuned_state().items())
@@ -150,12 +166,39 @@ def test_dispatch_on_it_skips_and_learns(make_host, images_for, part_name, where
     assert cost.macs < counter.macs - cost.head_macs
 
 
+@pytest.mark.parametrize("policy", REDUCING)
+@pytest.mark.parametrize("method", METHODS)
+def test_reduction_with_it_learns(make_host, images_for, method, policy):
+    """Any method takes a policy that reduces tokens: all of it learns, and fewer MACs run than without the policy."""
+    torch.manual_seed(0)
+    if method in REFUSES_REDUCTION:
+        with pytest.raises(dyntune.DyntuneError, match=REFUSES_REDUCTION[method]):
+            dyntune.tune(host_for(make_host, policy), method, policy)
+        return
+    model = dyntune.tune(host_for(make_host, policy), method, policy)
+    before = {name: p.detach().clone() for name, p in model.tuned_state().items()}
+    trained(model, images_for)
+    assert all(not torch.equal(p, before[name]) for name, p in model.tuned_state().items())
+    images = images_for(model.backbone.host, 4, seed=9)
+    with torch.no_grad():
+        masked, compact = (model.run(images, execution=how) for how in ("masked", "compact"))
+        torch.testing.assert_close(masked.logits, compact.logits, atol=1e-5, rtol=1e-5)
+        with dyntune.MacCounter() as counter:
+            model.run(images[:1])
+        with dyntune.MacCounter() as complete:
+            model.run(images[:1], complete=True)
+    assert compact.reductions
+    assert counter.macs < complete.macs
+    cost = dyntune.cost(model)
+    assert cost.macs + cost.head_macs == counter.macs
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_checkpointing_gives_the_same_gradients(make_host, images_for, name):
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = dyntune.tune(make_host(), name).train()
+        model = dyntune.tune(make_host(depth=12 if name in DEEP else 3), name).train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
