@@ -153,6 +153,11 @@ class Attention(SubLayer):
 
     @property
     @abc.abstractmethod
+    def head_width(self) -> int:
+        """Channels D of one head's keys."""
+
+    @property
+    @abc.abstractmethod
     def attention_dropout(self) -> float:
         """Probability of dropping an attention weight, 0 in evaluation."""
 
@@ -284,6 +289,11 @@ class Backbone(nn.Module, abc.ABC):
     @abc.abstractmethod
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images that the backbone was built for."""
+
+    @property
+    @abc.abstractmethod
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches in those images."""
 
     @property
     @abc.abstractmethod

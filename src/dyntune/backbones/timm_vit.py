@@ -61,6 +61,10 @@ class _HostedAttention(Attention):
         return host.drop_path1(host.ls1(host.attn.proj_drop(host.attn.proj(host.attn.norm(attended)))))
 
     @property
+    def head_width(self) -> int:
+        return self.host.attn.head_dim
+
+    @property
     def attention_dropout(self) -> float:
         return self.host.attn.attn_drop.p if self.training else 0.0
 
@@ -181,6 +185,10 @@ class TimmViT(Backbone):
     def image_shape(self) -> tuple[int, int, int]:
         height, width = self.host.patch_embed.img_size or self.host.pretrained_cfg["input_size"][1:]
         return self.host.patch_embed.proj.in_channels, height, width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.host.patch_embed.dynamic_feat_size(self.image_shape[1:])
 
     @property
     def gradient_checkpointing(self) -> bool:
