@@ -17,9 +17,11 @@ from dyntune.data.base import LabelledImages
 from dyntune.files import write_atomically, write_json, write_text
 from dyntune.training.evaluate import as_tensors
 from dyntune.tuned import TunedModel
-from dyntune.visualize import activation_figure, save_figure, token_figure
+from dyntune.visualize import activation_figure, reduction_figure, save_figure, token_figure
 from dyntune.visualize.tradeoff import tradeoff_figure
 
+_GATED, _REDUCED = 6, 2
+"""Images in a picture of gates, and of merged or dropped tokens."""
 _SPEED = "Speed is relative to the untouched backbone, run in turns in one process."
 COLUMNS = (
     "method",
@@ -102,12 +104,10 @@ def write_report(
         targets = {row.method: models[row.method].target_rate for row in gated}
         save_figure(activation_figure(rates, targets), out / "activation.png")
         pictures["activation.png"] = "Activation rate of each gated unit on the test images; dashed, the target."
-    for row in gated:
-        name = f"tokens-{folder_name(row.method)}.png"
-        save_figure(tokens_of(models[row.method], images), out / name)
-        pictures[name] = (
-            f"Activated tokens of {row.method}: in each block the patches that were computed; the others skipped it."
-        )
+    for row in rows:
+        for name, (figure, text) in token_pictures(row.method, models[row.method], images).items():
+            save_figure(figure, out / name)
+            pictures[name] = text
     body = f"{intro}\n\n{markdown_table(rows)}\n\nMeasured on {machine()}. {_SPEED}\n"
     write_text(
         out / "results.md",
@@ -117,15 +117,29 @@ def write_report(
     return out / "index.html"
 
 
-def tokens_of(model: TunedModel, images: LabelledImages, count: int = 6) -> Figure:
-    """The tokens that a model activates on ``count`` images spread over a data set."""
-    picked = range(0, len(images), max(1, len(images) // count))[:count]
+def token_pictures(method: str, model: TunedModel, images: LabelledImages) -> dict[str, tuple[Figure, str]]:
+    """What a model makes of the tokens of images spread over a data set: figure and caption by name of the file."""
+    if not model.policies:
+        return {}
+    picked = range(0, len(images), max(1, len(images) // _GATED))[:_GATED]
     prepared = as_tensors(images, model)
     batch = torch.stack([prepared[i][0] for i in picked]).to(next(model.parameters()).device)
+    plain = [images.with_transform(None)[i][0] for i in picked]
+    found = {}
     with torch.no_grad():
         output = model.eval().run(batch)
-    plain = images.with_transform(None)
-    return token_figure([plain[i][0] for i in picked], output.gates, output.grid)
+        few = model.run(batch[:_REDUCED])
+    if output.gates:
+        found[f"tokens-{folder_name(method)}.png"] = (
+            token_figure(plain, output.gates, output.grid),
+            f"Activated tokens of {method}: in each block the patches that were computed; the others skipped it.",
+        )
+    if few.reductions:
+        found[f"reductions-{folder_name(method)}.png"] = (
+            reduction_figure(plain[:_REDUCED], few),
+            f"Tokens of {method}: in each block what was merged, dropped or skipped.",
+        )
+    return found
 
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:

@@ -13,8 +13,9 @@ from PIL import Image
 
 from dyntune import DyntuneError
 from dyntune.policies.base import Gate, TokenPolicy
+from dyntune.tokens import Sources
 from dyntune.visualize import save_figure, token_figure
-from dyntune.visualize.page import VEIL, VEIL_SHARE
+from dyntune.visualize.page import GONE, VEIL, VEIL_SHARE
 from dyntune.visualize.units import split_path
 
 GRID = (3, 5)
@@ -171,6 +172,39 @@ def test_gates_of_a_tuned_model_can_be_drawn(tmp_path: Path) -> None:
         block, kind = split_path(gate_.unit)
         assert f"image 1 block {block} {kind}" in panels(figure)
     assert save_figure(figure, tmp_path / "tokens.svg").read_text().count("<image") >= 2 * 5
+
+
+def reduced_gate(unit: str, values: Sequence[float], owner: Sequence[int], present: Sequence[float] | None) -> Gate:
+    hidden = None if present is None else torch.tensor([present])
+    return Gate(unit, torch.tensor([values]), TokenPolicy(), sources=Sources(torch.tensor([owner]), present=hidden))
+
+
+@pytest.mark.parametrize("present", [None, [1.0, 1.0, 1.0, 0.0]])
+def test_tokens_are_mapped_back_to_their_patches(present: list[float] | None) -> None:
+    # The first row is one skipped token, the second one active token, and of the third only one patch is left.
+    owner = [0] * 5 + [1] * 5 + ([-1] * 4 if present is None else [3] * 4) + [2]
+    values = [0.0, 1.0, 1.0] if present is None else [0.0, 1.0, 1.0, 1.0]
+    figure = token_figure([picture()], [reduced_gate("blocks.0.mlp", values, owner, present)], GRID)
+    drawn = np.median(rendered_patches(figure, "image 0 block 0 mlp"), axis=2)
+    plain = np.asarray(picture()) / 255
+    expected = plain.copy()
+    expected[0] = (1 - VEIL_SHARE) * plain[0] + VEIL_SHARE * np.array(VEIL)
+    expected[2, :4] = GONE
+    assert np.abs(drawn - expected).max() < 0.02
+    assert "67 %" in texts(figure)
+    note = " ".join(texts(figure))
+    assert "share of the tokens left" in note and "Dropped patches are dark" in note
+    times = panels(figure)["image 0 times mlp"].get_array()
+    np.testing.assert_array_equal(times, [[0] * 5, [1] * 5, [0] * 4 + [1]])
+
+
+def test_gates_of_different_numbers_of_tokens_can_be_drawn() -> None:
+    few = reduced_gate("blocks.1.mlp", [1.0, 0.0], [0] * 8 + [1] * 7, None)
+    figure = token_figure([picture()], [gate("blocks.0.mlp", torch.ones(1, PATCHES)), few], GRID)
+    assert [words for words in texts(figure) if words.endswith(" %")] == ["100 %", "50 %"]
+    heat = panels(figure)["image 0 times mlp"].get_array()
+    np.testing.assert_array_equal(heat.ravel(), [2] * 8 + [1] * 7)
+    assert not any("Dropped" in words for words in texts(figure))
 
 
 def test_no_gates_is_an_error_that_says_what_to_do() -> None:

@@ -1,4 +1,4 @@
-"""``dyntune visualize``: which tokens a model activates on images, and how many in each block."""
+"""``dyntune visualize``: which tokens a model computes, merges and drops on images, and how many in each block."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Annotated
 
 import torch
 import typer
+from matplotlib.figure import Figure
 
 from dyntune.checkpoint import load
 from dyntune.commands.common import DeviceOption, ImagesArgument, RunArgument, WeightsOption, out, pick_device
 from dyntune.data import build_transform, expand_images, read_image
 from dyntune.errors import DyntuneError
 from dyntune.forward import activation_rates
-from dyntune.visualize import activation_figure, save_figure, token_figure
+from dyntune.visualize import activation_figure, reduction_figure, save_figure, token_figure
 
 EXAMPLES = ('dyntune visualize runs/flowers "photos/*.jpg" --out pictures',)
 
@@ -27,7 +28,7 @@ def command(
     suffix: Annotated[str, typer.Option("--format", help="png, svg or pdf.")] = "png",
     device: DeviceOption = "auto",
 ) -> None:
-    """Draw the activated tokens of each block over the images, and the activation rate per block."""
+    """Draw over the images which tokens each block computes, merges or drops, and the activation rate per block."""
     paths = expand_images(images)
     model = load(run, weights=weights, device=pick_device(device))
     if not model.policies:
@@ -38,17 +39,25 @@ def command(
     rates = []
     for start in range(0, len(paths), per_figure):
         chosen = paths[start : start + per_figure]
+        names = [path.name for path in chosen]
         pictures = [read_image(path) for path in chosen]
         batch = torch.stack([transform(picture) for picture in pictures]).to(next(model.parameters()).device)
         with torch.inference_mode():
             output = model.run(batch)
-        rates.append(len(chosen) * activation_rates(output.gates).cpu())
-        file = folder / f"tokens-{start // per_figure + 1}.{suffix}"
-        save_figure(token_figure(pictures, output.gates, output.grid, [path.name for path in chosen]), file)
-        out.print(f"wrote {file}", highlight=False)
-    mean = (torch.stack(rates).sum(0) / len(paths)).tolist()
-    units = [gate.unit for gate in output.gates]
-    file = folder / f"activation.{suffix}"
-    rate_of = {model.spec: list(zip(units, mean, strict=True))}
-    save_figure(activation_figure(rate_of, {model.spec: model.target_rate}), file)
+        number = start // per_figure + 1
+        if output.gates:
+            rates.append(len(chosen) * activation_rates(output.gates).cpu())
+            _write(token_figure(pictures, output.gates, output.grid, names), folder / f"tokens-{number}.{suffix}")
+        if output.reductions:
+            _write(reduction_figure(pictures, output, names), folder / f"reductions-{number}.{suffix}")
+        if not output.gates and not output.reductions:
+            raise DyntuneError(f"{model.spec} in {run} skips, merges and drops no token, so there is nothing to show.")
+    if rates:
+        mean = (torch.stack(rates).sum(0) / len(paths)).tolist()
+        rate_of = {model.spec: list(zip((gate.unit for gate in output.gates), mean, strict=True))}
+        _write(activation_figure(rate_of, {model.spec: model.target_rate}), folder / f"activation.{suffix}")
+
+
+def _write(figure: Figure, file: Path) -> None:
+    save_figure(figure, file)
     out.print(f"wrote {file}", highlight=False)

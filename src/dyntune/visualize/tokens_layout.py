@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dyntune.visualize.page import Box
+from dyntune.visualize.page import LINE, Box, wrap
 
-LINE = 20
-"""Height of a line of text, in pixels like every length here."""
 _WIDE = 1600
 _MARGIN = 14
 _GAP = 6
 _STRIP = 26
 _BAR = 14
 _BAR_TEXT = 64
-_WIDEST_PANEL = 150
+_MOST_CAPTION_LINES = 3
 
 
 @dataclass(frozen=True)
@@ -50,26 +48,43 @@ class TokensLayout:
         blocks: numbers of the blocks.
         columns: panels in a line.
         grid: rows and columns of patches.
+        lines: of text under each panel.
+        heat: whether a heat map and its colour bar follow the last panel of each kind.
+        widest: most pixels that a panel is wide.
     """
 
     def __init__(
-        self, images: int, kinds: Sequence[str], blocks: Sequence[int], columns: int, grid: tuple[int, int]
+        self,
+        images: int,
+        kinds: Sequence[str],
+        blocks: Sequence[int],
+        columns: int,
+        grid: tuple[int, int],
+        *,
+        lines: int = 1,
+        heat: bool = True,
+        widest: int = 150,
     ) -> None:
         self.images = images
         self.kinds = kinds
         self.grid = grid
+        self.lines = lines
         self.chunks = [blocks[start : start + columns] for start in range(0, len(blocks), columns)]
-        fixed = 2 * _MARGIN + _STRIP + 3 * _GAP + _BAR + _BAR_TEXT
-        widest = min(_WIDEST_PANEL, (_WIDE - fixed) / (columns + 2) - _GAP)
+        fixed = 2 * _MARGIN + _STRIP + (3 * _GAP + _BAR + _BAR_TEXT if heat else 0)
+        most = min(widest, (_WIDE - fixed) / (columns + (2 if heat else 1)) - _GAP)
         # A tall grid must not make a page of one image, nor a fine one patches that cannot be seen.
-        patch = max(2, round(min(widest / grid[1], 1.5 * widest / grid[0])))
+        patch = max(2, round(min(most / grid[1], 1.5 * most / grid[0])))
         self.panel_width = patch * grid[1]
         self.panel_height = patch * grid[0]
         self.image_left = _MARGIN
         self.kind_centre = _MARGIN + self.panel_width + _STRIP / 2
         self.heat_left = self.panel_left(columns) + _GAP
         self.bar_left = self.heat_left + self.panel_width + 2 * _GAP
-        self.width = self.bar_left + _BAR + _BAR_TEXT + _MARGIN
+        self.width = (self.bar_left + _BAR + _BAR_TEXT if heat else self.panel_left(columns) - _GAP) + _MARGIN
+
+    def captions(self, titles: Sequence[str] | None) -> list[list[str]]:
+        """The lines of text to put under each image."""
+        return [wrap(title, self.panel_width, _MOST_CAPTION_LINES) for title in titles or [""] * self.images]
 
     def panel_left(self, place: int) -> float:
         """The left edge of the ``place``-th panel of a line."""
@@ -97,10 +112,22 @@ class TokensLayout:
                     first = kind == self.kinds[0] and number == 0
                     if first:
                         captioned = top + self.panel_height + LINE * caption_lines[image]
-                    bottom = top + self.panel_height + LINE + _GAP
+                    bottom = top + self.panel_height + self.lines * LINE + _GAP
                     last_of_image = kind == self.kinds[-1] and number == len(self.chunks) - 1
                     if last_of_image:
                         bottom = max(bottom, captioned + _GAP) + (2 * _GAP if len(self.kinds) > 1 else 0)
                     found.append(Row(image, kind, blocks, top, bottom, headed, first, blocks is self.chunks[-1]))
                     top = bottom
         return found
+
+
+def check_numbers(images: int, titles: Sequence[str] | None, columns: int) -> None:
+    """Checks that there is something to lay out.
+
+    Raises:
+        ValueError: no image, no column, or not one title for each image.
+    """
+    if not images or columns < 1:
+        raise ValueError(f"{images} images in {columns} columns: expected at least one of each.")
+    if titles is not None and len(titles) != images:
+        raise ValueError(f"{len(titles)} titles for {images} images: expected one for each.")

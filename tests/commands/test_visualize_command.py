@@ -1,0 +1,42 @@
+"""``dyntune visualize``: which pictures there are depends on what the model does with its tokens."""
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from dyntune.backbones.builtin import BUILTIN_BACKBONE
+from dyntune.cli import app
+from dyntune.errors import DyntuneError
+from dyntune.tuned import build_tuned
+
+
+def visualize(spec, photos, folder):
+    torch.manual_seed(0)
+    build_tuned(BUILTIN_BACKBONE, spec, classes=("a", "b", "c")).save(folder / "run")
+    arguments = ["visualize", str(folder / "run"), str(photos / "test" / "red"), "--out", str(folder / "out")]
+    return CliRunner().invoke(app, [*arguments, "--per-figure", "3", "--device", "cpu"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("linear+dispatch", ["activation", "tokens-1", "tokens-2"]),
+        ("linear+tome:r=4", ["reductions-1", "reductions-2"]),
+        ("dispatch+tome:r=4", ["activation", "reductions-1", "reductions-2", "tokens-1", "tokens-2"]),
+    ],
+)
+def test_pictures(photos, tmp_path, spec, expected):
+    done = visualize(spec, photos, tmp_path)
+    assert done.exit_code == 0, done.output
+    files = sorted((tmp_path / "out").iterdir())
+    assert [file.name for file in files] == [f"{name}.png" for name in expected]
+    assert all(Image.open(file).width > 600 for file in files)
+    assert done.output.count("wrote") == len(expected)
+
+
+@pytest.mark.parametrize(("spec", "reason"), [("linear", "has no token policy"), ("linear+tome:r=0", "drops no token")])
+def test_nothing_to_show(photos, tmp_path, spec, reason):
+    done = visualize(spec, photos, tmp_path)
+    assert isinstance(done.exception, DyntuneError) and reason in str(done.exception)
+    assert not (tmp_path / "out").exists()
