@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dyntune.cost import cost
@@ -98,6 +98,7 @@ def compare(
     settings: TrainSettings,
     resume: bool = False,
     progress: Callable[[str], Progress] | None = None,
+    teacher: nn.Module | None = None,
 ) -> tuple[list[Row], dict[str, TunedModel]]:
     """Trains each method with the same settings and seed, evaluates it, and times all of them in turns.
 
@@ -110,6 +111,7 @@ def compare(
         settings: of every run.
         resume: continue runs that ``out`` holds.
         progress: makes the display of a run from its spec.
+        teacher: as for ``fit``, of every run.
 
     Returns:
         A row per method, and the trained models by spec.
@@ -132,6 +134,7 @@ def compare(
             resume=resume,
             settings=settings,
             progress=progress(spec) if progress else None,
+            teacher=teacher,
         )
         seconds[spec] = result.seconds
     evaluations = {spec: evaluate(m, data.test, batch_size=settings.batch_size) for spec, m in models.items()}

@@ -29,9 +29,11 @@ class Sources:
     @property
     def weights(self) -> Tensor | None:
         """``(B, P)``, how much each token counts in a mean over the image; None where all count alike."""
-        if self.sizes is None or self.present is None:
-            return self.present if self.sizes is None else self.sizes
-        return self.sizes * self.present
+        if self.present is None:
+            return self.sizes
+        # An image of which nothing is present is read whole: a mean over nothing would be NaN.
+        present = self.present + (self.present.sum(1, keepdim=True) < 0.5)
+        return present if self.sizes is None else self.sizes * present
 
     def of_patches(self, values: Tensor, dropped: float = 0.0) -> Tensor:
         """One value per token, ``(B, P)`` or ``(B, P, C)``, as one per image patch; ``dropped`` where it is gone."""

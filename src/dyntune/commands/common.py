@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
+from dyntune.checkpoint import load
 from dyntune.data.base import DataSplits
 from dyntune.errors import DataError, TrainingError
 from dyntune.tuned import TunedModel
@@ -33,6 +34,13 @@ WeightsOption = Annotated[
 ]
 MethodOption = Annotated[str, typer.Option(help="Tuning method, name or name:key=value,key=value.")]
 TokensOption = Annotated[str | None, typer.Option(help="Token policy on top, written like a method.")]
+TeacherOption = Annotated[
+    Path | None,
+    typer.Option(help="Run of a dense model on the same data, for policies that learn from one (dynamicvit)."),
+]
+BackboneLrOption = Annotated[
+    float, typer.Option(help="Factor on --lr for the backbone's own tensors, where a method trains them.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
@@ -62,6 +70,19 @@ def require_classes(model: TunedModel, data: DataSplits) -> None:
             f"{data.name} has {len(data.classes)} classes ({_some(data.classes)}), but the model was trained on "
             f"{len(model.classes)} ({_some(model.classes)}). Give data with the same classes."
         )
+
+
+def load_teacher(run: Path | None, data: DataSplits) -> TunedModel | None:
+    """The model that ``--teacher`` names; raises DataError when its classes are not those of the data."""
+    if run is None:
+        return None
+    teacher = load(run)
+    if teacher.classes and tuple(teacher.classes) != tuple(data.classes):
+        raise DataError(
+            f"the teacher in {run} was trained on {len(teacher.classes)} classes ({_some(teacher.classes)}), but "
+            f"{data.name} has {len(data.classes)} ({_some(data.classes)}). Give a teacher trained on the same data."
+        )
+    return teacher
 
 
 def pick_device(name: str) -> torch.device:

@@ -9,10 +9,13 @@ import typer
 
 from dyntune.commands.common import (
     DEFAULT_MODEL,
+    BackboneLrOption,
     DataArgument,
     JsonOption,
     ModelOption,
+    TeacherOption,
     WeightsOption,
+    load_teacher,
     out,
     print_json,
     print_table,
@@ -38,6 +41,8 @@ def command(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = _DEFAULTS.epochs,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = _DEFAULTS.batch_size,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = _DEFAULTS.lr,
+    backbone_lr: BackboneLrOption = _DEFAULTS.backbone_lr,
+    teacher: TeacherOption = None,
     precision: Annotated[Precision, typer.Option(help="Of the forward and backward pass.")] = "fp32",
     device: Annotated[Device, typer.Option(help="auto takes an accelerator if there is one.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
@@ -52,6 +57,7 @@ def command(
         batch_size=batch_size,
         lr=lr,
         min_lr=min(_DEFAULTS.min_lr, lr),
+        backbone_lr=backbone_lr,
         precision=precision,
         device=device,
         workers=workers,
@@ -59,7 +65,15 @@ def command(
     )
     splits = load_data(data)
     rows, models = compare(
-        specs, splits, folder, model=model, weights=weights, settings=settings, resume=resume, progress=ProgressBar
+        specs,
+        splits,
+        folder,
+        model=model,
+        weights=weights,
+        settings=settings,
+        resume=resume,
+        progress=ProgressBar,
+        teacher=load_teacher(teacher, splits),
     )
     assert splits.test is not None  # compare() has refused data without a test split
     sizes = f"{len(splits.train)} training images, {epochs} epochs, seed {seed}; {len(splits.test)} test images"

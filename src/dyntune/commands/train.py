@@ -11,13 +11,16 @@ from accelerate import PartialState
 
 from dyntune.commands.common import (
     DEFAULT_MODEL,
+    BackboneLrOption,
     DataArgument,
     JsonOption,
     MethodOption,
     ModelOption,
+    TeacherOption,
     TokensOption,
     WeightsOption,
     kilobytes,
+    load_teacher,
     out,
     parts,
     print_json,
@@ -49,6 +52,7 @@ def command(
     weights: WeightsOption = None,
     method: MethodOption = "dyt",
     tokens: TokensOption = None,
+    teacher: TeacherOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, or start it.")] = False,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = _DEFAULTS.epochs,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step and process.")] = _DEFAULTS.batch_size,
@@ -56,6 +60,7 @@ def command(
     optimizer: Annotated[Optimizer, typer.Option(help="sgd has momentum 0.9.")] = _DEFAULTS.optimizer,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = _DEFAULTS.lr,
     min_lr: Annotated[float, typer.Option(help="Learning rate at the end of the cosine.")] = _DEFAULTS.min_lr,
+    backbone_lr: BackboneLrOption = _DEFAULTS.backbone_lr,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = _DEFAULTS.weight_decay,
     decay_1d: Annotated[bool, typer.Option(help="Weight decay on biases and other 1-D tensors too.")] = True,
     warmup_epochs: Annotated[
@@ -103,6 +108,7 @@ def command(
         optimizer=optimizer,
         lr=lr,
         min_lr=min(min_lr, lr),
+        backbone_lr=backbone_lr,
         weight_decay=weight_decay,
         decay_1d=decay_1d,
         warmup_epochs=warmup_epochs,
@@ -127,12 +133,15 @@ def command(
     chosen = splits.test if select == "test" else splits.val
     if chosen is None and select != "last":
         raise DataError(f"{data} has no {select} split to select on; use --select last.")
+    taught_by = load_teacher(teacher, splits)
     torch.manual_seed(seed)
     arguments = {"drop_path_rate": drop_path, **({} if img_size is None else {"img_size": img_size})}
     tuned = build_tuned(model, *parts(method, tokens), classes=splits.classes, weights=weights, **arguments)
     tuned.preprocessing = prepared_as(tuned.preprocessing, normalisation, interpolation)
     bar = ProgressBar(tuned.spec)
-    result = fit(tuned, splits.train, chosen, out=run, resume=resume, progress=bar, settings=settings)
+    result = fit(
+        tuned, splits.train, chosen, out=run, resume=resume, progress=bar, settings=settings, teacher=taught_by
+    )
     if not PartialState().is_main_process:
         return
     figures = cost(tuned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -35,8 +36,10 @@ class Gate:
     @property
     def there(self) -> Tensor:
         """The values of the tokens that are there: all of them, or, where training hides some, the others, flat."""
-        present = self.sources.present
-        return self.values if present is None else self.values[present > 0.5]
+        if self.sources.present is None:
+            return self.values
+        there = self.values[self.sources.present > 0.5]
+        return there if there.numel() else self.values  # a mean over nothing would be NaN
 
     @property
     def on_patches(self) -> Tensor:
@@ -80,6 +83,30 @@ class Output:
     tokens: Tokens | None = None
 
 
+class Trial(Protocol):
+    """The model that is to be, but for one policy: what that policy can find its settings on before anything is built.
+
+    Args:
+        dense_macs: MACs per image of the untouched backbone without its head.
+    """
+
+    dense_macs: int
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the backbone."""
+        ...
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        ...
+
+    def macs(self, spec: str) -> int:
+        """MACs per image, without the head, of the model with ``spec`` in the policy's place."""
+        ...
+
+
 @dataclass(frozen=True)
 class TokenPolicy(Part):
     """A configuration whose ``install`` adds modules to a backbone, and which is asked during a forward pass.
@@ -87,6 +114,14 @@ class TokenPolicy(Part):
     A policy *gates* units, so that skipped tokens get no update, or it *reduces* the tokens in front of units, so that
     fewer go on.
     """
+
+    def settle(self, trial: Trial) -> str | None:
+        """The spec of what is to be installed in this policy's place; None for the policy itself.
+
+        Raises:
+            SpecError: what is asked for cannot be had on this backbone.
+        """
+        return None
 
     def install(self, backbone: Backbone) -> None:
         """Adds the modules that decide to ``backbone`` in place.

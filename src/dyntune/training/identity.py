@@ -7,15 +7,23 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.utils.data import Dataset
 
 from dyntune.data.base import LabelledImages
 from dyntune.training.settings import TrainSettings
+from dyntune.training.teacher import teacher_identity
 from dyntune.tuned import TunedModel
 
 
-def run_identity(model: TunedModel, settings: TrainSettings, train_set: Dataset[Any], processes: int) -> dict[str, Any]:
-    """Settings, parts, backbone and data of a run as plain values."""
+def run_identity(
+    model: TunedModel,
+    settings: TrainSettings,
+    train_set: Dataset[Any],
+    processes: int,
+    teacher: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Settings, parts, backbone, data and teacher of a run as plain values."""
     return {
         "settings": dataclasses.asdict(settings),
         "spec": model.spec,
@@ -27,6 +35,7 @@ def run_identity(model: TunedModel, settings: TrainSettings, train_set: Dataset[
         "processes": processes,
         "train_images": len(train_set),  # type: ignore[arg-type]
         "data": _data_digest(train_set),
+        "teacher": teacher_identity(teacher),
     }
 
 

@@ -60,22 +60,27 @@ def training_loss(
     """
     model.backbone.begin_step(epoch)
     output = model.run(images)
-    terms = {"task": criterion(output.logits, targets)}
+    terms: dict[str, Tensor] = {}
+
+    def add(name: str, term: Tensor) -> None:
+        terms[name] = terms[name] + term if name in terms else term
+
+    add("task", criterion(output.logits, targets))
     taught = None
     if teacher is not None and any(policy.distills() for policy in model.policies):
         taught = dense_output(teacher, images)
     for policy in model.policies:
         for name, term in policy.loss_terms(output, taught).items():
-            terms[name] = terms[name] + term if name in terms else term
+            add(name, term)
     weights = [policy.complete_weights() for policy in model.policies]
     complete_weight = max((own for own, _ in weights), default=0.0)
     distill_weight = max((distill for _, distill in weights), default=0.0)
     if complete_weight or distill_weight:
         complete = model.run(images, complete=True).logits
         if complete_weight:
-            terms["complete"] = complete_weight * criterion(complete, targets)
+            add("complete", complete_weight * criterion(complete, targets))
         if distill_weight:
-            terms["distill"] = distill_weight * distillation_loss(output.logits, complete)
+            add("distill", distill_weight * distillation_loss(output.logits, complete))
     return Loss(sum(terms.values(), start=terms["task"].new_zeros(())), terms, output)
 
 

@@ -1,29 +1,66 @@
-"""The optimiser of a run."""
+"""The optimiser of a run, and the learning rate of its groups of tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from dyntune.backbones.base import Backbone
 from dyntune.training.settings import TrainSettings
 
 MOMENTUM = 0.9
 """Of SGD."""
 
 
-def make_optimizer(trained: Sequence[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+def make_optimizer(
+    trained: Sequence[nn.Parameter], settings: TrainSettings, pretrained: Collection[nn.Parameter] = frozenset()
+) -> torch.optim.Optimizer:
     """AdamW or SGD with momentum on the trained tensors.
 
     Args:
         trained: the tensors, in the order in which a saved state lists them.
-        settings: kind, learning rate, weight decay, and whether biases and other 1-D tensors decay.
+        settings: kind, learning rate and the backbone's factor on it, weight decay, and whether biases and other 1-D
+            tensors decay.
+        pretrained: which of them come from the pretrained backbone.
     """
-    groups: list[dict[str, object]] = [{"params": list(trained)}]
+    groups: list[dict[str, Any]] = [{"params": list(trained)}]
+    if settings.backbone_lr != 1:
+        slow = set(pretrained)
+        groups = [
+            {"params": [p for p in trained if p not in slow]},
+            {"params": [p for p in trained if p in slow], "lr_factor": settings.backbone_lr},
+        ]
     if not settings.decay_1d:
-        flat = [p for p in trained if p.ndim <= 1]
-        groups = [{"params": [p for p in trained if p.ndim > 1]}, {"params": flat, "weight_decay": 0.0}]
+        groups = [
+            part
+            for group in groups
+            for part in (
+                group | {"params": [p for p in group["params"] if p.ndim > 1]},
+                group | {"params": [p for p in group["params"] if p.ndim <= 1], "weight_decay": 0.0},
+            )
+        ]
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=MOMENTUM, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            groups, lr=settings.lr, momentum=MOMENTUM, weight_decay=settings.weight_decay
+        )
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    set_learning_rate(optimizer, settings.lr)
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of the next step, times each group's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_factor", 1.0)
+
+
+def pretrained_parameters(backbone: Backbone) -> set[nn.Parameter]:
+    """The backbone's own parameters: without its head, and without what methods and other libraries put on it."""
+    new = {*backbone.adopted}
+    for module in (*backbone.heads, *(change for site in backbone.sites() for change in site.changes.values())):
+        new |= {*module.parameters()}
+    return {*backbone.host.parameters()} - new

@@ -27,6 +27,8 @@ class TrainSettings:
         optimizer: AdamW, or SGD with momentum 0.9.
         lr: peak learning rate.
         min_lr: learning rate at the end of the cosine.
+        backbone_lr: factor on the learning rate of the pretrained backbone's own tensors, where they are trained
+            (``full``, ``bitfit``); above 0 and at most 1. What is new (adapters, predictors, the head) has factor 1.
         weight_decay: on the trained tensors.
         decay_1d: whether weight decay holds for biases and other tensors of one dimension too.
         warmup_epochs: linear warm-up; None means a tenth of the epochs.
@@ -55,6 +57,7 @@ class TrainSettings:
     optimizer: Optimizer = "adamw"
     lr: float = 1e-3
     min_lr: float = 1e-5
+    backbone_lr: float = 1.0
     weight_decay: float = 1e-4
     decay_1d: bool = True
     warmup_epochs: float | None = None
@@ -88,6 +91,8 @@ class TrainSettings:
                 raise TrainingError(f"{name}={getattr(self, name)}: expected at least {least}.")
         if not 0 <= self.min_lr <= self.lr or self.lr == 0:
             raise TrainingError(f"lr={self.lr}, min_lr={self.min_lr}: expected 0 <= min_lr <= lr and lr above 0.")
+        if not 0 < self.backbone_lr <= 1:
+            raise TrainingError(f"backbone_lr={self.backbone_lr}: expected above 0 and at most 1.")
         if self.cooldown_epochs >= self.epochs:
             raise TrainingError(f"cooldown_epochs={self.cooldown_epochs}: expected below epochs={self.epochs}.")
         if not 0 <= self.warmup_lr <= self.lr:

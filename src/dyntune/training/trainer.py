@@ -27,11 +27,12 @@ from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.logs import RunLog
 from dyntune.training.mixing import make_mixup, mixed
 from dyntune.training.objective import training_loss
-from dyntune.training.optimizer import make_optimizer
+from dyntune.training.optimizer import make_optimizer, pretrained_parameters, set_learning_rate
 from dyntune.training.progress import Progress, Silent
 from dyntune.training.randomness import EpochSampler, SeededDataset, caller_randomness_kept, seed_all
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE, RunState
+from dyntune.training.teacher import ready_teacher, warn_without_teacher
 from dyntune.tuned import TunedModel
 
 ASKED = "train.json"
@@ -64,6 +65,7 @@ def fit(
     resume: bool = False,
     progress: Progress | None = None,
     settings: TrainSettings | None = None,
+    teacher: nn.Module | None = None,
     **options: Any,
 ) -> FitResult:
     """Trains a tuned model in place; afterwards it holds the weights of the best epoch and is in eval mode.
@@ -80,6 +82,9 @@ def fit(
         resume: continue what ``out`` holds, or start if there is nothing.
         progress: shows what goes on; nothing by default.
         settings: all options at once.
+        teacher: a model of the same task, tuned or a plain backbone, for policies that learn from one (DynamicViT);
+            others ignore it. It is moved to the device, put into eval mode, never trained and not saved. Without it
+            the loss of those policies lacks its distillation terms, which a warning says.
         options: single options of ``TrainSettings``, for instance ``epochs=10, lr=1e-3``.
 
     Raises:
@@ -89,21 +94,26 @@ def fit(
     if settings is not None and options:
         raise TrainingError("give settings=... or single options, not both.")
     chosen = settings or TrainSettings.of(**options)
-    return _Run(model, train_set, val_set, None if out is None else Path(out), chosen, progress or Silent()).train(
-        resume
-    )
+    folder = None if out is None else Path(out)
+    return _Run(model, train_set, val_set, folder, chosen, progress or Silent(), teacher).train(resume)
 
 
 class _Step(nn.Module):
     """One training step's forward as a single call, which is what distributed wrappers need."""
 
-    def __init__(self, model: TunedModel, criterion: Callable[[Tensor, Tensor], Tensor]) -> None:
+    teacher: nn.Module | None
+
+    def __init__(
+        self, model: TunedModel, criterion: Callable[[Tensor, Tensor], Tensor], teacher: nn.Module | None
+    ) -> None:
         super().__init__()
         self.model = model
         self.criterion = criterion
+        # Not registered: it is not trained, keeps its mode, and no wrapper shall wait for its gradients.
+        object.__setattr__(self, "teacher", teacher)
 
-    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Any]:
-        loss = training_loss(self.model, images, targets, self.criterion)
+    def forward(self, images: Tensor, targets: Tensor, epoch: float) -> dict[str, Any]:
+        loss = training_loss(self.model, images, targets, self.criterion, teacher=self.teacher, epoch=epoch)
         return {
             "total": loss.total,
             "terms": {name: term.detach() for name, term in loss.terms.items()},
@@ -123,6 +133,7 @@ class _Run:
         out: Path | None,
         settings: TrainSettings,
         progress: Progress,
+        teacher: nn.Module | None,
     ) -> None:
         self.model, self.out, self.settings = model, out, settings
         require_matching_head(model, train_set)
@@ -159,19 +170,22 @@ class _Run:
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise TrainingError("nothing to train: every parameter is frozen. Leave requires_grad as tune() set it.")
-        optimizer = make_optimizer(trained, settings)
+        optimizer = make_optimizer(trained, settings, pretrained_parameters(model.backbone))
+        if teacher is None and self._main:
+            warn_without_teacher(model)
+        teacher = ready_teacher(model, teacher, self.accelerator.device)
         self.mixup = make_mixup(settings, model.backbone.classes)
         # Mixup smooths the targets itself.
         smoothing = 0.0 if self.mixup else settings.label_smoothing
         criterion = functools.partial(F.cross_entropy, label_smoothing=smoothing)
         self.step_module, self.optimizer, self.loader = self.accelerator.prepare(
-            _Step(model, criterion), optimizer, loader
+            _Step(model, criterion, teacher), optimizer, loader
         )
         self.steps_per_epoch = len(self.loader)
         self.best, self.best_epoch = -1.0, 0
         self.best_tensors: dict[str, Tensor] = {}
         self.seconds = 0.0
-        self.identity = run_identity(model, settings, train_set, world)
+        self.identity = run_identity(model, settings, train_set, world, teacher)
 
     def train(self, resume: bool) -> FitResult:
         with caller_randomness_kept():
@@ -248,14 +262,14 @@ class _Run:
         )  # stopped between the last step and its evaluation
         for step, (images, targets) in enumerate(batches, start=first):
             seed_all(settings.seed, epoch, 0, step, accelerator.process_index)
-            lr = settings.learning_rate(epoch + step / self.steps_per_epoch)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            done = epoch + step / self.steps_per_epoch
+            lr = settings.learning_rate(done)
+            set_learning_rate(self.optimizer, lr)
             labels = targets
             if self.mixup:
                 images, targets = mixed(self.mixup, images, labels)
             with accelerator.accumulate(self.step_module):
-                result = self.step_module(images, targets)
+                result = self.step_module(images, targets, done)
                 self._require_finite(result, epoch, step, lr)
                 accelerator.backward(result["total"] * self._window_share(step))
                 if accelerator.sync_gradients and settings.clip_norm is not None:
@@ -271,9 +285,9 @@ class _Run:
             }
             began = time.perf_counter()
             self.progress.step(figures)
-            done = epoch * self.steps_per_epoch + step + 1
-            if log and done % settings.log_every == 0:
-                log.write("train", done, {"epoch": epoch + 1, "lr": lr, **figures})
+            steps = epoch * self.steps_per_epoch + step + 1
+            if log and steps % settings.log_every == 0:
+                log.write("train", steps, {"epoch": epoch + 1, "lr": lr, **figures})
             # Only between two updates: gradients that wait for an update are not part of the state.
             if accelerator.sync_gradients and self._agreed(stop.is_set()):
                 self._require_finite_weights(epoch)

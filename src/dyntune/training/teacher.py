@@ -1,0 +1,63 @@
+"""The teacher of a run: a frozen model of the same task, for policies that learn from one, such as DynamicViT."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from dyntune.backbones import wrap
+from dyntune.backbones.source import fingerprint
+from dyntune.errors import TrainingError
+from dyntune.tuned import TunedModel
+
+log = logging.getLogger("dyntune")
+
+
+def ready_teacher(model: TunedModel, teacher: nn.Module | None, device: torch.device) -> nn.Module | None:
+    """The teacher on ``device`` and in eval mode; None where no policy of the model learns from one.
+
+    Raises:
+        TrainingError: it does not suit the model.
+    """
+    if teacher is None or not any(policy.distills() for policy in model.policies):
+        return None
+    backbone = teacher.backbone if isinstance(teacher, TunedModel) else wrap(teacher)
+    if {*teacher.parameters()} & {*model.parameters()}:
+        raise TrainingError("the teacher shares parameters with the model; build it on a backbone of its own.")
+    if backbone.classes != model.backbone.classes:
+        raise TrainingError(
+            f"the teacher has {backbone.classes} classes, the model {model.backbone.classes}. Give a teacher that was "
+            "trained on the same classes."
+        )
+    if isinstance(teacher, TunedModel):
+        for what, taught, own in (
+            ("classes", teacher.classes, model.classes),
+            ("preprocessing", teacher.preprocessing, model.preprocessing),
+        ):
+            if None not in (taught, own) and taught != own:
+                raise TrainingError(
+                    f"the teacher was trained with {what} {taught}, the model has {own}. Give a teacher that was "
+                    "trained on the same data with the same preprocessing."
+                )
+    return teacher.to(device).eval()
+
+
+def warn_without_teacher(model: TunedModel) -> None:
+    """Logs a warning that names the policies whose loss lacks terms when there is no teacher."""
+    lacking = [policy.name() for policy in model.policies if policy.distills()]
+    if lacking:
+        log.warning(
+            "%s: no teacher is given, so the training loss lacks its distillation terms. Train a dense model on the "
+            "same data first, and give it with fit(..., teacher=model) or --teacher RUN.",
+            " and ".join(lacking),
+        )
+
+
+def teacher_identity(teacher: nn.Module | None) -> str | None:
+    """Tells two teachers apart: what they are, and a digest of their weights."""
+    if teacher is None:
+        return None
+    kind = teacher.spec if isinstance(teacher, TunedModel) else type(teacher).__name__
+    return f"{kind} {fingerprint(teacher.state_dict().items())}"

@@ -1,0 +1,54 @@
+"""``--teacher`` and ``--backbone-lr`` of ``dyntune train`` and ``dyntune compare``."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dyntune.backbones.builtin import BUILTIN_BACKBONE
+from dyntune.cli import app
+from dyntune.errors import DataError
+from dyntune.training.throughput import measure_throughput
+from dyntune.tuned import build_tuned
+
+SPEC = "dynamicvit:keep=0.7/0.5,layers=1/2"
+SHORT = ("--epochs", "1", "--batch-size", "12", "--device", "cpu")
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def teacher_of(folder, classes):
+    torch.manual_seed(0)
+    build_tuned(BUILTIN_BACKBONE, "linear", classes=classes).save(folder)
+    return folder
+
+
+def test_train_and_compare_take_a_teacher_and_a_factor_for_the_backbone(photos, tmp_path, monkeypatch):
+    # Neither the pictures of the page nor steady speeds matter here, and both take long.
+    monkeypatch.setattr("dyntune.commands.compare.write_report", lambda folder, *_: folder / "index.html")
+    monkeypatch.setattr("dyntune.comparison.measure_throughput", partial(measure_throughput, rounds=1, seconds=0))
+    teacher = teacher_of(tmp_path / "teacher", ("blue", "green", "red"))
+    options = (*SHORT, "--teacher", teacher, "--backbone-lr", "0.5")
+    done = invoke("train", photos, "--method", SPEC, "--out", tmp_path / "run", *options, "--json")
+    assert done.exit_code == 0, done.output
+    done = invoke("compare", photos, "--methods", f"linear,{SPEC}", "--out", tmp_path / "many", *options)
+    assert done.exit_code == 0, done.output
+    runs = (tmp_path / "run", next(tmp_path.glob("many/dynamicvit*")), tmp_path / "many" / "linear")
+    for run in runs:
+        asked = json.loads((run / "train.json").read_text())
+        assert asked["settings"]["backbone_lr"] == 0.5
+        assert (asked["teacher"] or "").startswith("linear ") == ("linear" not in run.name)
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_teacher_of_other_classes_is_refused(photos, tmp_path, command):
+    teacher = teacher_of(tmp_path / "teacher", ("blue", "green", "pink"))
+    methods = ("--method", SPEC) if command == "train" else ("--methods", SPEC)
+    done = invoke(command, photos, *methods, "--out", tmp_path / "run", "--teacher", teacher, *SHORT)
+    assert isinstance(done.exception, DataError)
+    assert "was trained on 3 classes (blue, green, pink)" in str(done.exception)
+    assert not (tmp_path / "run").exists()
