@@ -1,13 +1,20 @@
 """Counts against the published tables and against closed forms at the numbers of tokens that really ran."""
 
+import json
+from math import ceil
+
 import pytest
 import timm
 import torch
 from timm.layers import set_fused_attn
 from timm.models.vision_transformer import VisionTransformer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dyntune
-from dyntune.cost import MacCounter
+from dyntune.backbones import wrap
+from dyntune.cost import MacCounter, trace
+from dyntune.registry import resolve
 
 DENSE_VIT_B = 17_581_972_224
 RATES = (0.5, 0.7, 0.9, 1.0)
@@ -283,3 +290,209 @@ def test_counter_adds_products_and_convolutions():
         torch.nn.functional.conv2d(torch.ones(2, 3, 8, 8), torch.ones(6, 3, 4, 4), stride=4)
         torch.nn.functional.layer_norm(a, (4,), torch.ones(4), torch.ones(4))
     assert counter.macs == 60 + 60 + 2 * 4 * 6 * 48 + 5 * 12
+
+
+# Giga-MACs of ViT-B/16 with 100 classes, head included, without what deciding about tokens takes.
+CONSTANT = (14.780, 14.224, 13.670, 13.117, 12.566, 12.017, 11.469, 10.922, 10.377, 9.834, 9.292, 8.781)
+TOME = dict(zip(map(str, range(5, 17)), CONSTANT, strict=True))
+EVIT = {
+    "true": {0.9: 15.411, 0.8: 13.340, 0.7: 11.622, 0.6: 10.098, 0.5: 8.828},
+    "false": {0.9: 15.283, 0.8: 13.214, 0.7: 11.497, 0.6: 9.994, 0.5: 8.725},
+}
+# The same with what deciding takes: the published code's matching, and the predictors.
+FALLING = {"8,inflect=-1": 11.768, "16,inflect=-1": 5.871}
+DYNAMICVIT = {"0.9/0.7/0.5": 14.050, "0.9/0.81/0.729": 15.530, "0.8/0.64/0.512": 13.338, "0.7/0.49/0.343": 11.489}
+HEAD = 76_800
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """``traced(spec)`` is what a policy makes of ViT-B/16."""
+    host = on_meta("vit_base_patch16_224", num_classes=100)
+
+    def with_policy(spec):
+        backbone, (policy,) = wrap(host), resolve([spec])
+        policy = policy.from_strings({}) if isinstance(policy, type) else policy
+        with torch.device("meta"):
+            policy.install(backbone)
+        return trace(backbone, (policy,))
+
+    return with_policy
+
+
+def of_vit_b(attention, mlp):
+    """MACs of ViT-B/16 with so many tokens in the attention and in the MLP of each block, without head."""
+    total = 196 * 768 * 768 + 5 * mlp[-1] * 768
+    for n, m in zip(attention, mlp, strict=True):
+        total += 4 * n * 768**2 + 2 * n**2 * 768 + 5 * n * 768 + m * (8 * 768**2 + 5 * 768)
+    return total
+
+
+def matching(tokens, *, prefix):
+    """MACs of ToMe's matching in a block that merges some of so many tokens, of which the prefix is left out."""
+    return (tokens - prefix) // 2 * ceil((tokens - prefix) / 2) * 64
+
+
+@pytest.mark.parametrize("r", TOME | FALLING)
+def test_tome_on_vit_b(traced, r):
+    """The published code matches the class token too, which changes the fifth digit."""
+    found = traced(f"tome:r={r}")
+    merging = [n for n, m in zip(found.attention_tokens, found.mlp_tokens, strict=True) if n > m]
+    plain = of_vit_b(found.attention_tokens, found.mlp_tokens)
+    assert found.macs == plain + sum(matching(n, prefix=1) for n in merging)
+    if r in TOME:
+        assert (plain + HEAD) / 1e9 == pytest.approx(TOME[r], abs=5.1e-4)
+        assert found.mlp_tokens[:10] == tuple(197 - int(r) * (block + 1) for block in range(10))
+    else:
+        as_published = plain + sum(matching(n, prefix=0) for n in merging) + HEAD
+        assert as_published / 1e9 == pytest.approx(FALLING[r], abs=5.1e-4)
+    assert found.attention_tokens == (197, *found.mlp_tokens[:-1])
+    if r == "8":
+        assert f"{(plain + HEAD) / 1e9:.4f}" == "13.1174"
+        assert f"{(plain + HEAD + sum(matching(n, prefix=0) for n in merging)) / 1e9:.4f}" == "13.1220"
+        assert f"{(found.macs + HEAD) / 1e9:.4f}" == "13.1219"
+
+
+@pytest.mark.parametrize("fuse", EVIT)
+@pytest.mark.parametrize("keep", EVIT["true"])
+def test_evit_on_vit_b(traced, fuse, keep):
+    found = traced(f"evit:keep={keep},fuse={fuse}")
+    ranking = sum(found.attention_tokens[block] for block in (3, 6, 9)) * 768
+    assert found.macs == of_vit_b(found.attention_tokens, found.mlp_tokens) + ranking
+    assert (found.macs + HEAD - ranking) / 1e9 == pytest.approx(EVIT[fuse][keep], abs=5.1e-4)
+    if keep == 0.7:
+        first, second, third = (140, 100, 72) if fuse == "true" else (139, 98, 69)
+        assert found.attention_tokens == (197,) * 4 + (first,) * 3 + (second,) * 3 + (third,) * 2
+        assert found.mlp_tokens == (197,) * 3 + (first,) * 3 + (second,) * 3 + (third,) * 3
+
+
+@pytest.mark.parametrize("keep", DYNAMICVIT)
+def test_dynamicvit_on_vit_b(traced, keep):
+    found = traced(f"dynamicvit:keep={keep}")
+    assert found.attention_tokens == found.mlp_tokens
+    seen = sum(found.mlp_tokens[block] - 1 for block in (2, 5, 8))
+    predictors = seen * (768**2 + 768**2 // 2 + 768**2 // 8 + 768 // 2 + 5 * 768)
+    assert found.macs == of_vit_b(found.attention_tokens, found.mlp_tokens) + predictors
+    assert (found.macs + HEAD) / 1e9 == pytest.approx(DYNAMICVIT[keep], abs=5.1e-4)
+    if keep == "0.9/0.7/0.5":
+        assert found.mlp_tokens == (197,) * 3 + (177,) * 3 + (138,) * 3 + (99,) * 3
+
+
+TINY = {
+    "dyt": ([17] * 3, [17] * 3),
+    "dyt:rate=0.33,dispatch=attn-mlp": ([17] * 3, [17] * 3),
+    "dyt:rate=0.33,dispatch=layer": ([17] * 3, [17] * 3),
+    "vpt:prompts=4": ([21] * 3, [21] * 3),
+    "vpt:prompts=4+tome:r=3": ([21, 18, 15], [18, 15, 12]),
+    "vpt:prompts=4,deep=false+tome:r=3": ([21, 18, 15], [18, 15, 12]),
+    "dyt:rate=0.3+tome:r=3": ([17, 14, 11], [14, 11, 8]),
+    "adaptformer+evit:layers=1": ([17, 17, 14], [17, 14, 14]),
+    "lora+dynamicvit:keep=0.6,layers=1": ([17, 10, 10], [17, 10, 10]),
+    "dyt:rate=0.3+dynamicvit:keep=0.6,layers=0": ([10] * 3, [10] * 3),
+    "res-tuning-bypass": ([17] * 3, [17] * 3),
+    "ssf": ([17] * 3, [17] * 3),
+}
+
+
+@pytest.mark.parametrize("spec", TINY)
+def test_blocks_and_what_is_around_them_make_the_whole(make_host, spec):
+    model = dyntune.tune(make_host(), *spec.split("+"))
+    cost = dyntune.cost(model)
+    assert cost.embedding_macs == 16 * 192 * 32
+    assert cost.embedding_macs + sum(block.macs for block in cost.blocks) + cost.norm_macs == cost.macs
+    assert [block.block for block in cost.blocks] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert {block.dense_macs for block in cost.blocks} == {dense(1, 17, 32, 128)}
+    attention, mlp = TINY[spec]
+    assert [block.attention_tokens for block in cost.blocks] == attention
+    assert [block.mlp_tokens for block in cost.blocks] == mlp
+    assert cost.norm_macs == 5 * 32 * mlp[-1]
+    assert json.loads(json.dumps(cost.to_dict()))["blocks"][0]["mlp_tokens"] == mlp[0]
+
+
+@pytest.mark.parametrize("spec", TINY)
+def test_cost_is_that_of_inference_in_train_mode_too(make_host, spec):
+    model = dyntune.tune(make_host(), *spec.split("+"))
+    assert dyntune.cost(model.train()) == dyntune.cost(model.eval())
+
+
+def test_parts_around_the_blocks_of_every_host(make_host, host_name):
+    cost = dyntune.cost(dyntune.tune(make_host(host_name), "linear"))
+    assert cost.embedding_macs + sum(block.macs for block in cost.blocks) + cost.norm_macs == cost.macs
+    assert all(block.macs == block.dense_macs for block in cost.blocks)
+    assert cost.norm_macs >= 5 * 32
+
+
+@pytest.mark.parametrize(
+    "spec,attention,mlp",
+    [
+        ("dyt:rate=0.5,dispatch=mlp", 21, 13),
+        ("dyt:rate=0.7,dispatch=attn", 16.2, 21),
+        ("dyt:rate=0.7,dispatch=attn-mlp", 16.2, 16.2),
+        ("dyt:rate=0.7,dispatch=layer", 16.2, 16.2),
+        ("dyt:rate=0,dispatch=layer", 5, 5),
+        ("adaptformer", 21, 21),
+    ],
+)
+def test_expected_tokens_of_gates(make_host, spec, attention, mlp):
+    cost = dyntune.cost(dyntune.tune(make_host("registers"), spec))
+    assert {(block.attention_active, block.mlp_active) for block in cost.blocks} == {(attention, mlp)}
+    assert {(block.attention_tokens, block.mlp_tokens) for block in cost.blocks} == {(21, 21)}
+
+
+def test_expected_tokens_of_gates_among_merged_ones(make_host):
+    cost = dyntune.cost(dyntune.tune(make_host(), "dyt:rate=0.5", "tome:r=3"))
+    assert [block.mlp_active for block in cost.blocks] == [1 + 13 / 2, 1 + 10 / 2, 1 + 7 / 2]
+    assert [block.attention_active for block in cost.blocks] == [17, 14, 11]
+
+
+class LargestStorage(TorchDispatchMode):
+    """Notes the largest storage that an operator returns and has not been given."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return result
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["plain", "siglip", "qk_norm", "swiglu_packed"])
+@pytest.mark.parametrize("spec", ["linear", "adaptformer", "tome:r=4", "vpt:prompts=3", "dyt:rate=1"])
+def test_largest_activation_is_that_of_a_pass_on_an_image(make_host, images_for, name, spec):
+    model = dyntune.tune(make_host(name), *(("linear", spec) if "tome" in spec else (spec,))).eval()
+    if "dyt" in spec:
+        for block in model.backbone.blocks:
+            block.mlp.dispatcher.gate.bias.fill_(100)
+    images = images_for(model.backbone.host, 1)
+    with LargestStorage() as watch:
+        model(images)
+    assert dyntune.cost(model).largest_activation_bytes == watch.largest
+
+
+def test_largest_activation_says_where_it_is_made(make_host):
+    plain = dyntune.cost(dyntune.tune(make_host(), "linear"))
+    assert plain.largest_activation_bytes == 17 * 128 * 4  # smaller than the MLP's weights
+    assert (plain.largest_activation_shape, plain.largest_activation_at) == ((17, 128), "blocks.0")
+    pruned = dyntune.cost(dyntune.tune(make_host(), "linear", "tome:r=8"))
+    assert pruned.largest_activation_bytes == 17 * 96 * 4
+    shallow = dyntune.cost(dyntune.tune(make_host(img_size=64, mlp_ratio=0.5, embed_dim=64), "full", "tome:r=0/0/8"))
+    assert shallow.largest_activation_at == "blocks.0"
+    grown = dyntune.cost(dyntune.tune(make_host(), "vpt:prompts=4"))
+    assert grown.largest_activation_bytes == 21 * 128 * 4
+    half = dyntune.cost(dyntune.tune(make_host(), "linear").to(torch.bfloat16))
+    assert half.largest_activation_bytes == 17 * 128 * 2
+
+
+@pytest.mark.parametrize("name", ["plain", "siglip"])
+def test_fused_attention_makes_no_matrix(make_host, name):
+    """With 1024 patches a matrix of queries by keys, 4 x 1024 x 1024, would be the largest tensor by far."""
+    prefix = 1 if name == "plain" else 0
+    host = {"img_size": 256, "depth": 2}
+    cost = dyntune.cost(dyntune.tune(make_host(name, **host), "linear"))
+    assert cost.largest_activation_bytes == (1024 + prefix) * 128 * 4
+    cost = dyntune.cost(dyntune.tune(make_host(name, **host), "linear", "tome:r=1"))
+    assert cost.largest_activation_shape == (1, 512, 512)  # ToMe's own matching of even with odd patches

@@ -41,7 +41,7 @@ def test_there_is_something_to_check():
 
 @pytest.mark.parametrize("path", EVERY_PART, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_parts_do_not_know_what_runs_them(path):
-    above = ("forward", "tuned", "training", "commands", "checkpoint", "cost", "registry", "cli")
+    above = ("forward", "assembly", "tuned", "training", "commands", "checkpoint", "cost", "registry", "cli")
     assert not within(imported(path), *(f"dyntune.{module}" for module in above))
     assert not within(imported(path), "timm")
 
@@ -77,6 +77,7 @@ LAYERS = (
     ("presets",),
     ("registry", "forward"),
     ("cost",),
+    ("assembly",),
     ("tuned",),
     ("modelcard", "published", "merging"),
     ("checkpoint",),

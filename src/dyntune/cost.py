@@ -2,8 +2,8 @@
 
 The convention is that of the published tables (fvcore's): one multiply-accumulate is 1; linear layers, convolutions,
 matrix products and both products of attention count, a LayerNorm counts 5 per element, and softmax, activations,
-additions, elementwise products, gathers and scatters do not. Counting happens below PyTorch's operators, so it sees
-what ran, fused attention included, and a new method needs no formula of its own.
+additions, elementwise products, gathers, scatters and sorts do not. Counting happens below PyTorch's operators, so it
+sees what ran, fused attention included, and a new method needs no formula of its own.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dyntune.backbones.base import Backbone, Unit
+from dyntune.backbones.base import Backbone, Block, Unit
 from dyntune.forward import Compact, run
 from dyntune.policies.base import Gate, TokenPolicy
 from dyntune.spec import format_spec
@@ -64,6 +67,61 @@ class MacCounter(TorchDispatchMode):
         return result
 
 
+@dataclass(frozen=True)
+class Activation:
+    """A tensor that a forward pass makes.
+
+    Args:
+        bytes: its size.
+        shape: its shape.
+        piece: where it was made: "embedding", a block's path, or "norm".
+    """
+
+    bytes: int = 0
+    shape: tuple[int, ...] = ()
+    piece: str = ""
+
+
+class _Watch(MacCounter):
+    """Notes, beside the MACs, the largest tensor that an operator returns; views and in-place results are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.piece = "embedding"
+        self.largest = Activation()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if not any(returned.alias_info for returned in func._schema.returns):
+            self.note(result)
+        return result
+
+    def note(self, result: Any) -> None:
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.nbytes > self.largest.bytes:
+                self.largest = Activation(tensor.nbytes, tuple(tensor.shape), self.piece)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Notes of attention its output alone: a fused kernel makes no matrix of queries by keys, the meta device does."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        largest = self.watch.largest
+        result = func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            self.watch.largest = largest
+            self.watch.note(result)
+        return result
+
+
 class Planned(Compact):
     """Compact execution with the number of active tokens given instead of read from the gates: for counting.
 
@@ -95,6 +153,29 @@ class Planned(Compact):
 
 
 @dataclass(frozen=True)
+class BlockCost:
+    """What one block computes for an image.
+
+    Args:
+        block: its path, for instance ``blocks.3``.
+        attention_tokens: tokens in its attention, prefix tokens included.
+        mlp_tokens: tokens in its MLP; fewer where a policy merges or drops some between the two.
+        attention_active: how many of them attention is expected to compute: its gate, if any, at the target rate.
+        mlp_active: the same of the MLP.
+        macs: MACs of everything in the block, adapters, gates and what decides about tokens included.
+        dense_macs: MACs of the same block of the untouched backbone.
+    """
+
+    block: str
+    attention_tokens: int
+    mlp_tokens: int
+    attention_active: float
+    mlp_active: float
+    macs: int
+    dense_macs: int
+
+
+@dataclass(frozen=True)
 class Cost:
     """What a tuned model costs; ``to_dict`` is the object that ``dyntune cost --json`` prints.
 
@@ -109,6 +190,14 @@ class Cost:
         head_macs: MACs per image of the head.
         dense_macs: MACs per image of the untouched backbone without its head.
         adapter_bytes: size of the tensors that ``save`` writes, head included.
+        embedding_macs: the share of ``macs`` in front of the blocks.
+        blocks: every block; together with ``embedding_macs`` and ``norm_macs`` they make ``macs``.
+        norm_macs: the share of ``macs`` behind the blocks: the last norms, and attention pooling.
+        largest_activation_bytes: size of the largest tensor that inference on one image makes, in the precision of the
+            weights (fp32 unless the model was converted), with attention by a fused kernel, which makes no matrix of
+            queries by keys. It grows with the number of images.
+        largest_activation_shape: its shape.
+        largest_activation_at: where the first of that size is made: "embedding", a block's path, or "norm".
     """
 
     model: str
@@ -121,14 +210,21 @@ class Cost:
     head_macs: int
     dense_macs: int
     adapter_bytes: int
+    embedding_macs: int
+    blocks: tuple[BlockCost, ...]
+    norm_macs: int
+    largest_activation_bytes: int
+    largest_activation_shape: tuple[int, ...]
+    largest_activation_at: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        lists = {"blocks": list(map(asdict, self.blocks)), "largest_activation_shape": [*self.largest_activation_shape]}
+        return asdict(self) | lists
 
 
 def cost(model: TunedModel) -> Cost:
-    """Parameters and MACs of a tuned model, without running it on data.
+    """Parameters and MACs of a tuned model at inference, without running it on data.
 
     Nothing is computed: shapes alone are traced, so it is quick for any size and works for a model on the meta device.
     """
@@ -137,6 +233,7 @@ def cost(model: TunedModel) -> Cost:
     trained = model.tuned_state()
     methods = [part for part in model.parts if not isinstance(part, TokenPolicy)]
     policies = [part for part in model.parts if isinstance(part, TokenPolicy)]
+    traced = trace(model.backbone, model.policies)
 
     return Cost(
         model=model.origin.name or type(model.backbone.host).__name__,
@@ -145,10 +242,42 @@ def cost(model: TunedModel) -> Cost:
         trainable_params=sum(p.numel() for name, p in trained.items() if name not in head),
         head_params=sum(parameters[name].numel() for name in head),
         total_params=sum(p.numel() for p in parameters.values()),
-        macs=traced_macs(model.backbone, model.policies),
+        macs=traced.macs,
         head_macs=head_macs(model.backbone),
         dense_macs=model.dense_macs,
         adapter_bytes=sum(p.numel() * p.element_size() for p in model.saved_state().values()),
+        embedding_macs=traced.embedding_macs,
+        blocks=_block_costs(model, traced),
+        norm_macs=traced.norm_macs,
+        largest_activation_bytes=traced.largest.bytes,
+        largest_activation_shape=traced.largest.shape,
+        largest_activation_at=traced.largest.piece,
+    )
+
+
+def _block_costs(model: TunedModel, traced: Trace) -> tuple[BlockCost, ...]:
+    units = {unit.path: unit for unit in model.backbone.all_units()}
+    skipped = {
+        gate.unit: gate.values.shape[1] * (1 - gate.policy.target_rate(units[gate.unit])) for gate in traced.gates
+    }
+    return tuple(
+        BlockCost(
+            block.path,
+            attention_tokens,
+            mlp_tokens,
+            round(attention_tokens - skipped.get(block.path, 0) - skipped.get(block.attn.path, 0), 9),
+            round(mlp_tokens - skipped.get(block.path, 0) - skipped.get(block.mlp.path, 0), 9),
+            macs,
+            dense,
+        )
+        for block, attention_tokens, mlp_tokens, macs, dense in zip(
+            model.backbone.blocks,
+            traced.attention_tokens,
+            traced.mlp_tokens,
+            traced.block_macs,
+            model.dense_block_macs,
+            strict=True,
+        )
     )
 
 
@@ -157,8 +286,36 @@ def head_macs(backbone: Backbone) -> int:
     return sum(head.in_features * head.out_features for head in backbone.heads if isinstance(head, nn.Linear))
 
 
-def traced_macs(backbone: Backbone, policies: Sequence[TokenPolicy]) -> int:
-    """MACs per image, without the head, at the activation that the policies expect; an empty sequence means dense.
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass of one image computes, in inference.
+
+    Args:
+        embedding_macs: MACs in front of the blocks.
+        block_macs: MACs of each block.
+        norm_macs: MACs behind the blocks, without the head.
+        attention_tokens: tokens in the attention of each block.
+        mlp_tokens: tokens in the MLP of each block.
+        gates: the gates of the pass; their values mean nothing.
+        largest: the largest tensor.
+    """
+
+    embedding_macs: int
+    block_macs: tuple[int, ...]
+    norm_macs: int
+    attention_tokens: tuple[int, ...]
+    mlp_tokens: tuple[int, ...]
+    gates: tuple[Gate, ...]
+    largest: Activation
+
+    @property
+    def macs(self) -> int:
+        """MACs without the head."""
+        return self.embedding_macs + sum(self.block_macs) + self.norm_macs
+
+
+def trace(backbone: Backbone, policies: Sequence[TokenPolicy]) -> Trace:
+    """Traces one image at the activation that the policies expect; an empty sequence means dense.
 
     Nothing is computed: the parameters are swapped for tensors that have a shape and no content.
     """
@@ -173,20 +330,52 @@ def traced_macs(backbone: Backbone, policies: Sequence[TokenPolicy]) -> int:
     modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
     try:
-        with MacCounter() as counter, torch.no_grad():
-            torch.func.functional_call(traced, shapes, (images, policies, Planned(counter)), tie_weights=False)
+        with torch.no_grad():
+            return torch.func.functional_call(traced, shapes, (images, policies), tie_weights=False)
     finally:
         for module, training in modes.items():
             module.training = training
-    return round(counter.macs) - head_macs(backbone)
+
+
+def traced_macs(backbone: Backbone, policies: Sequence[TokenPolicy]) -> int:
+    """MACs per image, without the head, as ``trace`` counts them."""
+    return trace(backbone, policies).macs
 
 
 class _Traced(nn.Module):
-    """``run`` in the form that ``functional_call`` takes: a module whose forward it is."""
+    """``trace`` in the form that ``functional_call`` takes: a module whose forward it is."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
 
-    def forward(self, images: Tensor, policies: Sequence[TokenPolicy], execution: Planned) -> Tensor:
-        return run(self.backbone, policies, images, execution).logits
+    def forward(self, images: Tensor, policies: Sequence[TokenPolicy]) -> Trace:
+        blocks = self.backbone.blocks
+        pieces = [*(block.path for block in blocks), "norm"]
+        with _Watch() as watch, _FusedAttention(watch):
+            tokens = [self.backbone.embed(images)]
+            marks = [watch.macs]
+
+            def left(block: Block, leaving: Tokens) -> None:
+                tokens.append(leaving)
+                marks.append(watch.macs)
+                watch.piece = pieces[block.index + 1]
+
+            # run() embeds again; as only a larger tensor is noted, the first block gets none of the embedding's.
+            watch.macs, watch.piece = 0, pieces[0]
+            output = run(self.backbone, policies, images, Planned(watch), left)
+            marks.append(watch.macs - head_macs(self.backbone))
+        entered = {block.path: block.enter(before).x.shape[1] for block, before in zip(blocks, tokens, strict=False)}
+        entered |= {reduction.unit: reduction.count for reduction in output.reductions if reduction.unit in entered}
+        # Rounded at the marks, not between them: so the parts make the whole where a gate's count is a fraction.
+        whole = [round(mark) for mark in marks]
+        first, *inner, last = (whole[0], *(after - before for before, after in pairwise(whole)))
+        return Trace(
+            first,
+            tuple(inner),
+            last,
+            tuple(entered.values()),
+            tuple(leaving.x.shape[1] for leaving in tokens[1:]),
+            output.gates,
+            watch.largest,
+        )

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from dyntune.assembly import install, settled
 from dyntune.backbones import wrap
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.source import BackboneSource, create_backbone, describe, fingerprint
-from dyntune.cost import traced_macs
+from dyntune.cost import trace
 from dyntune.data.transforms import Preprocessing
 from dyntune.errors import SpecError
 from dyntune.forward import Compact, Execution, Masked, run
 from dyntune.methods.base import TuningMethod
-from dyntune.policies.base import Output, TokenPolicy, check_bypass, check_gates, check_reductions
+from dyntune.policies.base import Output
 from dyntune.registry import expand, resolve
 from dyntune.spec import Part, format_spec
 
@@ -36,10 +36,12 @@ class TunedModel(nn.Module):
         parts: tuning methods, token policies and presets, in the order in which they are installed.
 
     Attributes:
+        parts: the parts as they are installed: in place of one that searches its settings, what it has found.
         classes: names of the classes in label order, or None if not known.
         preprocessing: what images must go through before they reach the model.
         origin: where the backbone's weights come from, so that ``load`` can build it again.
         dense_macs: MACs per image of the untouched backbone without its head.
+        dense_block_macs: the share of each block in them.
         fingerprint: digest of the untouched backbone's weights without its head; None without weights (meta device).
         unmerged: after ``merge``, what could not be folded, by spec, with the reason; None before.
     """
@@ -47,39 +49,16 @@ class TunedModel(nn.Module):
     def __init__(self, host: nn.Module, parts: Sequence[Part]) -> None:
         super().__init__()
         self.backbone = wrap(host)
-        host = self.backbone.host
         plain = self.backbone.plain()
-        self.dense_macs = traced_macs(plain, ())
+        dense = trace(plain, ())
+        self.dense_macs, self.dense_block_macs = dense.macs, dense.block_macs
         self.fingerprint = _fingerprint(plain, self.backbone.adopted)
         self.origin: BackboneSource = describe(plain.host)
         self.preprocessing = Preprocessing.from_backbone(plain.host)
         self.classes: tuple[str, ...] | None = None
-        self.parts = tuple(parts)
-        installed = expand(parts)
-        self.methods = tuple(part for part in installed if isinstance(part, TuningMethod))
-        self.policies = tuple(part for part in installed if isinstance(part, TokenPolicy))
-        trained_before = {p: p.requires_grad for p in host.parameters()}
-        host.requires_grad_(False)
-        for parameter in chain(self.backbone.adopted, *(head.parameters() for head in self.backbone.heads)):
-            parameter.requires_grad_(True)
-        try:
-            for part in installed:
-                cast(TuningMethod | TokenPolicy, part).install(self.backbone)
-            for parameter in self.backbone.idle:
-                parameter.requires_grad_(False)
-            check_gates(self.backbone, self.policies)
-            check_reductions(self.backbone, self.policies)
-            check_bypass(self.backbone, self.policies)
-        except BaseException:
-            for site in self.backbone.sites():
-                site.restore()
-            for parameter, trained in trained_before.items():
-                parameter.requires_grad_(trained)
-            raise
-        like = next(host.parameters())
-        for name, module in self.backbone.named_children():
-            if name != "host":
-                module.to(device=like.device, dtype=like.dtype)
+        self.parts = settled(host, parts, self.dense_macs)
+        self.methods = tuple(part for part in expand(self.parts) if isinstance(part, TuningMethod))
+        self.policies = install(self.backbone, self.parts)
         self._tuned = frozenset(name for name, p in self.backbone.named_parameters() if p.requires_grad)
         self.unmerged: dict[str, str] | None = None
 
