@@ -161,7 +161,8 @@ def compare_speed(models: dict[str, TunedModel], images: Tensor) -> dict[str, Th
     plain = first.origin.build(pretrained=False) if first.origin.name else copy.deepcopy(first.backbone.plain().host)
     contestants: dict[str, Callable[[Tensor], Any]] = {DENSE: plain.to(device).eval()}
     contestants |= {spec: model.eval() for spec, model in models.items()}
-    return measure_throughput(contestants, images.to(device), reference=DENSE)
+    with torch.inference_mode():
+        return measure_throughput(contestants, images.to(device), reference=DENSE)
 
 
 def first_batch(dataset: LabelledImages, model: TunedModel, batch_size: int) -> Tensor:

@@ -150,7 +150,7 @@ class TimmViT(Backbone):
         if not host.pool_include_prefix:
             x, weights = x[:, tokens.prefix :], weights[:, tokens.prefix :]
         if host.attn_pool is not None:
-            return host.attn_pool(x, attn_mask=weights.clamp_min(1e-20).log()[:, None, None])
+            return host.attn_pool(x, attn_mask=weights.clamp_min(torch.finfo(weights.dtype).tiny).log()[:, None, None])
         mean = (x * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True)
         most = x.masked_fill(weights.unsqueeze(-1) <= 0, -torch.inf).amax(1)
         return {"avg": mean, "max": most, "avgmax": 0.5 * (mean + most)}[host.global_pool]

@@ -33,7 +33,6 @@ class Throughput:
         return asdict(self)
 
 
-@torch.inference_mode()
 def measure_throughput(
     models: Mapping[str, Callable[[Tensor], Any]],
     images: Tensor,
@@ -45,7 +44,7 @@ def measure_throughput(
     """Times models in turns: each round runs every model, in rotating order, and a ratio compares runs of one round.
 
     Args:
-        models: name -> a model in eval mode, or any function of the images.
+        models: name -> a model in eval mode, or any function of the images. Gradients are as the caller has set them.
         images: one batch, on the models' device.
         reference: the model that the others are compared with.
         rounds: turns; medians and quartiles are taken over them.
