@@ -36,6 +36,7 @@ REFUSES_DISPATCH = {
         for where in ("attn", "attn-mlp", "layer")
     },
     **{(name, where): _SEVERAL for name in ("dispatch", "dyt") for where in ("mlp", "attn-mlp", "layer")},
+    ("auto", "attn"): _ATTENTION,
     ("res-tuning-bypass", "any"): "no gradient into the backbone",
     ("moe-adapter", "layer"): "looks at all tokens",
     ("convpass", "layer"): "looks at all tokens",
