@@ -111,7 +111,7 @@ def compare(
         settings: of every run.
         resume: continue runs that ``out`` holds.
         progress: makes the display of a run from its spec.
-        teacher: as for ``fit``, of every run.
+        teacher: as for ``fit``, of the runs that learn from one.
 
     Returns:
         A row per method, and the trained models by spec.
@@ -134,7 +134,7 @@ def compare(
             resume=resume,
             settings=settings,
             progress=progress(spec) if progress else None,
-            teacher=teacher,
+            teacher=teacher if any(policy.distills() for policy in models[spec].policies) else None,
         )
         seconds[spec] = result.seconds
     evaluations = {spec: evaluate(m, data.test, batch_size=settings.batch_size) for spec, m in models.items()}

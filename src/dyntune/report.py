@@ -46,7 +46,7 @@ def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             f"{row.adapter_bytes / 1000:,.0f} kB",
             f"{(row.test.macs or 0) / 1e6:,.2f} M",
             f"{(row.test.macs or 0) / row.dense_macs:.1%}",
-            f"{row.test.activation:.1%}",
+            f"{row.test.activation:.1%}" if row.test.activation_per_unit else "-",
             f"{row.speed.images_per_second:,.0f}",
             f"{row.speed.speedup:.2f} x",
         )

@@ -126,6 +126,8 @@ def split_spec(text: str) -> list[tuple[str, dict[str, str]]]:
             if key in values:
                 raise SpecError(f"{key!r} is given twice in {text!r}.")
             values[key] = value
+        if "=" in name:
+            raise SpecError(f"{piece!r} has no colon between name and options. A spec is name:key=value,key=value.")
         if not name:
             raise SpecError(f"no name in the spec {text!r}. A spec is name or name:key=value,key=value.")
         parts.append((name, values))
@@ -145,7 +147,7 @@ def _expected(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) is tuple:
-        return f"a list of {_expected(get_args(hint)[0])}, written a/b/c"
+        return f"a list of {_expected(get_args(hint)[0]).removeprefix('a ')}s, written a/b/c"
     return words[hint]
 
 

@@ -192,7 +192,7 @@ def test_what_would_get_no_gradient_is_refused(make_host, other, first):
 
 @pytest.mark.parametrize("where", ["attn", "mlp", "attn-mlp", "layer"])
 def test_dispatch_is_refused(make_host, where):
-    with pytest.raises(BackboneError, match="so dispatch would never learn"):
+    with pytest.raises(BackboneError, match="so dispatch cannot stand beside it"):
         dyntune.tune(make_host(), "res-tuning-bypass", f"dispatch:where={where}")
 
 

@@ -78,9 +78,10 @@ class Unit(nn.Module, abc.ABC):
             BackboneError: a module is there already.
         """
         if self.reducers:
-            raise BackboneError(
-                f"{name} and {next(iter(self.reducers))} would each decide which tokens there are; give one of them."
-            )
+            other = next(iter(self.reducers))
+            if other == name:
+                raise BackboneError(f"{name} is given twice (auto counts as the policy that it finds); give it once.")
+            raise BackboneError(f"{name} and {other} would each decide which tokens there are; give one of them.")
         self.reducers[name] = module
 
     @abc.abstractmethod

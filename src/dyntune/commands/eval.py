@@ -74,9 +74,10 @@ def command(
     macs = result.macs or 0.0
     rows = [
         ("accuracy", f"{result.accuracy:.2%}"),
-        ("active patches", f"{result.activation:.1%}"),
+        *([("active patches", f"{result.activation:.1%}")] if result.activation_per_unit else []),
         ("MACs per image", f"{millions(macs)} ({macs / model.dense_macs:.1%} of dense)"),
         ("images per second", f"{speed.images_per_second:.0f} ({speed.speedup:.2f} x dense)"),
         *((f"active in {unit}", f"{rate:.1%}") for unit, rate in result.activation_per_unit.items()),
+        *((f"tokens in {unit}", str(count)) for unit, count in result.tokens_per_unit.items()),
     ]
     print_table(f"{model.spec} on {result.images} {split} images of {data}", ("", ""), rows)

@@ -277,6 +277,6 @@ def check_bypass(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
     trained = [name for name, p in backbone.named_parameters() if p.requires_grad and p not in behind]
     if policies or trained:
         raise BackboneError(
-            "a bypass lets no gradient into the backbone, so "
-            f"{policies[0].name() if policies else trained[0]} would never learn. Give the bypass alone."
+            "a bypass reads every token behind each block and lets no gradient into the backbone, so "
+            f"{policies[0].name() if policies else trained[0]} cannot stand beside it. Give the bypass alone."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -27,9 +27,11 @@ class Evaluation:
         images: how many there were.
         accuracy: share of images whose highest logit is the right class.
         loss: mean cross-entropy.
-        activation: mean share of active patches.
+        activation: mean share of active patches; 1 for a model without gates.
         activation_per_unit: the same for each gated unit, by path; empty for a model without gates.
         macs: MACs per image that ran, without the head; None if they were not counted.
+        tokens_per_unit: tokens of an image, prefix included, that enter each unit in front of which a policy has merged
+            or dropped some, by path.
     """
 
     images: int
@@ -38,6 +40,7 @@ class Evaluation:
     activation: float
     activation_per_unit: dict[str, float]
     macs: float | None
+    tokens_per_unit: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -83,6 +86,7 @@ def evaluate(
     images = correct = 0
     loss = 0.0
     active: dict[str, float] = {}
+    tokens: dict[str, int] = {}
     counter = MacCounter() if count_macs else None
     try:
         for batch, labels in batches:
@@ -95,6 +99,7 @@ def evaluate(
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             for gate in output.gates:
                 active[gate.unit] = active.get(gate.unit, 0.0) + float(gate.values.float().mean(1).sum())
+            tokens = {reduction.unit: reduction.count for reduction in output.reductions}
     finally:
         model.train(training)
     if not images:
@@ -107,4 +112,5 @@ def evaluate(
         activation=sum(rates.values()) / len(rates) if rates else 1.0,
         activation_per_unit=rates,
         macs=counter.macs / images - head_macs(model.backbone) if counter else None,
+        tokens_per_unit=tokens,
     )

@@ -21,6 +21,8 @@ def ready_teacher(model: TunedModel, teacher: nn.Module | None, device: torch.de
     Raises:
         TrainingError: it does not suit the model.
     """
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise TrainingError(f"teacher={teacher!r} is no model; give one, for instance teacher=dyntune.load(folder).")
     if teacher is None or not any(policy.distills() for policy in model.policies):
         return None
     backbone = teacher.backbone if isinstance(teacher, TunedModel) else wrap(teacher)
@@ -44,10 +46,12 @@ def ready_teacher(model: TunedModel, teacher: nn.Module | None, device: torch.de
     return teacher.to(device).eval()
 
 
-def warn_without_teacher(model: TunedModel) -> None:
-    """Logs a warning that names the policies whose loss lacks terms when there is no teacher."""
+def warn_about_teacher(model: TunedModel, teacher: nn.Module | None) -> None:
+    """Logs a warning where policies learn from a teacher and there is none, or the other way round."""
     lacking = [policy.name() for policy in model.policies if policy.distills()]
-    if lacking:
+    if teacher is not None and not lacking:
+        log.warning("the teacher is not used: %s has no token policy that learns from one (dynamicvit).", model.spec)
+    if teacher is None and lacking:
         log.warning(
             "%s: no teacher is given, so the training loss lacks its distillation terms. Train a dense model on the "
             "same data first, and give it with fit(..., teacher=model) or --teacher RUN.",

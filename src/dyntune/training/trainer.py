@@ -32,7 +32,7 @@ from dyntune.training.progress import Progress, Silent
 from dyntune.training.randomness import EpochSampler, SeededDataset, caller_randomness_kept, seed_all
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE, RunState
-from dyntune.training.teacher import ready_teacher, warn_without_teacher
+from dyntune.training.teacher import ready_teacher, warn_about_teacher
 from dyntune.tuned import TunedModel
 
 ASKED = "train.json"
@@ -171,8 +171,8 @@ class _Run:
         if not trained:
             raise TrainingError("nothing to train: every parameter is frozen. Leave requires_grad as tune() set it.")
         optimizer = make_optimizer(trained, settings, pretrained_parameters(model.backbone))
-        if teacher is None and self._main:
-            warn_without_teacher(model)
+        if self._main:
+            warn_about_teacher(model, teacher)
         teacher = ready_teacher(model, teacher, self.accelerator.device)
         self.mixup = make_mixup(settings, model.backbone.classes)
         # Mixup smooths the targets itself.
