@@ -6,6 +6,7 @@ import csv
 import html
 import os
 import platform
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -174,11 +175,16 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
             writer.writerow([r.method, *figures, *speed, r.train_seconds])
 
 
+def _breakable(cell: str) -> str:
+    """The cell as HTML, in which a long spec may be broken between its parts and options."""
+    return re.sub(r"([,+])", r"\1<wbr>", html.escape(cell)) if ":" in cell else html.escape(cell)
+
+
 def _page(title: str, intro: str, rows: Sequence[Row], pictures: dict[str, str]) -> str:
     """One HTML page without scripts or anything from elsewhere."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in COLUMNS)
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>" for cells in table_rows(rows)
+        "<tr>" + "".join(f"<td>{_breakable(cell)}</td>" for cell in cells) + "</tr>" for cells in table_rows(rows)
     )
     figures = "".join(
         f'<figure><img src="{html.escape(file)}" alt=""><figcaption>{html.escape(text)}</figcaption></figure>'
@@ -205,7 +211,8 @@ _TEMPLATE = """<!doctype html>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .4rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }}
-th:first-child, td:first-child {{ text-align: left; white-space: normal; overflow-wrap: anywhere; }}
+th {{ white-space: normal; }}
+th:first-child, td:first-child {{ text-align: left; white-space: normal; min-width: 18rem; overflow-wrap: break-word; }}
 td:first-child {{ font-family: ui-monospace, monospace; }}
 figure {{ margin: 2.5rem 0; }}
 img {{ max-width: 100%; height: auto; }}

@@ -15,6 +15,7 @@ from dyntune.visualize.style import (
     COLOURS,
     FAINT,
     INK,
+    LONGEST_IN_TWO_COLUMNS,
     MARKERS,
     RULE,
     SMALL_SIZE,
@@ -28,8 +29,6 @@ from dyntune.visualize.units import KINDS, split_path
 _MOST_LABELLED_BARS = 16
 _WIDEST = 11.0
 """Inches."""
-_LONGEST_IN_TWO_COLUMNS = 42
-"""Characters of a legend entry."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def activation_figure(
         labels.append(f"target {100 * value:g} %" + ("" if everyone else f" ({', '.join(models)})"))
     # Matplotlib leaves labels that begin with an underscore out of the legend, and a run's name may.
     labels = [f" {label}" if label.startswith("_") else label for label in labels]
-    columns = 1 if max(len(label) for label in labels) > _LONGEST_IN_TWO_COLUMNS else 2
+    columns = 1 if max(len(label) for label in labels) > LONGEST_IN_TWO_COLUMNS else 2
     legend = figure.legend(
         handles, labels, loc="outside upper left", ncols=columns, fontsize=TEXT_SIZE, frameon=False, labelcolor=INK
     )

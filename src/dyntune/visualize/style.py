@@ -21,6 +21,8 @@ TITLE_SIZE = 7.5
 """Type sizes are in points."""
 TEXT_SIZE = 8.0
 SMALL_SIZE = 6.5
+LONGEST_IN_TWO_COLUMNS = 42
+"""Characters of a legend entry, in a figure of usual width."""
 
 
 def new_figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> Figure:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from dyntune.visualize.style import COLOURS, FAINT, INK, MARKERS, RULE, TEXT_SIZE, new_figure
+from dyntune.visualize.style import (
+    COLOURS,
+    FAINT,
+    INK,
+    LONGEST_IN_TWO_COLUMNS,
+    MARKERS,
+    RULE,
+    TEXT_SIZE,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from dyntune.comparison import Row
+
+_LEGEND_LINE = 0.17
+"""Inches."""
 
 
 def tradeoff_figure(rows: Sequence[Row]) -> Figure:
@@ -19,7 +32,9 @@ def tradeoff_figure(rows: Sequence[Row]) -> Figure:
     Args:
         rows: a row per method, with counted MACs.
     """
-    figure = new_figure(6.4, 3.8, layout="constrained")
+    columns = 1 if max(len(row.method) for row in rows) > LONGEST_IN_TWO_COLUMNS else 2
+    lines = math.ceil((len(rows) + 1) / columns)
+    figure = new_figure(6.4, 3.2 + _LEGEND_LINE * lines, layout="constrained")
     axes = figure.add_subplot()
     for index, row in enumerate(rows):
         axes.scatter(
@@ -41,5 +56,7 @@ def tradeoff_figure(rows: Sequence[Row]) -> Figure:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=TEXT_SIZE)
+    legend = figure.legend(loc="outside lower left", ncols=columns, frameon=False, fontsize=TEXT_SIZE)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return figure
