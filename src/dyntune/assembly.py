@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -106,10 +107,7 @@ class CopyTrial:
 
     @cached_property
     def patches(self) -> int:
-        backbone = self._wrapped()
-        dtype = next(backbone.parameters()).dtype
-        rows, columns = backbone.embed(torch.empty(1, *backbone.image_shape, device="meta", dtype=dtype)).grid
-        return rows * columns
+        return math.prod(self._wrapped().grid)
 
     def macs(self, spec: str) -> int:
         return traced_macs(*self._build(spec))
