@@ -138,7 +138,8 @@ class Tokens:
         Raises:
             DyntuneError: a patch was dropped, so that it has none.
         """
-        if self.sources.owner is not None and bool((self.sources.owner < 0).any()):
+        owner = self.sources.owner
+        if owner is not None and not owner.is_meta and bool((owner < 0).any()):
             raise DyntuneError(
                 "patches were dropped, so they have no features; a task that needs them all needs a policy that merges "
                 "(tome, pyra, fpet, evit with fuse=true) or dispatch, which keeps every token."
