@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import dyntune
 from dyntune.backbones.source import BackboneSource, check_arguments
 from dyntune.data.transforms import Preprocessing
-from dyntune.errors import BackboneError, CheckpointError, DyntuneError
+from dyntune.errors import BackboneError, CheckpointError, DyntuneError, SpecError
 from dyntune.files import write_atomically, write_json, write_text
 from dyntune.modelcard import model_card
 from dyntune.registry import expand, part_from_dict, resolve
@@ -84,6 +84,7 @@ def load(
     weights: str | Path | None = None,
     device: str | torch.device = "cpu",
     check_backbone: bool = True,
+    tokens: str | None = None,
 ) -> TunedModel:
     """Builds the backbone of a saved adapter and puts the adapter on; the model comes in eval mode.
 
@@ -93,10 +94,12 @@ def load(
         weights: local weight file of the backbone, instead of the source that was recorded.
         device: where the model goes.
         check_backbone: refuse a backbone whose weights differ from those that the adapter was trained on.
+        tokens: a token policy without parameters to put on top, for instance ``"tome:r=8"``.
 
     Raises:
         CheckpointError: the folder is incomplete, damaged or of a newer format, or does not fit the backbone.
-        BackboneError: the backbone cannot be built.
+        BackboneError: the backbone cannot be built, or ``tokens`` is not defined on the model.
+        SpecError: ``tokens`` has parameters, which nobody has trained.
     """
     folder = Path(folder)
     if isinstance(backbone, TunedModel):
@@ -122,7 +125,14 @@ def load(
     host = (backbone or origin.build(pretrained=not complete)).to(dtype)
     if config.get("peft") is not None:
         host = _with_peft(host, config["peft"], folder)
-    model = TunedModel(host, parts)
+    extra = resolve([tokens]) if tokens else ()
+    model = TunedModel(host, (*parts, *extra))
+    untrained = model.tuned_state().keys() - tensors.keys() if extra else set()
+    if any(name.partition(".")[0] in ("blocks", "shared") for name in untrained):
+        raise SpecError(
+            f"{tokens} has parameters, which the adapter in {folder} was not trained with. Train it with this policy, "
+            "or put on one without parameters (tome, evit)."
+        )
     _require_fit(model, tensors, folder)
     if check_backbone and not complete and recorded.get("fingerprint") != model.fingerprint:
         raise CheckpointError(

@@ -5,7 +5,6 @@ unit is computed.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dyntune.backbones.base import Backbone, Block, Unit
+from dyntune.errors import DyntuneError
 from dyntune.policies.base import Gate, Output, Reduction, TokenPolicy
 from dyntune.tokens import Tokens
 
@@ -54,6 +54,11 @@ class Compact:
     def select(self, unit: Unit, tokens: Tokens, gate: Gate) -> tuple[Tensor, tuple[int, ...] | None]:
         """Positions of the active tokens in the flattened batch, and for attention how many each image has."""
         mask = tokens.cover_prefix(gate.values) > 0.5
+        if tokens.sources.present is not None and not unit.tokenwise:
+            raise DyntuneError(
+                f"{unit.path}: while training, a policy hides tokens behind a mask, which attention among the active "
+                'tokens alone cannot see. Run with execution="masked", or in eval mode.'
+            )
         # Only attention asks which token belongs to which image, and on a GPU the answer costs a synchronisation.
         counts = None if unit.tokenwise else tuple(mask.sum(1).tolist())
         return mask.flatten().nonzero().squeeze(1), counts
@@ -136,7 +141,7 @@ def _ask(unit: Unit, tokens: Tokens, policies: Sequence[TokenPolicy]) -> Gate | 
     """The decision of the one policy that gates ``unit``, if there is one."""
     for policy in policies:
         if policy.gates(unit):
-            return replace(policy.gate(unit, tokens), sources=tokens.sources)
+            return policy.gate(unit, tokens)
     return None
 
 

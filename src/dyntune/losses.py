@@ -1,4 +1,4 @@
-"""The terms of Dynamic Tuning's training loss: pure functions of gates and logits."""
+"""Loss terms and the noise of decisions: pure functions of gates and logits."""
 
 from collections.abc import Sequence
 
@@ -27,3 +27,10 @@ def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     teacher_log = F.log_softmax(teacher.detach().float(), dim=-1)
     return F.kl_div(F.log_softmax(student.float(), dim=-1), teacher_log, reduction="batchmean", log_target=True)
+
+
+def gumbel_difference(logits: Tensor) -> Tensor:
+    """``g1 - g2`` with g1, g2 ~ Gumbel(0, 1), for each of the logits: the noise of a random choice between two."""
+    first = -torch.empty_like(logits).exponential_().log()
+    second = -torch.empty_like(logits).exponential_().log()
+    return first - second

@@ -78,7 +78,7 @@ def bipartite_matching(metric: Tensor, prefix: int, merges: int) -> Matching | N
     first, others = number[prefix % 2 :: 2], number[1 - prefix % 2 :: 2]
     scores = metric.index_select(1, first) @ metric.index_select(1, others).mT  # (B, |A|, |B|)
     best, partner = scores.max(-1)
-    order = best.argsort(dim=-1, descending=True)
+    order = best.argsort(dim=-1, descending=True, stable=True)
     sources, kept = order[:, :merges], order[:, merges:]
     if prefix:
         kept = kept.sort(dim=-1).values

@@ -184,6 +184,8 @@ def coerce(value: Any, hint: Any) -> Any:
             if any(value == choice and type(value) is type(choice) for choice in get_args(member)):
                 return value
         elif get_origin(member) is tuple:
+            if isinstance(value, list | tuple) and len(value) < 2 and get_args(member)[0] in _members(hint):
+                raise ValueError(f"{_expected(member)}, of at least two; one alone is given as a plain number")
             if isinstance(value, list | tuple):
                 return tuple(coerce(item, get_args(member)[0]) for item in value)
         elif member is float:

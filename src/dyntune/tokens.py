@@ -160,7 +160,7 @@ class Tokens:
         """The tokens at ``index`` of the flattened batch, in the ragged layout: ``counts`` of them from each image."""
         normed = None if self.normed is None else self.normed.flatten(0, 1).index_select(0, index)
         x = self.x.flatten(0, 1).index_select(0, index)
-        return Tokens(x, self.prefix, self.grid, counts=counts, prompts=self.prompts, normed=normed)
+        return Tokens(x, self.prefix, self.grid, counts=counts, prompts=self.prompts, normed=normed, sources=Sources())
 
     def with_keys(self, keys: Tensor) -> Tokens:
         """The same tokens, of which only those with ``keys`` 1, ``(B, N)``, may be attended to."""

@@ -173,3 +173,9 @@ def test_hosts_that_peft_has_wrapped(make_host):
     assert 0.594 < share(model) <= 0.6
     assert trained <= {name for name, p in host.named_parameters() if p.requires_grad}
     assert not any(p.is_meta for p in host.parameters())
+
+
+def test_rates_have_three_decimals(make_host):
+    for budget in (0.6, 0.7, 0.8):
+        rate = dyntune.tune(make_host(), "linear", f"auto:budget={budget},policy=dispatch").policies[0].rate
+        assert rate == round(rate, 3)

@@ -99,9 +99,9 @@ def test_training_forward_and_losses_recorded_from_the_public_code(recorded, sil
     assert output.tokens.patches.abs().sum().item() == pytest.approx(20163.04, abs=0.05)
     assert terms["task"] == pytest.approx(3.40797, abs=1e-5)
     assert terms["ratio"] / 2 * 3 == pytest.approx(0.13871, abs=1e-5)
-    assert terms["distill"] == pytest.approx(0.00136, abs=1e-5)
-    assert terms["token"] == pytest.approx(0.00269, abs=1e-5)
-    assert losses(0.2, token_loss="kl").terms["token"].item() == pytest.approx(0.00116, abs=1e-5)
+    assert terms["teacher"] == pytest.approx(0.00136, abs=1e-5)
+    assert terms["teacher_tokens"] == pytest.approx(0.00269, abs=1e-5)
+    assert losses(0.2, token_loss="kl").terms["teacher_tokens"].item() == pytest.approx(0.00116, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -293,8 +293,8 @@ def test_the_token_loss_is_zero_when_nothing_is_left(make_host, images_for, buil
         stages(model)[0][1].score[-1].bias.copy_(torch.tensor([-9.0, 9.0]))
     host = make_host()
     loss = dyntune.training_loss(model, images_for(host, 2), torch.arange(2), teacher=host)
-    assert loss.terms["token"].item() == 0 and loss.terms["token"].shape == loss.total.shape == ()
-    assert loss.terms["distill"] > 0
+    assert loss.terms["teacher_tokens"].item() == 0 and loss.terms["teacher_tokens"].shape == loss.total.shape == ()
+    assert loss.terms["teacher"] > 0
 
 
 def test_choices_have_the_stated_probability_and_the_gradient_of_the_soft_one():
@@ -353,7 +353,7 @@ def test_gradients_reach_the_predictors_from_every_term(build, make_host, images
     host = make_host("registers", seed=4)
     torch.manual_seed(0)
     loss = dyntune.training_loss(model, images_for(host, 4), torch.arange(4), teacher=host)
-    assert set(loss.terms) == {"task", "ratio", "distill", "token"}
+    assert set(loss.terms) == {"task", "ratio", "teacher", "teacher_tokens"}
     predictors = {name: p for name, p in model.tuned_state().items() if ".reducers." in name}
     assert len(predictors) == 2 * 10
     assert model.tuned_state().keys() - predictors.keys() == {"host.head.weight", "host.head.bias"}
@@ -390,17 +390,17 @@ def test_terms_follow_their_weights_and_need_a_teacher(build, make_host, images_
 
     full = terms("")
     assert set(terms("", None)) == {"task", "ratio"}
-    assert set(terms(",distill_weight=0")) == {"task", "ratio", "token"}
-    assert set(terms(",token_weight=0,ratio_weight=0")) == {"task", "distill"}
+    assert set(terms(",distill_weight=0")) == {"task", "ratio", "teacher_tokens"}
+    assert set(terms(",token_weight=0,ratio_weight=0")) == {"task", "teacher"}
     double = terms(",ratio_weight=4,distill_weight=1,token_weight=1")
-    for name in ("ratio", "distill", "token"):
+    for name in ("ratio", "teacher", "teacher_tokens"):
         torch.testing.assert_close(double[name], 2 * full[name])
     assert not dynamicvit.DynamicViT(distill_weight=0, token_weight=0).distills()
     assert dynamicvit.DynamicViT().distills()
     assert set(dyntune.training_loss(build("plain").eval(), images, torch.arange(4), teacher=host).terms) == {"task"}
 
 
-def test_its_distillation_adds_to_that_of_dyt(build, make_host, images_for, silent):
+def test_its_distillation_stands_beside_that_of_dyt(build, make_host, images_for, silent):
     model = build("plain", SPEC, "dyt:dropout=0").train()
     images, host = images_for(model.backbone.host, 4), make_host(seed=4)
     torch.manual_seed(0)
@@ -411,7 +411,8 @@ def test_its_distillation_adds_to_that_of_dyt(build, make_host, images_for, sile
     with torch.no_grad():
         logits = model.run(images).logits
         taught = F.kl_div(logits.log_softmax(-1), host(images).softmax(-1), reduction="batchmean")
-    torch.testing.assert_close(both["distill"], alone["distill"] + 0.5 * taught, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(both["distill"], alone["distill"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(both["teacher"], 0.5 * taught, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("teacher", ["tome:r=2", "patches", "classes"])
@@ -420,7 +421,7 @@ def test_a_teacher_of_another_shape_is_refused(build, make_host, images_for, tea
     changes = {"patches": {"patch_size": 16}, "classes": {"num_classes": 7}}.get(teacher, {})
     other = make_host(**changes)
     other = other if changes else dyntune.tune(other, teacher)
-    with pytest.raises(BackboneError, match=r"teacher gives patch features .* Give a teacher of the same backbone"):
+    with pytest.raises(BackboneError, match=r"gives (patch features|logits) of .* Give a dense teacher"):
         dyntune.training_loss(model, images_for(model.backbone.host, 2), torch.arange(2), teacher=other)
 
 
@@ -429,7 +430,7 @@ def test_a_tuned_teacher_that_keeps_its_tokens_is_taken(build, images_for):
     teacher = build("plain", "dyt")
     images = images_for(model.backbone.host, 2)
     terms = dyntune.training_loss(model, images, torch.arange(2), teacher=teacher).terms
-    assert terms["distill"] > 0 and dense_output(teacher, images).gates
+    assert terms["teacher"] > 0 and dense_output(teacher, images).gates
 
 
 def test_saved_and_loaded_model_is_equal(build, make_host, images_for, tmp_path):
@@ -583,3 +584,11 @@ def test_parameters_and_macs_are_the_published_ones(make_host):
     figures = dyntune.cost(small)
     assert figures.trainable_params == 2 * parameters(32)
     assert figures.macs == macs(32, 3, figures.dense_macs, (21, 16, 11), (16, 11), 128)
+
+
+def test_attention_among_active_tokens_alone_refuses_hidden_ones(make_host, images_for):
+    model = dyntune.tune(make_host(), "dispatch:where=attn", "dynamicvit:keep=0.5,layers=1").train()
+    images = images_for(model.backbone.host, 2)
+    assert model.run(images, execution="masked").gates
+    with pytest.raises(dyntune.DyntuneError, match='execution="masked"'):
+        model.run(images, execution="compact")

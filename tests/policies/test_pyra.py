@@ -304,7 +304,7 @@ def test_bad_options_are_refused(make_host, spec, reason):
 
 
 def test_a_list_of_one_number_cannot_be_written():
-    with pytest.raises(SpecError, match="at least two numbers"):
+    with pytest.raises(SpecError, match="of at least two"):
         Pyra((8,))
 
 

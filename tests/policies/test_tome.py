@@ -408,7 +408,7 @@ def test_options_out_of_range_are_refused(options, reason):
 def test_pairings_that_are_not_defined_are_refused(make_host):
     with pytest.raises(SpecError, match="at most 3 numbers in r"):
         dyntune.tune(make_host(), "linear", "tome:r=1/1/1/1")
-    with pytest.raises(BackboneError, match="which tokens there are"):
+    with pytest.raises(BackboneError, match="is given twice"):
         dyntune.tune(make_host(), "linear", "tome", "tome")
     for where in ("attn", "attn-mlp", "layer"):
         with pytest.raises(BackboneError, match="does not compute for skipped tokens"):
@@ -479,3 +479,31 @@ def test_macs_of_table_5():
     for bottleneck, published in ((0, 13.1174), (64, 13.2884)):
         macs, _ = closed_form([8] * 12, bottleneck)
         assert (macs + 100 * 768) / 1e9 == pytest.approx(published, abs=5.1e-5)
+
+
+@pytest.mark.parametrize("r", [(20,), ()])
+def test_a_list_that_its_spec_would_not_give_back_is_refused(r):
+    with pytest.raises(SpecError, match="of at least two"):
+        ToMe(r=r)
+
+
+@pytest.mark.parametrize("spec", ["dynamicvit:keep=0.5,layers=1", "evit:layers=1,fuse=false"])
+def test_heads_of_dense_tasks_refuse_policies_that_drop(make_host, images_for, spec):
+    with pytest.raises(BackboneError, match="reads every one of them"):
+        dyntune.tune(make_host(global_pool=""), "linear", spec)
+    model = dyntune.tune(make_host(global_pool=""), "linear", "tome:r=2").eval()
+    assert model(images_for(model.backbone.host, 2)).shape == (2, 17, 5)
+    assert dyntune.cost(model).macs < model.dense_macs
+
+
+def test_a_model_that_is_trained_takes_it_when_it_is_loaded(make_host, images_for, tmp_path):
+    saved = dyntune.tune(make_host(), "adaptformer").eval()
+    loaded = dyntune.load(saved.save(tmp_path), backbone=make_host(), tokens="tome:r=3")
+    assert loaded.spec == "adaptformer+tome:r=3"
+    images = images_for(loaded.backbone.host, 2)
+    together = dyntune.tune(make_host(), "adaptformer", "tome:r=3").eval()
+    together.load_state_dict(loaded.state_dict())
+    torch.testing.assert_close(loaded(images), together(images))
+    assert [r.count for r in loaded.run(images).reductions] == [14, 11, 8]
+    with pytest.raises(SpecError, match="was not trained with"):
+        dyntune.load(tmp_path, backbone=make_host(), tokens="pyra:r=2")

@@ -45,7 +45,7 @@ def test_the_student_learns_from_the_teacher_which_stays_as_it_was(make_host, da
     assert not any(p.grad is not None for p in teacher.parameters())
     steps = [record for record in read_log(tmp_path / "run") if record["kind"] == "train"]
     for record in steps:
-        terms = [record[f"loss_{name}"] for name in ("task", "ratio", "distill", "token")]
+        terms = [record[f"loss_{name}"] for name in ("task", "ratio", "teacher", "teacher_tokens")]
         assert record["loss"] == pytest.approx(sum(terms), rel=1e-5) and min(terms) >= 0
     state = RunState.read(tmp_path / "run")
     assert state.tensors.keys() == state.best_tensors.keys() == student.tuned_state().keys()
@@ -117,3 +117,25 @@ def test_policies_are_told_the_epoch(make_host, data, monkeypatch):
     monkeypatch.setattr(model.backbone, "begin_step", told.append)
     fit(model, data, **SHORT)
     assert told == [0, 0.5, 1, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("parts", "changes", "reason"),
+    [
+        (("adaptformer", "tome:r=2"), {}, "merges or drops tokens"),
+        (("adaptformer",), {"patch_size": 16}, "patch features are 2 x 2 x 32"),
+        (("adaptformer",), {"embed_dim": 48}, "patch features are 4 x 4 x 48"),
+    ],
+)
+def test_a_teacher_that_cannot_be_compared_is_refused_before_the_folder_is_touched(
+    make_host, data, tmp_path, parts, changes, reason
+):
+    teacher = dyntune.tune(make_host(**changes), *parts)
+    with pytest.raises(dyntune.DyntuneError, match=reason):
+        fit(model_of(make_host), data, out=tmp_path / "run", teacher=teacher, **SHORT)
+    assert not (tmp_path / "run").exists()
+
+
+def test_logits_alone_may_come_from_a_larger_teacher(make_host, data):
+    student = model_of(make_host, f"{SPEC},token_weight=0")
+    fit(student, data, teacher=dyntune.tune(make_host(embed_dim=48, patch_size=16), "linear"), **SHORT)

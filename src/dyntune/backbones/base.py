@@ -273,6 +273,11 @@ class Backbone(nn.Module, abc.ABC):
 
     @property
     @abc.abstractmethod
+    def head_reads_grid(self) -> bool:
+        """Whether the head reads every patch by itself, as heads of dense tasks do, instead of a token or a mean."""
+
+    @property
+    @abc.abstractmethod
     def class_token(self) -> bool:
         """Whether the first token of every image is a class token."""
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dyntune.backbones.base import Attention, Backbone, Block, Mlp
 from dyntune.backbones.sites import Changed, Site, SiteKind
 from dyntune.errors import BackboneError
-from dyntune.tokens import Tokens
+from dyntune.tokens import Sources, Tokens
 
 SUPPORTED = (
     "timm's VisionTransformer with its standard pre-norm Block, such as "
@@ -128,7 +128,9 @@ class TimmViT(Backbone):
             )
         embedded = host.patch_embed(images)
         grid = tuple(embedded.shape[1:3]) if host.dynamic_img_size else host.patch_embed.grid_size
-        return Tokens(host.norm_pre(host._pos_embed(embedded)), host.num_prefix_tokens, (int(grid[0]), int(grid[1])))
+        x = host.norm_pre(host._pos_embed(embedded))
+        # Sources are given, not left to the default, which torch.compile cannot trace.
+        return Tokens(x, host.num_prefix_tokens, (int(grid[0]), int(grid[1])), sources=Sources())
 
     def finish(self, tokens: Tokens) -> Tokens:
         # The norm sees the prompts too, as in the published models, whose MACs are counted so.
@@ -154,6 +156,10 @@ class TimmViT(Backbone):
         mean = (x * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True)
         most = x.masked_fill(weights.unsqueeze(-1) <= 0, -torch.inf).amax(1)
         return {"avg": mean, "max": most, "avgmax": 0.5 * (mean + most)}[host.global_pool]
+
+    @property
+    def head_reads_grid(self) -> bool:
+        return not self.host.global_pool
 
     @property
     def class_token(self) -> bool:

@@ -34,6 +34,9 @@ WeightsOption = Annotated[
 ]
 MethodOption = Annotated[str, typer.Option(help="Tuning method, name or name:key=value,key=value.")]
 TokensOption = Annotated[str | None, typer.Option(help="Token policy on top, written like a method.")]
+TopTokensOption = Annotated[
+    str | None, typer.Option("--tokens", help="Token policy without parameters to put on the run, such as tome:r=8.")
+]
 TeacherOption = Annotated[
     Path | None,
     typer.Option(help="Run of a dense model on the same data, for policies that learn from one (dynamicvit)."),

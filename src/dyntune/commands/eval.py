@@ -13,6 +13,7 @@ from dyntune.commands.common import (
     DeviceOption,
     JsonOption,
     RunArgument,
+    TopTokensOption,
     WeightsOption,
     WorkersOption,
     err,
@@ -38,6 +39,7 @@ def command(
     val_fraction: Annotated[
         float, typer.Option(help="As given to train, where val is split off the training images.")
     ] = 0.2,
+    tokens: TopTokensOption = None,
     weights: WeightsOption = None,
     batch_size: BatchOption = 64,
     workers: WorkersOption = 0,
@@ -48,7 +50,7 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """Accuracy, activation rate per block, MACs really executed, and images per second beside the dense backbone."""
-    model = load(run, weights=weights, device=pick_device(device))
+    model = load(run, weights=weights, device=pick_device(device), tokens=tokens)
     splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(splits)
     require_classes(model, splits)

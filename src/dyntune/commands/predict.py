@@ -15,6 +15,7 @@ from dyntune.commands.common import (
     ImagesArgument,
     JsonOption,
     RunArgument,
+    TopTokensOption,
     WeightsOption,
     pick_device,
     print_json,
@@ -30,6 +31,7 @@ def command(
     run: RunArgument,
     images: ImagesArgument,
     top_k: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 5,
+    tokens: TopTokensOption = None,
     weights: WeightsOption = None,
     batch_size: BatchOption = 32,
     device: DeviceOption = "auto",
@@ -37,7 +39,7 @@ def command(
 ) -> None:
     """The most probable classes of image files, folders of images, or globs."""
     paths = expand_images(images)
-    model = load(run, weights=weights, device=pick_device(device))
+    model = load(run, weights=weights, device=pick_device(device), tokens=tokens)
     predictions = [
         row for i in range(0, len(paths), batch_size) for row in predict(model, paths[i : i + batch_size], top_k)
     ]

@@ -10,7 +10,15 @@ import typer
 from matplotlib.figure import Figure
 
 from dyntune.checkpoint import load
-from dyntune.commands.common import DeviceOption, ImagesArgument, RunArgument, WeightsOption, out, pick_device
+from dyntune.commands.common import (
+    DeviceOption,
+    ImagesArgument,
+    RunArgument,
+    TopTokensOption,
+    WeightsOption,
+    out,
+    pick_device,
+)
 from dyntune.data import build_transform, expand_images, read_image
 from dyntune.errors import DyntuneError
 from dyntune.forward import activation_rates
@@ -23,6 +31,7 @@ def command(
     run: RunArgument,
     images: ImagesArgument,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")],
+    tokens: TopTokensOption = None,
     weights: WeightsOption = None,
     per_figure: Annotated[int, typer.Option(min=1, help="Images in one picture.")] = 6,
     suffix: Annotated[str, typer.Option("--format", help="png, svg or pdf.")] = "png",
@@ -30,7 +39,7 @@ def command(
 ) -> None:
     """Draw over the images which tokens each block computes, merges or drops, and the activation rate per block."""
     paths = expand_images(images)
-    model = load(run, weights=weights, device=pick_device(device))
+    model = load(run, weights=weights, device=pick_device(device), tokens=tokens)
     if not model.policies:
         raise DyntuneError(
             f"{model.spec} in {run} has no token policy: every token is computed, so there is nothing to show."

@@ -19,13 +19,14 @@ from dyntune.spec import format_value
 class Auto(TokenPolicy):
     """Another token policy, with the settings that meet a MACs budget on the backbone at hand.
 
-    Candidates are ordered from none to the strongest reduction. Their MACs are counted from shapes, with everything
-    installed that is given beside them; no image is looked at and nothing is trained. Of those within the budget the
-    one nearest to it is taken. The tuned model holds what was found, so it is written and saved as, for instance,
-    ``tome:r=9``.
+    Candidates are ordered from none to the strongest reduction, by which their MACs fall. They are counted from shapes,
+    with everything installed that is given beside them; no image is looked at and nothing is trained. Of those within
+    the budget the one nearest to it is taken. The tuned model holds what was found, so it is written and saved as, for
+    instance, ``tome:r=9``.
 
     - tome: the same r in every block, one more in the last few, and one pair more in the last block in which that
-      meets the budget. A late merge saves less than an early one, but it is decided on features that know more.
+      meets the budget, so r may rise and fall by one. A late merge saves less than an early one, but it is decided on
+      features that know more.
     - evit: one keep rate k for the blocks a quarter, a half and three quarters of the way; in the last of them a lower
       one where that comes nearer to the budget.
     - dynamicvit: k, k^2 and k^3 of the patches in front of the same blocks, the last lower where that comes nearer.
@@ -132,7 +133,7 @@ def _staged(policy: str, trial: Trial, rate: Callable[[float, int], float]) -> _
 
 
 def _dispatch(trial: Trial) -> _Line:
-    return _Line(1000, lambda level: f"dispatch:rate={format_value(1 - level / 1000)}", lambda level: [])
+    return _Line(1000, lambda level: f"dispatch:rate={format_value(round(1 - level / 1000, 3))}", lambda level: [])
 
 
 _LINES: dict[str, Callable[[Trial], _Line]] = {

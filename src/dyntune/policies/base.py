@@ -150,6 +150,11 @@ class TokenPolicy(Part):
         """
         return False
 
+    @property
+    def drops(self) -> bool:
+        """Whether some patches are dropped for good, instead of being merged into others."""
+        return False
+
     def reduction(
         self, unit: Unit, tokens: Tokens, projected: tuple[Tensor, Tensor, Tensor] | None
     ) -> Callable[[Tokens], Tokens] | None:
@@ -177,6 +182,13 @@ class TokenPolicy(Part):
     def distills(self) -> bool:
         """Whether this policy's loss has terms that need a teacher."""
         return False
+
+    def check_teacher(self, backbone: Backbone, teacher: Backbone) -> None:
+        """Checks that this policy can learn from a teacher with that backbone.
+
+        Raises:
+            BackboneError: it cannot.
+        """
 
     def loss_terms(self, output: Output, teacher: Output | None) -> dict[str, Tensor]:
         """Weighted terms that this policy adds to the training loss for the decisions of a training pass.
@@ -240,8 +252,8 @@ def check_reductions(backbone: Backbone, policies: Sequence[TokenPolicy]) -> Non
     """Checks that everything installed on a backbone can run where tokens are merged, dropped or hidden.
 
     Raises:
-        BackboneError: two policies reduce tokens, a gate hides from the reducing one what it reads, or a module needs
-            the whole grid of patches.
+        BackboneError: two policies reduce tokens, a gate hides from the reducing one what it reads, or a module or
+            the head needs the whole grid of patches.
     """
     reducing = [policy for policy in policies if any(map(policy.reduces, backbone.all_units()))]
     if len(reducing) > 1:
@@ -256,6 +268,11 @@ def check_reductions(backbone: Backbone, policies: Sequence[TokenPolicy]) -> Non
                     f"{gated.path} does not compute for skipped tokens. Gate the MLP (dispatch:where=mlp, "
                     "dyt:dispatch=mlp)."
                 )
+        if policy.drops and backbone.head_reads_grid:
+            raise BackboneError(
+                f"{policy.name()} drops patches, but the backbone's head reads every one of them. Use a policy that "
+                "merges (tome, pyra, fpet, evit with fuse=true) or dispatch, which keeps every token."
+            )
         for unit in backbone.all_units():
             for name, module in unit.beside.items():
                 if getattr(module, "reads_grid", False):

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone, Unit, Where
-from dyntune.losses import rate_loss
+from dyntune.losses import gumbel_difference, rate_loss
 from dyntune.policies.base import Gate, Output, TokenPolicy
 from dyntune.tokens import Tokens
 
@@ -48,9 +47,7 @@ class Dispatcher(nn.Module):
         """Logits to a gate in {0, 1}: noisy and differentiable while training, a plain threshold in evaluation."""
         if not self.training:
             return (logits > 0).to(logits.dtype)
-        first = -torch.empty_like(logits).exponential_().log()
-        second = -torch.empty_like(logits).exponential_().log()
-        return straight_through(logits + first - second, self.temperature)
+        return straight_through(logits + gumbel_difference(logits), self.temperature)
 
 
 def straight_through(logits: Tensor, temperature: float) -> Tensor:
@@ -111,7 +108,8 @@ class Dispatch(TokenPolicy):
     def gate(self, unit: Unit, tokens: Tokens) -> Gate:
         dispatcher = cast(Dispatcher, unit.get_submodule("dispatcher"))
         logits = dispatcher.logits(tokens.patches)
-        return Gate(unit.path, dispatcher.decide(logits).to(tokens.x.dtype), self, logits)
+        values = dispatcher.decide(logits).to(tokens.x.dtype)
+        return Gate(unit.path, values, self, logits, tokens.sources)
 
     def target_rate(self, unit: Unit) -> float:
         return self.rate

@@ -13,19 +13,12 @@ from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
 from dyntune.errors import BackboneError
-from dyntune.losses import distillation_loss
+from dyntune.losses import distillation_loss, gumbel_difference
 from dyntune.matching import taken
 from dyntune.policies.base import Output, Reducer, ReducingPolicy
 from dyntune.tokens import Tokens
 
 TokenLoss = Literal["mse", "kl"]
-
-
-def gumbel_difference(logits: Tensor) -> Tensor:
-    """``g1 - g2`` with g1, g2 ~ Gumbel(0, 1), for each of the logits: the noise of a choice between two."""
-    first = -torch.empty_like(logits).exponential_().log()
-    second = -torch.empty_like(logits).exponential_().log()
-    return first - second
 
 
 class Marking(Reducer):
@@ -100,7 +93,7 @@ class Stage(Reducer):
         count = max(1, int(self.keep * tokens.grid[0] * tokens.grid[1]))
         if count >= patches:
             return None
-        kept = self.logits(tokens).argsort(dim=-1, descending=True)[:, :count]
+        kept = self.logits(tokens).argsort(dim=-1, descending=True, stable=True)[:, :count]
         moved = torch.full((images, patches), -1, device=kept.device)
         moved.scatter_(1, kept, torch.arange(count, device=kept.device).expand(images, -1))
 
@@ -187,6 +180,18 @@ class DynamicViT(ReducingPolicy):
     def distills(self) -> bool:
         return self.distill_weight > 0 or self.token_weight > 0
 
+    def check_teacher(self, backbone: Backbone, teacher: Backbone) -> None:
+        own, taught = (_features(one) for one in (backbone, teacher))
+        if self.token_weight and own != taught:
+            raise BackboneError(
+                f"the teacher's patch features are {taught}, the model's {own}, so that dynamicvit cannot compare "
+                "them. Give a teacher with the same patches and width, or token_weight=0."
+            )
+
+    @property
+    def drops(self) -> bool:
+        return True
+
     def loss_terms(self, output: Output, teacher: Output | None) -> dict[str, Tensor]:
         stages = {f"blocks.{layer}" for layer in self.layers}
         decisions = [
@@ -203,31 +208,30 @@ class DynamicViT(ReducingPolicy):
             terms["ratio"] = self.ratio_weight * distance.square().mean()
         if teacher is None:
             return terms
-        features, taught = _comparable(output, teacher)
+        assert output.tokens is not None and teacher.tokens is not None  # run() gives them
         if self.distill_weight:
-            terms["distill"] = self.distill_weight * distillation_loss(output.logits, teacher.logits)
+            _require_shape("logits", output.logits, teacher.logits)
+            terms["teacher"] = self.distill_weight * distillation_loss(output.logits, teacher.logits)
         if self.token_weight:
+            features, taught = output.tokens.patches, teacher.tokens.patches
+            _require_shape("patch features", features, taught)
             distance = _token_distance(features, taught, self.token_loss)
             there = (decisions[-1] > 0.5).to(distance.dtype)
-            terms["token"] = self.token_weight * (distance * there).sum() / there.sum().clamp_min(1)
+            terms["teacher_tokens"] = self.token_weight * (distance * there).sum() / there.sum().clamp_min(1)
         return terms
 
 
-def _comparable(output: Output, teacher: Output) -> tuple[Tensor, Tensor]:
-    """The patch features of student and teacher, ``(B, P, C)``.
+def _features(backbone: Backbone) -> str:
+    rows, columns = backbone.grid
+    return f"{rows} x {columns} x {backbone.blocks[0].width}"
 
-    Raises:
-        BackboneError: the teacher's features or logits have another shape.
-    """
-    assert output.tokens is not None and teacher.tokens is not None  # run() gives them
-    own, taught = output.tokens.patches, teacher.tokens.patches
-    if own.shape != taught.shape or output.logits.shape != teacher.logits.shape:
+
+def _require_shape(what: str, own: Tensor, taught: Tensor) -> None:
+    if own.shape != taught.shape:
         raise BackboneError(
-            f"the teacher gives patch features {tuple(taught.shape)} and logits {tuple(teacher.logits.shape)}; "
-            f"expected those of the student, {tuple(own.shape)} and {tuple(output.logits.shape)}. Give a teacher of "
-            "the same backbone and classes that keeps every token."
+            f"the teacher gives {what} of shape {tuple(taught.shape)}; expected the student's, {tuple(own.shape)}. "
+            "Give a dense teacher of the same classes, and for token_weight above 0 with the same width and patches."
         )
-    return own, taught
 
 
 def _token_distance(own: Tensor, taught: Tensor, kind: TokenLoss) -> Tensor:

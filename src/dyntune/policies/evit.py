@@ -148,6 +148,10 @@ class EViT(ReducingPolicy):
         self.require(min(self.start_epochs, self.shrink_epochs) >= 0, "numbers of epochs of at least 0")
 
     @property
+    def drops(self) -> bool:
+        return not self.fuse
+
+    @property
     def rates(self) -> tuple[float, ...]:
         """The final keep rate in each of ``layers``."""
         return self.keep if isinstance(self.keep, tuple) else (self.keep,) * len(self.layers)

@@ -116,7 +116,6 @@ class Pyra(ReducingPolicy):
         numbers = self.r if isinstance(self.r, tuple) else (self.r,)
         self.require(all(isinstance(number, str) or number >= 0 for number in numbers), "r of at least 0")
         # One number is written like the same for every block.
-        self.require(not isinstance(self.r, tuple) or len(self.r) > 1, "at least two numbers in a list r")
 
     def schedule(self, depth: int, patches: int) -> tuple[int, ...]:
         """Pairs to merge in each of ``depth`` blocks of a backbone with ``patches`` patches.

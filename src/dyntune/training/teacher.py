@@ -28,6 +28,11 @@ def ready_teacher(model: TunedModel, teacher: nn.Module | None, device: torch.de
     backbone = teacher.backbone if isinstance(teacher, TunedModel) else wrap(teacher)
     if {*teacher.parameters()} & {*model.parameters()}:
         raise TrainingError("the teacher shares parameters with the model; build it on a backbone of its own.")
+    if isinstance(teacher, TunedModel) and any(p.reduces(u) for p in teacher.policies for u in backbone.all_units()):
+        raise TrainingError(
+            f"the teacher, {teacher.spec}, merges or drops tokens, but a teacher has all of them. Give one that was "
+            "tuned without such a policy."
+        )
     if backbone.classes != model.backbone.classes:
         raise TrainingError(
             f"the teacher has {backbone.classes} classes, the model {model.backbone.classes}. Give a teacher that was "
@@ -43,6 +48,8 @@ def ready_teacher(model: TunedModel, teacher: nn.Module | None, device: torch.de
                     f"the teacher was trained with {what} {taught}, the model has {own}. Give a teacher that was "
                     "trained on the same data with the same preprocessing."
                 )
+    for policy in model.policies:
+        policy.check_teacher(model.backbone, backbone)
     return teacher.to(device).eval()
 
 
