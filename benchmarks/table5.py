@@ -62,7 +62,7 @@ def run(out: Path, task: str, seed: int) -> list[dict]:
 
 
 def mean(values: list[float], digits: int = 1) -> str:
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
