@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from statistics import NormalDist
 from typing import ClassVar, Literal
 
@@ -18,6 +19,8 @@ from dyntune.errors import BackboneError
 from dyntune.policies.base import Reducer, ReducingPolicy
 from dyntune.tokens import Tokens
 
+_FEWEST = 4
+"""Patches of an image, so that each has two others to be merged into."""
 _ROUNDS = 200
 """Until the levels of a quantiser no longer move."""
 
@@ -91,10 +94,10 @@ class Halving(Reducer):
         assert projected is not None  # installed in front of an MLP
         device = tokens.x.device
         first, others = checkerboard(*tokens.grid, device)
-        if len(others) < 2:
+        if len(first) + len(others) < _FEWEST:
             raise BackboneError(
                 f"fpet merges each patch into the better of at least two others, but in front of {self.path} there are "
-                f"{tokens.grid[0]} x {tokens.grid[1]} patches. Give images of at least four patches."
+                f"{tokens.grid[0]} x {tokens.grid[1]} patches. Give images of at least {_FEWEST} patches."
             )
         keys = projected[1][:, tokens.prefix :].detach().mean(2)
         keys = (keys + self.refinement(keys)).float()
@@ -170,6 +173,7 @@ class Fpet(ReducingPolicy):
         depth = len(backbone.blocks)
         index = depth // 2 if self.block is None else self.block
         self.require(index < depth, f"block below {depth}, the number of blocks")
+        self.require(prod(backbone.grid) >= _FEWEST, f"a backbone with at least {_FEWEST} patches for each image")
         block = backbone.blocks[index]
         refinement = Refinement(block.attn.head_width, self.hidden, self.bits, self.dropout)
         block.mlp.add_reducer(self.name(), Halving(refinement, block.mlp.path))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntune.backbones import wrap
+from dyntune.backbones.base import Backbone
 from dyntune.forward import Masked, run
 from dyntune.losses import distillation_loss
 from dyntune.policies.base import Output
@@ -90,7 +91,9 @@ def dense_output(teacher: nn.Module, images: Tensor) -> Output:
     modes = {module: module.training for module in teacher.modules()}
     teacher.eval()
     try:
-        return teacher.run(images) if isinstance(teacher, TunedModel) else run(wrap(teacher), (), images, Masked())
+        if isinstance(teacher, TunedModel):
+            return teacher.run(images)
+        return run(teacher if isinstance(teacher, Backbone) else wrap(teacher), (), images, Masked())
     finally:
         for module, training in modes.items():
             module.training = training

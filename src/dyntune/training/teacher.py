@@ -16,7 +16,10 @@ log = logging.getLogger("dyntune")
 
 
 def ready_teacher(model: TunedModel, teacher: nn.Module | None, device: torch.device) -> nn.Module | None:
-    """The teacher on ``device`` and in eval mode; None where no policy of the model learns from one.
+    """The teacher, a plain one behind the backbone interface, on ``device`` and in eval mode.
+
+    Returns:
+        None where no policy of the model learns from one.
 
     Raises:
         TrainingError: it does not suit the model.
@@ -50,7 +53,7 @@ def ready_teacher(model: TunedModel, teacher: nn.Module | None, device: torch.de
                 )
     for policy in model.policies:
         policy.check_teacher(model.backbone, backbone)
-    return teacher.to(device).eval()
+    return (teacher if isinstance(teacher, TunedModel) else backbone).to(device).eval()
 
 
 def warn_about_teacher(model: TunedModel, teacher: nn.Module | None) -> None:
@@ -70,5 +73,5 @@ def teacher_identity(teacher: nn.Module | None) -> str | None:
     """Tells two teachers apart: what they are, and a digest of their weights."""
     if teacher is None:
         return None
-    kind = teacher.spec if isinstance(teacher, TunedModel) else type(teacher).__name__
+    kind = teacher.spec if isinstance(teacher, TunedModel) else type(getattr(teacher, "host", teacher)).__name__
     return f"{kind} {fingerprint(teacher.state_dict().items())}"
