@@ -79,7 +79,7 @@ LAYERS = (
     ("cost",),
     ("assembly",),
     ("tuned",),
-    ("modelcard", "published", "merging"),
+    ("modelcard", "published", "merging", "table5"),
     ("checkpoint",),
     ("training",),
     ("comparison",),

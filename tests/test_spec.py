@@ -241,3 +241,8 @@ def test_any_text_gives_parts_or_a_spec_error(text):
     except SpecError:
         return
     assert resolve(["+".join(map(format_spec, parts))]) == parts
+
+
+def test_a_missing_colon_is_named():
+    with pytest.raises(SpecError, match="has no colon between name and options"):
+        split_spec("tome r=3")

@@ -40,3 +40,22 @@ def test_nothing_to_show(photos, tmp_path, spec, reason):
     done = visualize(spec, photos, tmp_path)
     assert isinstance(done.exception, DyntuneError) and reason in str(done.exception)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["eval", "predict", "visualize"])
+def test_a_policy_is_put_on_a_run_that_was_trained_without(photos, tmp_path, command):
+    torch.manual_seed(0)
+    run = build_tuned(BUILTIN_BACKBONE, "linear", classes=("blue", "green", "red")).save(tmp_path / "run")
+    red = str(photos / "test" / "red")
+    rest = {"eval": [f"folder:{photos}"], "predict": [red], "visualize": [red, "--out", str(tmp_path / "out")]}[command]
+    arguments = [command, str(run), *rest, "--tokens", "tome:r=4", "--device", "cpu"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    if command == "visualize":
+        assert [file.name for file in (tmp_path / "out").iterdir()] == ["reductions-1.png"]
+    else:
+        assert "linear+tome:r=4" in done.output
+    if command == "eval":
+        assert "active patches" not in done.output
+        counts = [line.split()[-2] for line in done.output.splitlines() if "tokens in blocks" in line]
+        assert counts == [str(65 - 4 * block) for block in range(1, 13)]

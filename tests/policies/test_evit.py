@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from written_out import built, close, without_noise
 
 import dyntune
 from dyntune.errors import BackboneError, DyntuneError, SpecError, TrainingError
@@ -86,22 +87,6 @@ def attention(attn, normed):
         joined.append(weights @ v[:, part])
         scores.append(weights[0])
     return attn.proj(attn.norm(torch.cat(joined, dim=-1))), torch.stack(scores).mean(0)
-
-
-def built(make_host, randomise, spec, name="plain", **changes):
-    model = dyntune.tune(make_host(name, **changes), *spec.split("+"))
-    return randomise(model, seed=3).eval()
-
-
-def without_noise(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def close(actual, expected, tolerance=1e-5):
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("spec", RECORDED)

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from written_out import attend, read_out
 
 import dyntune
 from dyntune.errors import BackboneError, DyntuneError, SpecError
@@ -29,18 +30,6 @@ def quantised(weight, bits):
     standard = (weight - mean) / (deviation + 1e-5)
     nearest = levels[(standard.unsqueeze(-1) - levels).abs().argmin(-1)]
     return (standard + (nearest - standard).detach()) * deviation + mean
-
-
-def attend(block, x, bias):
-    """The residual stream ``(N, C)`` after attention, and the mean of the keys over heads."""
-    attn = block.attn
-    q, k, v = (part.unflatten(-1, (attn.num_heads, -1)) for part in attn.qkv(block.norm1(x)).chunk(3, dim=-1))
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    heads = []
-    for head in range(attn.num_heads):
-        scores = q[:, head] @ k[:, head].T / q.shape[-1] ** 0.5 + bias
-        heads.append(torch.softmax(scores, dim=-1) @ v[:, head])
-    return x + block.ls1(attn.proj(attn.norm(torch.cat(heads, dim=-1)))), k.mean(1)
 
 
 def halved(x, keys, prefix, grid, refinement, bits):
@@ -73,13 +62,7 @@ def straight_line(model, image, bits=1):
             refinement = unit.mlp.reducers["fpet"].refinement
             x, sizes = halved(x, keys, prefix, host.patch_embed.grid_size, refinement, bits)
         x = x + block.ls2(block.mlp(block.norm2(x)))
-    x = host.norm(x)[None]
-    if host.attn_pool is not None:
-        return host.head(host.fc_norm(host.attn_pool(x, attn_mask=sizes.log()[None, None, None])))[0]
-    if host.global_pool == "avg":
-        weights = sizes[prefix:, None] / sizes[prefix:].sum()
-        return host.head(host.fc_norm((x[0, prefix:] * weights).sum(0)))
-    return host.forward_head(x)[0]
+    return read_out(host, x, sizes)
 
 
 @pytest.mark.parametrize("spec", RECORDED)

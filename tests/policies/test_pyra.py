@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from written_out import attend, read_out
 
 import dyntune
 from dyntune.errors import BackboneError, SpecError
@@ -24,18 +25,6 @@ LIST = "pyra:r=4/3/2"
 
 def parameters(model, prefix=""):
     return {n: p for n, p in model.backbone.named_parameters() if ".reducers.pyra." in n and n.startswith(prefix)}
-
-
-def attend(block, x, bias):
-    """The residual stream ``(N, C)`` after attention, and the mean of the keys over heads."""
-    attn = block.attn
-    q, k, v = (part.unflatten(-1, (attn.num_heads, -1)) for part in attn.qkv(block.norm1(x)).chunk(3, dim=-1))
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    heads = []
-    for head in range(attn.num_heads):
-        scores = q[:, head] @ k[:, head].T / q.shape[-1] ** 0.5 + bias
-        heads.append(torch.softmax(scores, dim=-1) @ v[:, head])
-    return x + block.ls1(attn.proj(attn.norm(torch.cat(heads, dim=-1)))), k.mean(1)
 
 
 def merged(x, keys, sizes, prefix, reducer):
@@ -75,13 +64,7 @@ def straight_line(model, image):
         if "pyra" in unit.mlp.reducers:
             x, sizes = merged(x, keys, sizes, prefix, unit.mlp.reducers["pyra"])
         x = x + block.ls2(block.mlp(block.norm2(x)))
-    x = host.norm(x)[None]
-    if host.attn_pool is not None:
-        return host.head(host.fc_norm(host.attn_pool(x, attn_mask=sizes.log()[None, None, None])))[0]
-    if host.global_pool == "avg":
-        weights = sizes[prefix:, None] / sizes[prefix:].sum()
-        return host.head(host.fc_norm((x[0, prefix:] * weights).sum(0)))
-    return host.forward_head(x)[0]
+    return read_out(host, x, sizes)
 
 
 @pytest.mark.parametrize("spec", RECORDED)

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from written_out import built, close, without_noise
 
 import dyntune
 from dyntune.errors import BackboneError, SpecError
@@ -124,22 +125,6 @@ def merged(x, keys, sizes, held, prefix, merges):
 def owners(held):
     """For each patch the number of its token."""
     return [number for _, number in sorted((patch, j) for j, group in enumerate(held) for patch in group)]
-
-
-def built(make_host, randomise, spec, name="plain", **changes):
-    model = dyntune.tune(make_host(name, **changes), *spec.split("+"))
-    return randomise(model, seed=3).eval()
-
-
-def without_noise(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def close(actual, expected, tolerance=1e-5):
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("spec", RECORDED)

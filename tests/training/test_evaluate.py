@@ -78,3 +78,10 @@ def test_throughput_compares_runs_of_the_same_round(monkeypatch):
     assert speeds["four"].speedup == pytest.approx(0.25)
     assert speeds["four"].speedup_low == pytest.approx(0.25) and speeds["four"].speedup_high == pytest.approx(0.25)
     assert speeds["one"].images_per_second in (pytest.approx(800), pytest.approx(400))
+
+
+def test_tokens_that_are_left_are_reported_by_unit(make_host, images_for):
+    images = images_for(make_host(), 5)
+    result = evaluate(dyntune.tune(make_host(), "linear", "tome:r=3/0/5"), TensorDataset(images, torch.zeros(5).long()))
+    assert result.tokens_per_unit == {"blocks.0.mlp": 14, "blocks.2.mlp": 9}
+    assert (result.activation, result.activation_per_unit) == (1.0, {})

@@ -139,3 +139,14 @@ def test_a_teacher_that_cannot_be_compared_is_refused_before_the_folder_is_touch
 def test_logits_alone_may_come_from_a_larger_teacher(make_host, data):
     student = model_of(make_host, f"{SPEC},token_weight=0")
     fit(student, data, teacher=dyntune.tune(make_host(embed_dim=48, patch_size=16), "linear"), **SHORT)
+
+
+def test_a_teacher_that_nobody_learns_from_is_named(make_host, data, caplog):
+    with caplog.at_level(logging.WARNING, logger="dyntune"):
+        fit(model_of(make_host, "tome:r=2"), data, teacher=dyntune.tune(make_host(), "linear"), **SHORT)
+    assert [record.getMessage() for record in caplog.records if "teacher is not used: tome:r=2" in record.getMessage()]
+
+
+def test_a_path_is_no_teacher(make_host, data):
+    with pytest.raises(TrainingError, match=r"teacher='runs/dense' is no model; give one, for instance teacher="):
+        fit(model_of(make_host), data, teacher="runs/dense", **SHORT)

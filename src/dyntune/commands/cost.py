@@ -24,8 +24,8 @@ from dyntune.commands.common import (
     print_table,
 )
 from dyntune.cost import Cost, cost
+from dyntune.table5 import CLASSES, MODEL, ROWS, SOURCE, WIDTHS
 from dyntune.tuned import tune
-from dyntune.vtab.table5 import CLASSES, MODEL, ROWS, SOURCE, WIDTHS
 
 EXAMPLES = (
     "dyntune cost --model vit_base_patch16_224 --method dyt:rate=0.5",

@@ -136,7 +136,7 @@ class TokenPolicy(Part):
         return False
 
     def gate(self, unit: Unit, tokens: Tokens) -> Gate:
-        """Which patches a gated ``unit`` computes. Skipped tokens get no update."""
+        """Which patches a gated ``unit`` computes, with ``tokens.sources``. Skipped tokens get no update."""
         raise NotImplementedError
 
     def target_rate(self, unit: Unit) -> float:

@@ -114,6 +114,7 @@ class DynamicViT(ReducingPolicy):
     While training no token is removed. Each patch is kept or hidden by a hard Gumbel-softmax choice with the gradient
     of the soft one; a hidden patch stays hidden, still computes, and is seen by nobody but itself: every block computes
     ``P_ij = (E_ij M_ij + eps / N) / (sum_k E_ik M_ik + eps)`` with M_ij the presence of j and M_ii = 1.
+    Where a gate decides about attention too, hidden tokens are closed keys of the gated softmax instead.
 
     The loss has ``ratio_weight * mean over stages and images of (kept share - keep)^2`` and, where a teacher is given,
     ``distill_weight * KL(teacher || student)`` on class probabilities, and ``token_weight`` times the distance of the

@@ -5,7 +5,7 @@ from math import ceil
 
 import pytest
 
-from dyntune.vtab.table5 import ROWS
+from dyntune.table5 import ROWS
 
 BACKBONE, ADAPTERS, PREDICTORS, DISPATCHERS = 85_798_656, 156_768, 2_885_190, 9_228
 PARAMETERS = {
