@@ -192,15 +192,14 @@ def test_skipped_tokens_get_exactly_the_adapters_update(tuned, images_for, varia
     tokens = model.backbone.embed(images_for(model.backbone.host, 3))
     mask = torch.rand(3, 16, generator=torch.Generator().manual_seed(0)) > 0.5
     policy = GivenMasks({unit.path: mask})
-    gate = Gate(unit.path, mask.float(), policy)
     skipped = torch.cat([torch.zeros(3, 1, dtype=torch.bool), ~mask], dim=1)
-    out = execution.gated(unit, tokens, gate)
+    out = execution.gated(unit, tokens, policy)[0].x
     adapter = unit.beside["adapter"]
     update = 0.1 * (F.relu(tokens.x @ adapter.down_proj.weight.T + adapter.down_proj.bias) @ adapter.up_proj.weight.T)
     update = update + 0.1 * adapter.up_proj.bias
     torch.testing.assert_close(out[skipped], (tokens.x + update)[skipped], atol=1e-6, rtol=1e-6)
     assert (out - tokens.x - update)[~skipped].abs().max(dim=-1).values.min() > 1e-3
-    out = execution.gated(unit_without_adapter, tokens, gate)
+    out = execution.gated(unit_without_adapter, tokens, policy)[0].x
     assert torch.equal(out[skipped], tokens.x[skipped])
 
 

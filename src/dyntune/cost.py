@@ -136,13 +136,13 @@ class Planned(Compact):
         self.counter = counter
         self.active = 0
 
-    def gated(self, unit: Unit, tokens: Tokens, gate: Gate) -> Tensor:
+    def computed(self, unit: Unit, tokens: Tokens, gate: Gate) -> Tensor:
         expected = round(gate.policy.target_rate(unit) * gate.values.shape[1], 9)  # 0.7 * 10 is 7.000000001
         before = self.counter.macs
         costs = []
         for self.active in (math.floor(expected), math.ceil(expected)):
             self.counter.macs = 0
-            out = super().gated(unit, tokens, gate)
+            out = super().computed(unit, tokens, gate)
             costs.append(self.counter.macs)
         self.counter.macs = before + costs[0] + (expected % 1) * (costs[1] - costs[0])
         return out

@@ -4,8 +4,8 @@ Training, evaluation, skipping and counting all walk the blocks with ``run``; an
 unit is computed.
 """
 
+import abc
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,29 +17,39 @@ from dyntune.policies.base import Gate, Output, Reduction, TokenPolicy
 from dyntune.tokens import Tokens
 
 
-class Execution(Protocol):
-    """How a unit computes when a gate says which tokens are active."""
+class Execution(abc.ABC):
+    """How one unit is computed: one that every token goes through, or one with a gate."""
 
-    def gated(self, unit: Unit, tokens: Tokens, gate: Gate) -> Tensor:
-        """The residual stream ``(B, N, C)`` after ``unit``, of which only gated tokens and prefix tokens computed."""
-        ...
+    def plain(self, unit: Unit, tokens: Tokens) -> Tokens:
+        """The tokens behind ``unit``, an attention or MLP sub-layer that computes all of them."""
+        return tokens.with_x(tokens.x + unit.change(tokens))
+
+    @abc.abstractmethod
+    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
+        """The tokens behind ``unit``, of which only prefix tokens and those that ``policy`` lets through computed."""
 
 
-class Masked:
+class Masked(Execution):
     """Computes every token and multiplies the update by the gate: differentiable in the gate."""
 
-    def gated(self, unit: Unit, tokens: Tokens, gate: Gate) -> Tensor:
+    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
+        gate = policy.gate(unit, tokens)
         tokens = unit.prepare(tokens)
         mask = tokens.cover_prefix(gate.values)
         update = unit.update(tokens.with_keys(mask)) * mask.unsqueeze(-1)
         beside = unit.beside_update(tokens)
-        return tokens.x + update if beside is None else tokens.x + update + beside
+        return tokens.with_x(tokens.x + update if beside is None else tokens.x + update + beside), gate
 
 
-class Compact:
+class Compact(Execution):
     """Gathers the active tokens of the whole batch, computes only those, and adds them back where they came from."""
 
-    def gated(self, unit: Unit, tokens: Tokens, gate: Gate) -> Tensor:
+    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
+        gate = policy.gate(unit, tokens)
+        return tokens.with_x(self.computed(unit, tokens, gate)), gate
+
+    def computed(self, unit: Unit, tokens: Tokens, gate: Gate) -> Tensor:
+        """The residual stream ``(B, N, C)`` behind ``unit``."""
         batch, count, width = tokens.x.shape
         index, counts = self.select(unit, tokens, gate)
         tokens = unit.prepare(tokens)
@@ -120,11 +130,12 @@ def _step(
     unit: Unit, tokens: Tokens, policies: Sequence[TokenPolicy], execution: Execution
 ) -> tuple[Tokens, tuple[Gate | Reduction, ...]]:
     """One unit: gated as a whole, or for a block that is not, its two sub-layers in turn."""
-    gate = _ask(unit, tokens, policies)
-    if gate is not None:
-        return tokens.with_x(execution.gated(unit, tokens, gate)), (gate,)
+    policy = next((policy for policy in policies if policy.gates(unit)), None)
+    if policy is not None:
+        tokens, gate = execution.gated(unit, tokens, policy)
+        return tokens, (gate,)
     if not isinstance(unit, Block):
-        return tokens.with_x(tokens.x + unit.change(tokens)), ()
+        return execution.plain(unit, tokens), ()
     beside = unit.beside_update(tokens)
     projected = None
     if any(policy.reduces(unit.mlp) for policy in policies):
@@ -135,14 +146,6 @@ def _step(
     tokens, beside, reduced = _reduce(unit.mlp, tokens, beside, policies, projected)
     tokens, mlp_decided = _step(unit.mlp, tokens, policies, execution)
     return (tokens if beside is None else tokens.with_x(tokens.x + beside)), (*decided, *reduced, *mlp_decided)
-
-
-def _ask(unit: Unit, tokens: Tokens, policies: Sequence[TokenPolicy]) -> Gate | None:
-    """The decision of the one policy that gates ``unit``, if there is one."""
-    for policy in policies:
-        if policy.gates(unit):
-            return policy.gate(unit, tokens)
-    return None
 
 
 def _reduce(

@@ -77,18 +77,23 @@ class TunedModel(nn.Module):
         """Images ``(B, 3, height, width)`` to logits ``(B, classes)``."""
         return self.run(images).logits
 
-    def run(self, images: Tensor, *, complete: bool = False, execution: ExecutionName | None = None) -> Output:
+    def run(
+        self, images: Tensor, *, complete: bool = False, execution: ExecutionName | Execution | None = None
+    ) -> Output:
         """One forward pass with everything that it decided.
 
         Args:
             images: ``(B, 3, height, width)``, preprocessed.
             complete: computes every token, ignoring the policies (DyT's "complete model").
-            execution: ``"masked"`` or ``"compact"``; by default masked in train mode and compact in eval mode.
+            execution: ``"masked"``, ``"compact"``, or an execution of your own; by default masked in train mode and
+                compact in eval mode.
         """
         how = execution or ("masked" if self.training else "compact")
-        if how not in _EXECUTIONS:
-            raise SpecError(f"execution must be one of {', '.join(_EXECUTIONS)}; given {how!r}.")
-        return run(self.backbone, () if complete else self.policies, images, _EXECUTIONS[how])
+        if not isinstance(how, Execution):
+            if how not in _EXECUTIONS:
+                raise SpecError(f"execution must be one of {', '.join(_EXECUTIONS)}; given {how!r}.")
+            how = _EXECUTIONS[how]
+        return run(self.backbone, () if complete else self.policies, images, how)
 
     def features(self, images: Tensor) -> Tensor:
         """Features of every image patch behind the last norm, for dense tasks: ``(B, C, rows, columns)``.
