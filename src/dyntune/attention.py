@@ -23,7 +23,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, dropout: float = 0.0
         ``(B, N, H * D)`` or ``(M, H * D)``.
     """
     if tokens.counts is not None:
-        attended = _ragged(q, k, v, tokens.counts, dropout)
+        if isinstance(tokens.counts, Tensor):
+            attended = _traced(q, k, v, tokens.counts, tokens.prefix, dropout)
+        else:
+            attended = _ragged(q, k, v, tokens.counts, dropout)
     else:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         present = None if tokens.sources.present is None else tokens.cover_prefix(tokens.sources.present)
@@ -74,6 +77,23 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, counts: tuple[int, ...], dropout: f
     q, k, v = padded
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None], dropout_p=dropout)
     return out.transpose(1, 2)[present]
+
+
+def _traced(q: Tensor, k: Tensor, v: Tensor, counts: Tensor, prefix: int, dropout: float) -> Tensor:
+    """As ``_padded``, with nothing that a graph for other runtimes cannot hold: rows are gathered, none is assigned."""
+    longest = counts.max().item()
+    if not prefix:  # then the batch may have no token at all, among which some runtimes compute no attention
+        q, k, v = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (q, k, v))
+        longest = longest + 1
+    place = torch.arange(longest, device=q.device)
+    present = place < counts[:, None]  # (B, longest)
+    first = counts.cumsum(0) - counts
+    rows = torch.where(present, first[:, None] + place, 0).flatten()
+    q, k, v = (t.index_select(0, rows).unflatten(0, present.shape).transpose(1, 2) for t in (q, k, v))
+    # Not -inf: a row of an image without tokens would be NaN.
+    mask = torch.where(present, 0.0, torch.finfo(q.dtype).min).to(q.dtype)[:, None, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, present.flatten().nonzero().squeeze(1))
 
 
 def _gated(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, dropout: float) -> Tensor:

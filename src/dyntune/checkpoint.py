@@ -22,6 +22,7 @@ from dyntune.data.transforms import Preprocessing
 from dyntune.errors import BackboneError, CheckpointError, DyntuneError, SpecError
 from dyntune.files import write_atomically, write_json, write_text
 from dyntune.modelcard import model_card
+from dyntune.rates import Calibration, dispatchers
 from dyntune.registry import expand, part_from_dict, resolve
 from dyntune.spec import Part
 from dyntune.tuned import TunedModel
@@ -70,6 +71,7 @@ def save(model: TunedModel, folder: Path, results: dict[str, Any] | None = None)
         "preprocessing": model.preprocessing.to_dict(),
         "classes": model.classes,
         "results": results or {},
+        "calibration": model.calibration and model.calibration.to_dict(),
         "weights_sha256": hashlib.sha256(payload).hexdigest(),
     }
     _replace(folder, payload, config)
@@ -94,7 +96,8 @@ def load(
         weights: local weight file of the backbone, instead of the source that was recorded.
         device: where the model goes.
         check_backbone: refuse a backbone whose weights differ from those that the adapter was trained on.
-        tokens: a token policy without parameters to put on top, for instance ``"tome:r=8"``.
+        tokens: a token policy without parameters to put on top, for instance ``"tome:r=8"``. The gates then see other
+            tokens than they were calibrated on, so a saved calibration is left out.
 
     Raises:
         CheckpointError: the folder is incomplete, damaged or of a newer format, or does not fit the backbone.
@@ -116,6 +119,7 @@ def load(
         }[recorded["dtype"]]
         preprocessing = Preprocessing.from_dict(config["preprocessing"])
         classes = _classes(config)
+        calibration = None if config.get("calibration") is None else Calibration.from_dict(config["calibration"])
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / CONFIG} is not a valid configuration: {error!r}.") from error
     except DyntuneError as error:
@@ -147,7 +151,25 @@ def load(
     model.origin = origin
     model.preprocessing = preprocessing
     model.classes = classes
+    model.calibration = _fitting(calibration, model, folder) if not extra else None
     return model.to(device).eval()
+
+
+def write_calibration(folder: Path, calibration: Calibration) -> None:
+    """Puts a calibration into a saved adapter, in place of one that is there; the rest of it stays as it is."""
+    write_json(folder / CONFIG, read_config(folder) | {"calibration": calibration.to_dict()})
+
+
+def _fitting(calibration: Calibration | None, model: TunedModel, folder: Path) -> Calibration | None:
+    """The calibration, checked to be one of the gates that the model has."""
+    gates = dispatchers(model.backbone).keys()
+    if calibration is not None and calibration.shifts.keys() != gates:
+        wrong = ", ".join(sorted(calibration.shifts.keys() ^ gates)[:5])
+        raise CheckpointError(
+            f"{folder / CONFIG}: the calibration is not one of this model's gates ({wrong}). Calibrate again (dyntune "
+            "calibrate RUN DATA), or remove the entry."
+        )
+    return calibration
 
 
 def _with_peft(host: nn.Module, recipe: Any, folder: Path) -> nn.Module:

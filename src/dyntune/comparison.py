@@ -59,7 +59,16 @@ class Row:
 
 
 def split_specs(text: str) -> list[str]:
-    """Splits ``a,b:key=value,key=value,c`` into specs: a piece ``key=value`` belongs to the spec before it."""
+    """Splits ``a,b:key=value,key=value,c`` into specs, which must be known and different."""
+    specs = split_list(text)
+    resolve(specs)
+    if len({folder_name(spec) for spec in specs}) < len(specs):
+        raise SpecError(f"{text!r} names a method twice; give each once.")
+    return specs
+
+
+def split_list(text: str) -> list[str]:
+    """Splits ``a,b:key=value,key=value,c`` at its commas; a piece ``key=value`` belongs to what stands before it."""
     specs: list[str] = []
     for piece in filter(None, (p.strip() for p in text.split(","))):
         continues = "=" in piece and ":" not in piece.split("=")[0]
@@ -70,9 +79,6 @@ def split_specs(text: str) -> list[str]:
         specs = [*specs[:-1], f"{specs[-1]},{piece}"] if continues else [*specs, piece]
     if not specs:
         raise SpecError("no method given; for instance linear,adaptformer,dyt:rate=0.5.")
-    resolve(specs)
-    if len({folder_name(spec) for spec in specs}) < len(specs):
-        raise SpecError(f"{text!r} names a method twice; give each once.")
     return specs
 
 

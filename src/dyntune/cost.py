@@ -62,6 +62,8 @@ class MacCounter(TorchDispatchMode):
             self.macs += formula(*args, **kwargs, out_val=result) // 2  # PyTorch counts a multiply-add as 2
         elif func.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             self.macs += _attention_macs(*args, **kwargs)  # PyTorch 2.8 has no formula for it
+        elif func.overloadpacket is torch.ops.mkldnn._linear_pointwise:
+            self.macs += result.numel() * args[0].shape[-1]
         elif func.overloadpacket is torch.ops.aten.native_layer_norm:
             self.macs += LAYER_NORM_MACS * args[0].numel()
         return result

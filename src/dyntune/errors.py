@@ -28,6 +28,10 @@ class TrainingError(DyntuneError, RuntimeError):
     """Training cannot go on, for instance because the loss is not finite."""
 
 
+class DeploymentError(DyntuneError, RuntimeError):
+    """A model cannot be exported, quantised, checked, or run in a runtime."""
+
+
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> str:
     """Words for "there is no such name": what was given, the nearest valid name, and all valid names.
 

@@ -1,4 +1,4 @@
-"""The one forward path of every model, and its two executions: masked (to train) and compact (tokens really skipped).
+"""The one forward path of every model, and its executions: masked and sampled (to train), compact (really skipping).
 
 Training, evaluation, skipping and counting all walk the blocks with ``run``; an ``Execution`` only says how a gated
 unit is computed.
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dyntune.backbones.base import Backbone, Block, Unit
+from dyntune.backbones.base import Backbone, Block, Mlp, Unit
 from dyntune.errors import DyntuneError
 from dyntune.policies.base import Gate, Output, Reduction, TokenPolicy
 from dyntune.tokens import Tokens
@@ -41,6 +41,39 @@ class Masked(Execution):
         return tokens.with_x(tokens.x + update if beside is None else tokens.x + update + beside), gate
 
 
+class Sampled(Masked):
+    """Computes the active tokens and, for the gradient of their gates, the share of the others that a policy explores.
+
+    Forward this is ``Masked``: the gate of a skipped token is 0. Backward that 0 lets no gradient into the token's
+    update either, so an explored token is computed without a graph; only its gate has a gradient, ``1 / share`` times
+    that of ``Masked``, so that their expectations are equal. With a share of 1 nothing is random, and every gradient is
+    that of ``Masked`` up to rounding. Units other than MLPs, and those whose update the host drops for whole images
+    (stochastic depth), are masked.
+    """
+
+    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
+        share = policy.explored(unit)
+        if share is None or not isinstance(unit, Mlp) or unit.drop_path_rate:
+            return super().gated(unit, tokens, policy)
+        gate = policy.gate(unit, tokens)
+        tokens = unit.prepare(tokens)
+        mask = tokens.cover_prefix(gate.values).flatten()
+        explored = mask < 0.5
+        active = (~explored).nonzero().squeeze(1)
+        if share < 1:
+            explored = explored & (torch.rand(mask.shape, device=mask.device) < share)
+        others = explored.nonzero().squeeze(1)
+        # These first: autocast keeps the weights that it casts, and those that it casts without a graph learn nothing.
+        update = unit.update(tokens.take(active, None)) * mask[active].unsqueeze(1)
+        with torch.no_grad():
+            skipped = unit.update(tokens.take(others, None))
+        beside = unit.beside_update(tokens)
+        out = (tokens.x if beside is None else tokens.x + beside).flatten(0, 1)
+        out = out.index_add(0, active, update.to(out.dtype))
+        out = out.index_add(0, others, (skipped * (mask[others] / share).unsqueeze(1)).to(out.dtype))
+        return tokens.with_x(out.view_as(tokens.x)), gate
+
+
 class Compact(Execution):
     """Gathers the active tokens of the whole batch, computes only those, and adds them back where they came from."""
 
@@ -54,15 +87,18 @@ class Compact(Execution):
         index, counts = self.select(unit, tokens, gate)
         tokens = unit.prepare(tokens)
         beside = unit.beside_update(tokens)
-        if len(index) == batch * count:
+        if not torch.compiler.is_compiling() and len(index) == batch * count:
             update = unit.update(tokens)
             return tokens.x + update if beside is None else tokens.x + update + beside
         update = unit.update(tokens.take(index, counts))
         out = (tokens.x.clone() if beside is None else tokens.x + beside).reshape(batch * count, width)
         return out.index_add_(0, index, update.to(out.dtype)).view(batch, count, width)
 
-    def select(self, unit: Unit, tokens: Tokens, gate: Gate) -> tuple[Tensor, tuple[int, ...] | None]:
-        """Positions of the active tokens in the flattened batch, and for attention how many each image has."""
+    def select(self, unit: Unit, tokens: Tokens, gate: Gate) -> tuple[Tensor, tuple[int, ...] | Tensor | None]:
+        """Positions of the active tokens in the flattened batch, and for attention how many each image has.
+
+        A traced graph, in which there are no such numbers yet, gets them as a tensor.
+        """
         mask = tokens.cover_prefix(gate.values) > 0.5
         if tokens.sources.present is not None and not unit.tokenwise:
             raise DyntuneError(
@@ -70,7 +106,9 @@ class Compact(Execution):
                 'tokens alone cannot see. Run with execution="masked", or in eval mode.'
             )
         # Only attention asks which token belongs to which image, and on a GPU the answer costs a synchronisation.
-        counts = None if unit.tokenwise else tuple(mask.sum(1).tolist())
+        counts: tuple[int, ...] | Tensor | None = None
+        if not unit.tokenwise:
+            counts = mask.sum(1) if torch.compiler.is_compiling() else tuple(mask.sum(1).tolist())
         return mask.flatten().nonzero().squeeze(1), counts
 
 
@@ -100,7 +138,10 @@ def run(
     for block in backbone.blocks:
         with torch.set_grad_enabled(torch.is_grad_enabled() and bypass is None):
             if backbone.gradient_checkpointing and backbone.training:
-                tokens, decided = checkpoint(_enter, block, tokens, policies, execution, use_reentrant=False)
+                # The tensor by itself: from it checkpoint learns of which device to keep the random state.
+                tokens, decided = checkpoint(
+                    _recomputed, tokens.x, block, tokens, policies, execution, use_reentrant=False
+                )
             else:
                 tokens, decided = _enter(block, tokens, policies, execution)
         decisions.extend(decided)
@@ -126,11 +167,17 @@ def _enter(
     return tokens, (*reduced, *decided)
 
 
+def _recomputed(
+    x: Tensor, block: Block, tokens: Tokens, policies: Sequence[TokenPolicy], execution: Execution
+) -> tuple[Tokens, tuple[Gate | Reduction, ...]]:
+    return _enter(block, tokens.with_x(x), policies, execution)
+
+
 def _step(
     unit: Unit, tokens: Tokens, policies: Sequence[TokenPolicy], execution: Execution
 ) -> tuple[Tokens, tuple[Gate | Reduction, ...]]:
     """One unit: gated as a whole, or for a block that is not, its two sub-layers in turn."""
-    policy = next((policy for policy in policies if policy.gates(unit)), None)
+    policy = None if tokens.only_read else next((policy for policy in policies if policy.gates(unit)), None)
     if policy is not None:
         tokens, gate = execution.gated(unit, tokens, policy)
         return tokens, (gate,)
@@ -143,6 +190,8 @@ def _step(
         projected = unit.attn.projected(tokens := unit.attn.prepare(tokens))
         tokens = tokens.with_projected(projected)
     tokens, decided = _step(unit.attn, tokens, policies, execution)
+    if tokens.only_read and beside is not None:
+        beside = beside[:, : tokens.prefix]
     tokens, beside, reduced = _reduce(unit.mlp, tokens, beside, policies, projected)
     tokens, mlp_decided = _step(unit.mlp, tokens, policies, execution)
     return (tokens if beside is None else tokens.with_x(tokens.x + beside)), (*decided, *reduced, *mlp_decided)

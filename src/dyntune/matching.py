@@ -47,9 +47,9 @@ class Matching:
     def moved(self) -> Tensor:
         """``(B, P)``, for each patch the number of the merged token that it has become part of."""
         kept = self.kept.shape[1]
-        order = torch.cat([self.kept, self.others.expand(len(self.kept), -1), self.sources], dim=1)
+        order = torch.cat([self.kept, self.others.expand(self.kept.shape[0], -1), self.sources], dim=1)
         count = kept + len(self.others)
-        stay = torch.arange(count, device=order.device).expand(len(order), -1)
+        stay = torch.arange(count, device=order.device).expand(order.shape[0], -1)
         return torch.empty_like(order).scatter_(1, order, torch.cat([stay, kept + self.partners], dim=1))
 
 

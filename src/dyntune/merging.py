@@ -16,8 +16,20 @@ log = logging.getLogger("dyntune")
 
 def merge(model: TunedModel) -> nn.Module:
     """Folds what can be folded; see ``TunedModel.merge``."""
+    if model.unmerged is None:
+        for spec, reason in fold(model).items():
+            log.warning("%s is not merged: %s.", spec, reason)
+    return _result(model)
+
+
+def fold(model: TunedModel) -> dict[str, str]:
+    """Folds what can be folded into the backbone's weights, in place.
+
+    Returns:
+        What has to stay, by its spec, with the reason; ``model.unmerged`` afterwards.
+    """
     if model.unmerged is not None:
-        return _result(model)
+        return model.unmerged
     backbone = model.backbone
     stays = backbone.fold()
     for module in list(backbone.modules()):
@@ -33,9 +45,7 @@ def merge(model: TunedModel) -> nn.Module:
                 del backbone.shared[part.name()]
         else:
             model.unmerged[format_spec(part)] = "which tokens a unit computes is decided anew for each image"
-    for spec, reason in model.unmerged.items():
-        log.warning("%s is not merged: %s.", spec, reason)
-    return _result(model)
+    return model.unmerged
 
 
 def _result(model: TunedModel) -> nn.Module:

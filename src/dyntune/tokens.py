@@ -64,24 +64,27 @@ class Tokens:
             computed.
         grid: rows and columns of patches in the image.
         keys: ``(B, N)`` with 1 for the tokens that may be attended to, 0 for the others; None means all.
-        counts: tokens of each image in the ragged layout; None where nothing asks which token is whose.
+        counts: tokens of each image in the ragged layout, as numbers or, in a traced graph, as a tensor ``(B,)``; None
+            where nothing asks which token is whose.
         prompts: how many of the prefix tokens, the last ones, a method has inserted.
         normed: what the next unit's norm makes of ``x``, of its shape, where that is known already.
         projected: queries, keys and values of the next attention, each ``(B, N, H, D)``, where known already.
         sources: which image patches the tokens behind the prefix stand for.
         key_bias: ``(B, P)``, added to the logits of every query for the keys of these tokens; None for nothing.
+        only_read: the patches are gone because nothing behind reads them; nobody decides about them any more.
     """
 
     x: Tensor
     prefix: int
     grid: tuple[int, int]
     keys: Tensor | None = None
-    counts: tuple[int, ...] | None = None
+    counts: tuple[int, ...] | Tensor | None = None
     prompts: int = 0
     normed: Tensor | None = None
     projected: tuple[Tensor, Tensor, Tensor] | None = None
     sources: Sources = EVERY_PATCH
     key_bias: Tensor | None = None
+    only_read: bool = False
 
     @property
     def patches(self) -> Tensor:
@@ -156,7 +159,12 @@ class Tokens:
         """The same tokens less the inserted prompts; dense layout only."""
         return self.with_prompts(self.x[:, :0]) if self.prompts else self
 
-    def take(self, index: Tensor, counts: tuple[int, ...] | None) -> Tokens:
+    def first(self, count: int) -> Tokens:
+        """The first ``count`` tokens of each image, prefix tokens all, for a head that reads no others; dense only."""
+        x = self.x[:, :count]
+        return Tokens(x, count, self.grid, sources=Sources(), only_read=True)
+
+    def take(self, index: Tensor, counts: tuple[int, ...] | Tensor | None) -> Tokens:
         """The tokens at ``index`` of the flattened batch, in the ragged layout: ``counts`` of them from each image."""
         normed = None if self.normed is None else self.normed.flatten(0, 1).index_select(0, index)
         x = self.x.flatten(0, 1).index_select(0, index)

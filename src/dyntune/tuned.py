@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from dyntune.assembly import install, settled
 from dyntune.backbones import wrap
@@ -15,21 +16,26 @@ from dyntune.backbones.source import BackboneSource, create_backbone, describe, 
 from dyntune.cost import trace
 from dyntune.data.transforms import Preprocessing
 from dyntune.errors import SpecError
-from dyntune.forward import Compact, Execution, Masked, run
+from dyntune.forward import Compact, Execution, Masked, Sampled, run
 from dyntune.methods.base import TuningMethod
 from dyntune.policies.base import Output
 from dyntune.registry import expand, resolve
 from dyntune.spec import Part, format_spec
 
+if TYPE_CHECKING:
+    from dyntune.rates import Calibration
+
 ExecutionName = Literal["masked", "compact"]
 _EXECUTIONS: dict[str, Execution] = {"masked": Masked(), "compact": Compact()}
+_TRAINING, _INFERENCE = Sampled(), _EXECUTIONS["compact"]
 
 
 class TunedModel(nn.Module):
     """A pretrained model with tuning methods and token policies installed; made by ``tune`` or ``load``.
 
-    In train mode every token is computed and multiplied by its gate, so that the gates learn; in eval mode skipped
-    tokens are not computed at all. Both give the same logits.
+    In train mode every token is computed and multiplied by its gate, so that the gates learn, unless a policy is told
+    to explore a share of the skipped ones only; in eval mode skipped tokens are not computed at all. All give the same
+    logits.
 
     Args:
         host: the pretrained model; it is adapted in place.
@@ -43,6 +49,7 @@ class TunedModel(nn.Module):
         dense_macs: MACs per image of the untouched backbone without its head.
         dense_block_macs: the share of each block in them.
         fingerprint: digest of the untouched backbone's weights without its head; None without weights (meta device).
+        calibration: thresholds for other activation rates, from ``dyntune.calibrate``; saved with the adapter.
         unmerged: after ``merge``, what could not be folded, by spec, with the reason; None before.
     """
 
@@ -60,6 +67,7 @@ class TunedModel(nn.Module):
         self.methods = tuple(part for part in expand(self.parts) if isinstance(part, TuningMethod))
         self.policies = install(self.backbone, self.parts)
         self._tuned = frozenset(name for name, p in self.backbone.named_parameters() if p.requires_grad)
+        self.calibration: Calibration | None = None
         self.unmerged: dict[str, str] | None = None
 
     @property
@@ -73,6 +81,21 @@ class TunedModel(nn.Module):
         rates = [p.target_rate(unit) for unit in self.backbone.all_units() for p in self.policies if p.gates(unit)]
         return sum(rates) / len(rates) if rates else 1.0
 
+    def set_rate(self, rate: float | None, data: Dataset[Any] | Tensor | None = None) -> None:
+        """Chooses the share of patches that gated units compute, without training: shifts the gates' thresholds.
+
+        Args:
+            rate: mean over the gated units, between 0 (no patch) and 1 (all); None for the trained thresholds.
+            data: images to calibrate on for this call: ``(N, 3, height, width)``, preprocessed, or a data set of
+                (image, label). Without it ``calibration`` is used; 0, 1 and None need neither.
+
+        Raises:
+            SpecError: the model has no learned gates, or is not calibrated for this rate.
+        """
+        from dyntune.rates import set_rate
+
+        set_rate(self, rate, data)
+
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(B, 3, height, width)`` to logits ``(B, classes)``."""
         return self.run(images).logits
@@ -85,10 +108,10 @@ class TunedModel(nn.Module):
         Args:
             images: ``(B, 3, height, width)``, preprocessed.
             complete: computes every token, ignoring the policies (DyT's "complete model").
-            execution: ``"masked"``, ``"compact"``, or an execution of your own; by default masked in train mode and
-                compact in eval mode.
+            execution: ``"masked"``, ``"compact"``, or an execution of your own; by default compact in eval mode, and
+                in train mode masked, with fewer tokens where a policy explores.
         """
-        how = execution or ("masked" if self.training else "compact")
+        how = execution or (_TRAINING if self.training else _INFERENCE)
         if not isinstance(how, Execution):
             if how not in _EXECUTIONS:
                 raise SpecError(f"execution must be one of {', '.join(_EXECUTIONS)}; given {how!r}.")

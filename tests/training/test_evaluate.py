@@ -73,7 +73,7 @@ def test_throughput_compares_runs_of_the_same_round(monkeypatch):
     images = torch.zeros(8, 3, 4, 4)
     models = {"one": takes(0.01), "four": takes(0.04)}
     speeds = measure_throughput(models, images, reference="one", rounds=9, seconds=0.08)
-    assert clock["calls"] > 80, "the machine has slowed down on the way"
+    assert clock["calls"] > 60, "the machine has slowed down on the way"
     assert speeds["one"].speedup == 1
     assert speeds["four"].speedup == pytest.approx(0.25)
     assert speeds["four"].speedup_low == pytest.approx(0.25) and speeds["four"].speedup_high == pytest.approx(0.25)

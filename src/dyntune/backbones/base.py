@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -90,7 +91,10 @@ class Unit(nn.Module, abc.ABC):
 
     def update(self, tokens: Tokens) -> Tensor:
         """The host's update as the modules behind it leave it; without the modules beside it."""
-        update = self.host_update(tokens)
+        return self.behind(self.host_update(tokens))
+
+    def behind(self, update: Tensor) -> Tensor:
+        """What the modules behind this unit make of the host's update."""
         for module in self.after.values():
             update = module(update)
         return update
@@ -149,6 +153,19 @@ class Attention(SubLayer):
         """Projections of the norm's output: ``(..., C)`` to queries, keys and values, each ``(..., H, D)``."""
 
     @abc.abstractmethod
+    def split_queries(self) -> None:
+        """Takes the queries' projection apart from that of keys and values, so that ``project_first`` saves it."""
+
+    @abc.abstractmethod
+    def project_first(self, normed: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``project``, with queries ``(B, count, H, D)`` of the first tokens alone; ``split_queries`` comes before.
+
+        Args:
+            normed: the norm's output, ``(B, N, C)``.
+            count: tokens that ask.
+        """
+
+    @abc.abstractmethod
     def combine(self, attended: Tensor) -> Tensor:
         """Output projection, LayerScale and drop path: ``(..., H * D)`` to the update ``(..., C)``."""
 
@@ -170,11 +187,37 @@ class Attention(SubLayer):
         return self.combine(attend(*self.projected(tokens), tokens, self.attention_dropout))
 
 
+MlpActivation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+"""GELU, its tanh form, and ``x sigmoid(1.702 x)``."""
+
+
+@dataclass(frozen=True)
+class MlpParts:
+    """An MLP as ``second(activation(first(norm(x))))``, in evaluation.
+
+    Args:
+        norm: with weight and bias.
+        first: ``C -> H``.
+        activation: of the hidden layer.
+        second: ``H -> C``.
+    """
+
+    norm: nn.LayerNorm
+    first: nn.Linear
+    activation: MlpActivation
+    second: nn.Linear
+
+
 class Mlp(SubLayer):
     """An MLP sub-layer: token-wise, from norm to drop path."""
 
     kind = "mlp"
     tokenwise = True
+
+    @property
+    def parts(self) -> MlpParts | None:
+        """The layers of which the host's update consists; None if it consists of others."""
+        return None
 
     @abc.abstractmethod
     def transform(self, normed: Tensor) -> Tensor:
@@ -278,6 +321,11 @@ class Backbone(nn.Module, abc.ABC):
 
     @property
     @abc.abstractmethod
+    def read_first(self) -> int | None:
+        """How many leading tokens the head reads, where it reads no others; None where it reads patches."""
+
+    @property
+    @abc.abstractmethod
     def class_token(self) -> bool:
         """Whether the first token of every image is a class token."""
 
@@ -305,6 +353,10 @@ class Backbone(nn.Module, abc.ABC):
     @abc.abstractmethod
     def gradient_checkpointing(self) -> bool:
         """Whether blocks are recomputed in the backward pass to save memory."""
+
+    @abc.abstractmethod
+    def switch_gradient_checkpointing(self, on: bool) -> None:
+        """Lets blocks be recomputed in the backward pass, or be remembered."""
 
     def units(self, where: Where) -> Iterator[Unit]:
         """The units that ``where`` names, from the first block to the last."""
@@ -346,6 +398,13 @@ class Backbone(nn.Module, abc.ABC):
         for site in self.sites():
             site.fold()
         return {}
+
+    @abc.abstractmethod
+    def fold_factors(self) -> None:
+        """Writes fixed factors on the host's updates, such as LayerScale, into the weights before them, for inference.
+
+        Call it after ``fold``.
+        """
 
     def begin_step(self, epoch: float | None = None) -> None:
         """Tells what the places have in common that a training step begins: its forward passes belong together.

@@ -77,6 +77,11 @@ class Site:
         return module.base if isinstance(module, Changed) else module
 
     @property
+    def plain(self) -> bool:
+        """Whether it is a linear map with nothing put on it."""
+        return type(getattr(self.owner, self.attribute)) is nn.Linear
+
+    @property
     def changes(self) -> dict[str, Change]:
         """The changes that are installed, by name."""
         module = getattr(self.owner, self.attribute)

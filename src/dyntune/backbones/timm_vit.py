@@ -4,14 +4,15 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+from timm.layers import GELU, GELUTanh, GluMlp, LayerScale, QuickGELU, SwiGLU
 from timm.layers import Attention as TimmAttention
-from timm.layers import GluMlp, SwiGLU
 from timm.layers import Mlp as TimmMlp
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from dyntune.backbones.base import Attention, Backbone, Block, Mlp
+from dyntune.backbones.base import Attention, Backbone, Block, Mlp, MlpActivation, MlpParts
 from dyntune.backbones.sites import Changed, Site, SiteKind
 from dyntune.errors import BackboneError
 from dyntune.tokens import Sources, Tokens
@@ -35,6 +36,30 @@ _BLOCK_SITES: tuple[tuple[SiteKind, str, str], ...] = (
 """Kind, module of timm's block, and attribute of each site."""
 
 
+class _QueriesApart(nn.Module):
+    """The fused projection to queries, keys and values as two linear maps."""
+
+    def __init__(self, qkv: nn.Linear) -> None:
+        super().__init__()
+        width = qkv.out_features // 3
+        biased = qkv.bias is not None
+        self.queries = nn.Linear(qkv.in_features, width, biased)
+        self.keys_values = nn.Linear(qkv.in_features, 2 * width, biased)
+        self.to(qkv.weight)
+        with torch.no_grad():
+            for own, whole in zip(self._tensors(), (qkv.weight, qkv.bias), strict=True):
+                if whole is not None:
+                    own[0].copy_(whole[:width])
+                    own[1].copy_(whole[width:])
+
+    def _tensors(self) -> tuple[tuple[Any, Any], ...]:
+        maps = (self.queries, self.keys_values)
+        return (maps[0].weight, maps[1].weight), (maps[0].bias, maps[1].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.queries(x), self.keys_values(x)], dim=-1)
+
+
 class _HostedAttention(Attention):
     host: Any
 
@@ -54,6 +79,15 @@ class _HostedAttention(Attention):
         attn = self.host.attn
         qkv = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, attn.head_dim))
         q, k, v = qkv.unbind(-3)
+        return attn.q_norm(q), attn.k_norm(k), v
+
+    def split_queries(self) -> None:
+        self.host.attn.qkv = _QueriesApart(self.host.attn.qkv)
+
+    def project_first(self, normed: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        attn = self.host.attn
+        q = attn.qkv.queries(normed[:, :count]).unflatten(-1, (attn.num_heads, attn.head_dim))
+        k, v = attn.qkv.keys_values(normed).unflatten(-1, (2, attn.num_heads, attn.head_dim)).unbind(-3)
         return attn.q_norm(q), attn.k_norm(k), v
 
     def combine(self, attended: Tensor) -> Tensor:
@@ -83,9 +117,28 @@ class _HostedMlp(Mlp):
     def drop_path_rate(self) -> float:
         return float(getattr(self.host.drop_path2, "drop_prob", 0.0))
 
+    @property
+    def parts(self) -> MlpParts | None:
+        host, mlp = self.host, self.host.mlp
+        if type(mlp) is not TimmMlp or not isinstance(host.ls2, nn.Identity) or not isinstance(mlp.norm, nn.Identity):
+            return None
+        activation = _activation(mlp.act)
+        linear = type(mlp.fc1) is nn.Linear and type(mlp.fc2) is nn.Linear
+        if not linear or activation is None or not isinstance(host.norm2, nn.LayerNorm):
+            return None
+        return MlpParts(host.norm2, mlp.fc1, activation, mlp.fc2)
+
     def transform(self, normed: Tensor) -> Tensor:
         host = self.host
         return host.drop_path2(host.ls2(host.mlp(normed)))
+
+
+def _activation(module: nn.Module) -> MlpActivation | None:
+    """The name of an MLP's activation, if it has one."""
+    if isinstance(module, nn.GELU):
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    names: dict[type[nn.Module], MlpActivation] = {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
+    return names.get(type(module))
 
 
 class TimmViT(Backbone):
@@ -162,6 +215,26 @@ class TimmViT(Backbone):
         return not self.host.global_pool
 
     @property
+    def read_first(self) -> int | None:
+        host = self.host
+        if not self.class_token or host.global_pool != "token" or host.attn_pool is not None:
+            return None
+        if type(host).forward_head is VisionTransformerDistilled.forward_head:
+            return 2
+        return 1 if type(host).forward_head is VisionTransformer.forward_head else None
+
+    def fold_factors(self) -> None:
+        for block in self.host.blocks:
+            for scale, linear in (("ls1", block.attn.proj), ("ls2", block.mlp.fc2)):
+                layer_scale = getattr(block, scale)
+                if isinstance(layer_scale, LayerScale) and type(linear) is nn.Linear:
+                    with torch.no_grad():
+                        linear.weight.mul_(layer_scale.gamma.unsqueeze(1))
+                        if linear.bias is not None:
+                            linear.bias.mul_(layer_scale.gamma)
+                    setattr(block, scale, nn.Identity())
+
+    @property
     def class_token(self) -> bool:
         return self.host.cls_token is not None
 
@@ -199,6 +272,9 @@ class TimmViT(Backbone):
     @property
     def gradient_checkpointing(self) -> bool:
         return self.host.grad_checkpointing and torch.is_grad_enabled()
+
+    def switch_gradient_checkpointing(self, on: bool) -> None:
+        self.host.set_grad_checkpointing(on)
 
 
 def _refusal(host: nn.Module) -> str | None:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.checkpoint import load
-from dyntune.data.base import DataSplits
+from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.errors import DataError, TrainingError
 from dyntune.tuned import TunedModel
 
@@ -37,9 +37,19 @@ TokensOption = Annotated[str | None, typer.Option(help="Token policy on top, wri
 TopTokensOption = Annotated[
     str | None, typer.Option("--tokens", help="Token policy without parameters to put on the run, such as tome:r=8.")
 ]
+RateOption = Annotated[
+    float | None,
+    typer.Option(
+        "--rate", min=0, max=1, help="Share of patches to compute, instead of what the run was trained towards."
+    ),
+]
 TeacherOption = Annotated[
     Path | None,
     typer.Option(help="Run of a dense model on the same data, for policies that learn from one (dynamicvit)."),
+]
+GradCheckpointingOption = Annotated[
+    bool,
+    typer.Option("--grad-checkpointing", help="Recompute blocks in the backward pass: less memory, more time."),
 ]
 BackboneLrOption = Annotated[
     float, typer.Option(help="Factor on --lr for the backbone's own tensors, where a method trains them.")
@@ -58,6 +68,11 @@ err = Console(stderr=True)
 def parts(method: str, tokens: str | None) -> list[str]:
     """The parts that ``--method`` and ``--tokens`` give, in the order in which they are installed."""
     return [method] if tokens is None else [method, tokens]
+
+
+def calibration_images(data: DataSplits) -> LabelledImages:
+    """The images that gates are calibrated on: validation images, or training images where there are none."""
+    return data.train if data.val is None else data.val
 
 
 def report_skipped(data: DataSplits) -> None:

@@ -12,6 +12,7 @@ from dyntune.commands.common import (
     DataArgument,
     DeviceOption,
     JsonOption,
+    RateOption,
     RunArgument,
     TopTokensOption,
     WeightsOption,
@@ -40,6 +41,7 @@ def command(
         float, typer.Option(help="As given to train, where val is split off the training images.")
     ] = 0.2,
     tokens: TopTokensOption = None,
+    rate: RateOption = None,
     weights: WeightsOption = None,
     batch_size: BatchOption = 64,
     workers: WorkersOption = 0,
@@ -51,6 +53,7 @@ def command(
 ) -> None:
     """Accuracy, activation rate per block, MACs really executed, and images per second beside the dense backbone."""
     model = load(run, weights=weights, device=pick_device(device), tokens=tokens)
+    model.set_rate(rate)
     splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(splits)
     require_classes(model, splits)

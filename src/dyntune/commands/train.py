@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
 from accelerate import PartialState
 
+from dyntune.checkpoint import read_config, write_calibration
 from dyntune.commands.common import (
     DEFAULT_MODEL,
     BackboneLrOption,
     DataArgument,
+    GradCheckpointingOption,
     JsonOption,
     MethodOption,
     ModelOption,
     TeacherOption,
     TokensOption,
     WeightsOption,
+    calibration_images,
+    err,
     kilobytes,
     load_teacher,
     out,
@@ -28,19 +33,24 @@ from dyntune.commands.common import (
 )
 from dyntune.cost import cost
 from dyntune.data import load_data
-from dyntune.errors import DataError
+from dyntune.data.base import DataSplits
+from dyntune.errors import DataError, SpecError
+from dyntune.rates import Calibration, calibrate, dispatchers
+from dyntune.registry import resolve
+from dyntune.spec import Part
 from dyntune.training.inputs import Interpolation, Normalisation, prepared_as
 from dyntune.training.progress import ProgressBar
 from dyntune.training.schedule import Schedule
 from dyntune.training.settings import Device, Optimizer, Precision, Select, TrainSettings
 from dyntune.training.trainer import fit
-from dyntune.tuned import build_tuned
+from dyntune.tuned import TunedModel, build_tuned
 
 EXAMPLES = (
     "dyntune train digits --method dyt:rate=0.5,scale=1 --out runs/digits",
     "dyntune train folder:flowers --model vit_base_patch16_224.orig_in21k --method dyt:rate=0.5 --out runs/flowers",
     "dyntune train folder:flowers --model vit_base_patch16_224.orig_in21k --weights ViT-B_16.npz "
     "--method adaptformer --tokens dispatch:rate=0.7 --out runs/flowers --resume",
+    "dyntune train digits --method dyt:scale=1 --rate 0.3..0.9 --out runs/elastic",
 )
 _DEFAULTS = TrainSettings()
 
@@ -52,6 +62,10 @@ def command(
     weights: WeightsOption = None,
     method: MethodOption = "dyt",
     tokens: TokensOption = None,
+    rate: Annotated[
+        str | None,
+        typer.Option(help="Share of patches to train the gates towards, or a range, 0.3..0.9, for all of its rates."),
+    ] = None,
     teacher: TeacherOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, or start it.")] = False,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = _DEFAULTS.epochs,
@@ -82,6 +96,7 @@ def command(
     accumulate: Annotated[int, typer.Option(min=1, help="Steps whose gradients are added up.")] = 1,
     clip_norm: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
     precision: Annotated[Precision, typer.Option(help="Of the forward and backward pass.")] = "fp32",
+    grad_checkpointing: GradCheckpointingOption = False,
     device: Annotated[Device, typer.Option(help="auto takes an accelerator if there is one.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Decides the order of images and every random number.")] = 0,
@@ -122,6 +137,7 @@ def command(
         accumulate=accumulate,
         clip_norm=clip_norm,
         precision=precision,
+        gradient_checkpointing=grad_checkpointing,
         device=device,
         workers=workers,
         seed=seed,
@@ -136,7 +152,8 @@ def command(
     taught_by = load_teacher(teacher, splits)
     torch.manual_seed(seed)
     arguments = {"drop_path_rate": drop_path, **({} if img_size is None else {"img_size": img_size})}
-    tuned = build_tuned(model, *parts(method, tokens), classes=splits.classes, weights=weights, **arguments)
+    given = with_rate(parts(method, tokens), rate)
+    tuned = build_tuned(model, *given, classes=splits.classes, weights=weights, **arguments)
     tuned.preprocessing = prepared_as(tuned.preprocessing, normalisation, interpolation)
     bar = ProgressBar(tuned.spec)
     result = fit(
@@ -144,6 +161,7 @@ def command(
     )
     if not PartialState().is_main_process:
         return
+    calibration = _calibrated(tuned, run, splits)
     figures = cost(tuned)
     if json:
         print_json(
@@ -152,6 +170,7 @@ def command(
                 "best_epoch": result.best_epoch,
                 "accuracy": result.best_accuracy,
                 "skipped": len(splits.skipped),
+                "calibrated_rates": calibration and calibration.rates,
                 **figures.to_dict(),
             }
         )
@@ -162,4 +181,47 @@ def command(
         else f", {result.best_accuracy:.1%} on {select if select != 'last' else 'val'}"
     )
     out.print(f"saved epoch {result.best_epoch}{score} to {run} ({kilobytes(figures.adapter_bytes)})", highlight=False)
+    if calibration is not None:
+        out.print(
+            f"calibrated on {calibration.images} images: eval, predict and visualize take --rate, "
+            f"{calibration.rates[0]:g} to {calibration.rates[-1]:g}",
+            highlight=False,
+        )
     out.print(f"next: dyntune eval {run} {data}", highlight=False)
+
+
+def with_rate(specs: list[str], rate: str | None) -> tuple[Part, ...]:
+    """The parts with ``--rate``, one share of patches or a range, put into the one that has gates.
+
+    Raises:
+        SpecError: ``rate`` is neither, or not exactly one part has a rate.
+    """
+    given = resolve(specs)
+    if rate is None:
+        return given
+    low, dots, high = rate.partition("..")
+    try:
+        value: Any = (float(low), float(high)) if dots else float(low)
+    except ValueError:
+        raise SpecError(f"--rate {rate!r}: expected a share of the patches, 0.5, or a range, 0.3..0.9.") from None
+    gated = [part for part in given if any(field.name == "rate" for field in fields(part))]
+    if len(gated) != 1:
+        raise SpecError(
+            f"--rate {rate} needs one part with a rate; {'+'.join(specs)} has "
+            f"{' and '.join(part.name() for part in gated) or 'none'}. Give dyt or dispatch, once."
+        )
+    return tuple(replace(part, **{"rate": value}) if part is gated[0] else part for part in given)
+
+
+def _calibrated(model: TunedModel, run: Path, splits: DataSplits) -> Calibration | None:
+    """Calibrates the gates of a finished run for other rates, unless that is done already; None without gates."""
+    if not dispatchers(model.backbone):
+        return None
+    saved = read_config(run).get("calibration")
+    if saved is not None:
+        return Calibration.from_dict(saved)
+    images = calibration_images(splits)
+    with err.status("calibrating the gates for other rates"):
+        calibration = calibrate(model, images)
+    write_calibration(run, calibration)
+    return calibration

@@ -13,6 +13,7 @@ from dyntune.checkpoint import load
 from dyntune.commands.common import (
     DeviceOption,
     ImagesArgument,
+    RateOption,
     RunArgument,
     TopTokensOption,
     WeightsOption,
@@ -32,6 +33,7 @@ def command(
     images: ImagesArgument,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")],
     tokens: TopTokensOption = None,
+    rate: RateOption = None,
     weights: WeightsOption = None,
     per_figure: Annotated[int, typer.Option(min=1, help="Images in one picture.")] = 6,
     suffix: Annotated[str, typer.Option("--format", help="png, svg or pdf.")] = "png",
@@ -40,6 +42,7 @@ def command(
     """Draw over the images which tokens each block computes, merges or drops, and the activation rate per block."""
     paths = expand_images(images)
     model = load(run, weights=weights, device=pick_device(device), tokens=tokens)
+    model.set_rate(rate)
     if not model.policies:
         raise DyntuneError(
             f"{model.spec} in {run} has no token policy: every token is computed, so there is nothing to show."

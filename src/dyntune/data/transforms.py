@@ -6,7 +6,9 @@ from typing import Any, Literal, Self
 
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 
+from dyntune.data.base import LabelledImages
 from dyntune.errors import DataError, unknown_name
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -134,3 +136,10 @@ def build_transform(
         ]
     )
     return plain
+
+
+def prepared(dataset: Dataset[Any], preprocessing: Preprocessing) -> Dataset[Any]:
+    """Labelled PIL images with the preprocessing put on; any other data set as it is."""
+    if isinstance(dataset, LabelledImages) and dataset.transform is None:
+        return dataset.with_transform(build_transform(preprocessing))
+    return dataset

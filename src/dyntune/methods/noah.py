@@ -157,7 +157,7 @@ class ElasticPrompts(nn.Module):
             return tokens.with_x(tokens.x + own.sum()) if self.training else tokens
         there = tokens.x[:, tokens.prefix - tokens.prompts : tokens.prefix]
         left = there[:, : tokens.prompts - (sizes[self.block - 1] if self.block else 0)]
-        fresh = self.dropout(own.expand(len(left), -1, -1))
+        fresh = self.dropout(own.expand(left.shape[0], -1, -1))
         return tokens.with_prompts(torch.cat([left, fresh.to(left.dtype)], dim=1))
 
 

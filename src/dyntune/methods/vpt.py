@@ -30,7 +30,7 @@ class Prompts(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tokens:
         """The tokens with the prompts behind the host's own prefix tokens."""
-        return tokens.with_prompts(self.dropout(self.prompts.expand(len(tokens.x), -1, -1)))
+        return tokens.with_prompts(self.dropout(self.prompts.expand(tokens.x.shape[0], -1, -1)))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class Gate:
         policy: who decided.
         logits: ``(B, P)``, what the decision was made from before noise, where a policy has that.
         sources: which image patches the P tokens stand for.
+        target: share of active patches that this pass is trained towards, where it changes from step to step.
     """
 
     unit: str
@@ -32,6 +33,7 @@ class Gate:
     policy: TokenPolicy
     logits: Tensor | None = None
     sources: Sources = EVERY_PATCH
+    target: float | None = None
 
     @property
     def there(self) -> Tensor:
@@ -81,6 +83,41 @@ class Output:
     grid: tuple[int, int]
     reductions: tuple[Reduction, ...] = ()
     tokens: Tokens | None = None
+
+
+@dataclass(frozen=True)
+class CompletePass:
+    """What training asks of DyT's "complete model": a second pass with the same weights that computes every token.
+
+    With ``every`` and ``share`` below their full values, the expectation of the loss stays what it is.
+
+    Args:
+        weight: coefficient of the complete model's own loss. At 0 it is a teacher only and runs without a graph.
+        distill: coefficient of the distillation from it.
+        every: it runs in every such step, its terms then multiplied by this number.
+        share: of the images of a batch, the first ones, that it runs on; its terms are means over those.
+    """
+
+    weight: float = 0.0
+    distill: float = 0.0
+    every: int = 1
+    share: float = 1.0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it has any term."""
+        return bool(self.weight or self.distill)
+
+    def joined(self, other: CompletePass) -> CompletePass:
+        """One pass that gives both what they ask for: they are about the model, so the larger demand counts, once."""
+        if not (self.wanted and other.wanted):
+            return self if self.wanted else other
+        return CompletePass(
+            max(self.weight, other.weight),
+            max(self.distill, other.distill),
+            min(self.every, other.every),
+            max(self.share, other.share),
+        )
 
 
 class Trial(Protocol):
@@ -139,6 +176,17 @@ class TokenPolicy(Part):
         """Which patches a gated ``unit`` computes, with ``tokens.sources``. Skipped tokens get no update."""
         raise NotImplementedError
 
+    def linear_gate(self, unit: Unit) -> nn.Linear | None:
+        """The linear map from a token of a gated ``unit`` to one number, where nothing else enters the decision.
+
+        Fast inference computes it together with other maps of the token and asks ``gate_from`` instead of ``gate``.
+        """
+        return None
+
+    def gate_from(self, unit: Unit, tokens: Tokens, values: Tensor) -> Gate:
+        """As ``gate``, from what ``linear_gate`` makes of the patches, ``(B, P)``."""
+        raise NotImplementedError
+
     def target_rate(self, unit: Unit) -> float:
         """Share of patches that a gated ``unit`` is meant to compute; what is counted when no images are given."""
         raise NotImplementedError
@@ -172,12 +220,16 @@ class TokenPolicy(Part):
         """
         raise NotImplementedError
 
-    def complete_weights(self) -> tuple[float, float]:
-        """Coefficients of the complete model's own loss and of the distillation from it.
+    def explored(self, unit: Unit) -> float | None:
+        """Share of the patches that a gated ``unit`` skips which training computes all the same, to teach the gate.
 
-        Both are about the model, not about a policy: of several policies the largest coefficients count, once.
+        Above 0 and at most 1; None computes every patch and multiplies by the gate.
         """
-        return 0.0, 0.0
+        return None
+
+    def complete_pass(self) -> CompletePass:
+        """What this policy asks of the complete model while training."""
+        return CompletePass()
 
     def distills(self) -> bool:
         """Whether this policy's loss has terms that need a teacher."""

@@ -119,7 +119,7 @@ class Halving(Reducer):
             with _full_precision(device):
                 return staying + links.to(going.dtype).mT @ going
 
-        number = torch.arange(len(others), device=device).expand(len(scores), -1)
+        number = torch.arange(len(others), device=device).expand(scores.shape[0], -1)
         into = torch.cat([partner.masked_fill(found == 0, -1).squeeze(-1), number], dim=1)
         moved = into.index_select(1, torch.cat([first, others]).argsort())
         sizes = total(torch.ones_like(keys[..., :1]))

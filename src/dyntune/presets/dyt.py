@@ -19,7 +19,8 @@ class DyT(Preset):
     ``z + M * mlp(norm2(z)) + A(z)``.
 
     Args:
-        rate: target share of active patches, between 0 and 1.
+        rate: target share of active patches, between 0 and 1; or a range, 0.3/0.9, from which every training step draws
+            its own.
         dispatch: the units that are gated and get an adapter. The paper calls them MLP, Attention, Attention-MLP,
             Layer.
         bottleneck: channels of the adapter's hidden layer.
@@ -34,11 +35,15 @@ class DyT(Preset):
         complete_weight: coefficient of the complete-model loss.
         distill_weight: coefficient of the distillation loss.
         gate_bias: logit that all gates start at; 0 as published, above 0 they start open.
+        explore: share of the skipped patches that training computes at random to teach their gates; none, as published,
+            computes all (see dispatch).
+        complete_every: steps per pass of the complete model, whose loss terms then count so many times.
+        complete_share: share of each batch that the complete model runs on.
     """
 
     source: ClassVar[str] = "Zhao et al., NeurIPS 2024, arXiv 2403.11808"
 
-    rate: float = 0.5
+    rate: float | tuple[float, float] = 0.5
     dispatch: Where = "mlp"
     bottleneck: int = 8
     scale: float | Literal["learnable"] = 0.1
@@ -51,6 +56,9 @@ class DyT(Preset):
     complete_weight: float = 1.0
     distill_weight: float = 1.0
     gate_bias: float = 0.0
+    explore: float | None = None
+    complete_every: int = 1
+    complete_share: float = 1.0
 
     def check(self) -> None:
         self.require(self.experts >= 1, "at least 1 expert")
@@ -77,5 +85,8 @@ class DyT(Preset):
             complete_weight=self.complete_weight,
             distill_weight=self.distill_weight,
             bias=self.gate_bias,
+            explore=self.explore,
+            complete_every=self.complete_every,
+            complete_share=self.complete_share,
         )
         return method, dispatch

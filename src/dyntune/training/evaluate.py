@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dyntune.cost import MacCounter, head_macs
-from dyntune.data.base import LabelledImages
-from dyntune.data.transforms import build_transform
+from dyntune.data.transforms import prepared
 from dyntune.errors import DataError
 from dyntune.tuned import ExecutionName, TunedModel
 
@@ -49,9 +48,7 @@ class Evaluation:
 
 def as_tensors(dataset: Dataset[Any], model: TunedModel) -> Dataset[Any]:
     """Labelled PIL images with the model's preprocessing put on; any other data set as it is."""
-    if isinstance(dataset, LabelledImages) and dataset.transform is None:
-        return dataset.with_transform(build_transform(model.preprocessing))
-    return dataset
+    return prepared(dataset, model.preprocessing)
 
 
 @torch.no_grad()

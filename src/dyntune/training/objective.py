@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +15,7 @@ from dyntune.backbones import wrap
 from dyntune.backbones.base import Backbone
 from dyntune.forward import Masked, run
 from dyntune.losses import distillation_loss
-from dyntune.policies.base import Output
+from dyntune.policies.base import CompletePass, Output
 from dyntune.tuned import TunedModel
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -43,12 +45,13 @@ def training_loss(
     *,
     teacher: nn.Module | None = None,
     epoch: float | None = None,
+    step: int | None = None,
 ) -> Loss:
     """The loss that ``fit`` minimises, for training loops of your own.
 
     For ``dyt`` it is ``CE(dispatched, y) + 2 (mean gate - rate)^2 + CE(complete, y) + KL(complete || dispatched)``,
     each coefficient an option of the part; the complete model is a second forward pass with the same weights (DyT,
-    equation 8).
+    equation 8). ``docs/training_speed.md`` tells what its cost may be lowered with.
 
     Args:
         model: in train mode.
@@ -58,6 +61,8 @@ def training_loss(
         teacher: a frozen model of the same task, tuned or a plain backbone, for policies that learn from one
             (DynamicViT); their terms are left out without it.
         epoch: epochs done, with the fraction of the running one, for what follows a schedule (EViT's keep rate).
+        step: number of the step in the whole training, from 0, for a complete model that does not run in every step;
+            without it, it does. Processes that train together must give the same number.
     """
     model.backbone.begin_step(epoch)
     output = model.run(images)
@@ -73,15 +78,17 @@ def training_loss(
     for policy in model.policies:
         for name, term in policy.loss_terms(output, taught).items():
             add(name, term)
-    weights = [policy.complete_weights() for policy in model.policies]
-    complete_weight = max((own for own, _ in weights), default=0.0)
-    distill_weight = max((distill for _, distill in weights), default=0.0)
-    if complete_weight or distill_weight:
-        complete = model.run(images, complete=True).logits
-        if complete_weight:
-            add("complete", complete_weight * criterion(complete, targets))
-        if distill_weight:
-            add("distill", distill_weight * distillation_loss(output.logits, complete))
+    asked = functools.reduce(CompletePass.joined, (policy.complete_pass() for policy in model.policies), CompletePass())
+    if asked.wanted and (step is None or step % asked.every == 0):
+        factor = 1 if step is None else asked.every
+        count = math.ceil(len(images) * asked.share)
+        # A distillation lets no gradient into its teacher: without a loss of its own it needs no graph.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and asked.weight > 0):
+            complete = model.run(images[:count], complete=True).logits
+        if asked.weight:
+            add("complete", factor * asked.weight * criterion(complete, targets[:count]))
+        if asked.distill:
+            add("distill", factor * asked.distill * distillation_loss(output.logits[:count], complete))
     return Loss(sum(terms.values(), start=terms["task"].new_zeros(())), terms, output)
 
 

@@ -42,6 +42,8 @@ class TrainSettings:
         accumulate: steps whose gradients are added before the weights change.
         clip_norm: largest norm of the gradient, None for no limit.
         precision: of the forward and backward pass; weights stay as they are.
+        gradient_checkpointing: recomputes each block in the backward pass, which takes time and saves memory; the
+            weights come to the same. Without it the backbone's own switch stays as it is.
         device: ``auto`` takes an accelerator if there is one.
         workers: processes that read images; 0 reads in the training process.
         seed: decides the order of images and every random number.
@@ -71,6 +73,7 @@ class TrainSettings:
     accumulate: int = 1
     clip_norm: float | None = None
     precision: Precision = "fp32"
+    gradient_checkpointing: bool = False
     device: Device = "auto"
     workers: int = 0
     seed: int = 0
@@ -141,6 +144,6 @@ class TrainSettings:
         """
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         other = defaults | other
-        free = {"workers", "device", "log_every"}
+        free = {"workers", "device", "log_every", "gradient_checkpointing"}
         mine = dataclasses.asdict(self)
         return [f"{k} was {other[k]}, is {mine[k]}" for k in mine if k not in free and mine[k] != other[k]]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -112,8 +113,8 @@ class _Step(nn.Module):
         # Not registered: it is not trained, keeps its mode, and no wrapper shall wait for its gradients.
         object.__setattr__(self, "teacher", teacher)
 
-    def forward(self, images: Tensor, targets: Tensor, epoch: float) -> dict[str, Any]:
-        loss = training_loss(self.model, images, targets, self.criterion, teacher=self.teacher, epoch=epoch)
+    def forward(self, images: Tensor, targets: Tensor, epoch: float, step: int) -> dict[str, Any]:
+        loss = training_loss(self.model, images, targets, self.criterion, teacher=self.teacher, epoch=epoch, step=step)
         return {
             "total": loss.total,
             "terms": {name: term.detach() for name, term in loss.terms.items()},
@@ -188,7 +189,10 @@ class _Run:
         self.identity = run_identity(model, settings, train_set, world, teacher)
 
     def train(self, resume: bool) -> FitResult:
-        with caller_randomness_kept():
+        # Thresholds that were shifted, and the shifts, belong to the weights that training leaves behind.
+        self.model.set_rate(None)
+        self.model.calibration = None
+        with caller_randomness_kept(), self._checkpointing():
             epoch, step = self._begin(resume)
             self.started = time.perf_counter() - self.seconds
             log = RunLog(self.out, epoch * self.steps_per_epoch + step) if self.out and self._main else None
@@ -210,6 +214,17 @@ class _Run:
             steps=self.settings.epochs * self.steps_per_epoch,
             seconds=self.seconds,
         )
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Gradient checkpointing where the settings ask for it; afterwards the backbone's switch is as it was."""
+        backbone = self.model.backbone
+        before = backbone.gradient_checkpointing
+        backbone.switch_gradient_checkpointing(before or self.settings.gradient_checkpointing)
+        try:
+            yield
+        finally:
+            backbone.switch_gradient_checkpointing(before)
 
     @property
     def _main(self) -> bool:
@@ -262,6 +277,7 @@ class _Run:
         )  # stopped between the last step and its evaluation
         for step, (images, targets) in enumerate(batches, start=first):
             seed_all(settings.seed, epoch, 0, step, accelerator.process_index)
+            steps = epoch * self.steps_per_epoch + step
             done = epoch + step / self.steps_per_epoch
             lr = settings.learning_rate(done)
             set_learning_rate(self.optimizer, lr)
@@ -269,7 +285,7 @@ class _Run:
             if self.mixup:
                 images, targets = mixed(self.mixup, images, labels)
             with accelerator.accumulate(self.step_module):
-                result = self.step_module(images, targets, done)
+                result = self.step_module(images, targets, done, steps)
                 self._require_finite(result, epoch, step, lr)
                 accelerator.backward(result["total"] * self._window_share(step))
                 if accelerator.sync_gradients and settings.clip_norm is not None:
@@ -285,9 +301,8 @@ class _Run:
             }
             began = time.perf_counter()
             self.progress.step(figures)
-            steps = epoch * self.steps_per_epoch + step + 1
-            if log and steps % settings.log_every == 0:
-                log.write("train", steps, {"epoch": epoch + 1, "lr": lr, **figures})
+            if log and (steps + 1) % settings.log_every == 0:
+                log.write("train", steps + 1, {"epoch": epoch + 1, "lr": lr, **figures})
             # Only between two updates: gradients that wait for an update are not part of the state.
             if accelerator.sync_gradients and self._agreed(stop.is_set()):
                 self._require_finite_weights(epoch)

@@ -1,0 +1,88 @@
+"""``dyntune calibrate``: thresholds with which a trained run computes any share of the patches that is asked for."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from dyntune.checkpoint import load, write_calibration
+from dyntune.commands.common import (
+    BatchOption,
+    DataArgument,
+    DeviceOption,
+    JsonOption,
+    RunArgument,
+    WeightsOption,
+    calibration_images,
+    err,
+    millions,
+    pick_device,
+    print_json,
+    print_table,
+    report_skipped,
+)
+from dyntune.cost import cost
+from dyntune.data import load_data
+from dyntune.errors import SpecError
+from dyntune.rates import IMAGES, RATES, calibrate
+from dyntune.spec import format_value
+
+EXAMPLES = (
+    "dyntune calibrate runs/digits digits",
+    "dyntune calibrate runs/flowers folder:new-photos --rates 0.2/0.3/0.4 --images 500",
+)
+
+
+def command(
+    run: RunArgument,
+    data: DataArgument,
+    rates: Annotated[str, typer.Option(help="Shares of patches; those between are interpolated.")] = format_value(
+        RATES
+    ),
+    images: Annotated[int, typer.Option(min=1, help="Images to use.")] = IMAGES,
+    val_fraction: Annotated[
+        float, typer.Option(help="As given to train, where val is split off the training images.")
+    ] = 0.2,
+    weights: WeightsOption = None,
+    batch_size: BatchOption = 32,
+    device: DeviceOption = "auto",
+    on_corrupt: Annotated[
+        Literal["error", "skip"], typer.Option(help="What to do with images that cannot be read.")
+    ] = "error",
+    json: JsonOption = False,
+) -> None:
+    """Calibrate a run on validation images, or training images, for --rate of eval, predict and visualize.
+
+    No label is used. train does this at its end; do it again where the images have changed.
+    """
+    try:
+        asked = tuple(float(rate) for rate in rates.split("/"))
+    except ValueError:
+        raise SpecError(f"--rates {rates!r}: expected shares of the patches, written 0.3/0.5/0.7.") from None
+    model = load(run, weights=weights, device=pick_device(device))
+    splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
+    report_skipped(splits)
+    with err.status("calibrating"):
+        calibration = calibrate(model, calibration_images(splits), asked, images=images, batch_size=batch_size)
+    write_calibration(run, calibration)
+    model.calibration = calibration
+    rows = []
+    for rate in calibration.rates:
+        model.set_rate(rate)
+        rows.append({"rate": rate, "activation": calibration.activation(rate), "macs": cost(model).macs})
+    if json:
+        print_json({"run": str(run), "images": calibration.images, "dense_macs": model.dense_macs, "rates": rows})
+        return
+    print_table(
+        f"{model.spec} in {run}, calibrated on {calibration.images} images",
+        ("rate", "active patches", "MACs per image"),
+        [
+            (
+                f"{row['rate']:g}",
+                f"{row['activation']:.1%}",
+                f"{millions(row['macs'])} ({row['macs'] / model.dense_macs:.1%} of dense)",
+            )
+            for row in rows
+        ],
+    )

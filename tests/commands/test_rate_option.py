@@ -1,0 +1,132 @@
+"""``--rate`` of ``dyntune train``, ``eval``, ``predict`` and ``visualize``, and ``dyntune calibrate``."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dyntune
+from dyntune.backbones.builtin import BUILTIN_BACKBONE
+from dyntune.checkpoint import CONFIG
+from dyntune.cli import app
+from dyntune.commands.train import with_rate
+from dyntune.errors import SpecError
+from dyntune.registry import resolve
+from dyntune.tuned import build_tuned
+
+CLASSES = ("blue", "green", "red")
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def report(*arguments):
+    done = invoke(*arguments, "--device", "cpu", "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """An adapter whose gates are random, not calibrated."""
+    torch.manual_seed(0)
+    model = build_tuned(BUILTIN_BACKBONE, "dyt", classes=CLASSES)
+    for name, parameter in model.named_parameters():
+        if "dispatcher" in name or "up_proj" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model.save(tmp_path / "run")
+
+
+def test_a_run_is_calibrated_and_then_computes_what_it_is_asked_for(run, photos, tmp_path):
+    done = invoke("eval", run, photos, "--rate", "0.3", "--device", "cpu")
+    assert isinstance(done.exception, SpecError) and "dyntune calibrate RUN DATA" in str(done.exception)
+
+    table = report("calibrate", run, photos, "--rates", "0.3/0.6", "--images", 9, "--batch-size", 4)
+    assert table["images"] == 9
+    assert [row["rate"] for row in table["rates"]] == [0.3, 0.6]
+    assert [row["activation"] for row in table["rates"]] == pytest.approx([0.3, 0.6], abs=0.02)
+    assert table["rates"][0]["macs"] < table["rates"][1]["macs"] < table["dense_macs"]
+    assert json.loads((run / CONFIG).read_text())["calibration"]["rates"] == [0.3, 0.6]
+
+    evaluated = [report("eval", run, photos, "--rate", rate) for rate in (0.3, 0.6)]
+    assert [row["activation"] for row in evaluated] == pytest.approx([0.3, 0.6], abs=0.04)
+    assert evaluated[0]["macs"] < evaluated[1]["macs"]
+
+    red = photos / "test" / "red"
+    predicted = [report("predict", run, red, *more)["predictions"] for more in ((), ("--rate", 0), ("--rate", 1))]
+    assert predicted[0] != predicted[1] != predicted[2]
+    done = invoke("visualize", run, red, "--out", tmp_path / "out", "--rate", 0.5, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    done = invoke("predict", run, red, "--rate", 0.9, "--device", "cpu")
+    assert "between 0.3 and 0.6" in str(done.exception)
+
+
+def test_train_takes_a_range_and_calibrates(photos, tmp_path):
+    command = ("train", photos, "--method", "dyt:scale=1", "--rate", "0.3..0.9", "--out", tmp_path / "run")
+    command += ("--epochs", 1, "--batch-size", 12)
+    trained = report(*command)
+    assert trained["method"] == "dyt:rate=0.3/0.9,scale=1"
+    assert trained["calibrated_rates"] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    model = dyntune.load(tmp_path / "run")
+    assert model.calibration.images == 12, "validation images"
+    assert all(model.calibration.activation(rate) == pytest.approx(rate, abs=0.02) for rate in (0.1, 0.5, 0.9))
+    config = (tmp_path / "run" / CONFIG).read_bytes()
+    assert report(*command, "--resume")["calibrated_rates"] == trained["calibrated_rates"]
+    assert (tmp_path / "run" / CONFIG).read_bytes() == config, "a finished run stays as it is"
+
+
+def test_resume_calibrates_a_run_that_was_stopped_before_it(photos, tmp_path, monkeypatch):
+    command = ("train", photos, "--out", tmp_path / "run", "--epochs", 1, "--batch-size", 12, "--device", "cpu")
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dyntune.commands.train.calibrate", stop)
+        assert invoke(*command).exit_code != 0
+    assert dyntune.load(tmp_path / "run").calibration is None
+    done = invoke(*command, "--resume")
+    assert "calibrated on 12 images" in done.output
+    assert dyntune.load(tmp_path / "run").calibration is not None
+
+
+def test_train_without_gates_calibrates_nothing(photos, tmp_path):
+    command = ("train", photos, "--method", "linear", "--out", tmp_path / "run", "--epochs", 1, "--batch-size", 12)
+    assert report(*command)["calibrated_rates"] is None
+    assert dyntune.load(tmp_path / "run").calibration is None
+
+
+@pytest.mark.parametrize(
+    ("specs", "rate", "expected"),
+    [
+        (["dyt:rate=0.5,scale=1"], "0.3", "dyt:rate=0.3,scale=1"),
+        (["dyt"], "0.3..0.9", "dyt:rate=0.3/0.9"),
+        (["adaptformer", "dispatch+tome:r=2"], "0.25..0.75", "adaptformer+dispatch:rate=0.25/0.75+tome:r=2"),
+        (["dyt:rate=0.7"], None, "dyt:rate=0.7"),
+    ],
+)
+def test_the_rate_goes_into_the_part_that_has_one(specs, rate, expected):
+    assert with_rate(specs, rate) == resolve([expected])
+
+
+@pytest.mark.parametrize(
+    ("specs", "rate", "expected"),
+    [
+        (["adaptformer"], "0.3", "adaptformer has none"),
+        (["dispatch:where=attn", "dispatch"], "0.3", "dispatch and dispatch"),
+        (["dyt"], "half", "a share of the patches, 0.5, or a range"),
+        (["dyt"], "0.3..", "a share of the patches, 0.5, or a range"),
+        (["dyt"], "0.9..0.3", "lower one first"),
+        (["dyt"], "1.5", "rate between 0 and 1"),
+    ],
+)
+def test_rates_that_cannot_be_trained_for(specs, rate, expected):
+    with pytest.raises(SpecError, match=expected):
+        with_rate(specs, rate)
+
+
+def test_rates_that_cannot_be_read(run, photos):
+    done = invoke("calibrate", run, photos, "--rates", "0.3,0.5")
+    assert isinstance(done.exception, SpecError) and "written 0.3/0.5/0.7" in str(done.exception)
