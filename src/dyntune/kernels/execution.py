@@ -1,0 +1,124 @@
+"""The execution whose counts of active tokens never leave the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dyntune.backbones.base import Mlp, MlpParts, Unit
+from dyntune.errors import DyntuneError
+from dyntune.forward import Execution
+from dyntune.kernels import ops
+from dyntune.kernels.launch import DTYPES, unavailable
+from dyntune.kernels.ops import Products
+from dyntune.policies.base import Gate, TokenPolicy
+from dyntune.tokens import Tokens
+
+
+class JointProducts(Protocol):
+    """A gate and the adapter beside the same unit, as two products.
+
+    Args:
+        read: ``C -> H`` with a bias; row 0 gives the gate's logit, the others the adapter's hidden layer.
+        write: ``(H, C)``, from the ReLU of what ``read`` gives to the adapter's update; zeros in row 0.
+    """
+
+    read: nn.Linear
+    write: Tensor
+
+
+class DeviceCounts(Execution):
+    """Computes a gated MLP for the active tokens only and never asks the device how many there are.
+
+    So the host never waits, a CUDA graph captures the pass, and ``torch.compile`` sees no shape that depends on data.
+    Every other gated unit, see ``supports``, is computed for every token of the batch and multiplied by the gate:
+    attention among the active tokens of each image would need a shape that depends on the data, or a padded one that
+    saves nothing. For inference only: the gate and the kernels have no gradient.
+
+    Args:
+        joints: gate and adapter as shared products, by the unit's path; None for what the units themselves compute.
+        products: who multiplies; ``"grouped"`` is bf16 on GPUs of compute capability 9.0 and 10.0.
+    """
+
+    def __init__(self, joints: Mapping[str, JointProducts] | None = None, products: Products = "triton") -> None:
+        self.joints = dict(joints or {})
+        self.products = products
+
+    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
+        if unit.training:
+            raise DyntuneError(
+                f'{unit.path} is in train mode, which needs gradients; use eval(), or execution="masked".'
+            )
+        out: Tensor | None = None
+        joint = self.joints.get(unit.path)
+        if joint is None:
+            gate = policy.gate(unit, tokens)
+        else:
+            values, out = ops.joint(tokens.x, joint.read.weight, joint.read.bias, joint.write)
+            gate = policy.gate_from(unit, tokens, values[:, tokens.prefix :])
+        tokens = unit.prepare(tokens)
+        if out is None:
+            beside = unit.beside_update(tokens)
+            # What leaves a patch embedding is a transposed view, and the kernels need one token behind the other.
+            copied = tokens.x.clone(memory_format=torch.contiguous_format)
+            out = copied if beside is None else copied.add_(beside)
+        parts = _parts(unit)
+        if supports(unit) is None and parts is not None:
+            self._add_mlp(out, tokens, gate, parts)
+            return tokens.with_x(out), gate
+        mask = tokens.cover_prefix(gate.values)
+        update = unit.update(tokens if unit.tokenwise else _active_keys(tokens, gate))
+        return tokens.with_x(out + update * mask.unsqueeze(-1)), gate
+
+    def _add_mlp(self, out: Tensor, tokens: Tokens, gate: Gate, parts: MlpParts) -> None:
+        norm, first, second = parts.norm, parts.first, parts.second
+        ops.add_mlp(
+            out,
+            tokens.x,
+            gate.values,
+            tokens.prefix,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            first.weight,
+            first.bias,
+            second.weight,
+            second.bias,
+            parts.activation,
+            self.products,
+        )
+
+
+def supports(unit: Unit) -> str | None:
+    """Why the kernels do not compute the active tokens of ``unit`` alone; None if they do."""
+    if not isinstance(unit, Mlp):
+        return f"{unit.path} is no MLP: attention among active tokens has a shape that depends on the images"
+    parts = _parts(unit)
+    if parts is None:
+        return (
+            f"the update of {unit.path} is not LayerNorm, linear map, GELU and linear map alone. Merge methods and "
+            "LayerScale into the weights first (dyntune.deploy does)"
+        )
+    weights: tuple[Any, ...] = (parts.first, parts.second, parts.norm)
+    if any(tensor is None for module in weights for tensor in (module.weight, module.bias)):
+        return f"{unit.path} has layers without a bias"
+    dtypes = {tensor.dtype for module in weights for tensor in (module.weight, module.bias)}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        return f"the weights of {unit.path} are {', '.join(sorted(map(str, dtypes)))}, not one of bf16, fp16 and fp32"
+    return unavailable(parts.first.weight.device)
+
+
+def _parts(unit: Unit) -> MlpParts | None:
+    """The layers that make the unit's whole update, if they are known."""
+    return unit.parts if isinstance(unit, Mlp) and not unit.after else None
+
+
+def _active_keys(tokens: Tokens, gate: Gate) -> Tokens:
+    """The tokens, of which only the active ones count as keys."""
+    # Finite, so that an image without any active token has no NaN; the exponential of it is exactly 0 all the same.
+    closed = torch.finfo(tokens.x.dtype).min / 2
+    return replace(tokens, key_bias=torch.where(gate.values > 0.5, 0.0, closed).to(tokens.x.dtype))

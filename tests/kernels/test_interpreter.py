@@ -1,0 +1,21 @@
+"""Without a GPU: every test of the kernels, in a process that runs them through Triton's interpreter."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+FILES = [Path(__file__).with_name(f"test_{name}.py") for name in ("tiles", "products", "execution")]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *map(str, FILES)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    assert re.search(r"\d+ passed", result.stdout), result.stdout[-1000:]
