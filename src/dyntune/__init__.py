@@ -10,8 +10,10 @@ __version__ = "0.1.0"
 
 from dyntune.checkpoint import load
 from dyntune.cost import Cost, MacCounter, cost
+from dyntune.deployment import DeployedModel, deploy
 from dyntune.errors import DyntuneError
 from dyntune.published import load_published
+from dyntune.rates import Calibration, calibrate
 from dyntune.registry import registered
 from dyntune.training.objective import Loss, training_loss
 from dyntune.tuned import TunedModel, tune
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
     from dyntune.training.trainer import FitResult, fit
 
 __all__ = [
+    "Calibration",
     "Cost",
+    "DeployedModel",
     "DyntuneError",
     "Evaluation",
     "FitResult",
@@ -29,7 +33,9 @@ __all__ = [
     "MacCounter",
     "TunedModel",
     "__version__",
+    "calibrate",
     "cost",
+    "deploy",
     "evaluate",
     "fit",
     "load",

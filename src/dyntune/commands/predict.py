@@ -14,6 +14,7 @@ from dyntune.commands.common import (
     DeviceOption,
     ImagesArgument,
     JsonOption,
+    RateOption,
     RunArgument,
     TopTokensOption,
     WeightsOption,
@@ -22,9 +23,15 @@ from dyntune.commands.common import (
     print_table,
 )
 from dyntune.data import build_transform, expand_images, read_image
+from dyntune.deployment.folder import OpenedModel, is_deployed, open_runtime
+from dyntune.errors import DeploymentError
 from dyntune.tuned import TunedModel
 
-EXAMPLES = ("dyntune predict runs/flowers photo.jpg", 'dyntune predict runs/flowers "photos/*.jpg" --top-k 3 --json')
+EXAMPLES = (
+    "dyntune predict runs/flowers photo.jpg",
+    'dyntune predict runs/flowers "photos/*.jpg" --top-k 3 --json',
+    "dyntune predict flowers-onnx photo.jpg",
+)
 
 
 def command(
@@ -32,14 +39,15 @@ def command(
     images: ImagesArgument,
     top_k: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 5,
     tokens: TopTokensOption = None,
+    rate: RateOption = None,
     weights: WeightsOption = None,
     batch_size: BatchOption = 32,
     device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
-    """The most probable classes of image files, folders of images, or globs."""
+    """The most probable classes of image files, folders of images, or globs, from a run or a deployed model."""
     paths = expand_images(images)
-    model = load(run, weights=weights, device=pick_device(device), tokens=tokens)
+    model = _model(run, weights=weights, device=pick_device(device), tokens=tokens, rate=rate)
     predictions = [
         row for i in range(0, len(paths), batch_size) for row in predict(model, paths[i : i + batch_size], top_k)
     ]
@@ -52,12 +60,26 @@ def command(
     )
 
 
+def _model(run: Path, *, tokens: str | None, rate: float | None, **where: Any) -> TunedModel | OpenedModel:
+    """What is in the folder: a run, or a model that ``dyntune deploy`` wrote."""
+    if not is_deployed(run):
+        model = load(run, tokens=tokens, **where)
+        model.set_rate(rate)
+        return model
+    if tokens is not None or rate is not None or where["weights"] is not None:
+        raise DeploymentError(
+            f"{run} is a deployed model, whose weights, rate and token policy are fixed. Give --rate, --tokens or "
+            "--weights to dyntune deploy, or give the run."
+        )
+    return open_runtime(run)
+
+
 @torch.inference_mode()
-def predict(model: TunedModel, paths: list[Path], top_k: int) -> list[dict[str, Any]]:
+def predict(model: TunedModel | OpenedModel, paths: list[Path], top_k: int) -> list[dict[str, Any]]:
     """For each image file the ``top_k`` classes with their probabilities, the most probable first."""
     transform = build_transform(model.preprocessing)
-    batch = torch.stack([transform(read_image(path)) for path in paths]).to(next(model.parameters()).device)
-    logits = model(batch)
+    batch = torch.stack([transform(read_image(path)) for path in paths])
+    logits = model(batch if isinstance(model, OpenedModel) else batch.to(next(model.parameters()).device))
     probabilities, labels = logits.softmax(-1).topk(min(top_k, logits.shape[-1]))
     names = model.classes
     return [

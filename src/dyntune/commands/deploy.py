@@ -1,0 +1,163 @@
+"""``dyntune deploy``: a folder with the model for another runtime, checked against the run that it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from torch import Tensor
+
+from dyntune.checkpoint import load
+from dyntune.commands.common import (
+    JsonOption,
+    RateOption,
+    RunArgument,
+    TopTokensOption,
+    WeightsOption,
+    err,
+    out,
+    print_json,
+    print_table,
+    report_skipped,
+    require_classes,
+)
+from dyntune.comparison import first_batch
+from dyntune.data import DataSplits, ImageSubset, LabelledImages, load_data
+from dyntune.deployment.bundle import CALIBRATION_IMAGES, Export, place_for, record, require_possible
+from dyntune.deployment.check import Check, check
+from dyntune.deployment.choose import Choice, choose
+from dyntune.deployment.folder import Precision, RuntimeName, open_runtime
+from dyntune.errors import DataError
+from dyntune.tuned import TunedModel
+
+EXAMPLES = (
+    "dyntune deploy runs/flowers --out flowers-onnx --check folder:flowers",
+    "dyntune deploy runs/flowers --runtime auto --batch-size 8 --out flowers-fast",
+    "dyntune deploy runs/flowers --precision int8 --out flowers-int8 --check folder:flowers --json",
+)
+
+
+def command(
+    run: RunArgument,
+    folder: Annotated[Path, typer.Option("--out", help="Folder to write; it must not be there yet.")],
+    runtime: Annotated[
+        Literal["auto", "onnx", "openvino", "torch"],
+        typer.Option(help="auto times those that are installed and takes the fastest."),
+    ] = "onnx",
+    precision: Annotated[
+        Precision, typer.Option(help="Of the backbone's linear layers; gates, adapters and head stay in fp32.")
+    ] = "fp32",
+    check_on: Annotated[
+        str | None, typer.Option("--check", help="Data, as for eval, to compare the folder with the run on.")
+    ] = None,
+    min_agreement: Annotated[
+        float, typer.Option(min=0, max=1, help="With --check: write nothing if fewer predictions are the same.")
+    ] = 0.9,
+    calibrate_on: Annotated[
+        str | None, typer.Option(help="Data whose training images int8 in OpenVINO takes its scales from.")
+    ] = None,
+    rate: RateOption = None,
+    masks: Annotated[bool, typer.Option("--masks", help="The model also gives which patches were computed.")] = False,
+    tokens: TopTokensOption = None,
+    weights: WeightsOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --runtime auto: images per timed pass.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="With --runtime auto: threads to time with.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Write a run as a folder for ONNX Runtime, OpenVINO or torch.export, with a runner that needs no Dyntune."""
+    with place_for(folder) as room:
+        model = load(run, weights=weights, tokens=tokens)
+        model.set_rate(rate)
+        data = None if check_on is None else _load(check_on, model)
+        calibration = None if calibrate_on is None else _some(_load(calibrate_on, model).train, model)
+        if runtime != "auto":
+            require_possible(runtime, precision, calibration)
+        with err.status("exporting"):
+            export = Export(model, masks=masks)
+        choice = None
+        if runtime == "auto":
+            images = _timed_images(model, data, calibration, batch_size)
+            with err.status("timing the runtimes"):
+                choice = choose(
+                    export, room, images, precision=precision, threads=threads, calibration_images=calibration
+                )
+        taken: RuntimeName = choice.runtime if choice else runtime  # type: ignore[assignment]
+        if choice is None:
+            export.write(room / taken, taken, precision, calibration)
+        checked = None
+        if data is not None:
+            with err.status("checking"):
+                checked = _check(export, room, taken, precision, calibration, _checked_split(data))
+            checked.require(min_agreement)
+        record(room / taken, choice=choice and choice.to_dict(), check=checked and checked.to_dict())
+        (room / taken).rename(folder)
+    _report(folder, taken, precision, choice, checked, json)
+
+
+def _load(name: str, model: TunedModel) -> DataSplits:
+    data = load_data(name)
+    report_skipped(data)
+    require_classes(model, data)
+    return data
+
+
+def _some(images: LabelledImages, model: TunedModel) -> Tensor:
+    """Images drawn from a data set, always the same ones, preprocessed: ``(at most 128, 3, height, width)``."""
+    drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]
+    return first_batch(ImageSubset(images, drawn.tolist()), model, CALIBRATION_IMAGES)
+
+
+def _checked_split(data: DataSplits) -> LabelledImages:
+    split = data.test or data.val
+    if split is None:
+        raise DataError(f"{data.name} has neither test nor validation images to check on.")
+    return split
+
+
+def _timed_images(model: TunedModel, data: DataSplits | None, calibration: Tensor | None, batch_size: int) -> Tensor:
+    """One batch: of the data to check or calibrate on, or noise."""
+    if data is not None and len(_checked_split(data)) >= batch_size:
+        return first_batch(_checked_split(data), model, batch_size)
+    if calibration is not None and len(calibration) >= batch_size:
+        return calibration[:batch_size]
+    err.print("timing on noise: on it, gates may open more or less than on images. Give --check DATA for those.")
+    return torch.randn(batch_size, *model.backbone.image_shape, generator=torch.Generator().manual_seed(0))
+
+
+def _check(
+    export: Export, room: Path, runtime: RuntimeName, precision: Precision, calibration: Tensor | None, data: Any
+) -> Check:
+    """Compares the folder with the run; where it gives no masks, the gates of a second one that does."""
+    with_masks = None
+    if export.gates and not export.masks:
+        Export(export.model, masks=True).write(room / "with-masks", runtime, precision, calibration)
+        with_masks = open_runtime(room / "with-masks")
+    return check(export.model, open_runtime(room / runtime), data, with_masks=with_masks)
+
+
+def _report(
+    folder: Path, runtime: str, precision: str, choice: Choice | None, checked: Check | None, json: bool
+) -> None:
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    if json:
+        figures = {"choice": choice and choice.to_dict(), "check": checked and checked.to_dict()}
+        print_json({"folder": str(folder), "runtime": runtime, "precision": precision, "bytes": size, **figures})
+        return
+    if choice:
+        out.print(choice.reason)
+    if checked:
+        rows = [
+            ("images", str(checked.images)),
+            ("accuracy before", f"{checked.accuracy_before:.2%}"),
+            ("accuracy after", f"{checked.accuracy_after:.2%}"),
+            ("same predictions", f"{checked.agreement:.2%}"),
+            ("largest difference of logits", f"{checked.largest_difference:.2g} of {checked.largest_logit:.3g}"),
+            *([] if checked.gate_agreement is None else [("same gates", f"{checked.gate_agreement:.2%}")]),
+            *((f"same in {unit}", f"{share:.2%}") for unit, share in checked.gate_agreement_per_unit.items()),
+        ]
+        print_table(f"{folder} beside the run", ("", ""), rows)
+    elif precision == "int8":
+        err.print("not checked: int8 changes logits and gates. --check DATA says how much.")
+    out.print(f"{folder}: {runtime}, {precision}, {size / 1e6:.1f} MB. Try: python {folder}/run.py photo.jpg")

@@ -1,0 +1,229 @@
+"""Writing the folder that a deployed model lives in: the model, what it needs to know, and a runner without Dyntune.
+
+A folder is complete or not there, and is never overwritten.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from torch import Tensor
+
+import dyntune
+from dyntune.cost import cost
+from dyntune.deployment.card import deployment_card
+from dyntune.deployment.export import export_program
+from dyntune.deployment.folder import CONFIG, FORMAT, MODEL_FILES, Precision, RuntimeName, digests, read_config
+from dyntune.deployment.linears import BackboneLinears
+from dyntune.deployment.onnx_runtime import write_onnx
+from dyntune.deployment.openvino_int8 import save_quantized
+from dyntune.deployment.openvino_runtime import write_openvino
+from dyntune.deployment.prepared import prepare
+from dyntune.deployment.quantize import quantize_onnx, sums_saturate
+from dyntune.deployment.torch_runtime import write_torch
+from dyntune.errors import DeploymentError
+from dyntune.files import write_json, write_text
+from dyntune.tuned import TunedModel
+
+RUNNER, CARD = "run.py", "README.md"
+CALIBRATION_IMAGES = 128
+"""Images that the scales of activations settle with."""
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """What differs between the runners of the runtimes.
+
+    Args:
+        package: that it imports.
+        load: the expression that opens the model.
+        call: the expression that gives the logits of one prepared image.
+    """
+
+    package: str
+    load: str
+    call: str
+
+
+_RUNNERS = {
+    "onnx": _Runner(
+        "onnxruntime",
+        'onnxruntime.InferenceSession(FOLDER / "model.onnx")',
+        'model.run(["logits"], {"images": prepare(path, **CONFIG["preprocessing"])})[0]',
+    ),
+    "openvino": _Runner(
+        "openvino",
+        'openvino.compile_model(FOLDER / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})',
+        'model(prepare(path, **CONFIG["preprocessing"]))["logits"]',
+    ),
+    "torch": _Runner(
+        "torch",
+        'torch.export.load(FOLDER / "model.pt2").module()',
+        'model(torch.from_numpy(prepare(path, **CONFIG["preprocessing"])))[0].numpy()',
+    ),
+}
+
+
+class Export:
+    """A tuned model traced once, for any number of folders.
+
+    Args:
+        model: left as it is.
+        rate: share of the patches that gated units shall compute, for a calibrated model; see ``set_rate``.
+        masks: whether the exported model also gives which patches each gated unit computed.
+
+    Raises:
+        DyntuneError: the model cannot be exported, or not at this rate.
+    """
+
+    def __init__(self, model: TunedModel, *, rate: float | None = None, masks: bool = False) -> None:
+        if rate is not None:
+            model = copy.deepcopy(model)
+            model.set_rate(rate)
+        self.model = model
+        self.masks = masks
+        self.prepared = prepare(model, masks=masks)
+        self.program = export_program(self.prepared, masks)
+
+    def write(
+        self,
+        folder: Path,
+        runtime: RuntimeName,
+        precision: Precision = "fp32",
+        calibration_images: Tensor | None = None,
+    ) -> None:
+        """Fills ``folder``, which is made; see ``write``."""
+        require_possible(runtime, precision, calibration_images)
+        folder.mkdir(parents=True)
+        target = folder / MODEL_FILES[runtime]
+        integer_products = self._write_model(target, runtime, precision, calibration_images)
+        runner = Template(files("dyntune.deployment").joinpath("runner.template").read_text(encoding="utf-8"))
+        write_text(folder / RUNNER, runner.substitute(vars(_RUNNERS[runtime])))
+        costs = cost(self.model)
+        config = {
+            "library": "dyntune",
+            "format": FORMAT,
+            "dyntune_version": dyntune.__version__,
+            "spec": self.model.spec,
+            "backbone": costs.model,
+            "runtime": runtime,
+            "precision": precision,
+            "integer_products": integer_products,
+            "weight_bits": None if precision == "fp32" else 7 if runtime == "onnx" and sums_saturate() else 8,
+            "gates": self.gates if self.masks else [],
+            "activation": self.model.target_rate,
+            "macs": costs.macs,
+            "dense_macs": costs.dense_macs,
+            "preprocessing": self.model.preprocessing.to_dict(),
+            "classes": self.model.classes,
+            "versions": {name: version(name) for name in dict.fromkeys(("torch", "timm", _RUNNERS[runtime].package))},
+            "files": digests(folder),
+        }
+        write_json(folder / CONFIG, config)
+        write_text(folder / CARD, deployment_card(config))
+
+    def _write_model(
+        self, target: Path, runtime: RuntimeName, precision: Precision, calibration_images: Tensor | None
+    ) -> int:
+        """Writes the model and returns how many of its products are in integers."""
+        if runtime == "torch":
+            write_torch(self.program, target)
+            return 0
+        if precision == "fp32":
+            (write_onnx if runtime == "onnx" else write_openvino)(self.program, target)
+            return 0
+        linears = BackboneLinears(self.prepared)
+        with tempfile.TemporaryDirectory(prefix=".fp32-", dir=target.parent.parent) as room:
+            exact = Path(room) / target.name
+            if runtime == "onnx":
+                write_onnx(self.program, exact)
+                return quantize_onnx(exact, target, linears)
+            assert calibration_images is not None  # require_possible has looked
+            write_openvino(self.program, exact)
+            return save_quantized(exact, target, calibration_images, linears)
+
+    @property
+    def gates(self) -> list[str]:
+        """The gated units, by path, in the order of the masks."""
+        units, policies = self.model.backbone.all_units(), self.model.policies
+        return [unit.path for unit in units if any(policy.gates(unit) for policy in policies)]
+
+
+def write(
+    model: TunedModel,
+    folder: str | Path,
+    *,
+    runtime: RuntimeName = "onnx",
+    precision: Precision = "fp32",
+    masks: bool = False,
+    rate: float | None = None,
+    calibration_images: Tensor | None = None,
+) -> Path:
+    """Writes a folder with the model for a runtime, its preprocessing, classes and a runner.
+
+    Args:
+        model: left as it is.
+        folder: must not be there yet.
+        runtime: ``onnx`` (ONNX Runtime), ``openvino`` or ``torch`` (torch.export).
+        precision: of the backbone's linear layers; gates, adapters and the head are always in fp32.
+        masks: whether the deployed model also gives which patches each gated unit computed, which costs some time.
+        rate: share of the patches that gated units shall compute, for a calibrated model; see ``set_rate``.
+        calibration_images: preprocessed, ``(N, 3, height, width)``; int8 in OpenVINO needs them.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        DeploymentError: the folder is there already, a library is missing, or the model cannot be had this way.
+    """
+    folder = Path(folder)
+    require_possible(runtime, precision, calibration_images)
+    with place_for(folder) as room:
+        Export(model, rate=rate, masks=masks).write(room / "model", runtime, precision, calibration_images)
+        (room / "model").rename(folder)
+    return folder
+
+
+@contextmanager
+def place_for(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder``, from which what is finished can be renamed to it.
+
+    Raises:
+        DeploymentError: ``folder`` is there already.
+    """
+    if folder.exists():
+        raise DeploymentError(f"{folder} is there already, and is not overwritten. Give another folder, or remove it.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as room:
+        yield Path(room)
+
+
+def record(folder: Path, **figures: Any) -> None:
+    """Adds figures to ``deploy.json``, such as those of a check, and to the folder's README."""
+    config = read_config(folder) | figures
+    write_json(folder / CONFIG, config)
+    write_text(folder / CARD, deployment_card(config))
+
+
+def require_possible(runtime: str, precision: str, calibration_images: Tensor | None) -> None:
+    """Checks that a runtime offers a precision.
+
+    Raises:
+        DeploymentError: it does not, or needs images for it.
+    """
+    if runtime == "torch" and precision == "int8":
+        raise DeploymentError("int8 is for the runtimes onnx and openvino; give one of them, or --precision fp32.")
+    if runtime == "openvino" and precision == "int8" and calibration_images is None:
+        raise DeploymentError(
+            "int8 in OpenVINO takes its scales from images: give some of the kind that the model will see "
+            "(calibration_images, --calibrate-on DATA), or take the runtime onnx, which needs none."
+        )

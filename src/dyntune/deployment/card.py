@@ -1,0 +1,38 @@
+"""The README.md that lies in a deployed model's folder: what it is, how to run it, what a check has found."""
+
+from typing import Any
+
+_PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}
+
+
+def deployment_card(config: dict[str, Any]) -> str:
+    """Markdown.
+
+    Args:
+        config: what ``deploy.json`` holds.
+    """
+    height, width = config["preprocessing"]["size"]
+    classes = config["classes"]
+    sections = [
+        f"# `{config['spec']}` on `{config['backbone']}`, for {config['runtime']}",
+        f"Written by Dyntune {config['dyntune_version']}. Images of {height} x {width} pixels"
+        + (f", {len(classes)} classes" if classes else "")
+        + f"; {config['macs'] / 1e9:.3f} G MACs per image where {config['activation']:.0%} of the patches are active "
+        f"({config['macs'] / config['dense_macs']:.0%} of the dense backbone).",
+        f"```bash\npip install {_PACKAGES[config['runtime']]} numpy pillow\npython run.py photo.jpg --top-k 3\n```",
+        "Or with Dyntune:\n\n```python\nfrom dyntune.deployment import open_runtime\n\n"
+        'model = open_runtime("path/to/this/folder")\nlogits = model(images)\n```',
+    ]
+    if config["precision"] == "int8":
+        sections.append(
+            f"{config['integer_products']} linear layers of the backbone compute in integers, with weights of "
+            f"{config['weight_bits']} bits; gates, adapters and the head compute in fp32. "
+            + ("" if config.get("check") else "**Its accuracy has not been checked.**")
+        )
+    if config.get("choice"):
+        sections.append(f"## Why {config['runtime']}\n\n{config['choice']['reason']}")
+    if config.get("check"):
+        figures = {name: value for name, value in config["check"].items() if isinstance(value, int | float)}
+        rows = "".join(f"| {name.replace('_', ' ')} | {value:.4g} |\n" for name, value in figures.items())
+        sections.append(f"## Checked\n\n| figure | value |\n| --- | --- |\n{rows}".rstrip())
+    return "\n\n".join(section.rstrip() for section in sections) + "\n"

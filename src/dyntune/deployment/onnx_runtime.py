@@ -1,0 +1,160 @@
+"""ONNX: writing a program as a file, and running the file with ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from dyntune.deployment.export import ACTIVE, INPUT, LOGITS, own_copy
+from dyntune.deployment.runtime import Runtime
+from dyntune.errors import DeploymentError
+from dyntune.files import write_atomically
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+OPSET = 23
+"""The first with an attention operator, which ONNX Runtime computes faster than its four parts."""
+_LARGEST = 2**31 - 2**24
+"""Bytes of weights that fit into one file, whose limit is 2 GiB; beyond, they lie in a second file beside it."""
+
+
+def write_onnx(program: ExportedProgram, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a program to an ONNX file with inputs and outputs named as in ``export_program``.
+
+    Linear maps are ``MatMul`` and ``Add`` nodes with a constant matrix of two dimensions: ONNX Runtime joins them when
+    it opens the file, and its quantisation, which leaves ``Gemm`` alone, takes them.
+
+    Args:
+        program: from ``export_program``.
+        path: of the file. Weights above 2 GiB go into a second one, ``path`` with ``.data`` behind its name.
+        metadata: written into the file, beside Dyntune's version.
+
+    Raises:
+        DeploymentError: onnx or onnxscript is not installed, or an operator has no translation.
+    """
+    path = Path(path)
+    try:
+        import onnx
+        import onnx_ir
+
+        translations = _translations()
+    except ImportError as error:
+        raise DeploymentError(f"writing ONNX files needs onnx and onnxscript ({error}): {_INSTALL}.") from error
+    try:
+        exported = torch.onnx.export(
+            own_copy(program),
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table=translations,
+            verbose=False,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise DeploymentError(f"the model cannot be written as ONNX: {error}.") from error
+    assert exported is not None  # only the exporter before dynamo's gives none
+    model = exported.model
+    _name(model)
+    model.metadata_props.update({"dyntune_version": version("dyntune"), **(metadata or {})})
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+
+    def save(temporary: Path) -> None:
+        onnx_ir.save(model, temporary, external_data=f"{path.name}.data" if size > _LARGEST else None)
+        onnx.checker.check_model(temporary, full_check=True)
+
+    write_atomically(path, save)
+
+
+class OnnxRuntime(Runtime):
+    """An ONNX file run by ONNX Runtime, on the CPU.
+
+    Args:
+        path: of the file.
+        threads: of one forward pass; None for one on each core.
+
+    Raises:
+        DeploymentError: onnxruntime is not installed, or the file cannot be read.
+    """
+
+    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise DeploymentError(f"running ONNX files needs onnxruntime ({error}): {_INSTALL}.") from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        # Threads that wait by spinning take the cores from whatever else runs, and gain nothing measurable here.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's own errors have no common base
+            raise DeploymentError(f"ONNX Runtime cannot open {path}: {error}.") from error
+
+    def run(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits, *masks = self._session.run(None, {INPUT: images.numpy()})
+        return torch.from_numpy(logits), torch.from_numpy(masks[0]) if masks else None
+
+
+_INSTALL = "pip install 'dyntune[onnx]'"
+
+
+def _name(model: onnx_ir.Model) -> None:
+    """Gives inputs, outputs and the batch's dimension the names that ``export_program`` promises."""
+    import onnx_ir
+
+    names = (INPUT, LOGITS, ACTIVE)
+    for name, value in zip(names, (*model.graph.inputs, *model.graph.outputs), strict=False):
+        value.name = name
+        assert value.shape is not None
+        value.shape = onnx_ir.Shape(["batch", *value.shape[1:]])
+
+
+def _translations() -> dict[Any, Callable[..., Any]]:
+    """Operators that are translated otherwise than by PyTorch, or that it does not translate at all."""
+    from onnxscript import opset23 as op
+
+    aten = torch.ops.aten
+
+    def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+        product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+        return product if bias is None else op.Add(product, bias)
+
+    def attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        """Between maps that keep the heads of a token together, so that the transpositions around it cancel out."""
+        heads, width = query.shape[1], query.shape[3]
+
+        def joined(x: Any) -> Any:
+            return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, heads * width]))
+
+        if attn_mask is not None:  # ONNX Runtime wants its rows written out, one for each query
+            one = op.Constant(value_ints=[1])
+            attn_mask = op.Expand(attn_mask, op.Concat(one, one, op.Shape(query, start=2, end=3), one, axis=0))
+        attended, *_ = op.Attention(
+            joined(query), joined(key), joined(value), attn_mask, q_num_heads=heads, kv_num_heads=heads, scale=scale
+        )
+        return op.Transpose(op.Reshape(attended, op.Constant(value_ints=[0, 0, heads, width])), perm=[0, 2, 1, 3])
+
+    def stable_sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+        """Equal values stay in their order: among them, TopK takes the first ones first."""
+        return op.TopK(x, op.Constant(value_ints=[x.shape[dim]]), axis=dim, largest=int(descending))
+
+    return {
+        aten.linear.default: linear,
+        aten.scaled_dot_product_attention.default: attention,
+        aten.sort.stable: stable_sort,
+    }
