@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import dyntune
-from dyntune.policies.dispatch import Dispatcher
+from dyntune.bench.gates import set_gates
 from dyntune.report import machine
 from dyntune.training.throughput import measure_throughput
 
@@ -40,16 +40,6 @@ DENSE = "dense backbone"
 def built(name: str, spec: str) -> dyntune.TunedModel:
     torch.manual_seed(0)
     return dyntune.tune(timm.create_model(name, num_classes=100), spec)
-
-
-@torch.no_grad()
-def half_open(model: dyntune.TunedModel, images: Tensor) -> None:
-    """Sets the bias of every gate, from the first to the last, so that half of the patches are active."""
-    for name, module in model.named_modules():
-        if isinstance(module, Dispatcher):
-            path = name.removeprefix("backbone.").removesuffix(".dispatcher")
-            gate = next(gate for gate in model.run(images).gates if gate.unit == path)
-            module.gate.bias -= gate.logits.median()
 
 
 def train_step(model: dyntune.TunedModel, optimiser: torch.optim.Optimizer, labels: Tensor, images: Tensor) -> None:
@@ -76,7 +66,7 @@ def main() -> None:
     labels = torch.arange(len(few), device=device)
     models = {spec: built(options.model, spec).to(device).eval() for spec in options.methods}
     for model in models.values():
-        half_open(model, images)
+        set_gates(model, images, 0.5)
     active = {spec: [float(g.values.mean()) for g in model.run(images).gates] for spec, model in models.items()}
     macs = {}
     for spec, model in models.items():

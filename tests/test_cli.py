@@ -9,7 +9,22 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-COMMANDS = ("methods", "cost", "train", "eval", "predict", "visualize", "compare", "merge", "noah", "vtab", "demo")
+COMMANDS = (
+    "methods",
+    "cost",
+    "train",
+    "eval",
+    "predict",
+    "visualize",
+    "compare",
+    "merge",
+    "noah",
+    "vtab",
+    "demo",
+    "bench",
+    "calibrate",
+    "deploy",
+)
 
 
 def dyntune(*arguments: object, status: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess:
