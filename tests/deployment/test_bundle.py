@@ -64,7 +64,7 @@ def test_the_runner_says_what_predict_says(deployed, tuned, pictures, runtime):
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @torch.no_grad()
 def test_an_opened_folder_gives_logits_and_masks_of_the_model(deployed, tuned, some_images, runtime):
-    model = open_runtime(deployed(runtime), threads=1)
+    model = open_runtime(deployed(runtime), threads=1, trust=True)
     output = tuned.run(some_images)
     logits, masks = model.run(some_images)
     torch.testing.assert_close(logits, output.logits, atol=1e-4, rtol=1e-4)
@@ -90,14 +90,16 @@ def test_deploy_json_says_what_the_model_is(deployed, tuned):
 def test_write_without_masks_gives_none_and_names_no_gate(tuned, some_images, tmp_path):
     folder = bundle.write(tuned, tmp_path / "runs" / "small", runtime="torch")
     assert is_deployed(folder) and [path.name for path in folder.parent.iterdir()] == ["small"]
-    model = open_runtime(folder)
+    with pytest.raises(DeploymentError, match="may run code"):
+        open_runtime(folder)
+    model = open_runtime(folder, trust=True)
     assert model.run(some_images)[1] is None and model.gates == ()
     torch.testing.assert_close(model(some_images), tuned(some_images).detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_rate_opens_every_gate_of_the_copy_alone(tuned, some_images, tmp_path):
     folder = bundle.write(tuned, tmp_path / "all", runtime="torch", masks=True, rate=1.0)
-    model = open_runtime(folder)
+    model = open_runtime(folder, trust=True)
     assert model.run(some_images)[1].all() and model.config["activation"] == 1
     assert tuned.target_rate == 0.5
     with torch.no_grad():

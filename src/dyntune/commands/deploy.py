@@ -133,8 +133,8 @@ def _check(
     with_masks = None
     if export.gates and not export.masks:
         Export(export.model, masks=True).write(room / "with-masks", runtime, precision, calibration)
-        with_masks = open_runtime(room / "with-masks")
-    return check(export.model, open_runtime(room / runtime), data, with_masks=with_masks)
+        with_masks = open_runtime(room / "with-masks", trust=True)
+    return check(export.model, open_runtime(room / runtime, trust=True), data, with_masks=with_masks)
 
 
 def _report(

@@ -43,11 +43,14 @@ def command(
     weights: WeightsOption = None,
     batch_size: BatchOption = 32,
     device: DeviceOption = "auto",
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Open a deployed .pt2 file, which may run code, from someone you trust.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """The most probable classes of image files, folders of images, or globs, from a run or a deployed model."""
     paths = expand_images(images)
-    model = _model(run, weights=weights, device=pick_device(device), tokens=tokens, rate=rate)
+    model = _model(run, weights=weights, device=pick_device(device), tokens=tokens, rate=rate, trust=trust)
     predictions = [
         row for i in range(0, len(paths), batch_size) for row in predict(model, paths[i : i + batch_size], top_k)
     ]
@@ -60,7 +63,7 @@ def command(
     )
 
 
-def _model(run: Path, *, tokens: str | None, rate: float | None, **where: Any) -> TunedModel | OpenedModel:
+def _model(run: Path, *, tokens: str | None, rate: float | None, trust: bool, **where: Any) -> TunedModel | OpenedModel:
     """What is in the folder: a run, or a model that ``dyntune deploy`` wrote."""
     if not is_deployed(run):
         model = load(run, tokens=tokens, **where)
@@ -71,7 +74,7 @@ def _model(run: Path, *, tokens: str | None, rate: float | None, **where: Any) -
             f"{run} is a deployed model, whose weights, rate and token policy are fixed. Give --rate, --tokens or "
             "--weights to dyntune deploy, or give the run."
         )
-    return open_runtime(run)
+    return open_runtime(run, trust=trust)
 
 
 @torch.inference_mode()

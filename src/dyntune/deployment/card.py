@@ -13,6 +13,7 @@ def deployment_card(config: dict[str, Any]) -> str:
     """
     height, width = config["preprocessing"]["size"]
     classes = config["classes"]
+    trust = ", trust=True" if config["runtime"] == "torch" else ""
     sections = [
         f"# `{config['spec']}` on `{config['backbone']}`, for {config['runtime']}",
         f"Written by Dyntune {config['dyntune_version']}. Images of {height} x {width} pixels"
@@ -21,7 +22,7 @@ def deployment_card(config: dict[str, Any]) -> str:
         f"({config['macs'] / config['dense_macs']:.0%} of the dense backbone).",
         f"```bash\npip install {_PACKAGES[config['runtime']]} numpy pillow\npython run.py photo.jpg --top-k 3\n```",
         "Or with Dyntune:\n\n```python\nfrom dyntune.deployment import open_runtime\n\n"
-        'model = open_runtime("path/to/this/folder")\nlogits = model(images)\n```',
+        f'model = open_runtime("path/to/this/folder"{trust})\nlogits = model(images)\n```',
     ]
     if config["precision"] == "int8":
         sections.append(

@@ -71,15 +71,18 @@ def is_deployed(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def open_runtime(folder: str | Path, threads: int | None = None) -> OpenedModel:
+def open_runtime(folder: str | Path, threads: int | None = None, *, trust: bool = False) -> OpenedModel:
     """Opens a deployed model.
 
     Args:
         folder: what ``write`` or ``dyntune deploy`` made.
         threads: that the runtime may use; None for as many as it takes by itself.
+        trust: whether you trust who made the folder: PyTorch's ``.pt2`` files may run code when they are opened, those
+            of the other runtimes hold a graph and numbers alone.
 
     Raises:
-        DeploymentError: the folder is incomplete, damaged or of a newer format, or its runtime is not installed.
+        DeploymentError: the folder is incomplete, damaged or of a newer format, its runtime is not installed, or it
+            needs ``trust``.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -94,6 +97,11 @@ def open_runtime(folder: str | Path, threads: int | None = None) -> OpenedModel:
         raise DeploymentError(f"{folder / CONFIG} is not a valid configuration: {error!r}.") from error
     except DataError as error:
         raise DeploymentError(f"{folder / CONFIG}: {error}") from error
+    if runtime == "torch" and not trust:
+        raise DeploymentError(
+            f"{folder} holds a .pt2 file, which may run code when it is opened. If you trust who made it, say so: "
+            "open_runtime(folder, trust=True), dyntune predict FOLDER --trust. The runtimes onnx and openvino need none."
+        )
     _check_files(folder, digests, file.name)
     if full_range and runtime == "onnx" and sums_saturate():
         log.warning(
