@@ -152,7 +152,7 @@ def test_set_rate_calibrates_on_the_images_that_it_is_given(make_host):
         model.set_rate(0.37)
 
 
-def test_images_are_spread_over_the_data(make_host):
+def test_images_are_drawn_from_the_whole_data_and_read_once(make_host):
     seen = []
 
     class Data(TensorDataset):
@@ -163,7 +163,11 @@ def test_images_are_spread_over_the_data(make_host):
     model = randomised(dyntune.tune(make_host(**SIZE), "dyt"))
     data = Data(images(40), torch.zeros(40))
     assert dyntune.calibrate(model, data, (0.5,), images=8).images == 8
-    assert seen == list(range(0, 40, 5)), "each image is read once"
+    first = list(seen)
+    assert len(set(first)) == len(first) == 8 and max(first) > 20 and first != sorted(first)
+    state = torch.get_rng_state()
+    dyntune.calibrate(model, data, (0.5,), images=8)
+    assert seen[8:] == first and torch.equal(torch.get_rng_state(), state)
     assert dyntune.calibrate(model, data, (0.5,), images=100, batch_size=7).images == 40
     with pytest.raises(DataError, match="needs images"):
         dyntune.calibrate(model, images(0), (0.5,))
@@ -176,8 +180,65 @@ def test_gates_without_any_contrast_are_reported(make_host, caplog):
             gate.gate.weight.zero_()
     with caplog.at_level(logging.WARNING, logger="dyntune"):
         calibration = dyntune.calibrate(model, images(16), (0.5,))
-    assert "leave no threshold in between" in caplog.text
+    assert "rate 0.5: on these images the gates came to" in caplog.text
     assert calibration.activation(0.5) in (0, 1)
+
+
+def test_a_gate_that_lets_everything_through_is_not_closed(make_host):
+    model = randomised(dyntune.tune(make_host(**SIZE), "dyt"))
+    first = next(iter(dispatchers(model.backbone).values()))
+    with torch.no_grad():
+        first.gate.weight.zero_()
+        first.gate.bias.fill_(3.0)
+    calibration = dyntune.calibrate(model, images(64), (0.3, 0.8))
+    unit = next(iter(calibration.activations))
+    assert calibration.activations[unit] == (1.0, 1.0)
+
+
+def test_the_order_of_the_images_does_not_matter(make_host):
+    model = randomised(dyntune.tune(make_host(**SIZE), "dyt"))
+    classes = torch.cat([images(32) * strength for strength in (0.2, 1.0, 4.0)])  # one after the other
+    for rate in (0.2, 0.5, 0.8):
+        model.set_rate(rate, classes)
+        assert mean(activation(model, classes).values()) == pytest.approx(rate, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "data,words",
+    [
+        (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), "floating point; given torch.uint8"),
+        (torch.zeros(3, 32, 32), "of shape"),
+        (iter([]), "given list_iterator"),
+    ],
+)
+def test_what_is_no_set_of_images_is_refused(make_host, data, words):
+    with pytest.raises(DataError, match=words):
+        dyntune.calibrate(dyntune.tune(make_host(**SIZE), "dyt"), data)
+
+
+@pytest.mark.parametrize("rates", [0.3, (), (0.0,), (math.nan,), (0.5, 1.0)])
+def test_rates_to_calibrate_for_are_checked(make_host, rates):
+    with pytest.raises(SpecError, match="above 0 and below 1"):
+        dyntune.calibrate(dyntune.tune(make_host(**SIZE), "dyt"), images(4), rates)
+
+
+def test_a_shift_holds_in_evaluation_alone(make_host):
+    model = randomised(dyntune.tune(make_host(**SIZE), "dyt"))
+    model.set_rate(1.0)
+    assert mean(activation(model, images(8)).values()) == 1
+    model.train()
+    loss = dyntune.training_loss(model, images(8), torch.zeros(8, dtype=torch.long))
+    loss.total.backward()
+    assert all(gate.gate.bias.grad.abs().sum() > 0 for gate in dispatchers(model.backbone).values())
+    assert not all(gate.values.all() for gate in loss.output.gates)
+
+
+def test_a_shift_stays_in_float32(make_host):
+    model = dyntune.tune(make_host(**SIZE), "dyt")
+    gate = next(iter(dispatchers(model.backbone).values()))
+    gate.set_rate(-9.997, 0.3)
+    model.bfloat16()
+    assert gate.shift.dtype is torch.float32 and gate.shift.item() == pytest.approx(-9.997, abs=1e-6)
 
 
 def test_half_precision(make_host):

@@ -176,8 +176,8 @@ def calibrate(
 ) -> Calibration:
     """Finds, for each rate, the thresholds at which that share of the patches is active, the mean over all gates.
 
-    Gates that training has left more open stay so: with a_l the activation of gate l as trained (of an elastic gate, at
-    its learned response to the rate), it is to have ``sigmoid(logit(a_l) + d)``, with the same d for all of them that
+    Gates that training has left more open stay so: with a_l the activation of gate l as trained (of an elastic gate,
+    at the middle of its range), it is to have ``sigmoid(logit(a_l) + d)``, with the same d for all of them that
     gives the mean asked for. From the first gate to the last, each takes as threshold the quantile of its logits, so
     that later ones see what earlier ones let through. Where tokens are merged or dropped, a gate's activation is the
     share of the tokens that reach it. What comes out is measured, and corrected once where it is half a point off.
@@ -186,7 +186,7 @@ def calibrate(
         model: with dispatch; it is left as it was.
         data: images ``(N, 3, height, width)``, preprocessed, or a data set of (image, label); labels are not used.
         rates: mean activations, above 0 and below 1.
-        images: how many to use, spread evenly over the data; all, where there are fewer.
+        images: how many to use, drawn from the data at random, always the same; all, where there are fewer.
         batch_size: images per forward pass.
 
     Raises:
@@ -195,23 +195,19 @@ def calibrate(
     """
     gates = dispatchers(model.backbone)
     _require_gates(model, gates)
+    if not isinstance(rates, Sequence) or not rates or not all(0 < rate < 1 for rate in rates):
+        raise SpecError(f"rates {rates}: expected a list of rates above 0 and below 1, for instance (0.3, 0.5).")
     asked = tuple(sorted({float(rate) for rate in rates}))
-    if not asked or asked[0] <= 0 or asked[-1] >= 1:
-        raise SpecError(f"rates {', '.join(f'{r:g}' for r in rates)}: expected rates above 0 and below 1.")
     batches = _batches(model, data, images, batch_size)
-    elastic = any(gate.response(asked[0]) or gate.response(asked[-1]) for gate in gates.values())
-    points = []
     with _as_trained(model, gates):
         natural = _activations(model, batches)
-        for rate in asked:
-            if elastic:
-                with _shifted(gates, {unit: gate.response(rate) for unit, gate in gates.items()}):
-                    natural = _activations(model, batches)
-            points.append(_point(model, gates, batches, rate, natural))
+        points = [_point(model, gates, batches, rate, natural) for rate in asked]
     for rate, (_, came_out) in zip(asked, points, strict=True):
         if abs(_mean(came_out) - rate) > 4 * _CLOSE:
             log.warning(
-                "rate %g: the gates came to %.3f; their logits leave no threshold in between.", rate, _mean(came_out)
+                "rate %g: on these images the gates came to %.3f. Many of their logits may be equal.",
+                rate,
+                _mean(came_out),
             )
     shifts, activations = ({unit: tuple(p[i][unit] for p in points) for unit in gates} for i in (0, 1))
     return Calibration(sum(map(len, batches)), asked, shifts, activations)
@@ -254,10 +250,23 @@ class _AtQuantiles(Compact):
     def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
         gate = policy.gate(unit, tokens)
         if unit.path in self.targets and gate.logits is not None:
-            threshold = torch.quantile(gate.logits.flatten(), 1 - self.targets[unit.path])
-            self.summed[unit.path] += len(gate.logits) * threshold.item()
-            gate = replace(gate, values=(gate.logits > threshold).to(gate.values.dtype))
+            between = threshold(gate.logits, self.targets[unit.path])
+            self.summed[unit.path] += len(gate.logits) * between.item()
+            gate = replace(gate, values=(gate.logits > between).to(gate.values.dtype))
         return tokens.with_x(self.computed(unit, tokens, gate)), gate
+
+
+def threshold(logits: Tensor, share: float) -> Tensor:
+    """A number in the middle between two of the logits that differ, above which lies about a share of them.
+
+    As close to ``share`` as equal logits allow: they are all above it, or none is.
+    """
+    ordered = logits.flatten().sort(descending=True).values
+    margin = ordered[:1].abs().maximum(ordered[-1:].abs()).clamp_min(1)
+    padded = torch.cat([ordered[:1] + margin, ordered, ordered[-1:] - margin])
+    possible = (padded[:-1] > padded[1:]).nonzero().squeeze(1)  # so many logits can be above a number
+    active = possible[(possible - share * len(ordered)).abs().argmin()]
+    return (padded[active] + padded[active + 1]) / 2
 
 
 def _targets(natural: dict[str, float], rate: float) -> dict[str, float]:
@@ -290,16 +299,31 @@ def _mean(activations: dict[str, float]) -> float:
 
 
 def _batches(model: TunedModel, data: Dataset[Any] | Tensor, images: int, batch_size: int) -> list[Tensor]:
-    """Evenly spaced images of ``data``, preprocessed; read once, because every rate sees them several times."""
-    size = len(data)  # type: ignore[arg-type]
+    """Images of ``data``, preprocessed; read once, because every rate sees them several times.
+
+    They are drawn at random, always the same ones: in a batch of one class gates have other quantiles than in all.
+    """
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise DataError(
+            f"calibration takes a tensor of preprocessed images (N, 3, height, width) or a data set with a length; "
+            f"given {type(data).__name__}. Of a DataLoader, give the data set."
+        )
+    size = len(data)
     count = min(images, size)
     if count < 1:
         raise DataError(f"calibration needs images; given {size}, of which {images} were to be used.")
-    places = [place * size // count for place in range(count)]
+    places = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:count]
     if isinstance(data, Tensor):
+        if data.ndim != 4 or not data.is_floating_point():
+            raise DataError(
+                f"calibration takes preprocessed images (N, 3, height, width) in floating point; given {data.dtype} of "
+                f"shape {tuple(data.shape)}. Give what the model is given."
+            )
         return list(data[places].split(batch_size))
-    loader = DataLoader(Subset(prepared(data, model.preprocessing), places), batch_size)
-    return [batch for batch, _ in loader]
+    # With a generator of its own the loader draws nothing from the caller's.
+    subset = Subset(prepared(data, model.preprocessing), places.tolist())
+    loader = DataLoader(subset, batch_size, generator=torch.Generator())
+    return [batch[0] if isinstance(batch, list | tuple) else batch for batch in loader]
 
 
 def _to_device(batch: Tensor, model: TunedModel) -> Tensor:

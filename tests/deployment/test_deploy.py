@@ -8,7 +8,7 @@ from torch import nn
 
 import dyntune
 from dyntune.deployment import prepare
-from dyntune.deployment.packed import PackedLinear, available, pack
+from dyntune.deployment.packed import PackedLinear, available
 from dyntune.errors import BackboneError, DyntuneError
 from dyntune.registry import registered
 
@@ -186,9 +186,24 @@ def test_packed_weights_give_the_same_product(bias):
 
 
 def test_weights_in_other_precisions_are_not_packed(make_host):
-    model = make_host().bfloat16()
-    assert "not packed" in pack(model, 17)
-    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    deployed = dyntune.deploy(make_host().bfloat16())
+    assert any("not packed" in note for note in deployed.notes)
+    assert not any(isinstance(module, PackedLinear) for module in deployed.modules())
+
+
+@pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("spec", [*SPECS, "noah"])
+@torch.no_grad()
+def test_packed_models_give_the_same_logits(make_host, images_for, monkeypatch, spec):
+    monkeypatch.setattr("dyntune.deployment.packed._speedup", lambda *_: 2.0)
+    model = filled(make_host("registers"), spec)
+    images = images_for(model.backbone.host, 3)
+    deployed = dyntune.deploy(model)
+    assert sum(isinstance(module, PackedLinear) for module in deployed.modules()) >= 12
+    assert_same(deployed(images), model(images))
+    logits = deployed(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(deployed(images), logits)
 
 
 @torch.no_grad()
@@ -207,7 +222,8 @@ def test_products_in_bfloat16_leave_gates_and_adapters_in_float32(make_host, ima
         deployed = dyntune.deploy(model, precision="bf16")
         dtypes = {name: m.packed.dtype for name, m in deployed.named_modules() if isinstance(m, PackedLinear)}
         assert dtypes["backbone.host.blocks.0.mlp.fc1"] is torch.bfloat16
-        assert dtypes["joints.blocks_0_mlp.read"] is dtypes["backbone.host.head"] is torch.float32
+        assert dtypes["joints.blocks_0_mlp.read"] is torch.float32
+        assert "backbone.host.head" not in dtypes and deployed.backbone.classes == 5
         logits = deployed(images)
         assert logits.dtype is torch.float32
         torch.testing.assert_close(logits, model(images), atol=0.1, rtol=0.1)
@@ -260,7 +276,20 @@ def test_the_rate_of_a_deployed_model_can_be_chosen(make_host, images_for):
     assert_same(dyntune.deploy(model, rate=0.3)(images), expected)
 
 
-@pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN")
-def test_a_deployed_model_stays_where_it_is():
+def test_a_deployed_model_stays_where_it_is(make_host):
     with pytest.raises(DyntuneError, match="deploy it there"):
-        PackedLinear(nn.Linear(2, 2)).to(torch.float64)
+        dyntune.deploy(make_host()).to(torch.float64)
+
+
+@pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN")
+def test_packed_weights_are_not_copied():
+    with pytest.raises(DyntuneError, match="deploy the model once more"):
+        copy.deepcopy(PackedLinear(nn.Linear(2, 2)))
+
+
+@torch.no_grad()
+def test_a_host_that_reads_its_tokens_in_its_own_way_keeps_all_of_them(make_host, images_for):
+    host = make_host()
+    host.pool = lambda x: x.mean(1)
+    images = images_for(host, 2)
+    assert_same(dyntune.deploy(host)(images), host(images))

@@ -164,16 +164,6 @@ def test_images_of_which_nothing_is_active_still_teach_their_gates(build, images
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("where", ["attn", "layer"])
-def test_units_whose_tokens_depend_on_each_other_are_masked(build, images_for, where):
-    logits = []
-    for explore in ("none", "0.1"):
-        model = build(f"dyt:dispatch={where},explore={explore}")
-        torch.manual_seed(0)
-        logits.append(model(images_for(model.backbone.host, 4)))
-    assert torch.equal(*logits)
-
-
 def test_mlps_that_are_dropped_for_whole_images_are_masked(build, images_for):
     model = build(f"{BARE},explore=0.1", drop_path_rate=0.3)
     images = images_for(model.backbone.host, 4)
@@ -425,3 +415,9 @@ def test_the_command_line_asks_for_gradient_checkpointing(photos, tmp_path, monk
         raised = CliRunner().invoke(app, words + more).exception
         assert isinstance(raised, Asked), raised
         assert raised.args[0].gradient_checkpointing is expected
+
+
+@pytest.mark.parametrize("where", ["attn", "layer"])
+def test_exploring_is_refused_where_there_is_no_gated_mlp(where):
+    with pytest.raises(SpecError, match="MLPs have gates of their own"):
+        dyntune.tune(torch.nn.Identity(), f"dispatch:where={where},explore=0.1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from dyntune.errors import BackboneError
@@ -39,6 +40,30 @@ class Changed(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
+
+
+class QueriesApart(nn.Module):
+    """The fused projection to queries, keys and values as two linear maps."""
+
+    def __init__(self, qkv: nn.Linear) -> None:
+        super().__init__()
+        width = qkv.out_features // 3
+        biased = qkv.bias is not None
+        self.queries = nn.Linear(qkv.in_features, width, biased)
+        self.keys_values = nn.Linear(qkv.in_features, 2 * width, biased)
+        self.to(qkv.weight)
+        with torch.no_grad():
+            for own, whole in zip(self._tensors(), (qkv.weight, qkv.bias), strict=True):
+                if whole is not None:
+                    own[0].copy_(whole[:width])
+                    own[1].copy_(whole[width:])
+
+    def _tensors(self) -> tuple[tuple[Any, Any], ...]:
+        maps = (self.queries, self.keys_values)
+        return (maps[0].weight, maps[1].weight), (maps[0].bias, maps[1].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.queries(x), self.keys_values(x)], dim=-1)
 
 
 class Change(nn.Module):
@@ -80,6 +105,14 @@ class Site:
     def plain(self) -> bool:
         """Whether it is a linear map with nothing put on it."""
         return type(getattr(self.owner, self.attribute)) is nn.Linear
+
+    @property
+    def linears(self) -> tuple[tuple[nn.Module, str], ...]:
+        """Holder and name of the linear maps that it consists of; none where something is put on it."""
+        module = getattr(self.owner, self.attribute)
+        if isinstance(module, QueriesApart):
+            return (module, "queries"), (module, "keys_values")
+        return ((self.owner, self.attribute),) if self.plain else ()
 
     @property
     def changes(self) -> dict[str, Change]:

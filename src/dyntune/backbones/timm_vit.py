@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Attention, Backbone, Block, Mlp, MlpActivation, MlpParts
-from dyntune.backbones.sites import Changed, Site, SiteKind
+from dyntune.backbones.sites import Changed, QueriesApart, Site, SiteKind
 from dyntune.errors import BackboneError
 from dyntune.tokens import Sources, Tokens
 
@@ -34,30 +34,6 @@ _BLOCK_SITES: tuple[tuple[SiteKind, str, str], ...] = (
     ("fc2", "mlp", "fc2"),
 )
 """Kind, module of timm's block, and attribute of each site."""
-
-
-class _QueriesApart(nn.Module):
-    """The fused projection to queries, keys and values as two linear maps."""
-
-    def __init__(self, qkv: nn.Linear) -> None:
-        super().__init__()
-        width = qkv.out_features // 3
-        biased = qkv.bias is not None
-        self.queries = nn.Linear(qkv.in_features, width, biased)
-        self.keys_values = nn.Linear(qkv.in_features, 2 * width, biased)
-        self.to(qkv.weight)
-        with torch.no_grad():
-            for own, whole in zip(self._tensors(), (qkv.weight, qkv.bias), strict=True):
-                if whole is not None:
-                    own[0].copy_(whole[:width])
-                    own[1].copy_(whole[width:])
-
-    def _tensors(self) -> tuple[tuple[Any, Any], ...]:
-        maps = (self.queries, self.keys_values)
-        return (maps[0].weight, maps[1].weight), (maps[0].bias, maps[1].bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.queries(x), self.keys_values(x)], dim=-1)
 
 
 class _HostedAttention(Attention):
@@ -82,7 +58,7 @@ class _HostedAttention(Attention):
         return attn.q_norm(q), attn.k_norm(k), v
 
     def split_queries(self) -> None:
-        self.host.attn.qkv = _QueriesApart(self.host.attn.qkv)
+        self.host.attn.qkv = QueriesApart(self.host.attn.qkv)
 
     def project_first(self, normed: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.host.attn
@@ -219,6 +195,11 @@ class TimmViT(Backbone):
         host = self.host
         if not self.class_token or host.global_pool != "token" or host.attn_pool is not None:
             return None
+        if (
+            any(name in vars(host) for name in ("pool", "forward_head"))
+            or type(host).pool is not VisionTransformer.pool
+        ):
+            return None  # what they read instead is not known
         if type(host).forward_head is VisionTransformerDistilled.forward_head:
             return 2
         return 1 if type(host).forward_head is VisionTransformer.forward_head else None

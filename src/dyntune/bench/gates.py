@@ -9,6 +9,7 @@ from dyntune.backbones.base import Unit
 from dyntune.errors import DyntuneError
 from dyntune.forward import Compact
 from dyntune.policies.base import Gate, TokenPolicy
+from dyntune.rates import threshold
 from dyntune.tokens import Tokens
 from dyntune.tuned import TunedModel
 
@@ -27,7 +28,7 @@ class _Setting(Compact):
         linear, logits = policy.linear_gate(unit), policy.gate(unit, tokens).logits
         if linear is None or linear.bias is None or logits is None:
             raise DyntuneError(f"{policy.name()} at {unit.path} has no linear gate with a bias that could be set.")
-        linear.bias.sub_(_threshold(logits, policy.target_rate(unit) if self.rate is None else self.rate))
+        linear.bias.sub_(threshold(logits, policy.target_rate(unit) if self.rate is None else self.rate))
         return super().gated(unit, tokens, policy)
 
 
@@ -47,11 +48,3 @@ def set_gates(model: TunedModel, images: Tensor, rate: float | None = None) -> N
         DyntuneError: a gate is not linear.
     """
     model.eval().run(images, execution=_Setting(rate))
-
-
-def _threshold(logits: Tensor, rate: float) -> Tensor:
-    """A number with the share ``rate`` of the logits above it, in the middle between two of them."""
-    ordered = logits.flatten().sort(descending=True).values
-    active = round(rate * len(ordered))
-    padded = torch.cat([ordered[:1] + 1, ordered, ordered[-1:] - 1])
-    return (padded[active] + padded[active + 1]) / 2

@@ -170,10 +170,11 @@ def _check(
             f"{tuple(expected.shape)}."
         )
     errors = (logits[0].to(expected) - expected).abs().amax(1) / expected.abs().max()
-    if exact and not errors.median() <= TOLERANCE:
+    off = int((errors > TOLERANCE).sum()) + int(errors.isnan().sum())
+    if exact and 2 * off > len(images):
         raise DyntuneError(
-            f"{candidate.name} in {runtime} gave other logits than eager mode: half of the images are off by more than "
-            f"{float(errors.median()):.1e} of the largest logit, allowed are {TOLERANCE:.0e}. It is not timed."
+            f"{candidate.name} in {runtime} gave other logits than eager mode: {off} of {len(images)} images are off "
+            f"by more than {TOLERANCE:.0e} of the largest logit, the worst by {float(errors.max()):.1e}."
         )
     shares = [float(gate.values.float().mean()) for gate in output.gates]
     return _Checked(

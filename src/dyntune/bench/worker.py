@@ -91,8 +91,9 @@ def measure_runtime(plan: Plan, runtime: str, folder: Path) -> Measured:
         if _sets_gates(candidate):
             notes.append(f"{candidate.name}: {_gates_note(candidate, plan.rate)}")
     if plan.run is not None and plan.rate is not None:
-        model.set_rate(plan.rate, images if model.calibration is None else None)
-        notes.append(f"{name}: set to a rate of {plan.rate:.0%}")
+        own = model.calibration is None
+        model.set_rate(plan.rate, images if own else None)
+        notes.append(f"{name}: set to a rate of {plan.rate:.0%}" + (", calibrated on the timed images" if own else ""))
     built: dict[str, Callable[[Tensor], Tensor]] = {}
     rows: list[Row] = []
     with OtherLoad() as load:
@@ -101,9 +102,9 @@ def measure_runtime(plan: Plan, runtime: str, folder: Path) -> Measured:
             for place, candidate in enumerate(taking_part):
                 if _sets_gates(candidate):
                     set_gates(candidate.model, batch, plan.rate)
-                if _sets_gates(candidate) or candidate.name not in built:
-                    into = folder / f"{place}-{batch_size}"
-                    built[candidate.name] = _call(candidate, runtime, batch, threads, into)
+                # Anew for each batch size, for memory that one has taken is not taken again.
+                into = folder / f"{place}-{batch_size}"
+                built[candidate.name] = _call(candidate, runtime, batch, threads, into)
             rows += measure(
                 [(candidate, built[candidate.name]) for candidate in taking_part],
                 batch,

@@ -16,7 +16,7 @@ from rich.table import Table
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.checkpoint import load
 from dyntune.data.base import DataSplits, LabelledImages
-from dyntune.errors import DataError, TrainingError
+from dyntune.errors import DataError, SpecError, TrainingError
 from dyntune.tuned import TunedModel
 
 DataArgument = Annotated[
@@ -73,6 +73,16 @@ def parts(method: str, tokens: str | None) -> list[str]:
 def calibration_images(data: DataSplits) -> LabelledImages:
     """The images that gates are calibrated on: validation images, or training images where there are none."""
     return data.train if data.val is None else data.val
+
+
+def apply_rate(model: TunedModel, rate: float | None, tokens: str | None) -> None:
+    """Sets the rate that ``--rate`` gives; raises SpecError beside a policy that it is not calibrated for."""
+    if rate is not None and tokens is not None and 0 < rate < 1:
+        raise SpecError(
+            f"--rate {rate:g} beside --tokens {tokens}: the gates were calibrated without that policy, which shows "
+            "them other tokens. Give one of the two, or calibrate in Python: model.set_rate(rate, images)."
+        )
+    model.set_rate(rate)
 
 
 def report_skipped(data: DataSplits) -> None:

@@ -16,6 +16,7 @@ from dyntune.commands.common import (
     RunArgument,
     TopTokensOption,
     WeightsOption,
+    apply_rate,
     err,
     out,
     print_json,
@@ -69,7 +70,7 @@ def command(
     """Write a run as a folder for ONNX Runtime, OpenVINO or torch.export, with a runner that needs no Dyntune."""
     with place_for(folder) as room:
         model = load(run, weights=weights, tokens=tokens)
-        model.set_rate(rate)
+        apply_rate(model, rate, tokens)
         data = None if check_on is None else _load(check_on, model)
         calibration = None if calibrate_on is None else _some(_load(calibrate_on, model).train, model)
         if runtime != "auto":

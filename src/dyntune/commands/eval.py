@@ -17,6 +17,7 @@ from dyntune.commands.common import (
     TopTokensOption,
     WeightsOption,
     WorkersOption,
+    apply_rate,
     err,
     millions,
     pick_device,
@@ -53,7 +54,7 @@ def command(
 ) -> None:
     """Accuracy, activation rate per block, MACs really executed, and images per second beside the dense backbone."""
     model = load(run, weights=weights, device=pick_device(device), tokens=tokens)
-    model.set_rate(rate)
+    apply_rate(model, rate, tokens)
     splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(splits)
     require_classes(model, splits)

@@ -18,6 +18,7 @@ from dyntune.commands.common import (
     RunArgument,
     TopTokensOption,
     WeightsOption,
+    apply_rate,
     pick_device,
     print_json,
     print_table,
@@ -67,7 +68,7 @@ def _model(run: Path, *, tokens: str | None, rate: float | None, trust: bool, **
     """What is in the folder: a run, or a model that ``dyntune deploy`` wrote."""
     if not is_deployed(run):
         model = load(run, tokens=tokens, **where)
-        model.set_rate(rate)
+        apply_rate(model, rate, tokens)
         return model
     if tokens is not None or rate is not None or where["weights"] is not None:
         raise DeploymentError(

@@ -17,6 +17,7 @@ from dyntune.commands.common import (
     RunArgument,
     TopTokensOption,
     WeightsOption,
+    apply_rate,
     out,
     pick_device,
 )
@@ -42,7 +43,7 @@ def command(
     """Draw over the images which tokens each block computes, merges or drops, and the activation rate per block."""
     paths = expand_images(images)
     model = load(run, weights=weights, device=pick_device(device), tokens=tokens)
-    model.set_rate(rate)
+    apply_rate(model, rate, tokens)
     if not model.policies:
         raise DyntuneError(
             f"{model.spec} in {run} has no token policy: every token is computed, so there is nothing to show."

@@ -100,7 +100,7 @@ def open_runtime(folder: str | Path, threads: int | None = None, *, trust: bool 
     if runtime == "torch" and not trust:
         raise DeploymentError(
             f"{folder} holds a .pt2 file, which may run code when it is opened. If you trust who made it, say so: "
-            "open_runtime(folder, trust=True), dyntune predict FOLDER --trust. The runtimes onnx and openvino need none."
+            "open_runtime(folder, trust=True), dyntune predict FOLDER --trust. Folders for onnx and openvino need none."
         )
     _check_files(folder, digests, file.name)
     if full_range and runtime == "onnx" and sums_saturate():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,24 +32,21 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(dtype))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        raise DyntuneError(
-            "a deployed model stays on the device and in the precision that it was made for; move the tuned model and "
-            "deploy it there."
-        )
+    def __deepcopy__(self, memo: object) -> PackedLinear:
+        raise DyntuneError("a deployed model cannot be copied, for its weights are packed; deploy the model once more.")
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.packed.dtype)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "").float()
 
 
-def pack(model: nn.Module, rows: int, halved: frozenset[nn.Module] = frozenset()) -> str:
-    """Replaces the linear maps that every token goes through, in place, if that makes the largest of them faster here.
+def pack(maps: Sequence[tuple[nn.Module, str]], rows: int, halved: Sequence[tuple[nn.Module, str]] = ()) -> str:
+    """Replaces linear maps that every token goes through, in place, if that makes the largest of them faster here.
 
     Args:
-        model: for inference, in fp32.
+        maps: modules that hold one, in fp32, and its name in each of them.
         rows: tokens of an image.
-        halved: the linear maps whose products are computed in bf16, whether that is faster or not.
+        halved: those among them whose products are computed in bf16, whether that is faster or not.
 
     Returns:
         What was done, or why not, for people.
@@ -57,13 +54,9 @@ def pack(model: nn.Module, rows: int, halved: frozenset[nn.Module] = frozenset()
     Raises:
         DyntuneError: bf16 is asked for, and this CPU does not compute in it.
     """
-    owners = [
-        (module, name, child)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if type(child) is nn.Linear
-    ]
-    largest = max((child for _, _, child in owners), key=lambda child: child.weight.numel(), default=None)
+    linears = [(holder, name, cast(nn.Linear, getattr(holder, name))) for holder, name in maps]
+    half = {getattr(holder, name) for holder, name in halved}
+    largest = max((linear for *_, linear in linears), key=lambda linear: linear.weight.numel(), default=None)
     if largest is None or largest.weight.device.type != "cpu" or largest.weight.dtype is not torch.float32:
         usable = False
     else:
@@ -75,13 +68,13 @@ def pack(model: nn.Module, rows: int, halved: frozenset[nn.Module] = frozenset()
         )
     if largest is None or not usable:
         return "weights are not packed: that is for fp32 on a CPU with oneDNN"
-    ratio = _speedup(largest, rows, torch.bfloat16 if largest in halved else torch.float32)
+    ratio = _speedup(largest, rows, torch.bfloat16 if largest in half else torch.float32)
     if ratio < 1 and not halved:
         return f"weights are not packed: oneDNN's product took {1 / ratio:.2f} x the time of the plain one here"
-    for module, name, child in owners:
-        setattr(module, name, PackedLinear(child, torch.bfloat16 if child in halved else torch.float32))
-    kinds = f", {len(halved)} of them in bf16" if halved else ""
-    return f"{len(owners)} linear maps have packed weights{kinds}; the largest is {ratio:.2f} x as fast here"
+    for holder, name, linear in linears:
+        setattr(holder, name, PackedLinear(linear, torch.bfloat16 if linear in half else torch.float32))
+    kinds = f", {len(half)} of them in bf16" if half else ""
+    return f"{len(linears)} linear maps have packed weights{kinds}; the largest is {ratio:.2f} x as fast here"
 
 
 def available() -> bool:
@@ -93,7 +86,7 @@ def available() -> bool:
 @torch.inference_mode()
 def _speedup(linear: nn.Linear, rows: int, dtype: torch.dtype) -> float:
     """How many times as fast the packed product of ``rows`` tokens is; the best of a few runs of each, in turns."""
-    x = torch.randn(rows, linear.in_features)
+    x = torch.randn(rows, linear.in_features, generator=torch.Generator().manual_seed(0))
     packed = PackedLinear(linear, dtype)
     best = {"plain": float("inf"), "packed": float("inf")}
     ways: dict[str, Callable[[], Any]] = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Literal, cast, get_args
 
 import torch
@@ -70,7 +71,10 @@ class DeployedModel(nn.Module):
 
     def run(self, images: Tensor) -> Output:
         """One forward pass with the decisions that it made: none in a last MLP that computes only what is read."""
-        with torch.no_grad():
+        device = images.device.type
+        # Its precision is its own: autocast would lower that of the residual stream and of the gates.
+        ours = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with torch.no_grad(), ours:
             return run(self.backbone, self.policies, images, self.execution)
 
     def _within(self) -> Execution:
@@ -93,6 +97,12 @@ class DeployedModel(nn.Module):
         """As ``TunedModel.set_rate``, with the calibration that the model came with."""
         shift_gates(self, rate, self.calibration)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeployedModel:
+        raise DyntuneError(
+            "a deployed model stays on the device and in the precision that it was made for; move the tuned model and "
+            "deploy it there."
+        )
+
     def train(self, mode: bool = True) -> DeployedModel:
         """Refuses to be trained.
 
@@ -110,15 +120,16 @@ def prepare(model: nn.Module, *, rate: float | None = None, masks: bool = False)
 
     Args:
         model: a tuned model, or a plain one that ``tune`` would take.
-        rate: share of the patches that gated units shall compute, for a calibrated model; see ``set_rate``.
+        rate: share of the patches that gated units shall compute, for a calibrated model; None leaves it as it is set.
         masks: whether every gate shall decide and be seen, which costs what the last block's patches cost.
 
     Raises:
         BackboneError: the model is not supported.
         DyntuneError: ``rate`` is given and the model has no gates, or is not calibrated.
     """
-    tuned = model if isinstance(model, TunedModel) else TunedModel(copy.deepcopy(model), resolve(["linear"]))
-    copied = copy.deepcopy(tuned)
+    copied = copy.deepcopy(model)
+    if not isinstance(copied, TunedModel):
+        copied = TunedModel(copied, resolve(["linear"]))
     if rate is not None:
         copied.set_rate(rate)
     fold(copied)
@@ -132,7 +143,7 @@ def deploy(
 
     Args:
         model: a tuned model, or a plain one that ``tune`` would take.
-        rate: share of the patches that gated units shall compute, for a calibrated model; see ``set_rate``.
+        rate: share of the patches that gated units shall compute, for a calibrated model; None leaves it as it is set.
         masks: whether every gate shall decide and be seen, which costs what the last block's patches cost.
         precision: of the products of the host's linear maps, on a CPU; bf16 is not exact. The residual stream, norms,
             softmax, gates, adapters and the head stay in fp32.
@@ -145,11 +156,10 @@ def deploy(
     if precision not in get_args(Precision):
         raise DyntuneError(f"precision must be one of {', '.join(get_args(Precision))}; given {precision!r}.")
     deployed = prepare(model, rate=rate, masks=masks)
-    backbone = deployed.backbone
-    heads = {module for head in backbone.heads for module in head.modules()}
-    linear = {module for module in backbone.host.modules() if type(module) is nn.Linear}
-    halved = frozenset(linear - heads if precision == "bf16" else ())
-    deployed.notes.append(pack(deployed, math.prod(backbone.grid), halved))
+    hosted = [linear for site in deployed.backbone.sites() for linear in site.linears]
+    shared = [(joint, "read") for joint in deployed.joints.values()]
+    halved = hosted if precision == "bf16" else ()
+    deployed.notes.append(pack([*hosted, *shared], math.prod(deployed.backbone.grid), halved))
     return deployed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
@@ -62,8 +63,8 @@ class Dispatcher(nn.Module):
     ``sigmoid(l)``, whatever the temperature), and the gradient is that of S (straight-through; DyT section 3.2).
 
     An elastic gate is trained towards a rate r that changes from step to step: then
-    ``l = w x + b + slope (logit(r) - logit(middle))`` with a learned slope. In evaluation both have ``shift`` added,
-    which decides how many patches are active; see ``TunedModel.set_rate``.
+    ``l = w x + b + slope (logit(r) - logit(middle))`` with a learned slope. In evaluation any gate has ``shift`` added
+    instead, which decides how many patches are active; see ``TunedModel.set_rate``.
 
     Args:
         width: channels C of a token.
@@ -100,22 +101,24 @@ class Dispatcher(nn.Module):
 
     def logits_from(self, values: Tensor) -> Tensor:
         """What the linear map ``gate`` makes of the patches, ``(B, P)``, as logits in fp32."""
-        logits = values.float() + self.shift
-        if self.drawn is None or self.slope is None or not self.training:
+        logits = values.float()
+        if not self.training:
+            return logits + self.shift
+        if self.drawn is None or self.slope is None:
             return logits
         return logits + self.slope.float() * self.drawn.distance(self.drawn.target)
 
-    def response(self, rate: float) -> float:
-        """What an elastic gate has learned to add to its logits for ``rate``; 0 for one trained towards one rate."""
-        if self.drawn is None or self.slope is None:
-            return 0.0
-        return self.slope.item() * self.drawn.distance(rate)
-
     def set_rate(self, shift: float, rate: float | None) -> None:
         """Adds ``shift`` to the logits from now on; ``rate`` is the share of active patches that this gives."""
-        # In fp32 whatever the precision of the weights, as the logits that it is added to are.
-        self.shift = torch.tensor(shift, dtype=torch.float32, device=self.shift.device)
+        self.shift.fill_(shift)  # in place: a captured CUDA graph reads it where it is
         self.rate = rate
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dispatcher:
+        shift = self.shift
+        super()._apply(fn, recurse)
+        # In fp32 whatever the precision of the weights, as the logits that it is added to are.
+        self.shift = self.shift.float() if shift.is_meta else shift.to(self.shift.device)
+        return self
 
     def decide(self, logits: Tensor) -> Tensor:
         """Logits to a gate in {0, 1}: noisy and differentiable while training, a plain threshold in evaluation."""
@@ -189,6 +192,10 @@ class Dispatch(TokenPolicy):
         weights = (self.rate_weight, self.complete_weight, self.distill_weight)
         self.require(min(weights) >= 0, "loss weights of at least 0")
         self.require(self.explore is None or 0 < self.explore <= 1, "explore above 0 and at most 1, or none")
+        self.require(
+            self.explore is None or self.where in ("mlp", "attn-mlp"),
+            "explore only where MLPs have gates of their own (where=mlp or attn-mlp); other units are computed whole",
+        )
         self.require(self.complete_every >= 1, "complete_every of at least 1")
         self.require(0 < self.complete_share <= 1, "complete_share above 0 and at most 1")
 

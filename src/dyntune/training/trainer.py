@@ -189,11 +189,11 @@ class _Run:
         self.identity = run_identity(model, settings, train_set, world, teacher)
 
     def train(self, resume: bool) -> FitResult:
-        # Thresholds that were shifted, and the shifts, belong to the weights that training leaves behind.
-        self.model.set_rate(None)
-        self.model.calibration = None
         with caller_randomness_kept(), self._checkpointing():
             epoch, step = self._begin(resume)
+            # Thresholds that were shifted, and the shifts, belong to the weights that training leaves behind.
+            self.model.set_rate(None)
+            self.model.calibration = None
             self.started = time.perf_counter() - self.seconds
             log = RunLog(self.out, epoch * self.steps_per_epoch + step) if self.out and self._main else None
             try:

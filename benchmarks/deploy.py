@@ -1,0 +1,186 @@
+"""Deployed models beside the eager dense one: torch in this process, other runtimes in one each, all in turns.
+
+    python benchmarks/deploy.py --out benchmarks/results/deploy
+
+Weights are random; the gates are set so that half of the patches of the timed images are active in every unit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+import dyntune
+from dyntune.bench.gates import set_gates
+from dyntune.cost import head_macs
+from dyntune.deployment.bundle import Export
+from dyntune.deployment.candidate import Candidate
+from dyntune.report import machine
+from dyntune.training.throughput import Turns, time_in_turns
+
+CLASSES = 100
+TIMED, DEPLOYED = "dense, eager", "dense, deployed"
+DYT, BOTH = "dyt:rate=0.5", "dyt:rate=0.5,dispatch=attn-mlp"
+FILES = (("onnx", "fp32"), ("onnx", "int8"), ("openvino", "fp32"), ("openvino", "int8"))
+
+
+class Row:
+    """One model in one runtime.
+
+    Args:
+        name: what it is called.
+        dense: name of the dense model in the same runtime.
+        macs: per image, of the tuned model as eager mode runs it.
+    """
+
+    def __init__(self, name: str, dense: str, macs: float) -> None:
+        self.name, self.dense, self.macs = name, dense, macs
+
+
+def tuned(model: str, spec: str, images: Tensor) -> dyntune.TunedModel:
+    """A model with random weights everywhere, zeros of fresh adapters included, and gates that are half open."""
+    torch.manual_seed(0)
+    built = dyntune.tune(timm.create_model(model, num_classes=CLASSES), spec).eval()
+    with torch.no_grad():
+        for parameter in built.tuned_state().values():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    set_gates(built, images)
+    return built
+
+
+@torch.inference_mode()
+def macs(model: dyntune.TunedModel, images: Tensor) -> float:
+    with dyntune.MacCounter() as counter:
+        model(images)
+    return counter.macs / len(images) - head_macs(model.backbone)
+
+
+def in_torch(
+    dense: nn.Module, models: dict[str, dyntune.TunedModel]
+) -> Iterator[tuple[str, str, Callable[[Tensor], Tensor], str, Callable[[Tensor], Tensor]]]:
+    """Name, what its MACs are counted on, model, name of the dense model beside it, and whose logits it should give."""
+    yield TIMED, "dense", dense, TIMED, dense
+    yield DEPLOYED, "dense", dyntune.deploy(dense), DEPLOYED, dense
+    for spec, model in models.items():
+        yield f"{spec}, plain gather", spec, model, TIMED, model
+        yield f"{spec}, deployed", spec, dyntune.deploy(model), DEPLOYED, model
+    full = dyntune.deploy(models[DYT])
+    full.set_rate(1.0)
+    yield f"{DYT} with all patches active, deployed", "all", full, DEPLOYED, partial(complete, models[DYT])
+    try:
+        yield f"{DYT}, deployed, bf16", DYT, dyntune.deploy(models[DYT], precision="bf16"), TIMED, models[DYT]
+    except dyntune.DyntuneError as error:
+        print(error)
+
+
+def complete(model: dyntune.TunedModel, images: Tensor) -> Tensor:
+    return model.run(images, complete=True).logits
+
+
+def measure(options: argparse.Namespace, batch_size: int, room: Path) -> list[dict]:
+    torch.manual_seed(1)
+    images = torch.randn(batch_size, 3, 224, 224)
+    torch.manual_seed(0)
+    dense = timm.create_model(options.model, num_classes=CLASSES).eval()
+    models = {spec: tuned(options.model, spec, images) for spec in (DYT, BOTH)}
+    counted = {spec: macs(model, images) for spec, model in models.items()}
+    plain = dyntune.tune(timm.create_model(options.model, num_classes=CLASSES), "linear").eval()
+    plain.backbone.host.load_state_dict(dense.state_dict())
+    counted["dense"] = macs(plain, images)
+    models[DYT].set_rate(1.0)
+    counted["all"] = macs(models[DYT], images)
+    models[DYT].set_rate(None)
+    batch = room / f"images{batch_size}.npy"
+    np.save(batch, images.numpy())
+    rows, running, difference = [], {}, {}
+    with ExitStack() as stack, torch.inference_mode():
+        for name, spec, model, beside, expected in in_torch(dense, models):
+            rows.append(Row(name, beside, counted[spec]))
+            running[name] = model
+            difference[name] = float((model(images) - expected(images)).abs().max())
+        for spec, model in {"dense": plain, DYT: models[DYT]}.items():
+            with torch.inference_mode(False):
+                export = Export(model)
+            for runtime, precision in FILES if options.files else ():
+                folder = room / f"{spec.split(':')[0]}-{runtime}-{precision}-{batch_size}"
+                with torch.inference_mode(False):
+                    export.write(folder, runtime, precision, images if runtime == "openvino" else None)
+                name = f"{spec}, {runtime} {precision}"
+                rows.append(Row(name, f"dense, {runtime} {precision}", counted[spec]))
+                running[name] = stack.enter_context(Candidate(folder, batch, options.threads))
+        turns = time_in_turns(running, images, rounds=options.rounds, seconds=options.seconds)
+    return [
+        described(row, turns, batch_size, counted["dense"] / row.macs) | {"logit_difference": difference.get(row.name)}
+        for row in rows
+    ]
+
+
+def described(row: Row, turns: dict[str, Turns], batch_size: int, ratio: float) -> dict:
+    own = turns[row.name]
+    gather = f"{row.name.split(',')[0]}, plain gather"
+    return {
+        "name": row.name,
+        "batch_size": batch_size,
+        "macs": row.macs,
+        "macs_ratio": ratio,
+        "images_per_second": asdict(own.images_per_second),
+        "over_eager_dense": asdict(own.speedup(turns[TIMED])),
+        "over_dense_in_the_same_runtime": asdict(own.speedup(turns[row.dense])),
+        "skip_efficiency": own.speedup(turns[row.dense]).median / ratio,
+        "over_plain_gather": asdict(own.speedup(turns[gather])) if gather in turns else None,
+    }
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = [
+        "| batch | model | images/s | over eager dense | over dense, same runtime | MACs ratio | skip efficiency |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        eager, same = row["over_eager_dense"], row["over_dense_in_the_same_runtime"]
+        lines.append(
+            f"| {row['batch_size']} | {row['name']} | {row['images_per_second']['median']:.2f} "
+            f"| {eager['median']:.2f} [{eager['low']:.2f} to {eager['high']:.2f}] "
+            f"| {same['median']:.2f} [{same['low']:.2f} to {same['high']:.2f}] "
+            f"| {row['macs_ratio']:.3f} | {row['skip_efficiency']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=0.3)
+    parser.add_argument("--files", action=argparse.BooleanOptionalAction, default=True, help="ONNX and OpenVINO too")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict] = []
+    for batch_size in options.batch_size:
+        with tempfile.TemporaryDirectory() as room:
+            rows += measure(options, batch_size, Path(room))
+        result = {"model": options.model, "machine": machine(), "threads": options.threads, "rounds": options.rounds}
+        result |= {"measured": time.strftime("%Y-%m-%d"), "rows": rows}
+        (options.out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+        (options.out / "table.md").write_text(markdown(rows))
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
