@@ -1,18 +1,21 @@
 """The kernels run on a GPU, or through Triton's interpreter, which must be chosen before Triton is first imported.
 
-So without a GPU these tests run in processes of their own, which ``test_interpreter.py`` starts.
+So without a GPU these tests run in a process of their own, which ``test_interpreter.py`` starts.
 """
 
 import os
-from importlib.util import find_spec
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dyntune.kernels.launch import unavailable
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUNNABLE = find_spec("triton") is not None and (INTERPRETED or torch.cuda.is_available())
-# Of these files each is one process of test_interpreter.py.
+RUNNABLE = (INTERPRETED or torch.cuda.is_available()) and unavailable(
+    torch.device("cpu" if INTERPRETED else "cuda")
+) is None
+# These files run in the one process of test_interpreter.py.
 collect_ignore = [] if RUNNABLE else ["test_tiles.py", "test_products.py", "test_execution.py"]
 collect_ignore += (
     ["test_interpreter.py", "test_hopper.py", "test_benchmark.py", "test_unavailable.py"] if INTERPRETED else []

@@ -5,11 +5,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from dyntune import tune
-from dyntune.kernels import DeviceCounts, capture
-from dyntune.kernels.grouped import refusal
+from dyntune.kernels import DeviceCounts, capture, supports
+from dyntune.kernels.launch import unavailable
 from dyntune.policies.dispatch import Dispatcher
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+WITHOUT = unavailable(torch.device("cuda")) if torch.cuda.is_available() else "needs a CUDA device"
+pytestmark = pytest.mark.skipif(WITHOUT is not None, reason=str(WITHOUT))
 
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=str)
@@ -30,8 +31,8 @@ def case(request):
 
 def ways(model):
     """Every way to multiply that this GPU has for the model's dtype."""
-    parameter = next(model.parameters())
-    return ["triton"] if refusal(parameter.device, parameter.dtype) else ["triton", "grouped"]
+    mlp = model.backbone.blocks[0].mlp
+    return [products for products in ("triton", "grouped") if supports(mlp, products) is None]
 
 
 def logits(model, products="triton"):

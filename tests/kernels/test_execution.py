@@ -148,6 +148,70 @@ def test_training_is_refused(device, build):
         model.to(device).train().run(images.to(device), execution=DeviceCounts())
 
 
+def test_gradients_are_refused(device, build):
+    model, images = build("plain", "dyt:rate=0.5", depth=1)
+    model, images = model.to(device), images.to(device)
+    own, execution = shared(model)
+    mlp = model.backbone.blocks[0].mlp
+
+    def refused(model, images, execution):
+        with pytest.raises(DyntuneError, match="no_grad"):
+            model.run(images, execution=execution)
+
+    refused(model, images, DeviceCounts())
+    model.requires_grad_(False)
+    refused(model, images.clone().requires_grad_(), DeviceCounts())
+    for weight in (mlp.parts.first.weight, mlp.dispatcher.gate.bias):
+        weight.requires_grad_(True)
+        refused(model, images, DeviceCounts())
+        weight.requires_grad_(False)
+    own.requires_grad_(False)
+    refused(own, images, execution)  # the shared products stand beside the model
+    for joint in execution.joints.values():
+        joint.requires_grad_(False)
+    for runs, within in ((model, DeviceCounts()), (own, execution)):
+        assert runs.run(images, execution=within).logits.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["first", "second", "norm"])
+def test_weights_that_do_not_lie_row_by_row(device, build, name):
+    model, images = build("plain", "dispatch", depth=1)
+    mlp = model.to(device).backbone.blocks[0].mlp
+    assert supports(mlp) is None
+    layer = getattr(mlp.parts, name)
+    strided = torch.stack([layer.weight, layer.weight], dim=-1)[..., 0]
+    layer.weight = torch.nn.Parameter(strided)
+    assert "contiguous" in supports(mlp)
+    assert_equal_runs(model, images.to(device), model, DeviceCounts())
+
+
+def test_shared_products_that_do_not_lie_row_by_row(device, build):
+    model, images = build("plain", "dyt:rate=0.5", depth=1)
+    own, execution = shared(model.to(device))
+    for joint in execution.joints.values():
+        joint.write = torch.nn.Parameter(joint.write.detach().T.contiguous().T)
+        joint.read.weight = torch.nn.Parameter(joint.read.weight.detach().T.contiguous().T)
+        assert not joint.write.is_contiguous() and not joint.read.weight.is_contiguous()
+    assert_equal_runs(model, images.to(device), own, execution)
+
+
+def test_products_that_do_not_exist():
+    with pytest.raises(DyntuneError, match=r"triton, grouped; given 'cutlass'"):
+        DeviceCounts(products="cutlass")
+
+
+@torch.no_grad()
+def test_products_that_do_not_multiply_this(device, build):
+    for dtype, width, said in ((torch.float32, 32, "bf16"), (torch.bfloat16, 36, "multiples of 8")):
+        model, images = build("plain", "dispatch", depth=1, embed_dim=width)
+        model, images = model.to(device, dtype), images.to(device, dtype)
+        assert supports(model.backbone.blocks[0].mlp) is None
+        assert said in supports(model.backbone.blocks[0].mlp, "grouped")
+        with pytest.raises(DyntuneError, match=rf"blocks\.0\.mlp: .*{said}.*triton"):
+            model.run(images, execution=DeviceCounts(products="grouped"))
+
+
 def test_says_what_it_does_not_skip(device, build):
     block = build("plain", "dispatch", depth=1)[0].to(device).backbone.blocks[0]
     assert supports(block.mlp) is None
@@ -164,3 +228,5 @@ def test_a_graph_needs_a_gpu(build):
     model, images = build("plain", "dispatch", depth=1)
     with pytest.raises(DyntuneError, match="CUDA"):
         capture(model, images)
+    with pytest.raises(DyntuneError, match="at least 1"):
+        capture(model, images, warmup=0)

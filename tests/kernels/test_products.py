@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dyntune.kernels import grouped, product
+from dyntune.kernels.launch import capability
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SHAPES = [(1, 1, 8, 8), (29, 13, 40, 72), (29, 0, 40, 72), (29, 29, 24, 40), (70, 48, 40, 65), (70, 49, 33, 64)]
@@ -51,7 +52,7 @@ HOWS = [(shape, described) for shape in SHAPES for described in (False, True) if
 
 
 def skip_without_descriptors(device, described):
-    if described and device.type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+    if described and device.type == "cuda" and capability(device)[0] < 9:
         pytest.skip("this GPU has no copy engine for tiles")
 
 
@@ -97,8 +98,9 @@ def test_grouped_product(device, shape):
     close(out, case.summed, torch.bfloat16)
 
 
-def test_grouped_product_of_another_type_is_refused(device):
+def test_grouped_product_of_another_type_or_width_is_refused(device):
     assert "bf16" in grouped.refusal(device, torch.float16)
+    assert "multiples of 8; given 40 and 65" in grouped.refusal(device, torch.bfloat16, 40, 65)
 
 
 def test_neither_asks_the_device(device, nothing_comes_back):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +41,17 @@ class DeviceCounts(Execution):
 
     Args:
         joints: gate and adapter as shared products, by the unit's path; None for what the units themselves compute.
-        products: who multiplies; ``"grouped"`` is bf16 on GPUs of compute capability 9.0 and 10.0.
+        products: who multiplies; ``"grouped"`` is bf16 on GPUs of compute capability 9.0 and 10.0, in widths that are
+            multiples of 8.
+
+    Raises:
+        DyntuneError: there are no such ``products``; later, in a pass: they do not multiply what the kernels would, a
+            gated unit is in train mode, or something in it requires a gradient while gradients are recorded.
     """
 
     def __init__(self, joints: Mapping[str, JointProducts] | None = None, products: Products = "triton") -> None:
+        if products not in get_args(Products):
+            raise DyntuneError(f"products must be one of {', '.join(get_args(Products))}; given {products!r}.")
         self.joints = dict(joints or {})
         self.products = products
 
@@ -53,8 +60,13 @@ class DeviceCounts(Execution):
             raise DyntuneError(
                 f'{unit.path} is in train mode, which needs gradients; use eval(), or execution="masked".'
             )
-        out: Tensor | None = None
         joint = self.joints.get(unit.path)
+        if torch.is_grad_enabled() and _learns(unit, tokens, joint):
+            raise DyntuneError(
+                f"{unit.path} or its tokens require a gradient, which the kernels do not have; run under "
+                'torch.no_grad(), or with execution="masked".'
+            )
+        out: Tensor | None = None
         if joint is None:
             gate = policy.gate(unit, tokens)
         else:
@@ -68,6 +80,9 @@ class DeviceCounts(Execution):
             out = copied if beside is None else copied.add_(beside)
         parts = _parts(unit)
         if supports(unit) is None and parts is not None:
+            reason = supports(unit, self.products)
+            if reason is not None:
+                raise DyntuneError(f'{unit.path}: {reason}. Use products="triton".')
             self._add_mlp(out, tokens, gate, parts)
             return tokens.with_x(out), gate
         mask = tokens.cover_prefix(gate.values)
@@ -93,8 +108,8 @@ class DeviceCounts(Execution):
         )
 
 
-def supports(unit: Unit) -> str | None:
-    """Why the kernels do not compute the active tokens of ``unit`` alone; None if they do."""
+def supports(unit: Unit, products: Products = "triton") -> str | None:
+    """Why the kernels, or ``products``, do not compute the active tokens of ``unit`` alone; None if they do."""
     if not isinstance(unit, Mlp):
         return f"{unit.path} is no MLP: attention among active tokens has a shape that depends on the images"
     parts = _parts(unit)
@@ -106,10 +121,30 @@ def supports(unit: Unit) -> str | None:
     weights: tuple[Any, ...] = (parts.first, parts.second, parts.norm)
     if any(tensor is None for module in weights for tensor in (module.weight, module.bias)):
         return f"{unit.path} has layers without a bias"
-    dtypes = {tensor.dtype for module in weights for tensor in (module.weight, module.bias)}
+    tensors = [tensor for module in weights for tensor in (module.weight, module.bias)]
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        return f"the weights of {unit.path} are not contiguous, and the kernels read them row by row"
+    dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         return f"the weights of {unit.path} are {', '.join(sorted(map(str, dtypes)))}, not one of bf16, fp16 and fp32"
-    return unavailable(parts.first.weight.device)
+    weight = parts.first.weight
+    reason = unavailable(weight.device)
+    if reason is None and products == "grouped":
+        from dyntune.kernels import grouped
+
+        return grouped.refusal(weight.device, weight.dtype, *weight.shape)
+    return reason
+
+
+def _learns(unit: Unit, tokens: Tokens, joint: JointProducts | None) -> bool:
+    """Whether a gradient is asked of anything that the kernels read."""
+    read = [tokens.x, *unit.parameters()]
+    parts = _parts(unit)
+    if parts is not None:  # of the host, whose weights are no parameters of the unit
+        read += [weight for module in (parts.norm, parts.first, parts.second) for weight in module.parameters()]
+    if joint is not None:
+        read += [joint.read.weight, joint.read.bias, joint.write]
+    return any(tensor.requires_grad for tensor in read)
 
 
 def _parts(unit: Unit) -> MlpParts | None:

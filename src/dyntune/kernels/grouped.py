@@ -9,21 +9,29 @@ import triton.language as tl
 from torch import Tensor
 
 from dyntune.kernels.arithmetic import activate
+from dyntune.kernels.launch import capability
 
 _BLOCK = 1024
 
 
-def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+def refusal(device: torch.device, dtype: torch.dtype, *widths: int) -> str | None:
     """Why the grouped product is not to be used here; None if it is.
 
     On other GPUs than these PyTorch computes it group by group and asks the device for the counts.
+
+    Args:
+        device: of the matrices.
+        dtype: of the matrices.
+        widths: rows and columns of the weights.
     """
     if not (hasattr(F, "grouped_mm") or hasattr(torch, "_grouped_mm")):
         return f"torch {torch.__version__} has no grouped product"
     if dtype is not torch.bfloat16:
         return f"the grouped product takes bf16; given {dtype}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
-        return "the grouped product is fast on GPUs of compute capability 9.0 and 10.0 only"
+    if any(width % 8 for width in widths):
+        return f"the grouped product takes widths that are multiples of 8; given {' and '.join(map(str, widths))}"
+    if device.type == "cuda" and capability(device)[0] not in (9, 10):
+        return "the grouped product is fast on NVIDIA's GPUs of compute capability 9.0 and 10.0 only"
     return None
 
 

@@ -21,7 +21,7 @@ def joint(x: Tensor, read_weight: Tensor, read_bias: Tensor, write: Tensor) -> t
     with _on(x):
         from dyntune.kernels import joint as kernel
 
-        return kernel.joint(x.contiguous(), read_weight, read_bias, write)
+        return kernel.joint(*(tensor.contiguous() for tensor in (x, read_weight, read_bias, write)))
 
 
 @joint.register_fake
@@ -52,7 +52,8 @@ def add_mlp(
         x: the tokens that the MLP reads, ``(B, N, C)``.
         gate: of the patches, ``(B, P)``: active where above 0.5.
         prefix: leading tokens of every image, always active.
-        norm_weight: of the LayerNorm before the MLP, ``(C,)``; as ``norm_bias`` and ``epsilon``.
+        norm_weight: of the LayerNorm before the MLP, ``(C,)``; as ``norm_bias`` and ``epsilon``. All weights and
+            biases are contiguous, which ``execution.supports`` checks.
         first_weight: of the map to the hidden layer, ``(H, C)``, with ``first_bias``.
         second_weight: of the map back, ``(C, H)``, with ``second_bias``.
         activation: of the hidden layer, a name that ``MlpParts`` knows.

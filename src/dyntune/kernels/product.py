@@ -151,7 +151,10 @@ def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **given: A
 def _autotuned(kernel: Any, restore: list[str] | None) -> Any:
     configs = _INTERPRETED if interpreted() else [*_LARGE, *_SMALL, *_FULL_PRECISION]
     return triton.autotune(
-        configs, ["COLUMNS", "DEPTH", "size"], prune_configs_by={"early_config_prune": _fitting}, restore_value=restore
+        configs,
+        ["COLUMNS", "DEPTH", "DESCRIBED", "size"],
+        prune_configs_by={"early_config_prune": _fitting},
+        restore_value=restore,
     )(kernel)
 
 
