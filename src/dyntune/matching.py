@@ -50,7 +50,7 @@ class Matching:
         order = torch.cat([self.kept, self.others.expand(self.kept.shape[0], -1), self.sources], dim=1)
         count = kept + len(self.others)
         stay = torch.arange(count, device=order.device).expand(order.shape[0], -1)
-        return torch.empty_like(order).scatter_(1, order, torch.cat([stay, kept + self.partners], dim=1))
+        return torch.zeros_like(order).scatter(1, order, torch.cat([stay, kept + self.partners], dim=1))
 
 
 @torch.no_grad()

@@ -1,18 +1,22 @@
 """The folder: what lies in it, the runner that needs no Dyntune, and what happens when it is damaged."""
 
+import copy
 import json
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import dyntune
 from dyntune.commands.predict import predict
 from dyntune.deployment import bundle
 from dyntune.deployment.folder import is_deployed, open_runtime
-from dyntune.errors import DeploymentError
+from dyntune.errors import DataError, DeploymentError
 
 RUNTIMES = ("onnx", "openvino", "torch")
 
@@ -29,7 +33,9 @@ def pictures(tmp_path_factory):
     photo.save(root / "turned.jpg", exif=turned)
     Image.fromarray(noise).save(root / "clear.png")
     Image.fromarray(noise[:20, :11, 0]).save(root / "grey.png")
-    Image.fromarray(noise[..., 0].astype(np.uint16) * 257 - noise[..., 1] // 2).save(root / "deep.png")
+    deep = Image.fromarray(noise[..., 0].astype(np.uint16) * 257 - noise[..., 1] // 2)
+    deep.save(root / "deep.png")
+    deep.save(root / "deep.pgm")
     return sorted(root.iterdir())
 
 
@@ -61,6 +67,48 @@ def test_the_runner_says_what_predict_says(deployed, tuned, pictures, runtime):
             assert float(share) == pytest.approx(top["probability"], abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pixels_of_32_bits_are_refused_by_runner_and_predict(deployed, tuned, tmp_path, kind):
+    wide = tmp_path / "wide.tif"
+    Image.fromarray(np.arange(64, dtype=kind).reshape(8, 8)).save(wide)
+    with pytest.raises(AssertionError, match=r"wide\.tif: its pixels are 32-bit numbers"):
+        run(deployed(), wide)
+    with pytest.raises(DataError, match="32-bit numbers"):
+        predict(tuned, [wide], 1)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_images_that_the_model_does_not_take_are_refused_in_words(deployed, some_images, runtime):
+    model = open_runtime(deployed(runtime), threads=1, trust=True)
+    with pytest.raises(DeploymentError, match=r"torch\.float64 on cpu.*images\.cpu\(\)"):
+        model(some_images.double())
+    with pytest.raises(DeploymentError, match=r"torch\.float32 on meta"):
+        model(some_images.to("meta"))
+    with pytest.raises(DeploymentError, match=r"images \(24, 3, 8, 8\)"):
+        model(some_images[:, :, :8, :8])
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_no_file_carries_a_path_of_this_machine(deployed, runtime):
+    paths = [str(place).encode() for place in (Path(dyntune.__file__).parent, Path(torch.__file__).parent)]
+    for file in deployed(runtime).iterdir():
+        archive = zipfile.ZipFile(file) if zipfile.is_zipfile(file) else None
+        contents = [archive.read(name) for name in archive.namelist()] if archive else [file.read_bytes()]
+        assert not any(path in content for content in contents for path in paths), file.name
+
+
+def test_a_model_in_half_precision_is_exported_in_fp32(tuned, some_images, tmp_path):
+    half = copy.deepcopy(tuned).bfloat16()
+    folder = bundle.write(half, tmp_path / "half", runtime="torch", rate=1.0)
+    assert next(half.parameters()).dtype is torch.bfloat16 and half.target_rate == 0.5
+    expected = half.float()
+    expected.set_rate(1.0)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            open_runtime(folder, trust=True)(some_images), expected(some_images), atol=1e-4, rtol=0
+        )
+
+
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @torch.no_grad()
 def test_an_opened_folder_gives_logits_and_masks_of_the_model(deployed, tuned, some_images, runtime):
@@ -84,7 +132,7 @@ def test_deploy_json_says_what_the_model_is(deployed, tuned):
     assert (config["activation"], config["macs"]) == (0.5, cost(tuned).macs)
     assert set(config["files"]) == {"model.onnx", "run.py"}
     card = (deployed() / "README.md").read_text()
-    assert "pip install onnxruntime numpy pillow" in card and "blue" not in config["versions"]
+    assert 'pip install "onnxruntime>=1.23" numpy pillow' in card and "blue" not in config["versions"]
 
 
 def test_write_without_masks_gives_none_and_names_no_gate(tuned, some_images, tmp_path):
@@ -150,7 +198,11 @@ DAMAGE = {
     "no configuration": (lambda folder: (folder / "deploy.json").unlink(), "deploy.json is missing"),
     "no JSON": (lambda folder: (folder / "deploy.json").write_text("{"), "not readable JSON"),
     "of another program": (_change(library="other"), "not written by Dyntune"),
-    "newer": (_change(format=99), "reads up to 1"),
+    "newer": (_change(format=99), "reads 1 to 1"),
+    "a format that is no number": (_change(format=True), "has format True"),
+    "a format before the first": (_change(format=0), "has format 0"),
+    "gates that are no list": (_change(gates="blocks"), "gates a list of texts"),
+    "a spec that is no text": (_change(spec=None), "spec must be a text"),
     "unknown runtime": (_change(runtime="tpu"), "not a valid configuration"),
     "no preprocessing": (_change(preprocessing={}), "preprocessing"),
     "a file elsewhere": (_change(files={"../model.onnx": "0"}), "damaged: ../model.onnx"),

@@ -1,5 +1,7 @@
 """The check counts what deployment has changed: predictions, accuracy, gates, logits."""
 
+import copy
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ class Spoiled(Runtime):
     def __init__(self, tuned):
         self.tuned = tuned
 
-    def run(self, images):
+    def compute(self, images):
         output = self.tuned.run(images)
         logits = output.logits.clone()
         logits[::4] = logits[::4].roll(1, dims=1)
@@ -37,7 +39,7 @@ def test_known_differences_are_counted(tuned, some_images):
     labels = logits.argmax(-1)
     batches = [(some_images[:8], labels[:8]), (some_images[8:], labels[8:])]
     result = check(tuned, opened(tuned), batches)
-    assert (result.images, result.accuracy_before) == (24, 1.0)
+    assert (result.images, result.batch_size, result.accuracy_before) == (24, 16, 1.0)
     assert result.accuracy_after == result.agreement == 0.75
     assert result.gate_agreement_per_unit == {"blocks.0.mlp": 0.5, "blocks.1.mlp": 1.0}
     assert result.gate_agreement == 0.75
@@ -66,6 +68,25 @@ def test_an_exact_deployment_changes_nothing(deployed, tuned, some_images):
     assert (result.agreement, result.gate_agreement) == (1.0, 1.0)
     assert result.accuracy_before == result.accuracy_after
     assert result.largest_difference < 1e-4
+
+
+@torch.no_grad()
+def test_a_tuned_model_in_bf16_is_compared_in_its_own_precision(tuned, some_images):
+    half = copy.deepcopy(tuned).bfloat16()
+    result = check(half, opened(tuned, gates=[]), [(some_images, torch.zeros(24, dtype=torch.long))])
+    expected = half(some_images.bfloat16()).float()
+    assert result.largest_logit == pytest.approx(float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", ["tuned", "deployed"])
+def test_logits_that_are_not_finite_are_an_error(tuned, some_images, side, bad):
+    spoiled = copy.deepcopy(tuned)
+    with torch.no_grad():
+        spoiled.backbone.heads[0].bias[0] = bad
+    before, after = (spoiled, tuned) if side == "tuned" else (tuned, spoiled)
+    with pytest.raises(DeploymentError, match=f"the {side} model gives logits that are not finite, on images 0 to 23"):
+        check(before, opened(after), [(some_images, torch.zeros(24, dtype=torch.long))])
 
 
 def test_no_image_is_an_error(tuned):

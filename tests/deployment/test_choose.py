@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dyntune.deployment import bundle
+from dyntune.deployment import bundle, candidate
 from dyntune.deployment.candidate import Candidate
 from dyntune.deployment.choose import choose
 from dyntune.deployment.folder import open_runtime
@@ -36,6 +36,16 @@ def test_without_any_candidate_every_reason_is_given(export, some_images, tmp_pa
         choose(export, tmp_path, some_images[:1], precision="int8", threads=1)
     for words in ("no runtime", "onnx: 1 large", "openvino: int8 in OpenVINO", "torch: int8 is for"):
         assert words in str(error.value)
+
+
+def test_a_candidate_that_takes_too_long_is_ended(deployed, some_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(candidate, "_PATIENCE", 0.01)  # less than an interpreter takes to start
+    np.save(tmp_path / "images.npy", some_images[:1].numpy())
+    with (
+        Candidate(deployed("torch"), tmp_path / "images.npy", 1) as slow,
+        pytest.raises(DeploymentError, match=r"torch-fp32 took longer than 0\.01 seconds"),
+    ):
+        slow(some_images[:1])
 
 
 def test_a_candidate_that_does_not_run_says_why(deployed, some_images, tmp_path):

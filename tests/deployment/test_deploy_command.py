@@ -45,7 +45,8 @@ def test_int8_is_written_checked_and_reported(written):
     folder, report = written
     assert (report["runtime"], report["precision"], report["choice"]) == ("onnx", "int8", None)
     checked = report["check"]
-    assert checked["images"] == 12 and 0.5 <= checked["agreement"] <= 1
+    assert (checked["images"], checked["batch_size"]) == (12, 1)
+    assert 0.5 <= checked["agreement"] <= 1
     assert len(checked["gate_agreement_per_unit"]) == 12 and 0.8 < checked["gate_agreement"] <= 1
     assert 0 < checked["largest_difference"] < checked["largest_logit"]
     assert report["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
@@ -65,16 +66,36 @@ def test_predict_reads_a_deployed_folder(written, run, photos):
         shares = [{top["class"]: top["probability"] for top in row["top"]} for row in (one, other)]
         assert shares[0] == pytest.approx(shares[1], abs=0.1)
     assert "fixed" in dyntune("predict", written[0], images, "--rate", 0.3, error=DeploymentError)
+    assert "runs on the CPU" in dyntune("predict", written[0], images, "--device", "cuda", error=DeploymentError)
+    assert "over the whole batch" in (written[0] / "README.md").read_text()
 
 
 def test_nothing_is_written_where_too_few_predictions_agree(run, photos, tmp_path, monkeypatch):
     from dyntune.commands import deploy
     from dyntune.deployment.check import Check
 
-    monkeypatch.setattr(deploy, "check", lambda *_, **__: Check(12, 0.9, 0.3, 0.25, 5.0, 6.0, None, {}))
+    monkeypatch.setattr(deploy, "check", lambda *_, **__: Check(12, 1, 0.9, 0.3, 0.25, 5.0, 6.0, None, {}))
     options = ("--runtime", "torch", "--check", photos, "--masks")
     message = dyntune("deploy", run, "--out", tmp_path / "bad", *options, error=DeploymentError)
     assert "25.00% of 12 images" in message and "90.00% before, 30.00% after" in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--min-agreement", 0.5),
+        ("--batch-size", 2),
+        ("--threads", 1),
+        ("--calibrate-on", "digits"),
+        ("--calibrate-on", "digits", "--precision", "int8"),
+        ("--calibrate-on", "digits", "--runtime", "openvino"),
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_options_that_would_do_nothing_are_refused(run, tmp_path, options):
+    message = dyntune("deploy", run, "--out", tmp_path / "o", *options, error=DeploymentError)
+    assert message.startswith(f"{options[0]} is for ")
     assert not list(tmp_path.iterdir())
 
 

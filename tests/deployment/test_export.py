@@ -121,6 +121,13 @@ def test_openvino_agrees_on_reductions_too(make_host, images_for, tmp_path, spec
     assert_agrees(runtime, model, images_for(model.backbone.host, max(BATCHES)), masks=False)
 
 
+@pytest.mark.parametrize("reducer", ["tome:r=3", "evit:keep=0.6,layers=0"])
+def test_openvino_gives_masks_of_patches_that_were_merged_later(make_host, images_for, tmp_path, reducer):
+    model = filled(make_host("plain", depth=2), "dyt", reducer)
+    runtime = opened("openvino", export_program(prepare(model, masks=True), masks=True), tmp_path)
+    assert_agrees(runtime, model, images_for(model.backbone.host, max(BATCHES)), masks=True)
+
+
 @pytest.fixture(scope="module")
 def written(make_host, images_for, tmp_path_factory):
     """A DyT model with the gates' masks, its images and its ONNX file."""
@@ -197,6 +204,20 @@ def test_weights_that_do_not_fit_into_one_file_lie_beside_it(written, tmp_path, 
     for path in list(tmp_path.glob("big*")):
         path.rename(tmp_path / "moved" / path.name)
     torch.testing.assert_close(OnnxRuntime(tmp_path / "moved" / "big.onnx")(images), model(images), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [{"is_causal": True}, {"dropout_p": 0.5}, {"enable_gqa": True}], ids=str)
+def test_attention_that_is_not_translated_is_refused(tmp_path, kind):
+    pytest.importorskip("onnxscript")
+
+    class Attention(nn.Module):
+        def forward(self, images):
+            return nn.functional.scaled_dot_product_attention(images, images, images, **kind)
+
+    program = torch.export.export(Attention(), (torch.ones(2, 3, 4, 4),))
+    with pytest.raises(DeploymentError, match="cannot be written as ONNX"):
+        write_onnx(program, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_masks_of_a_model_without_gates_are_refused(make_host):

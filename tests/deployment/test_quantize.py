@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dyntune.deployment import quantize
+import dyntune
+from dyntune.deployment import bundle, quantize
 from dyntune.deployment.folder import open_runtime
 from dyntune.deployment.linears import BackboneLinears
 from dyntune.deployment.quantize import audit, quantize_onnx, sums_saturate
@@ -136,6 +137,40 @@ def test_sums_saturate_on_x86_without_vnni(monkeypatch, processor, capabilities,
     monkeypatch.setattr(platform, "machine", lambda: processor)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert sums_saturate() is saturate
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+def test_attention_pooling_stays_in_floating_point(make_host, randomise, images_for, tmp_path, runtime):
+    pytest.importorskip("nncf" if runtime == "openvino" else "onnxscript")
+    model = dyntune.tune(make_host("siglip", depth=2), "adaptformer")
+    randomise(model.backbone.blocks, seed=3)
+    images = images_for(model.backbone.host, 8)
+    folder = bundle.write(model.eval(), tmp_path / "out", runtime=runtime, precision="int8", calibration_images=images)
+    opened = open_runtime(folder, threads=1)
+    assert opened.config["integer_products"] == LINEARS
+    with torch.no_grad():
+        expected = model(images)
+    assert (opened(images) - expected).abs().max() < 0.25 * expected.abs().max()
+
+
+def test_an_error_of_the_quantiser_is_wrapped(deployed, linears, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("no such type")
+
+    monkeypatch.setattr("onnxruntime.quantization.quantize_dynamic", fail)
+    with pytest.raises(DeploymentError, match="cannot quantise the model: no such type"):
+        quantize_onnx(deployed() / "model.onnx", tmp_path / "int8.onnx", linears)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_nncf_is_wrapped(deployed, linears):
+    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    from dyntune.deployment.openvino_int8 import quantize_openvino
+
+    model = openvino.Core().read_model(deployed("openvino") / "model.xml")
+    with pytest.raises(DeploymentError, match=r"NNCF cannot quantise the model on images \(1, 3, 8, 8\)"):
+        quantize_openvino(model, torch.zeros(1, 3, 8, 8), linears)
 
 
 def test_openvino_computes_the_same_products_in_integers(deployed, linears, tuned, some_images):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -29,8 +29,8 @@ from dyntune.data import DataSplits, ImageSubset, LabelledImages, load_data
 from dyntune.deployment.bundle import CALIBRATION_IMAGES, Export, place_for, record, require_possible
 from dyntune.deployment.check import Check, check
 from dyntune.deployment.choose import Choice, choose
-from dyntune.deployment.folder import Precision, RuntimeName, open_runtime
-from dyntune.errors import DataError
+from dyntune.deployment.folder import OpenedModel, Precision, RuntimeName, open_runtime
+from dyntune.errors import DataError, DeploymentError
 from dyntune.tuned import TunedModel
 
 EXAMPLES = (
@@ -38,6 +38,8 @@ EXAMPLES = (
     "dyntune deploy runs/flowers --runtime auto --batch-size 8 --out flowers-fast",
     "dyntune deploy runs/flowers --precision int8 --out flowers-int8 --check folder:flowers --json",
 )
+_LEAST = 0.9
+"""Share of predictions that a check wants to be the same."""
 
 
 def command(
@@ -54,8 +56,13 @@ def command(
         str | None, typer.Option("--check", help="Data, as for eval, to compare the folder with the run on.")
     ] = None,
     min_agreement: Annotated[
-        float, typer.Option(min=0, max=1, help="With --check: write nothing if fewer predictions are the same.")
-    ] = 0.9,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help=f"With --check: write nothing if fewer predictions are the same; {_LEAST:g} if not given.",
+        ),
+    ] = None,
     calibrate_on: Annotated[
         str | None, typer.Option(help="Data whose training images int8 in OpenVINO takes its scales from.")
     ] = None,
@@ -63,11 +70,22 @@ def command(
     masks: Annotated[bool, typer.Option("--masks", help="The model also gives which patches were computed.")] = False,
     tokens: TopTokensOption = None,
     weights: WeightsOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --runtime auto: images per timed pass.")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="With --runtime auto: threads to time with.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="With --runtime auto or --check: images per forward pass; 1 if not given.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="With --runtime auto or --check: threads of a forward pass.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Write a run as a folder for ONNX Runtime, OpenVINO or torch.export, with a runner that needs no Dyntune."""
+    runs = runtime == "auto" or check_on is not None
+    _require("--min-agreement", min_agreement, check_on is not None, "--check DATA")
+    _require("--batch-size", batch_size, runs, "--runtime auto or --check DATA")
+    _require("--threads", threads, runs, "--runtime auto or --check DATA")
+    calibrated = precision == "int8" and runtime in ("auto", "openvino")
+    _require("--calibrate-on", calibrate_on, calibrated, "--precision int8 and --runtime openvino or auto")
+    batch_size = batch_size or 1
     with place_for(folder) as room:
         model = load(run, weights=weights, tokens=tokens)
         apply_rate(model, rate, tokens)
@@ -90,11 +108,19 @@ def command(
         checked = None
         if data is not None:
             with err.status("checking"):
-                checked = _check(export, room, taken, precision, calibration, _checked_split(data))
-            checked.require(min_agreement)
+                after = open_runtime(room / taken, threads, trust=True)
+                with_masks = _with_masks(export, room, taken, precision, calibration, threads)
+                checked = check(export.model, after, _checked_split(data), with_masks=with_masks, batch_size=batch_size)
+            checked.require(_LEAST if min_agreement is None else min_agreement)
         record(room / taken, choice=choice and choice.to_dict(), check=checked and checked.to_dict())
         (room / taken).rename(folder)
     _report(folder, taken, precision, choice, checked, json)
+
+
+def _require(option: str, given: object, used: bool, by: str) -> None:
+    """Refuses an option that would do nothing."""
+    if given is not None and not used:
+        raise DeploymentError(f"{option} is for {by}, and does nothing without. Leave it out, or give that too.")
 
 
 def _load(name: str, model: TunedModel) -> DataSplits:
@@ -127,15 +153,19 @@ def _timed_images(model: TunedModel, data: DataSplits | None, calibration: Tenso
     return torch.randn(batch_size, *model.backbone.image_shape, generator=torch.Generator().manual_seed(0))
 
 
-def _check(
-    export: Export, room: Path, runtime: RuntimeName, precision: Precision, calibration: Tensor | None, data: Any
-) -> Check:
-    """Compares the folder with the run; where it gives no masks, the gates of a second one that does."""
-    with_masks = None
-    if export.gates and not export.masks:
-        Export(export.model, masks=True).write(room / "with-masks", runtime, precision, calibration)
-        with_masks = open_runtime(room / "with-masks", trust=True)
-    return check(export.model, open_runtime(room / runtime, trust=True), data, with_masks=with_masks)
+def _with_masks(
+    export: Export,
+    room: Path,
+    runtime: RuntimeName,
+    precision: Precision,
+    calibration: Tensor | None,
+    threads: int | None,
+) -> OpenedModel | None:
+    """The same model deployed with masks, to compare gates; None if there are none, or it gives masks already."""
+    if export.masks or not export.gates:
+        return None
+    Export(export.model, masks=True).write(room / "with-masks", runtime, precision, calibration)
+    return open_runtime(room / "with-masks", threads, trust=True)
 
 
 def _report(

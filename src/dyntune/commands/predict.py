@@ -51,7 +51,7 @@ def command(
 ) -> None:
     """The most probable classes of image files, folders of images, or globs, from a run or a deployed model."""
     paths = expand_images(images)
-    model = _model(run, weights=weights, device=pick_device(device), tokens=tokens, rate=rate, trust=trust)
+    model = _model(run, weights=weights, device=device, tokens=tokens, rate=rate, trust=trust)
     predictions = [
         row for i in range(0, len(paths), batch_size) for row in predict(model, paths[i : i + batch_size], top_k)
     ]
@@ -64,16 +64,22 @@ def command(
     )
 
 
-def _model(run: Path, *, tokens: str | None, rate: float | None, trust: bool, **where: Any) -> TunedModel | OpenedModel:
+def _model(
+    run: Path, *, tokens: str | None, rate: float | None, weights: Path | None, device: str, trust: bool
+) -> TunedModel | OpenedModel:
     """What is in the folder: a run, or a model that ``dyntune deploy`` wrote."""
     if not is_deployed(run):
-        model = load(run, tokens=tokens, **where)
+        model = load(run, tokens=tokens, weights=weights, device=pick_device(device))
         apply_rate(model, rate, tokens)
         return model
-    if tokens is not None or rate is not None or where["weights"] is not None:
+    if tokens is not None or rate is not None or weights is not None:
         raise DeploymentError(
             f"{run} is a deployed model, whose weights, rate and token policy are fixed. Give --rate, --tokens or "
             "--weights to dyntune deploy, or give the run."
+        )
+    if device not in ("auto", "cpu"):
+        raise DeploymentError(
+            f"{run} is a deployed model, which runs on the CPU; given --device {device}. Leave it out, or give the run."
         )
     return open_runtime(run, trust=trust)
 

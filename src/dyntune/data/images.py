@@ -28,8 +28,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: the pixels have no defined white (32-bit integer or floating-point images).
     """
+    file_format = image.format  # a turned image has none
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in (None, "PNG", "PPM")):
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in (None, "PNG", "PPM")):
         levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         image = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
     elif image.mode in ("I", "F"):

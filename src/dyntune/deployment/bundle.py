@@ -74,10 +74,10 @@ _RUNNERS = {
 
 
 class Export:
-    """A tuned model traced once, for any number of folders.
+    """A tuned model traced once, on the CPU and in fp32, for any number of folders.
 
     Args:
-        model: left as it is.
+        model: left as it is, wherever and in whatever precision it is.
         rate: share of the patches that gated units shall compute, for a calibrated model; see ``set_rate``.
         masks: whether the exported model also gives which patches each gated unit computed.
 
@@ -86,8 +86,8 @@ class Export:
     """
 
     def __init__(self, model: TunedModel, *, rate: float | None = None, masks: bool = False) -> None:
+        model = copy.deepcopy(model).cpu().float()
         if rate is not None:
-            model = copy.deepcopy(model)
             model.set_rate(rate)
         self.model = model
         self.masks = masks
@@ -135,21 +135,26 @@ class Export:
         self, target: Path, runtime: RuntimeName, precision: Precision, calibration_images: Tensor | None
     ) -> int:
         """Writes the model and returns how many of its products are in integers."""
-        if runtime == "torch":
-            write_torch(self.program, target)
-            return 0
         if precision == "fp32":
-            (write_onnx if runtime == "onnx" else write_openvino)(self.program, target)
+            self._write_exact(target, runtime)
             return 0
         linears = BackboneLinears(self.prepared)
         with tempfile.TemporaryDirectory(prefix=".fp32-", dir=target.parent.parent) as room:
             exact = Path(room) / target.name
+            self._write_exact(exact, runtime)
             if runtime == "onnx":
-                write_onnx(self.program, exact)
                 return quantize_onnx(exact, target, linears)
             assert calibration_images is not None  # require_possible has looked
-            write_openvino(self.program, exact)
             return save_quantized(exact, target, calibration_images, linears)
+
+    def _write_exact(self, target: Path, runtime: RuntimeName) -> None:
+        """Writes the model in fp32."""
+        if runtime == "torch":
+            write_torch(self.program, target)
+        elif runtime == "onnx":
+            write_onnx(self.program, target, {"spec": self.model.spec})
+        else:
+            write_openvino(self.program, target)
 
     @property
     def gates(self) -> list[str]:
@@ -174,7 +179,8 @@ def write(
         model: left as it is.
         folder: must not be there yet.
         runtime: ``onnx`` (ONNX Runtime), ``openvino`` or ``torch`` (torch.export).
-        precision: of the backbone's linear layers; gates, adapters and the head are always in fp32.
+        precision: of the linear layers in the backbone's blocks; all else is in fp32. In ONNX, int8 scales activations
+            by their range over the whole batch, so that an image's logits depend on the images beside it.
         masks: whether the deployed model also gives which patches each gated unit computed, which costs some time.
         rate: share of the patches that gated units shall compute, for a calibrated model; see ``set_rate``.
         calibration_images: preprocessed, ``(N, 3, height, width)``; int8 in OpenVINO needs them.

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,6 +23,8 @@ from dyntune.deployment.folder import open_runtime
 from dyntune.errors import DeploymentError
 
 _READY = "ready"
+_PATIENCE = 300.0
+"""Seconds that one call may take; the first one opens the model too."""
 
 
 class Candidate:
@@ -54,17 +58,24 @@ class Candidate:
         """Runs the model once; ``images`` are those that the process has already.
 
         Raises:
-            DeploymentError: the process has ended.
+            DeploymentError: the process has ended, or took so long that it was ended.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
+        began = time.monotonic()
+        limit = threading.Timer(_PATIENCE, self._process.kill)
+        limit.start()
         try:
             self._process.stdin.write("\n")
             self._process.stdin.flush()
             answer = self._process.stdout.readline()
         except BrokenPipeError:
             answer = ""
+        finally:
+            limit.cancel()
         if answer.strip() != _READY:
             self._process.wait()
+            if time.monotonic() - began >= _PATIENCE:
+                raise DeploymentError(f"{self.folder.name} took longer than {_PATIENCE:g} seconds for one call here")
             said = self._log.read_text().strip().splitlines()
             raise DeploymentError(f"{self.folder.name} does not run here: {said[-1] if said else 'it ended'}")
 

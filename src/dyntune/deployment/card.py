@@ -2,7 +2,12 @@
 
 from typing import Any
 
-_PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}
+_PACKAGES = {"onnx": '"onnxruntime>=1.23"', "openvino": "openvino", "torch": "torch"}
+"""What a runner needs; the first ONNX Runtime that computes the attention operator is 1.23."""
+_BATCH = (
+    "Activations are scaled by their range over the whole batch, so an image's logits depend a little on the images "
+    "beside it; a batch of one, as in `run.py`, gives an image the same logits always. "
+)
 
 
 def deployment_card(config: dict[str, Any]) -> str:
@@ -28,6 +33,7 @@ def deployment_card(config: dict[str, Any]) -> str:
         sections.append(
             f"{config['integer_products']} linear layers of the backbone compute in integers, with weights of "
             f"{config['weight_bits']} bits; gates, adapters and the head compute in fp32. "
+            + (_BATCH if config["runtime"] == "onnx" else "")
             + ("" if config.get("check") else "**Its accuracy has not been checked.**")
         )
     if config.get("choice"):

@@ -22,7 +22,8 @@ class Check:
 
     Args:
         images: how many there were.
-        accuracy_before: of the tuned model, in fp32 and eager PyTorch.
+        batch_size: the most of them in one forward pass.
+        accuracy_before: of the tuned model, in eager PyTorch.
         accuracy_after: of the deployed model.
         agreement: share of images that both put into the same class.
         largest_difference: between two logits of the same image and class.
@@ -32,6 +33,7 @@ class Check:
     """
 
     images: int
+    batch_size: int
     accuracy_before: float
     accuracy_after: float
     agreement: float
@@ -65,43 +67,54 @@ def check(
     data: Dataset[Any] | Iterable[tuple[Tensor, Tensor]],
     *,
     with_masks: OpenedModel | None = None,
-    batch_size: int = 32,
+    batch_size: int = 1,
 ) -> Check:
     """Compares a deployed model with the model that it was made from.
 
     Args:
-        before: the tuned model, at the rate that it was deployed with; put in eval mode for the run.
+        before: the tuned model, at the rate that it was deployed with; put in eval mode for the run. It may be on
+            another device and in another precision than the deployed one.
         after: the deployed model.
         data: a data set of (image, label), or an iterable of batches.
         with_masks: the same deployed model, exported with masks, where ``after`` has none: its gates are compared.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass, for a data set. With int8 in ONNX, logits depend on it.
 
     Raises:
         DataError: there is no image.
+        DeploymentError: logits are not finite.
     """
     batches: Iterable[tuple[Tensor, Tensor]] = (
         DataLoader(prepared(data, before.preprocessing), batch_size) if isinstance(data, Dataset) else data
     )
     seeing = with_masks or after
-    images = same = right_before = right_after = 0
+    images = most = same = right_before = right_after = 0
     difference = largest = 0.0
     gates: dict[str, float] = {}
-    training = before.training
+    training, weight = before.training, next(before.parameters())
     before.eval()
     try:
         for batch, labels in batches:
-            output, logits = before.run(batch), after(batch)
-            old, new = output.logits.argmax(-1), logits.argmax(-1)
+            output, own = before.run(batch.to(weight)), batch.cpu().float()
+            expected, logits, labels = output.logits.cpu().float(), after(own), labels.cpu()
+            for side, values in (("tuned", expected), ("deployed", logits)):
+                if not values.isfinite().all():
+                    raise DeploymentError(
+                        f"the {side} model gives logits that are not finite, on images {images} to "
+                        f"{images + len(batch) - 1}, so there is nothing to compare. Look for NaN or infinite weights, "
+                        "or take --precision fp32."
+                    )
+            old, new = expected.argmax(-1), logits.argmax(-1)
             images += len(batch)
+            most = max(most, len(batch))
             same += int((old == new).sum())
             right_before += int((old == labels).sum())
             right_after += int((new == labels).sum())
-            difference = max(difference, float((output.logits - logits).abs().max()))
-            largest = max(largest, float(output.logits.abs().max()))
-            masks = seeing.run(batch)[1] if seeing.gates else None
+            difference = max(difference, float((expected - logits).abs().max()))
+            largest = max(largest, float(expected.abs().max()))
+            masks = seeing.run(own)[1] if seeing.gates else None
             if masks is not None:
                 for unit, mask, gate in zip(seeing.gates, masks.unbind(1), output.gates, strict=True):
-                    agree = mask == (gate.on_patches > 0.5)
+                    agree = mask == (gate.on_patches > 0.5).cpu()
                     gates[unit] = gates.get(unit, 0.0) + float(agree.float().mean(1).sum())
     finally:
         before.train(training)
@@ -110,6 +123,7 @@ def check(
     shares = {unit: total / images for unit, total in gates.items()}
     return Check(
         images=images,
+        batch_size=most,
         accuracy_before=right_before / images,
         accuracy_after=right_after / images,
         agreement=same / images,

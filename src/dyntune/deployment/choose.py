@@ -70,7 +70,7 @@ def choose(
     """
     refused: dict[str, str] = {}
     batch = room / "images.npy"
-    np.save(batch, images.numpy())
+    np.save(batch, images.detach().cpu().float().numpy())
     with ExitStack() as stack:
         running: dict[str, Candidate] = {}
         for runtime in RUNTIMES:

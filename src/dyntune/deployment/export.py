@@ -22,8 +22,9 @@ def export_program(model: DeployedModel, masks: bool) -> ExportedProgram:
     """Traces a prepared model into one graph, for any batch size, that computes the active tokens alone.
 
     Args:
-        model: from ``prepare``, with weights as they are (``deploy`` packs them for this process). For ``masks`` it has
-            been prepared with masks.
+        model: from ``prepare``, with weights as they are (``deploy`` packs them for this process), on the CPU and in
+            fp32: elsewhere it computes with operators that no other runtime has. For ``masks`` it has been prepared
+            with masks.
         masks: whether the graph also gives which patches were computed.
 
     Returns:
@@ -33,18 +34,21 @@ def export_program(model: DeployedModel, masks: bool) -> ExportedProgram:
     Raises:
         DeploymentError: masks are wanted of a model without gates, or the model computes something that no graph holds.
     """
-    images = torch.zeros(_TRACED, *model.backbone.image_shape, device=next(model.parameters()).device)
+    images = torch.zeros(_TRACED, *model.backbone.image_shape)
     if masks and not model.run(images).gates:
         raise DeploymentError(f"{model.spec} has no gates, so there are no masks to export; export it without.")
     shapes = {INPUT: {0: Dim("batch", min=1)}}
     try:
         with torch.no_grad():
-            return torch.export.export(_Outputs(model, masks), (images,), dynamic_shapes=shapes)
+            program = torch.export.export(_Outputs(model, masks), (images,), dynamic_shapes=shapes)
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
         raise DeploymentError(
             f"{model.spec} cannot be exported, because PyTorch cannot trace it into one graph: {error}. "
             "Run it in this process instead (dyntune.deploy)."
         ) from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine, which no file should carry to another
+    return program
 
 
 def own_copy(program: ExportedProgram) -> ExportedProgram:

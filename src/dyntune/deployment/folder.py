@@ -93,6 +93,9 @@ def open_runtime(folder: str | Path, threads: int | None = None, *, trust: bool 
         classes = None if config["classes"] is None else tuple(map(str, config["classes"]))
         digests = {str(name): str(digest) for name, digest in config["files"].items()}
         full_range = config["weight_bits"] == 8
+        texts = [config["spec"], *config["gates"]]
+        if not isinstance(config["gates"], list) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("spec must be a text, and gates a list of texts")
     except (KeyError, TypeError, AttributeError) as error:
         raise DeploymentError(f"{folder / CONFIG} is not a valid configuration: {error!r}.") from error
     except DataError as error:
@@ -127,9 +130,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise DeploymentError(f"{path} is not readable JSON: {error}.") from error
     if not isinstance(config, dict) or config.get("library") != "dyntune":
         raise DeploymentError(f"{path} was not written by Dyntune.")
-    if not isinstance(config.get("format"), int) or config["format"] > FORMAT:
+    if type(config.get("format")) is not int or not 1 <= config["format"] <= FORMAT:
         raise DeploymentError(
-            f"{path} has format {config.get('format')!r}; this Dyntune reads up to {FORMAT}. Upgrade Dyntune."
+            f"{path} has format {config.get('format')!r}; this Dyntune reads 1 to {FORMAT}. If it is higher, upgrade "
+            "Dyntune."
         )
     return config
 

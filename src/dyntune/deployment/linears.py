@@ -1,4 +1,4 @@
-"""The backbone's linear layers, which int8 is for, and how their weights are recognised in an exported graph."""
+"""The linear layers of a backbone's blocks, which int8 is for, and how their weights are known in an exported graph."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from dyntune.backbones.sites import Changed
 from dyntune.deployment.prepared import DeployedModel
 
 
 class BackboneLinears:
-    """Tells the weights of a backbone's linear layers from those of gates, adapters and head.
+    """Tells the weights of the linear layers in the blocks from those of gates, adapters, pooling and head.
 
     An exporter renames, transposes and splits off weights, but it does not change their values, so those are compared.
 
@@ -25,9 +24,12 @@ class BackboneLinears:
     """
 
     def __init__(self, model: DeployedModel) -> None:
-        heads = {module for head in model.backbone.heads for module in head.modules()}
-        hosted = _own_linears(model.backbone.host)
-        own = {id(linear.weight): (name, linear.weight) for name, linear in hosted.items() if linear not in heads}
+        own = {
+            id(module.weight): (f"{site.path}.{name}".rstrip("."), module.weight)
+            for site in model.backbone.sites("qkv", "proj", "fc1", "fc2")
+            for name, module in site.module.named_modules()
+            if isinstance(module, nn.Linear)
+        }
         self.smallest = min(weight.numel() for _, weight in own.values())
         self._paths = {digest: path for path, weight in own.values() for digest in _digests(weight)}
         others = [parameter for parameter in model.parameters() if parameter.ndim > 1 and id(parameter) not in own]
@@ -38,20 +40,8 @@ class BackboneLinears:
         return self._paths.get(_digest(weight))
 
     def stays_float(self, weight: np.ndarray[Any, Any]) -> bool:
-        """Whether a weight is one of the model's that is not quantised: of a gate, an adapter or the head."""
+        """Whether a weight is one of the model's others, which are not quantised."""
         return _digest(weight) in self._others
-
-
-def _own_linears(host: nn.Module) -> dict[str, nn.Linear]:
-    """The host's linear layers, by name, without what methods have put on them."""
-    added = {
-        inner
-        for module in host.modules()
-        if isinstance(module, Changed)
-        for change in module.changes.values()
-        for inner in change.modules()
-    }
-    return {n: m for n, m in host.named_modules() if isinstance(m, nn.Linear) and m not in added}
 
 
 def _digests(weight: Tensor) -> set[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+import dyntune
 from dyntune.deployment.export import ACTIVE, INPUT, LOGITS, own_copy
 from dyntune.deployment.runtime import Runtime
 from dyntune.errors import DeploymentError
@@ -37,7 +37,8 @@ def write_onnx(program: ExportedProgram, path: str | Path, metadata: Mapping[str
         metadata: written into the file, beside Dyntune's version.
 
     Raises:
-        DeploymentError: onnx or onnxscript is not installed, or an operator has no translation.
+        DeploymentError: onnx or onnxscript is not installed, an operator has no translation, or what has become of the
+            model is not valid.
     """
     path = Path(path)
     try:
@@ -60,12 +61,15 @@ def write_onnx(program: ExportedProgram, path: str | Path, metadata: Mapping[str
     assert exported is not None  # only the exporter before dynamo's gives none
     model = exported.model
     _name(model)
-    model.metadata_props.update({"dyntune_version": version("dyntune"), **(metadata or {})})
+    model.metadata_props.update({"dyntune_version": dyntune.__version__, **(metadata or {})})
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
     def save(temporary: Path) -> None:
         onnx_ir.save(model, temporary, external_data=f"{path.name}.data" if size > _LARGEST else None)
-        onnx.checker.check_model(temporary, full_check=True)
+        try:
+            onnx.checker.check_model(temporary, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise DeploymentError(f"the model has been written as ONNX, but is not valid: {error}.") from error
 
     write_atomically(path, save)
 
@@ -96,7 +100,7 @@ class OnnxRuntime(Runtime):
         except Exception as error:  # ONNX Runtime's own errors have no common base
             raise DeploymentError(f"ONNX Runtime cannot open {path}: {error}.") from error
 
-    def run(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def compute(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         logits, *masks = self._session.run(None, {INPUT: images.numpy()})
         return torch.from_numpy(logits), torch.from_numpy(masks[0]) if masks else None
 
@@ -105,7 +109,10 @@ _INSTALL = "pip install 'dyntune[onnx]'"
 
 
 def _name(model: onnx_ir.Model) -> None:
-    """Gives inputs, outputs and the batch's dimension the names that ``export_program`` promises."""
+    """Gives inputs, outputs and the batch's dimension the names that ``export_program`` promises.
+
+    What the exporter has noted about each node goes: paths of this machine are part of it.
+    """
     import onnx_ir
 
     names = (INPUT, LOGITS, ACTIVE)
@@ -113,6 +120,8 @@ def _name(model: onnx_ir.Model) -> None:
         value.name = name
         assert value.shape is not None
         value.shape = onnx_ir.Shape(["batch", *value.shape[1:]])
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
 
 
 def _translations() -> dict[Any, Callable[..., Any]]:
@@ -136,6 +145,8 @@ def _translations() -> dict[Any, Callable[..., Any]]:
         enable_gqa: bool = False,
     ) -> Any:
         """Between maps that keep the heads of a token together, so that the transpositions around it cancel out."""
+        if dropout_p or is_causal or enable_gqa:
+            raise NotImplementedError("attention with dropout, a causal mask or grouped queries is not translated")
         heads, width = query.shape[1], query.shape[3]
 
         def joined(x: Any) -> Any:

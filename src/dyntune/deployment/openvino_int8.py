@@ -42,7 +42,7 @@ def quantize_openvino(model: openvino.Model, images: Tensor, linears: BackboneLi
         linears: of the model that ``model`` was exported from.
 
     Raises:
-        DeploymentError: a large product would stay in fp32, or NNCF is not installed.
+        DeploymentError: a large product would stay in fp32, NNCF fails, or it is not installed.
     """
     try:
         import nncf
@@ -54,19 +54,26 @@ def quantize_openvino(model: openvino.Model, images: Tensor, linears: BackboneLi
         if node.get_type_name() not in ("Constant", "Parameter", "Result") and _path(node, linears) is None
     ]
     nncf.set_log_level(logging.ERROR)
-    with contextlib.redirect_stdout(sys.stderr):  # NNCF shows its progress on standard output, which is for results
-        quantized = nncf.quantize(
-            model,
-            nncf.Dataset([image[None].numpy() for image in images]),
-            subset_size=len(images),
-            preset=nncf.QuantizationPreset.MIXED,
-            model_type=nncf.ModelType.TRANSFORMER,
-            ignored_scope=nncf.IgnoredScope(names=others, validate=False),
-            # SmoothQuant would put factors in front of the gates too, which then are not those that were trained.
-            advanced_parameters=nncf.AdvancedQuantizationParameters(
-                smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
-            ),
-        )
+    samples = [image[None].numpy() for image in images.detach().cpu().float()]
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # NNCF shows its progress on standard output, for results alone
+            quantized = nncf.quantize(
+                model,
+                nncf.Dataset(samples),
+                subset_size=len(samples),
+                preset=nncf.QuantizationPreset.MIXED,
+                model_type=nncf.ModelType.TRANSFORMER,
+                ignored_scope=nncf.IgnoredScope(names=others, validate=False),
+                # SmoothQuant would put factors in front of the gates too, which then are not those that were trained.
+                advanced_parameters=nncf.AdvancedQuantizationParameters(
+                    smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
+                ),
+            )
+    except Exception as error:  # whatever NNCF and OpenVINO meet
+        raise DeploymentError(
+            f"NNCF cannot quantise the model on images {tuple(images.shape)}: {error}. Take --precision fp32, or give "
+            "calibration images (N, 3, height, width) of the model's size."
+        ) from error
     audit(quantized, linears)
     return quantized
 

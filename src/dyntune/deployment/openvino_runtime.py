@@ -32,8 +32,11 @@ def write_openvino(program: ExportedProgram, path: str | Path) -> None:
         import openvino
     except ImportError as error:
         raise DeploymentError(f"writing OpenVINO files needs openvino ({error}): {_INSTALL}.") from error
+    assert program.example_inputs is not None  # those that it was traced with
+    sizes = program.example_inputs[0][0].shape[1:]
     try:
         model = openvino.convert_model(own_copy(program).run_decompositions(_DECOMPOSITIONS))
+        model.reshape([-1, *sizes])  # without them, OpenVINO would compute something for images of any size
     except Exception as error:  # whatever its translations meet
         raise DeploymentError(f"the model cannot be converted to OpenVINO: {error}.") from error
     for port, name in zip((*model.inputs, *model.outputs), (INPUT, LOGITS, ACTIVE), strict=False):
@@ -81,6 +84,6 @@ class OpenVinoRuntime(Runtime):
         except Exception as error:  # OpenVINO raises RuntimeError and its own kinds
             raise DeploymentError(f"OpenVINO cannot open {path}: {error}.") from error
 
-    def run(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def compute(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         logits, *masks = self._model(images.numpy()).values()
         return torch.from_numpy(logits), torch.from_numpy(masks[0]) if masks else None

@@ -21,6 +21,7 @@ from dyntune.files import write_atomically
 if TYPE_CHECKING:
     import onnx
 
+_INSTEAD = "Take --precision fp32"
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
 
 
@@ -36,7 +37,7 @@ def quantize_onnx(source: Path, target: Path, linears: BackboneLinears) -> int:
         How many products are in integers.
 
     Raises:
-        DeploymentError: a large product would stay in fp32, or ONNX's packages are not installed.
+        DeploymentError: a large product would stay in fp32, the quantiser fails, or ONNX's packages are not installed.
     """
     try:
         import onnx
@@ -58,16 +59,19 @@ def quantize_onnx(source: Path, target: Path, linears: BackboneLinears) -> int:
     model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
 
     def write(path: Path) -> None:
-        quantize_dynamic(
-            model,
-            path,
-            op_types_to_quantize=["MatMul"],
-            nodes_to_quantize=nodes,
-            per_channel=True,
-            reduce_range=sums_saturate(),
-            weight_type=QuantType.QInt8,
-            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
-        )
+        try:
+            quantize_dynamic(
+                model,
+                path,
+                op_types_to_quantize=["MatMul"],
+                nodes_to_quantize=nodes,
+                per_channel=True,
+                reduce_range=sums_saturate(),
+                weight_type=QuantType.QInt8,
+                extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+            )
+        except Exception as error:  # whatever the quantiser meets
+            raise DeploymentError(f"ONNX Runtime cannot quantise the model: {error}. {_INSTEAD}.") from error
         audit(onnx.load(path), linears)
 
     if nodes:
@@ -98,7 +102,7 @@ def audit(model: onnx.ModelProto, linears: BackboneLinears) -> None:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         raise DeploymentError(
             f"int8 was asked for, but {len(left)} large products stayed in fp32: {', '.join(left[:5])}{more}. The "
-            "quantiser takes MatMul nodes with a constant weight of two dimensions. Take --precision fp32."
+            f"quantiser takes MatMul nodes with a constant weight of two dimensions. {_INSTEAD}."
         )
 
 

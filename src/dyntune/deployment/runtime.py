@@ -5,7 +5,10 @@ from __future__ import annotations
 import abc
 from pathlib import Path
 
+import torch
 from torch import Tensor
+
+from dyntune.errors import DeploymentError
 
 
 class Runtime(abc.ABC):
@@ -26,6 +29,24 @@ class Runtime(abc.ABC):
         """Images ``(B, 3, height, width)``, preprocessed, to logits ``(B, classes)``."""
         return self.run(images)[0]
 
-    @abc.abstractmethod
     def run(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits, and which patches each gated unit computed, bool, ``(B, gates, patches)``; None if not exported."""
+        """Logits, and which patches each gated unit computed, bool, ``(B, gates, patches)``; None if not exported.
+
+        Raises:
+            DeploymentError: the images are not such as the model takes: on the CPU, in fp32 and of its size.
+        """
+        given = f"images {tuple(images.shape)} in {images.dtype} on {images.device}"
+        if images.device.type != "cpu" or images.dtype is not torch.float32:
+            raise DeploymentError(
+                f"given {given}; a deployed model takes torch.float32 on the CPU: images.cpu().float()."
+            )
+        try:
+            return self.compute(images.detach())
+        except Exception as error:  # the runtimes' own errors have no common base
+            raise DeploymentError(
+                f"the deployed model cannot compute {given}: {error}. It takes (B, 3, height, width), preprocessed."
+            ) from error
+
+    @abc.abstractmethod
+    def compute(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What ``run`` gives, for images on the CPU and in fp32."""

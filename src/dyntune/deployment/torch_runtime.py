@@ -46,6 +46,6 @@ class TorchRuntime(Runtime):
             raise DeploymentError(f"{path} is not a program that this PyTorch can load: {error}.") from error
 
     @torch.inference_mode()
-    def run(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def compute(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         logits, *masks = self._module(images)
         return logits, masks[0] if masks else None

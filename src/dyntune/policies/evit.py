@@ -84,7 +84,7 @@ class Shrinking(Reducer):
         weights = scores.gather(1, order[:, kept:]).unsqueeze(-1)
         place = torch.arange(count, device=order.device)
         place = place.clamp_max(kept) if self.fuse else place.masked_fill(place >= kept, -1)
-        moved = torch.empty_like(order).scatter_(1, order, place.expand_as(order))
+        moved = torch.zeros_like(order).scatter(1, order, place.expand_as(order))
 
         def shrink(tokens: Tokens) -> Tokens:
             ordered = taken(tokens.patches, order)
