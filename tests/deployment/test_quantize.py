@@ -1,5 +1,6 @@
 """int8: every large product is in integers, gates, adapters and head are not, and what is left behind is an error."""
 
+import logging
 import platform
 
 import numpy as np
@@ -187,3 +188,10 @@ def test_openvino_computes_the_same_products_in_integers(deployed, linears, tune
         expected = tuned(some_images)
     error = (open_runtime(folder)(some_images) - expected).abs().max() / expected.abs().max()
     assert 1e-5 < error < 0.25
+
+
+def test_quantising_leaves_the_applications_log_alone(deployed, caplog):
+    pytest.importorskip("nncf")
+    deployed("openvino", "int8")
+    logging.getLogger("dyntune").warning("still heard")
+    assert "still heard" in caplog.text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from dyntune.checkpoint import load
 from dyntune.commands.common import RunArgument, WeightsOption, out
 from dyntune.errors import CheckpointError
 from dyntune.files import write_atomically
-from dyntune.merging import log
+from dyntune.merging import fold
 
 EXAMPLES = (
     "dyntune merge runs/flowers --out flowers.safetensors",
@@ -31,15 +30,13 @@ def command(
     if file.suffix != ".safetensors":
         raise CheckpointError(f"--out {file}: expected a file name that ends in .safetensors.")
     model = load(run, weights=weights)
-    level = log.level
-    log.setLevel(logging.ERROR)  # what stays is told once, in the error
-    merged = model.merge()
-    log.setLevel(level)
-    if merged is model:
-        reasons = "; ".join(f"{spec}: {reason}" for spec, reason in (model.unmerged or {}).items())
+    stays = fold(model)  # not merge(), which logs what stays: it is told once, in the error
+    if stays:
+        reasons = "; ".join(f"{spec}: {reason}" for spec, reason in stays.items())
         raise CheckpointError(
             f"{model.spec} does not fold into the backbone alone ({reasons}). Run it with dyntune.load({str(run)!r})."
         )
+    merged = model.merge()
     with torch.device("meta"):
         built = model.origin.build(pretrained=False).state_dict().keys()
     extra = sorted(merged.state_dict().keys() - built)

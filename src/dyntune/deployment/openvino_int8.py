@@ -53,7 +53,8 @@ def quantize_openvino(model: openvino.Model, images: Tensor, linears: BackboneLi
         for node in model.get_ops()
         if node.get_type_name() not in ("Constant", "Parameter", "Result") and _path(node, linears) is None
     ]
-    nncf.set_log_level(logging.ERROR)
+    # Not nncf.set_log_level(), which silences the application's own handlers too.
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     samples = [image[None].numpy() for image in images.detach().cpu().float()]
     try:
         with contextlib.redirect_stdout(sys.stderr):  # NNCF shows its progress on standard output, for results alone
