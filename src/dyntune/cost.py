@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dyntune.backbones.base import Backbone, Block, Unit
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.units import Block, Unit
 from dyntune.forward import Compact, run
 from dyntune.policies.base import Gate, TokenPolicy
 from dyntune.spec import format_spec

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dyntune.backbones.base import Backbone, Block, Mlp, Unit
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.units import Block, Mlp, Unit
 from dyntune.errors import DyntuneError
 from dyntune.policies.base import Gate, Output, Reduction, TokenPolicy
 from dyntune.tokens import Tokens

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from dyntune.backbones.base import Backbone, Unit
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.units import Unit
 from dyntune.data.transforms import prepared
 from dyntune.errors import CheckpointError, DataError, SpecError
 from dyntune.forward import Compact

@@ -12,8 +12,9 @@ from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from dyntune.backbones.base import Attention, Backbone, Block, Mlp, MlpActivation, MlpParts
+from dyntune.backbones.base import Backbone
 from dyntune.backbones.sites import Changed, QueriesApart, Site, SiteKind
+from dyntune.backbones.units import Attention, Block, Mlp, MlpActivation, MlpParts
 from dyntune.errors import BackboneError
 from dyntune.tokens import Sources, Tokens
 

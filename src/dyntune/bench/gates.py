@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dyntune.backbones.base import Unit
+from dyntune.backbones.units import Unit
 from dyntune.errors import DyntuneError
 from dyntune.forward import Compact
 from dyntune.policies.base import Gate, TokenPolicy

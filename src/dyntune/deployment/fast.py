@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dyntune.attention import attend
-from dyntune.backbones.base import Attention, Unit
+from dyntune.backbones.units import Attention, Unit
 from dyntune.deployment.joint import Joint, key
 from dyntune.forward import Compact, Execution
 from dyntune.policies.base import Gate, TokenPolicy

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyntune.backbones.base import Backbone, Unit
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.units import Unit
 from dyntune.methods.adaptformer import Adapter
 from dyntune.policies.base import TokenPolicy
 

@@ -11,7 +11,8 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from dyntune.backbones.base import Backbone, Unit
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.units import Unit
 from dyntune.deployment.fast import Ending, Fast, Shared
 from dyntune.deployment.joint import joined, key
 from dyntune.deployment.packed import pack

@@ -9,7 +9,7 @@ from typing import Any, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from dyntune.backbones.base import Mlp, MlpParts, Unit
+from dyntune.backbones.units import Mlp, MlpParts, Unit
 from dyntune.errors import DyntuneError
 from dyntune.forward import Execution
 from dyntune.kernels import ops

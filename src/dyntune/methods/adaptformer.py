@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyntune.backbones.base import Backbone, Where
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.units import Where
 from dyntune.methods.base import TuningMethod
 from dyntune.tokens import Tokens
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from dyntune.backbones.base import Backbone, SubLayer
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.units import SubLayer
 from dyntune.methods.base import TuningMethod, quick_gelu
 from dyntune.tokens import Tokens
 

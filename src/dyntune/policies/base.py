@@ -8,7 +8,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from dyntune.backbones.base import Backbone, Unit
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.units import Unit
 from dyntune.errors import BackboneError
 from dyntune.spec import Part
 from dyntune.tokens import EVERY_PATCH, Sources, Tokens

@@ -10,7 +10,8 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from dyntune.backbones.base import Backbone, Unit, Where
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.units import Unit, Where
 from dyntune.losses import gumbel_difference, rate_loss
 from dyntune.policies.base import CompletePass, Gate, Output, TokenPolicy
 from dyntune.tokens import Tokens

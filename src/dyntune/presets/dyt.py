@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from dyntune.backbones.base import Where
+from dyntune.backbones.units import Where
 from dyntune.methods.adaptformer import AdaptFormer
 from dyntune.methods.moe_adapter import MoeAdapter, Normalise
 from dyntune.policies.dispatch import Dispatch, RateOf

@@ -1,0 +1,265 @@
+"""Units: the residual sub-layers and blocks that a host shows itself as, and the places on them for modules."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from dyntune.attention import attend
+from dyntune.errors import BackboneError
+from dyntune.tokens import Tokens
+
+Where = Literal["mlp", "attn", "attn-mlp", "layer"]
+"""Units that a module or a gate is put on: each MLP, each attention, both separately, or the whole block."""
+
+
+class Unit(nn.Module, abc.ABC):
+    """A residual unit, ``x + update(x)``: an attention sub-layer, an MLP sub-layer, or a whole block.
+
+    Args:
+        path: where it stands, for instance ``blocks.3.mlp``.
+        width: channels C of its tokens.
+    """
+
+    kind: ClassVar[Literal["attn", "mlp", "layer"]]
+    tokenwise: ClassVar[bool] = False
+    """Whether the update of a token depends on that token alone."""
+
+    def __init__(self, path: str, width: int) -> None:
+        super().__init__()
+        self.path = path
+        self.width = width
+        self.beside = nn.ModuleDict()
+        self.after = nn.ModuleDict()
+        self.reducers = nn.ModuleDict()
+
+    def add_beside(self, name: str, module: nn.Module) -> None:
+        """Puts a module beside this unit: it reads the unit's input, sees every token, and its output is added.
+
+        Args:
+            module: maps Tokens to an update of the shape of ``tokens.x``. If it is not token-wise it has an attribute
+                ``tokenwise = False``; if it reads the output of the unit's norm, ``tokens.normed``, an attribute
+                ``reads_normed = True``; if it needs every patch of the grid in its place, ``reads_grid = True``.
+
+        Raises:
+            BackboneError: a module of that name is there already, or it reads a norm that the unit does not have.
+        """
+        if getattr(module, "reads_normed", False) and not isinstance(self, SubLayer):
+            raise BackboneError(f"{name} reads the output of a norm, which {self.path}, a whole block, does not have.")
+        _add(self.beside, name, module, self.path)
+
+    def add_after(self, name: str, module: nn.Module) -> None:
+        """Puts a module behind this unit: what it makes of the unit's update, token by token, is added instead of it.
+
+        A token that skips the unit skips the module too.
+
+        Args:
+            module: maps an update ``(..., C)`` to one of the same shape.
+
+        Raises:
+            BackboneError: a module of that name is there already, or the unit is a whole block.
+        """
+        if not isinstance(self, SubLayer):
+            raise BackboneError(f"{name} cannot stand behind {self.path}, a whole block; put it behind its sub-layers.")
+        _add(self.after, name, module, self.path)
+
+    def add_reducer(self, name: str, module: nn.Module) -> None:
+        """Puts a module in front of this unit that decides which tokens go on, for the policy called ``name``.
+
+        Raises:
+            BackboneError: a module is there already.
+        """
+        if self.reducers:
+            other = next(iter(self.reducers))
+            if other == name:
+                raise BackboneError(f"{name} is given twice (auto counts as the policy that it finds); give it once.")
+            raise BackboneError(f"{name} and {other} would each decide which tokens there are; give one of them.")
+        self.reducers[name] = module
+
+    @abc.abstractmethod
+    def host_update(self, tokens: Tokens) -> Tensor:
+        """What the host adds to its residual stream, of the shape of ``tokens.x``."""
+
+    def update(self, tokens: Tokens) -> Tensor:
+        """The host's update as the modules behind it leave it; without the modules beside it."""
+        return self.behind(self.host_update(tokens))
+
+    def behind(self, update: Tensor) -> Tensor:
+        """What the modules behind this unit make of the host's update."""
+        for module in self.after.values():
+            update = module(update)
+        return update
+
+    def beside_update(self, tokens: Tokens) -> Tensor | None:
+        """The sum of the modules beside this unit, or None where there is none; ``tokens`` as ``prepare`` left them."""
+        total: Tensor | None = None
+        for module in self.beside.values():
+            total = module(tokens) if total is None else total + module(tokens)
+        return total
+
+    def prepare(self, tokens: Tokens) -> Tokens:
+        """The tokens with what the host and the modules beside it share: the norm's output, where one of them reads it.
+
+        Call it before ``beside_update`` and ``update``.
+        """
+        return tokens
+
+    def change(self, tokens: Tokens) -> Tensor:
+        """Everything that this unit adds to the residual stream."""
+        tokens = self.prepare(tokens)
+        beside = self.beside_update(tokens)
+        update = self.update(tokens)
+        return update if beside is None else update + beside
+
+
+class SubLayer(Unit):
+    """A unit that begins with a norm."""
+
+    @abc.abstractmethod
+    def norm(self, x: Tensor) -> Tensor:
+        """The norm at its beginning: ``(..., C)`` to the same shape."""
+
+    @property
+    @abc.abstractmethod
+    def drop_path_rate(self) -> float:
+        """Probability with which the host drops this unit's whole update while training."""
+
+    def prepare(self, tokens: Tokens) -> Tokens:
+        if tokens.normed is None and any(getattr(module, "reads_normed", False) for module in self.beside.values()):
+            return tokens.with_normed(self.norm(tokens.x))
+        return tokens
+
+    def normed(self, tokens: Tokens) -> Tensor:
+        """The norm's output, computed unless ``prepare`` has done so."""
+        return self.norm(tokens.x) if tokens.normed is None else tokens.normed
+
+
+class Attention(SubLayer):
+    """An attention sub-layer, split around the softmax, which is ours: token-wise before and after it."""
+
+    kind = "attn"
+
+    @abc.abstractmethod
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projections of the norm's output: ``(..., C)`` to queries, keys and values, each ``(..., H, D)``."""
+
+    @abc.abstractmethod
+    def split_queries(self) -> None:
+        """Takes the queries' projection apart from that of keys and values, so that ``project_first`` saves it."""
+
+    @abc.abstractmethod
+    def project_first(self, normed: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``project``, with queries ``(B, count, H, D)`` of the first tokens alone; ``split_queries`` comes before.
+
+        Args:
+            normed: the norm's output, ``(B, N, C)``.
+            count: tokens that ask.
+        """
+
+    @abc.abstractmethod
+    def combine(self, attended: Tensor) -> Tensor:
+        """Output projection, LayerScale and drop path: ``(..., H * D)`` to the update ``(..., C)``."""
+
+    @property
+    @abc.abstractmethod
+    def head_width(self) -> int:
+        """Channels D of one head's keys."""
+
+    @property
+    @abc.abstractmethod
+    def attention_dropout(self) -> float:
+        """Probability of dropping an attention weight, 0 in evaluation."""
+
+    def projected(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each ``(..., H, D)``, computed unless ``tokens`` brings them."""
+        return self.project(self.normed(tokens)) if tokens.projected is None else tokens.projected
+
+    def host_update(self, tokens: Tokens) -> Tensor:
+        return self.combine(attend(*self.projected(tokens), tokens, self.attention_dropout))
+
+
+MlpActivation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+"""GELU, its tanh form, and ``x sigmoid(1.702 x)``."""
+
+
+@dataclass(frozen=True)
+class MlpParts:
+    """An MLP as ``second(activation(first(norm(x))))``, in evaluation.
+
+    Args:
+        norm: with weight and bias.
+        first: ``C -> H``.
+        activation: of the hidden layer.
+        second: ``H -> C``.
+    """
+
+    norm: nn.LayerNorm
+    first: nn.Linear
+    activation: MlpActivation
+    second: nn.Linear
+
+
+class Mlp(SubLayer):
+    """An MLP sub-layer: token-wise, from norm to drop path."""
+
+    kind = "mlp"
+    tokenwise = True
+
+    @property
+    def parts(self) -> MlpParts | None:
+        """The layers of which the host's update consists; None if it consists of others."""
+        return None
+
+    @abc.abstractmethod
+    def transform(self, normed: Tensor) -> Tensor:
+        """The MLP, LayerScale and drop path: the norm's output ``(..., C)`` to the update ``(..., C)``."""
+
+    def host_update(self, tokens: Tokens) -> Tensor:
+        return self.transform(self.normed(tokens))
+
+
+class Block(Unit):
+    """One transformer block: attention, then MLP."""
+
+    kind = "layer"
+
+    def __init__(self, index: int, attn: Attention, mlp: Mlp) -> None:
+        super().__init__(f"blocks.{index}", mlp.width)
+        self.index = index
+        self.attn = attn
+        self.mlp = mlp
+        self.entries = nn.ModuleDict()
+
+    def add_entry(self, name: str, module: nn.Module) -> None:
+        """Puts a module in front of this block that may change which tokens there are, such as prompts.
+
+        Args:
+            module: maps Tokens to Tokens.
+
+        Raises:
+            BackboneError: a module is there already; two of them would remove each other's tokens.
+        """
+        if self.entries:
+            raise BackboneError(
+                f"{name} and {next(iter(self.entries))} both insert tokens at {self.path}; give one of them."
+            )
+        self.entries[name] = module
+
+    def enter(self, tokens: Tokens) -> Tokens:
+        """The tokens that this block computes."""
+        for module in self.entries.values():
+            tokens = module(tokens)
+        return tokens
+
+    def host_update(self, tokens: Tokens) -> Tensor:
+        attended = self.attn.change(tokens)
+        return attended + self.mlp.change(tokens.with_x(tokens.x + attended))
+
+
+def _add(modules: nn.ModuleDict, name: str, module: nn.Module, path: str) -> None:
+    if name in modules:
+        raise BackboneError(f"{name} is already installed at {path}; give each tuning method once per place.")
+    modules[name] = module
