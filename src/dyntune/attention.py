@@ -8,6 +8,8 @@ from dyntune.tokens import Tokens
 
 _EPSILON = 1e-6
 """Of DynamicViT's masked softmax."""
+_FEWEST = 2
+"""Rows of the shortest sequence that a traced attention is for."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, dropout: float = 0.0) -> Tensor:
@@ -82,9 +84,13 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, counts: tuple[int, ...], dropout: f
 def _traced(q: Tensor, k: Tensor, v: Tensor, counts: Tensor, prefix: int, dropout: float) -> Tensor:
     """As ``_padded``, with nothing that a graph for other runtimes cannot hold: rows are gathered, none is assigned."""
     longest = counts.max().item()
-    if not prefix:  # then the batch may have no token at all, among which some runtimes compute no attention
-        q, k, v = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (q, k, v))
-        longest = longest + 1
+    torch._check(longest >= prefix)  # prefix tokens are always active, and a batch has an image
+    # Of one row or none no PyTorch before 2.15 can tell, while tracing, whether the attention broadcasts its mask, and
+    # among no tokens some runtimes compute none. So a graph is always for two rows or more, the last ones nobody's.
+    spare = max(_FEWEST - prefix, 0)
+    if spare:
+        q, k, v = (F.pad(t, (0, 0, 0, 0, 0, spare)) for t in (q, k, v))
+        longest = longest + spare
     place = torch.arange(longest, device=q.device)
     present = place < counts[:, None]  # (B, longest)
     first = counts.cumsum(0) - counts

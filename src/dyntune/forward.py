@@ -178,7 +178,7 @@ def _step(
     unit: Unit, tokens: Tokens, policies: Sequence[TokenPolicy], execution: Execution
 ) -> tuple[Tokens, tuple[Gate | Reduction, ...]]:
     """One unit: gated as a whole, or for a block that is not, its two sub-layers in turn."""
-    policy = None if tokens.only_read else next((policy for policy in policies if policy.gates(unit)), None)
+    policy = None if tokens.only_read else _deciding(policies, unit)
     if policy is not None:
         tokens, gate = execution.gated(unit, tokens, policy)
         return tokens, (gate,)
@@ -196,6 +196,14 @@ def _step(
     tokens, beside, reduced = _reduce(unit.mlp, tokens, beside, policies, projected)
     tokens, mlp_decided = _step(unit.mlp, tokens, policies, execution)
     return (tokens if beside is None else tokens.with_x(tokens.x + beside)), (*decided, *reduced, *mlp_decided)
+
+
+def _deciding(policies: Sequence[TokenPolicy], unit: Unit) -> TokenPolicy | None:
+    """The policy that decides which tokens go through ``unit``, if one does."""
+    for policy in policies:  # not next(), whose default torch.compile cannot trace before PyTorch 2.9
+        if policy.gates(unit):
+            return policy
+    return None
 
 
 def _reduce(

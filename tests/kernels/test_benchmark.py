@@ -48,6 +48,8 @@ def options():
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 def test_smoke(tmp_path):
+    from dyntune.kernels.grouped import refusal
+
     out = tmp_path / "rows" / "gpu.csv"
     result = run("--smoke", "--rates", 0.5, "--out", out)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -56,6 +58,9 @@ def test_smoke(tmp_path):
     rows = {row["candidate"]: row for row in read(out) if row["batch"] == "2"}
     assert set(rows) == {"dense eager", "gather eager", "ours eager", "grouped eager", "tome eager", "ours graph"}
     assert "CUDA" in rows.pop("ours graph")["failure"]
+    refused = refusal(torch.device("cpu"), torch.bfloat16)
+    if refused:
+        assert refused in rows.pop("grouped eager")["failure"]
     for name, row in rows.items():
         assert not row["failure"], (name, row["failure"])
         assert float(row["milliseconds"]) > 0 and float(row["images_per_second"]) > 0

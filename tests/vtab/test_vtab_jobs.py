@@ -214,7 +214,9 @@ def test_a_line_without_an_estimate_ends_with_the_job(make_plan, tmp_path):
     with JobDisplay(plan, plan.jobs(), plan.jobs(), 1, Console(file=text)) as display:
         display.begun(plan.jobs()[0])
         display.ended(plan.jobs()[0], "taken")
-    assert text.getvalue() == "1/2 linear on digits, seed 0: another command is at it\n"
+    line, *rest = text.getvalue().splitlines()
+    assert line == "1/2 linear on digits, seed 0: another command is at it"
+    assert not any(rest)  # older releases of Rich end with an empty line
 
 
 def test_a_damaged_result_is_named(one_worker, tmp_path):

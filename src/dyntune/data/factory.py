@@ -197,7 +197,6 @@ def load_hub(name: str, root: Path, *, seed: int, val_fraction: float) -> DataSp
     test = sets.get("test")
     if test is not None and set(test.targets) == {-1}:
         test = None
-    ordered = sorted(readers["train"].class_to_idx.items(), key=lambda item: item[1])
-    return assemble(
-        name, sets["train"], val, test, [label for label, _ in ordered], seed=seed, val_fraction=val_fraction
-    )
+    # Not the reader's: in older releases of timm it knows none for a column that is not called "label".
+    classes = list(getattr(features[label], "names", ()))
+    return assemble(name, sets["train"], val, test, classes, seed=seed, val_fraction=val_fraction)

@@ -26,6 +26,8 @@ def refusal(device: torch.device, dtype: torch.dtype, *widths: int) -> str | Non
     """
     if not (hasattr(F, "grouped_mm") or hasattr(torch, "_grouped_mm")):
         return f"torch {torch.__version__} has no grouped product"
+    if device.type == "cpu" and not hasattr(F, "grouped_mm"):
+        return f"torch {torch.__version__} has a grouped product for GPUs alone"
     if dtype is not torch.bfloat16:
         return f"the grouped product takes bf16; given {dtype}"
     if any(width % 8 for width in widths):
