@@ -1,7 +1,11 @@
 """The errors that a user can cause and mend; each message says what was given, what was expected and what to do."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_LONGEST = 300
+"""Characters of a library's message that are quoted."""
 
 
 class DyntuneError(Exception):
@@ -30,6 +34,18 @@ class TrainingError(DyntuneError, RuntimeError):
 
 class DeploymentError(DyntuneError, RuntimeError):
     """A model cannot be exported, quantised, checked, or run in a runtime."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """What a library has to say, fit for the middle of a sentence: its reason alone, without reports and advice.
+
+    The reason is the first paragraph of the error that caused all others.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # some libraries colour their messages
+    words = " ".join(plain.split("\n\n")[0].split()).rstrip(" .") or type(error).__name__
+    return words if len(words) <= _LONGEST else f"{words[:_LONGEST].rstrip()} ..."
 
 
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> str:

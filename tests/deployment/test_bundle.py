@@ -129,6 +129,7 @@ def test_deploy_json_says_what_the_model_is(deployed, tuned):
     config = json.loads((deployed() / "deploy.json").read_text())
     assert config["spec"] == "dyt" and config["classes"] == ["blue", "green", "red"]
     assert (config["runtime"], config["precision"], config["integer_products"]) == ("onnx", "fp32", 0)
+    assert config["opset"] == 23
     assert (config["activation"], config["macs"]) == (0.5, cost(tuned).macs)
     assert set(config["files"]) == {"model.onnx", "run.py"}
     card = (deployed() / "README.md").read_text()
@@ -171,6 +172,13 @@ def test_a_write_that_fails_leaves_nothing(tuned, tmp_path, monkeypatch):
     monkeypatch.setattr(bundle, "write_torch", fail)
     with pytest.raises(OSError, match="disk full"):
         bundle.write(tuned, tmp_path / "out", runtime="torch")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+def test_an_opset_is_refused_where_there_is_none(tuned, tmp_path, runtime):
+    with pytest.raises(DeploymentError, match=f"given 18 for {runtime}"):
+        bundle.write(tuned, tmp_path / "out", runtime=runtime, opset=18)
     assert not list(tmp_path.iterdir())
 
 

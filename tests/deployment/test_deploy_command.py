@@ -64,7 +64,7 @@ def test_predict_reads_a_deployed_folder(written, run, photos):
     assert [row["image"] for row in found] == [row["image"] for row in expected]
     for one, other in zip(found, expected, strict=True):
         shares = [{top["class"]: top["probability"] for top in row["top"]} for row in (one, other)]
-        assert shares[0] == pytest.approx(shares[1], abs=0.1)
+        assert shares[0] == pytest.approx(shares[1], abs=0.15)
     assert "fixed" in dyntune("predict", written[0], images, "--rate", 0.3, error=DeploymentError)
     assert "runs on the CPU" in dyntune("predict", written[0], images, "--device", "cuda", error=DeploymentError)
     assert "over the whole batch" in (written[0] / "README.md").read_text()
@@ -90,6 +90,7 @@ def test_nothing_is_written_where_too_few_predictions_agree(run, photos, tmp_pat
         ("--calibrate-on", "digits"),
         ("--calibrate-on", "digits", "--precision", "int8"),
         ("--calibrate-on", "digits", "--runtime", "openvino"),
+        ("--opset", 18, "--runtime", "torch"),
     ],
     ids=lambda options: " ".join(map(str, options)),
 )
@@ -99,9 +100,22 @@ def test_options_that_would_do_nothing_are_refused(run, tmp_path, options):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_older_opset_is_written_checked_and_recorded(run, photos, tmp_path):
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    options = ("--precision", "int8", "--opset", 18, "--check", photos, "--min-agreement", 0.5)
+    dyntune("deploy", run, "--out", tmp_path / "old", *options)
+    config = json.loads((tmp_path / "old" / "deploy.json").read_text())
+    assert config["opset"] == 18 and config["integer_products"] == 12 * 4 + 1
+    card = (tmp_path / "old" / "README.md").read_text()
+    assert "for onnx (opset 18)" in card and 'pip install "onnxruntime>=1.15" numpy pillow' in card
+
+
 def test_mistakes_are_refused_before_anything_is_written(written, run, tmp_path):
     assert "is there already" in dyntune("deploy", run, "--out", written[0], error=DeploymentError)
     assert "classes" in dyntune("deploy", run, "--out", tmp_path / "o", "--check", "digits", error=DataError)
     options = ("--runtime", "openvino", "--precision", "int8")
     assert "--calibrate-on" in dyntune("deploy", run, "--out", tmp_path / "o", *options, error=DeploymentError)
+    message = dyntune("deploy", run, "--out", tmp_path / "o", "--opset", 99, error=DeploymentError)
+    assert message.startswith("opset 99 cannot be written") and len(message.splitlines()) == 1
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from torch import nn
 import dyntune
 from dyntune.deployment import prepare
 from dyntune.deployment.export import export_program
-from dyntune.deployment.onnx_runtime import OPSET, OnnxRuntime, write_onnx
+from dyntune.deployment.onnx_runtime import OLDEST_OPSET, OPSET, OnnxRuntime, newest_opset, write_onnx
 from dyntune.deployment.openvino_runtime import OpenVinoRuntime, write_openvino
 from dyntune.deployment.torch_runtime import TorchRuntime, write_torch
 from dyntune.errors import DeploymentError
@@ -89,10 +89,15 @@ def test_every_part_exports_and_agrees(make_host, images_for, tmp_path, name):
     assert_agrees(opened("onnx", program, tmp_path), model, images, masks)
 
 
-@pytest.fixture(scope="module", params=GATES)
+@pytest.fixture(
+    scope="module",
+    params=[*(("siglip", where) for where in GATES), ("plain", "attn"), ("registers", "layer")],
+    ids="-".join,
+)
 def gated(request, make_host, images_for):
-    """A model without prefix tokens, its images and program: some gates let nothing through, some all, some a part."""
-    model = filled(make_host("siglip"), f"dispatch:where={request.param}")
+    """A model, its images and program: some gates let no patch through, some all, some a part; prefixes of 0, 1, 5."""
+    host, where = request.param
+    model = filled(make_host(host), f"dispatch:where={where}")
     images = images_for(model.backbone.host, max(BATCHES))
     for module in model.modules():
         if isinstance(module, Dispatcher):
@@ -166,6 +171,33 @@ def test_only_active_tokens_are_computed(written, tmp_path):
     assert rows_of_products(path, images, width, 4 * width, tmp_path) == expected
 
 
+@pytest.mark.parametrize("spec", ["dyt:dispatch=attn-mlp", "tome:r=3"])
+@pytest.mark.parametrize("opset", ["oldest", "newest"])
+def test_the_oldest_and_the_newest_opset_agree(make_host, images_for, tmp_path, opset, spec):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    version = OLDEST_OPSET if opset == "oldest" else newest_opset()
+    assert OLDEST_OPSET == 18 and newest_opset() >= OPSET
+    model = filled(make_host("registers", depth=2), spec)
+    write_onnx(export_program(prepare(model), masks=False), tmp_path / "model.onnx", opset=version)
+    file = onnx.load(tmp_path / "model.onnx")
+    assert [(entry.domain, entry.version) for entry in file.opset_import] == [("", version)]
+    assert file.ir_version == (8 if opset == "oldest" else 10)
+    fused = {node.op_type for node in file.graph.node} & {"Attention", "Softmax"}
+    assert fused == ({"Softmax"} if opset == "oldest" else {"Attention"})
+    assert_agrees(OnnxRuntime(tmp_path / "model.onnx"), model, images_for(model.backbone.host, max(BATCHES)), False)
+
+
+@pytest.mark.parametrize("past", [-1, 1])
+def test_an_opset_that_cannot_be_written_is_refused(written, make_host, tmp_path, past):
+    version = OLDEST_OPSET - 1 if past < 0 else newest_opset() + 1
+    program = export_program(prepare(filled(make_host(depth=1), "linear")), masks=False)
+    with pytest.raises(DeploymentError, match=f"opset {version} cannot be written.* write 18 to {newest_opset()}"):
+        write_onnx(program, tmp_path / "model.onnx", opset=version)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_file_says_what_it_is(written):
     import onnx
 
@@ -215,9 +247,41 @@ def test_attention_that_is_not_translated_is_refused(tmp_path, kind):
             return nn.functional.scaled_dot_product_attention(images, images, images, **kind)
 
     program = torch.export.export(Attention(), (torch.ones(2, 3, 4, 4),))
-    with pytest.raises(DeploymentError, match="cannot be written as ONNX"):
+    with pytest.raises(
+        DeploymentError, match=r"cannot be written as ONNX: attention with dropout.* not translated"
+    ) as error:
         write_onnx(program, tmp_path / "model.onnx")
+    assert len(str(error.value).splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_traced_is_said_in_one_sentence_without_the_graph(make_host, capfd):
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    model = filled(make_host(depth=1), "dyt")
+    model.backbone.host.norm = Branching()
+    with pytest.raises(
+        DeploymentError, match=r"^dyt cannot be exported, because PyTorch cannot trace .* guard"
+    ) as error:
+        export_program(prepare(model), masks=False)
+    assert len(str(error.value).splitlines()) == 1 and "suggested fixes" not in str(error.value)
+    printed = capfd.readouterr()
+    assert not printed.out and "def forward" not in printed.err
+
+
+def test_what_openvino_does_not_translate_is_said_in_one_sentence(tmp_path):
+    pytest.importorskip("openvino")
+
+    class Bessel(nn.Module):
+        def forward(self, images):
+            return torch.special.bessel_j0(images)
+
+    program = torch.export.export(Bessel(), (torch.ones(2, 3, 4, 4),))
+    with pytest.raises(DeploymentError, match=r"cannot be converted to OpenVINO: .*bessel_j0") as error:
+        write_openvino(program, tmp_path / "model.xml")
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_masks_of_a_model_without_gates_are_refused(make_host):
@@ -231,8 +295,9 @@ def test_a_damaged_file_is_named(tmp_path, kind):
     for package in needs:
         pytest.importorskip(package)
     (tmp_path / file).write_bytes(b"not a model")
-    with pytest.raises(DeploymentError, match=file):
+    with pytest.raises(DeploymentError, match=file) as error:
         runtime(tmp_path / file)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_openvino_refuses_another_file_name(make_host, tmp_path):

@@ -30,6 +30,7 @@ from dyntune.deployment.bundle import CALIBRATION_IMAGES, Export, place_for, rec
 from dyntune.deployment.check import Check, check
 from dyntune.deployment.choose import Choice, choose
 from dyntune.deployment.folder import OpenedModel, Precision, RuntimeName, open_runtime
+from dyntune.deployment.onnx_runtime import OLDEST_OPSET, OPSET
 from dyntune.errors import DataError, DeploymentError
 from dyntune.tuned import TunedModel
 
@@ -68,6 +69,10 @@ def command(
     ] = None,
     rate: RateOption = None,
     masks: Annotated[bool, typer.Option("--masks", help="The model also gives which patches were computed.")] = False,
+    opset: Annotated[
+        int | None,
+        typer.Option(min=OLDEST_OPSET, help=f"Of the ONNX file, {OPSET} if not given; older runtimes read lower ones."),
+    ] = None,
     tokens: TopTokensOption = None,
     weights: WeightsOption = None,
     batch_size: Annotated[
@@ -85,6 +90,7 @@ def command(
     _require("--threads", threads, runs, "--runtime auto or --check DATA")
     calibrated = precision == "int8" and runtime in ("auto", "openvino")
     _require("--calibrate-on", calibrate_on, calibrated, "--precision int8 and --runtime openvino or auto")
+    _require("--opset", opset, runtime in ("auto", "onnx"), "--runtime onnx or auto")
     batch_size = batch_size or 1
     with place_for(folder) as room:
         model = load(run, weights=weights, tokens=tokens)
@@ -94,7 +100,7 @@ def command(
         if runtime != "auto":
             require_possible(runtime, precision, calibration)
         with err.status("exporting"):
-            export = Export(model, masks=masks)
+            export = Export(model, masks=masks, opset=OPSET if opset is None else opset)
         choice = None
         if runtime == "auto":
             images = _timed_images(model, data, calibration, batch_size)
@@ -164,7 +170,7 @@ def _with_masks(
     """The same model deployed with masks, to compare gates; None if there are none, or it gives masks already."""
     if export.masks or not export.gates:
         return None
-    Export(export.model, masks=True).write(room / "with-masks", runtime, precision, calibration)
+    Export(export.model, masks=True, opset=export.opset).write(room / "with-masks", runtime, precision, calibration)
     return open_runtime(room / "with-masks", threads, trust=True)
 
 

@@ -24,7 +24,7 @@ from dyntune.deployment.card import deployment_card
 from dyntune.deployment.export import export_program
 from dyntune.deployment.folder import CONFIG, FORMAT, MODEL_FILES, Precision, RuntimeName, digests, read_config
 from dyntune.deployment.linears import BackboneLinears
-from dyntune.deployment.onnx_runtime import write_onnx
+from dyntune.deployment.onnx_runtime import OPSET, write_onnx
 from dyntune.deployment.openvino_int8 import save_quantized
 from dyntune.deployment.openvino_runtime import write_openvino
 from dyntune.deployment.prepared import prepare
@@ -80,17 +80,21 @@ class Export:
         model: left as it is, wherever and in whatever precision it is.
         rate: share of the patches that gated units shall compute, for a calibrated model; see ``set_rate``.
         masks: whether the exported model also gives which patches each gated unit computed.
+        opset: version of ONNX's operators that ONNX files are written in.
 
     Raises:
         DyntuneError: the model cannot be exported, or not at this rate.
     """
 
-    def __init__(self, model: TunedModel, *, rate: float | None = None, masks: bool = False) -> None:
+    def __init__(
+        self, model: TunedModel, *, rate: float | None = None, masks: bool = False, opset: int = OPSET
+    ) -> None:
         model = copy.deepcopy(model).cpu().float()
         if rate is not None:
             model.set_rate(rate)
         self.model = model
         self.masks = masks
+        self.opset = opset
         self.prepared = prepare(model, masks=masks)
         self.program = export_program(self.prepared, masks)
 
@@ -116,6 +120,7 @@ class Export:
             "spec": self.model.spec,
             "backbone": costs.model,
             "runtime": runtime,
+            "opset": self.opset if runtime == "onnx" else None,
             "precision": precision,
             "integer_products": integer_products,
             "weight_bits": None if precision == "fp32" else 7 if runtime == "onnx" and sums_saturate() else 8,
@@ -152,7 +157,7 @@ class Export:
         if runtime == "torch":
             write_torch(self.program, target)
         elif runtime == "onnx":
-            write_onnx(self.program, target, {"spec": self.model.spec})
+            write_onnx(self.program, target, {"spec": self.model.spec}, opset=self.opset)
         else:
             write_openvino(self.program, target)
 
@@ -172,6 +177,7 @@ def write(
     masks: bool = False,
     rate: float | None = None,
     calibration_images: Tensor | None = None,
+    opset: int | None = None,
 ) -> Path:
     """Writes a folder with the model for a runtime, its preprocessing, classes and a runner.
 
@@ -184,6 +190,8 @@ def write(
         masks: whether the deployed model also gives which patches each gated unit computed, which costs some time.
         rate: share of the patches that gated units shall compute, for a calibrated model; see ``set_rate``.
         calibration_images: preprocessed, ``(N, 3, height, width)``; int8 in OpenVINO needs them.
+        opset: version of ONNX's operators, for ``onnx`` alone: 18 or newer, where a runtime does not read 23, which is
+            written if none is given.
 
     Returns:
         ``folder``.
@@ -193,8 +201,12 @@ def write(
     """
     folder = Path(folder)
     require_possible(runtime, precision, calibration_images)
+    if opset is not None and runtime != "onnx":
+        raise DeploymentError(f"an opset is for the runtime onnx; given {opset} for {runtime}. Leave it out.")
     with place_for(folder) as room:
-        Export(model, rate=rate, masks=masks).write(room / "model", runtime, precision, calibration_images)
+        Export(model, rate=rate, masks=masks, opset=OPSET if opset is None else opset).write(
+            room / "model", runtime, precision, calibration_images
+        )
         (room / "model").rename(folder)
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dyntune.deployment.prepared import DeployedModel
-from dyntune.errors import DeploymentError
+from dyntune.errors import DeploymentError, in_one_line
 
 INPUT = "images"
 LOGITS = "logits"
@@ -39,16 +40,28 @@ def export_program(model: DeployedModel, masks: bool) -> ExportedProgram:
         raise DeploymentError(f"{model.spec} has no gates, so there are no masks to export; export it without.")
     shapes = {INPUT: {0: Dim("batch", min=1)}}
     try:
-        with torch.no_grad():
+        # Where tracing fails, PyTorch prints the graph up to there on standard error.
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
             program = torch.export.export(_Outputs(model, masks), (images,), dynamic_shapes=shapes)
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
         raise DeploymentError(
-            f"{model.spec} cannot be exported, because PyTorch cannot trace it into one graph: {error}. "
+            f"{model.spec} cannot be exported, because PyTorch cannot trace it into one graph: {in_one_line(error)}. "
             "Run it in this process instead (dyntune.deploy)."
         ) from error
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine, which no file should carry to another
+    _tidy(program.graph)
     return program
+
+
+def _tidy(graph: torch.fx.Graph) -> None:
+    """Takes out what no file should carry: paths of this machine, and slices of everything.
+
+    PyTorch 2.8 keeps the first step of ``x[:, 1:]``, which takes all rows, and OpenVINO does not translate it.
+    """
+    for node in list(graph.nodes):
+        node.meta.pop("stack_trace", None)
+        if node.target is torch.ops.aten.slice.Tensor and len(node.args) == 1 and not node.kwargs:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def own_copy(program: ExportedProgram) -> ExportedProgram:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from torch.export import ExportedProgram
 import dyntune
 from dyntune.deployment.export import ACTIVE, INPUT, LOGITS, own_copy
 from dyntune.deployment.runtime import Runtime
-from dyntune.errors import DeploymentError
+from dyntune.errors import DeploymentError, in_one_line
 from dyntune.files import write_atomically
 
 if TYPE_CHECKING:
@@ -21,11 +23,31 @@ if TYPE_CHECKING:
 
 OPSET = 23
 """The first with an attention operator, which ONNX Runtime computes faster than its four parts."""
+OLDEST_OPSET = 18
+"""The one that PyTorch's exporter translates to; older ones would be converted, and often cannot."""
+_NEWEST_IR = 10
+"""Version of the file format itself that PyTorch's exporter writes; runtimes for older opsets want an older one."""
 _LARGEST = 2**31 - 2**24
 """Bytes of weights that fit into one file, whose limit is 2 GiB; beyond, they lie in a second file beside it."""
 
 
-def write_onnx(program: ExportedProgram, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+def newest_opset() -> int:
+    """The newest version of ONNX's operators that the installed onnx and onnxscript write.
+
+    Raises:
+        ImportError: one of them is not installed.
+    """
+    import onnx
+    from onnxscript.version_converter import _version_converter
+
+    # It has no public name. An opset beyond it would leave a model whose operators do not fit together.
+    converted: int = getattr(_version_converter, "SUPPORTED_MAX_ONNX_OPSET", OPSET)
+    return min(converted, onnx.defs.onnx_opset_version())
+
+
+def write_onnx(
+    program: ExportedProgram, path: str | Path, metadata: Mapping[str, str] | None = None, *, opset: int = OPSET
+) -> None:
     """Writes a program to an ONNX file with inputs and outputs named as in ``export_program``.
 
     Linear maps are ``MatMul`` and ``Add`` nodes with a constant matrix of two dimensions: ONNX Runtime joins them when
@@ -35,32 +57,43 @@ def write_onnx(program: ExportedProgram, path: str | Path, metadata: Mapping[str
         program: from ``export_program``.
         path: of the file. Weights above 2 GiB go into a second one, ``path`` with ``.data`` behind its name.
         metadata: written into the file, beside Dyntune's version.
+        opset: version of ONNX's operators, from 18 to the newest that the installed packages write. A lower one is read
+            by older runtimes; below 23 attention is written as its parts.
 
     Raises:
-        DeploymentError: onnx or onnxscript is not installed, an operator has no translation, or what has become of the
-            model is not valid.
+        DeploymentError: onnx or onnxscript is not installed, they do not write ``opset``, an operator has no
+            translation, or what has become of the model is not valid.
     """
     path = Path(path)
     try:
         import onnx
         import onnx_ir
 
-        translations = _translations()
+        newest = newest_opset()
+        translations = _translations(opset)
     except ImportError as error:
         raise DeploymentError(f"writing ONNX files needs onnx and onnxscript ({error}): {_INSTALL}.") from error
-    try:
-        exported = torch.onnx.export(
-            own_copy(program),
-            dynamo=True,
-            opset_version=OPSET,
-            custom_translation_table=translations,
-            verbose=False,
+    if not OLDEST_OPSET <= opset <= newest:
+        raise DeploymentError(
+            f"opset {opset} cannot be written: the packages installed here write {OLDEST_OPSET} to {newest}. "
+            "Give one of them."
         )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # PyTorch 2.8 says there how much it has optimised
+            exported = torch.onnx.export(
+                own_copy(program),
+                dynamo=True,
+                opset_version=opset,
+                custom_translation_table=translations,
+                verbose=False,
+            )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise DeploymentError(f"the model cannot be written as ONNX: {error}.") from error
+        raise DeploymentError(f"the model cannot be written as ONNX: {in_one_line(error)}.") from error
     assert exported is not None  # only the exporter before dynamo's gives none
     model = exported.model
+    model.graph.sort()  # PyTorch 2.8 may leave an operator behind what reads its output
     _name(model)
+    model.ir_version = min(_NEWEST_IR, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)]))
     model.metadata_props.update({"dyntune_version": dyntune.__version__, **(metadata or {})})
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
@@ -69,7 +102,9 @@ def write_onnx(program: ExportedProgram, path: str | Path, metadata: Mapping[str
         try:
             onnx.checker.check_model(temporary, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise DeploymentError(f"the model has been written as ONNX, but is not valid: {error}.") from error
+            raise DeploymentError(
+                f"the model has been written as ONNX, but is not valid: {in_one_line(error)}."
+            ) from error
 
     write_atomically(path, save)
 
@@ -98,7 +133,7 @@ class OnnxRuntime(Runtime):
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's own errors have no common base
-            raise DeploymentError(f"ONNX Runtime cannot open {path}: {error}.") from error
+            raise DeploymentError(f"ONNX Runtime cannot open {path}: {in_one_line(error)}.") from error
 
     def compute(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         logits, *masks = self._session.run(None, {INPUT: images.numpy()})
@@ -124,14 +159,19 @@ def _name(model: onnx_ir.Model) -> None:
         node.metadata_props.clear()
 
 
-def _translations() -> dict[Any, Callable[..., Any]]:
-    """Operators that are translated otherwise than by PyTorch, or that it does not translate at all."""
-    from onnxscript import opset23 as op
+def _translations(opset: int) -> dict[Any, Callable[..., Any]]:
+    """Operators that are translated otherwise than by PyTorch, or that it does not translate at all.
+
+    Parameters are named as the operators' own: PyTorch 2.8 passes over translations with others.
+    """
+    from onnxscript.values import Opset
+
+    op = Opset("", min(opset, OPSET))
 
     aten = torch.ops.aten
 
-    def linear(x: Any, weight: Any, bias: Any = None) -> Any:
-        product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+    def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+        product = op.MatMul(input, op.Transpose(weight, perm=[1, 0]))
         return product if bias is None else op.Add(product, bias)
 
     def attention(
@@ -160,12 +200,11 @@ def _translations() -> dict[Any, Callable[..., Any]]:
         )
         return op.Transpose(op.Reshape(attended, op.Constant(value_ints=[0, 0, heads, width])), perm=[0, 2, 1, 3])
 
-    def stable_sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    def stable_sort(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
         """Equal values stay in their order: among them, TopK takes the first ones first."""
-        return op.TopK(x, op.Constant(value_ints=[x.shape[dim]]), axis=dim, largest=int(descending))
+        return op.TopK(self, op.Constant(value_ints=[self.shape[dim]]), axis=dim, largest=int(descending))
 
-    return {
-        aten.linear.default: linear,
-        aten.scaled_dot_product_attention.default: attention,
-        aten.sort.stable: stable_sort,
-    }
+    translations: dict[Any, Callable[..., Any]] = {aten.linear.default: linear, aten.sort.stable: stable_sort}
+    if opset >= OPSET:
+        translations[aten.scaled_dot_product_attention.default] = attention
+    return translations

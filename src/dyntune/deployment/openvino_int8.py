@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from dyntune.deployment.linears import BackboneLinears
-from dyntune.errors import DeploymentError
+from dyntune.errors import DeploymentError, in_one_line
 
 if TYPE_CHECKING:
     import openvino
@@ -72,8 +72,8 @@ def quantize_openvino(model: openvino.Model, images: Tensor, linears: BackboneLi
             )
     except Exception as error:  # whatever NNCF and OpenVINO meet
         raise DeploymentError(
-            f"NNCF cannot quantise the model on images {tuple(images.shape)}: {error}. Take --precision fp32, or give "
-            "calibration images (N, 3, height, width) of the model's size."
+            f"NNCF cannot quantise the model on images {tuple(images.shape)}: {in_one_line(error)}. "
+            "Take --precision fp32, or give calibration images (N, 3, height, width) of the model's size."
         ) from error
     audit(quantized, linears)
     return quantized

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from dyntune.deployment.export import ACTIVE, INPUT, LOGITS, own_copy
 from dyntune.deployment.runtime import Runtime
-from dyntune.errors import DeploymentError
+from dyntune.errors import DeploymentError, in_one_line
 
 _INSTALL = "pip install 'dyntune[openvino]'"
 
@@ -38,7 +38,7 @@ def write_openvino(program: ExportedProgram, path: str | Path) -> None:
         model = openvino.convert_model(own_copy(program).run_decompositions(_DECOMPOSITIONS))
         model.reshape([-1, *sizes])  # without them, OpenVINO would compute something for images of any size
     except Exception as error:  # whatever its translations meet
-        raise DeploymentError(f"the model cannot be converted to OpenVINO: {error}.") from error
+        raise DeploymentError(f"the model cannot be converted to OpenVINO: {in_one_line(error)}.") from error
     for port, name in zip((*model.inputs, *model.outputs), (INPUT, LOGITS, ACTIVE), strict=False):
         port.set_names({name})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ class OpenVinoRuntime(Runtime):
             core = openvino.Core()
             self._model = core.compile_model(core.read_model(path), "CPU", settings)
         except Exception as error:  # OpenVINO raises RuntimeError and its own kinds
-            raise DeploymentError(f"OpenVINO cannot open {path}: {error}.") from error
+            raise DeploymentError(f"OpenVINO cannot open {path}: {in_one_line(error)}.") from error
 
     def compute(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         logits, *masks = self._model(images.numpy()).values()

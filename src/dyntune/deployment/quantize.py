@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dyntune.deployment.linears import BackboneLinears
-from dyntune.errors import DeploymentError
+from dyntune.errors import DeploymentError, in_one_line
 from dyntune.files import write_atomically
 
 if TYPE_CHECKING:
@@ -71,7 +71,9 @@ def quantize_onnx(source: Path, target: Path, linears: BackboneLinears) -> int:
                 extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
             )
         except Exception as error:  # whatever the quantiser meets
-            raise DeploymentError(f"ONNX Runtime cannot quantise the model: {error}. {_INSTEAD}.") from error
+            raise DeploymentError(
+                f"ONNX Runtime cannot quantise the model: {in_one_line(error)}. {_INSTEAD}."
+            ) from error
         audit(onnx.load(path), linears)
 
     if nodes:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dyntune.errors import DeploymentError
+from dyntune.errors import DeploymentError, in_one_line
 
 
 class Runtime(abc.ABC):
@@ -44,7 +44,8 @@ class Runtime(abc.ABC):
             return self.compute(images.detach())
         except Exception as error:  # the runtimes' own errors have no common base
             raise DeploymentError(
-                f"the deployed model cannot compute {given}: {error}. It takes (B, 3, height, width), preprocessed."
+                f"the deployed model cannot compute {given}: {in_one_line(error)}. It takes (B, 3, height, width), "
+                "preprocessed."
             ) from error
 
     @abc.abstractmethod

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from dyntune.deployment.runtime import Runtime
-from dyntune.errors import DeploymentError
+from dyntune.errors import DeploymentError, in_one_line
 from dyntune.files import write_atomically
 
 
@@ -43,7 +43,9 @@ class TorchRuntime(Runtime):
         try:
             self._module = torch.export.load(path).module()
         except Exception as error:  # whatever PyTorch meets in a damaged file
-            raise DeploymentError(f"{path} is not a program that this PyTorch can load: {error}.") from error
+            raise DeploymentError(
+                f"{path} is not a program that this PyTorch can load: {in_one_line(error)}."
+            ) from error
 
     @torch.inference_mode()
     def compute(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
