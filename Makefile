@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/installed
+OLDEST := .venv-oldest
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
 demo: $(STAMP)  ## the main job on real images with the built-in backbone
 	$(VENV)/bin/dyntune demo --out demo
@@ -14,12 +15,15 @@ test: $(STAMP)  ## style, types and all tests
 	$(VENV)/bin/mypy
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n auto
 
+test-oldest: $(OLDEST)/installed  ## all tests with the lowest versions that pyproject.toml admits
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n auto
+
 lint: $(STAMP)  ## put the code into shape
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Dyntune needs Python 3.11 or newer; set PYTHON=..." if sys.version_info < (3, 11) else 0)'
@@ -27,3 +31,10 @@ $(STAMP): pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
 	touch $(STAMP)
+
+$(OLDEST)/installed: pyproject.toml scripts/lowest.py
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/python scripts/lowest.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
+	touch $@
