@@ -1,6 +1,7 @@
 """Exported graphs: the same logits and masks in every runtime and for every batch size, and tokens really skipped."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -271,7 +272,7 @@ def test_what_cannot_be_traced_is_said_in_one_sentence_without_the_graph(make_ho
     assert not printed.out and "def forward" not in printed.err
 
 
-def test_what_openvino_does_not_translate_is_said_in_one_sentence(tmp_path):
+def test_what_openvino_does_not_translate_is_said_in_one_sentence_and_nothing_is_silenced(tmp_path, caplog):
     pytest.importorskip("openvino")
 
     class Bessel(nn.Module):
@@ -282,6 +283,8 @@ def test_what_openvino_does_not_translate_is_said_in_one_sentence(tmp_path):
     with pytest.raises(DeploymentError, match=r"cannot be converted to OpenVINO: .*bessel_j0") as error:
         write_openvino(program, tmp_path / "model.xml")
     assert len(str(error.value).splitlines()) == 1
+    logging.getLogger("dyntune").warning("still heard")
+    assert "still heard" in caplog.text
 
 
 def test_masks_of_a_model_without_gates_are_refused(make_host):

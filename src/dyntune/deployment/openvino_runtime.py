@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,7 +38,8 @@ def write_openvino(program: ExportedProgram, path: str | Path) -> None:
     assert program.example_inputs is not None  # those that it was traced with
     sizes = program.example_inputs[0][0].shape[1:]
     try:
-        model = openvino.convert_model(own_copy(program).run_decompositions(_DECOMPOSITIONS))
+        with _log_as_it_was():
+            model = openvino.convert_model(own_copy(program).run_decompositions(_DECOMPOSITIONS))
         model.reshape([-1, *sizes])  # without them, OpenVINO would compute something for images of any size
     except Exception as error:  # whatever its translations meet
         raise DeploymentError(f"the model cannot be converted to OpenVINO: {in_one_line(error)}.") from error
@@ -47,6 +51,18 @@ def write_openvino(program: ExportedProgram, path: str | Path) -> None:
         openvino.save_model(model, temporary, compress_to_fp16=False)
         for written in (temporary.with_suffix(".bin"), temporary):  # who sees the .xml finds its weights
             os.replace(written, path.with_name(written.name))
+
+
+@contextmanager
+def _log_as_it_was() -> Iterator[None]:
+    """Leaves the application's log alone: OpenVINO silences it, and where a conversion fails leaves it silent."""
+    root = logging.getLogger()
+    level, filters, handlers = root.level, list(root.filters), list(root.handlers)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.filters[:], root.handlers[:] = filters, handlers
 
 
 def _index_add(x: Tensor, dim: int, index: Tensor, added: Tensor) -> Tensor:

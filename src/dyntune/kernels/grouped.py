@@ -26,14 +26,14 @@ def refusal(device: torch.device, dtype: torch.dtype, *widths: int) -> str | Non
     """
     if not (hasattr(F, "grouped_mm") or hasattr(torch, "_grouped_mm")):
         return f"torch {torch.__version__} has no grouped product"
-    if device.type == "cpu" and not hasattr(F, "grouped_mm"):
-        return f"torch {torch.__version__} has a grouped product for GPUs alone"
     if dtype is not torch.bfloat16:
         return f"the grouped product takes bf16; given {dtype}"
     if any(width % 8 for width in widths):
         return f"the grouped product takes widths that are multiples of 8; given {' and '.join(map(str, widths))}"
     if device.type == "cuda" and capability(device)[0] not in (9, 10):
         return "the grouped product is fast on NVIDIA's GPUs of compute capability 9.0 and 10.0 only"
+    if device.type == "cpu" and not hasattr(F, "grouped_mm"):
+        return f"torch {torch.__version__} has a grouped product for GPUs alone"
     return None
 
 
