@@ -20,6 +20,7 @@ def caused(*messages):
         (ValueError("cannot guard on u1\n\nTo fix this:\n  1. insert a check"), "cannot guard on u1"),
         (ValueError("\nfailed at reader.cpp:84:\n   unknown\tformat\n.\n"), "failed at reader.cpp:84: unknown format"),
         (ValueError("\x1b[96mstep 3\x1b[0m failed"), "step 3 failed"),
+        (caused("node x: no translation", ""), "node x: no translation"),
         (ValueError(), "ValueError"),
         (ValueError("x" * 400), "x" * 300 + " ..."),
     ],

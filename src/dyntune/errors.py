@@ -41,7 +41,7 @@ def in_one_line(error: BaseException) -> str:
 
     The reason is the first paragraph of the error that caused all others.
     """
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and str(error.__cause__).strip():
         error = error.__cause__
     plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # some libraries colour their messages
     words = " ".join(plain.split("\n\n")[0].split()).rstrip(" .") or type(error).__name__
