@@ -85,8 +85,8 @@ def _traced(q: Tensor, k: Tensor, v: Tensor, counts: Tensor, prefix: int, dropou
     """As ``_padded``, with nothing that a graph for other runtimes cannot hold: rows are gathered, none is assigned."""
     longest = counts.max().item()
     torch._check(longest >= prefix)  # prefix tokens are always active, and a batch has an image
-    # PyTorch 2.13 and 2.14 cannot trace an attention that may have one row, whose mask could then be broadcast, and some
-    # runtimes compute none among no tokens. So a graph is always for two rows or more; spare ones are masked, not read.
+    # PyTorch 2.13 and 2.14 cannot trace an attention that may have one row, whose mask could then be broadcast, and
+    # some runtimes compute none among no tokens. So a graph is for two rows or more; spare ones are masked, not read.
     spare = max(_FEWEST - prefix, 0)
     if spare:
         q, k, v = (F.pad(t, (0, 0, 0, 0, 0, spare)) for t in (q, k, v))
