@@ -200,7 +200,7 @@ def _step(
 
 def _deciding(policies: Sequence[TokenPolicy], unit: Unit) -> TokenPolicy | None:
     """The policy that decides which tokens go through ``unit``, if one does."""
-    for policy in policies:  # not next(), whose default torch.compile cannot trace before PyTorch 2.9
+    for policy in policies:  # not next(), whose default torch.compile of PyTorch 2.8 cannot trace
         if policy.gates(unit):
             return policy
     return None

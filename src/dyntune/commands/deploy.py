@@ -71,7 +71,9 @@ def command(
     masks: Annotated[bool, typer.Option("--masks", help="The model also gives which patches were computed.")] = False,
     opset: Annotated[
         int | None,
-        typer.Option(min=OLDEST_OPSET, help=f"Of the ONNX file, {OPSET} if not given; older runtimes read lower ones."),
+        typer.Option(
+            min=OLDEST_OPSET, help=f"Opset of the ONNX file, {OPSET} if not given; older runtimes need lower."
+        ),
     ] = None,
     tokens: TopTokensOption = None,
     weights: WeightsOption = None,

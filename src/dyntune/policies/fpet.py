@@ -200,5 +200,5 @@ def quantiser_levels(bits: int) -> list[float]:
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Switches mixed precision off, in which many scores would tie."""
+    """Switches mixed precision off, in which many scores would tie; tracing on meta, there is none."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
