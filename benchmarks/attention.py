@@ -21,9 +21,9 @@ import torch
 from deploy import BOTH, tuned
 from torch import Tensor
 
-from dyntune.deployment.bundle import Export
-from dyntune.deployment.candidate import Candidate
-from dyntune.report import machine
+from dyntune.inference.export.bundle import Export
+from dyntune.inference.export.candidate import Candidate
+from dyntune.studies.report import machine
 from dyntune.training.throughput import Turns, time_in_turns
 
 OPERATOR, PARTS, OLD = "one operator", "written out", "opset 18"

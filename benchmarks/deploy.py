@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 import dyntune
-from dyntune.bench.gates import set_gates
-from dyntune.cost import head_macs
-from dyntune.deployment.bundle import Export
-from dyntune.deployment.candidate import Candidate
-from dyntune.report import machine
+from dyntune.inference.export.bundle import Export
+from dyntune.inference.export.candidate import Candidate
+from dyntune.model.cost import head_macs
+from dyntune.studies.bench.gates import set_gates
+from dyntune.studies.report import machine
 from dyntune.training.throughput import Turns, time_in_turns
 
 CLASSES = 100

@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 
 import dyntune
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
+from dyntune.core.files import write_json, write_text
 from dyntune.data import DataSplits, load_data
-from dyntune.data.vtab_mini import write_vtab_mini
-from dyntune.files import write_json, write_text
+from dyntune.data.drawn.vtab_mini import write_vtab_mini
+from dyntune.model.tuned import build_tuned
+from dyntune.studies.pictures import save_figure
+from dyntune.studies.pictures.style import COLOURS, FAINT, INK, MARKERS, RULE, TEXT_SIZE, new_figure
 from dyntune.training.logs import read_log
-from dyntune.tuned import build_tuned
-from dyntune.visualize import save_figure
-from dyntune.visualize.style import COLOURS, FAINT, INK, MARKERS, RULE, TEXT_SIZE, new_figure
 
 GATES = "scale=1,rate_of=inference,rate_weight=10"
 RATES = (0.3, 0.5, 0.7, 0.9)

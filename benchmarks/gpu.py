@@ -38,10 +38,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import dyntune
-from dyntune.bench.gates import set_gates
-from dyntune.deployment.joint import joined, key
-from dyntune.kernels import DeviceCounts, capture, supports
-from dyntune.merging import fold
+from dyntune.inference.joint import joined, key
+from dyntune.inference.kernels import DeviceCounts, capture, supports
+from dyntune.model.folding import fold
+from dyntune.studies.bench.gates import set_gates
 
 Forward = Callable[[Tensor], Tensor]
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dyntune.data.vtab_mini import write_vtab_mini
+from dyntune.data.drawn.vtab_mini import write_vtab_mini
 
 GATES = "scale=1,rate_of=inference,rate_weight=10"
 EVIT, DYNAMICVIT = "evit:keep=0.7,layers=3/6/9", "dynamicvit:keep=0.9/0.7/0.5,layers=3/6/9"

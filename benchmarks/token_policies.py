@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import dyntune
-from dyntune.bench.gates import set_gates
-from dyntune.report import machine
+from dyntune.studies.bench.gates import set_gates
+from dyntune.studies.report import machine
 from dyntune.training.throughput import measure_throughput
 
 METHODS = (

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 import dyntune
-from dyntune.bench.gates import set_gates
+from dyntune.core.files import write_text
 from dyntune.data import load_data
-from dyntune.files import write_text
-from dyntune.report import machine
+from dyntune.model.tuned import build_tuned
+from dyntune.studies.bench.gates import set_gates
+from dyntune.studies.report import machine
 from dyntune.training.throughput import Throughput, measure_throughput
-from dyntune.tuned import build_tuned
 
 ADAPTFORMER, PUBLISHED, CHECKPOINTED = "AdaptFormer", "published", "published, gradient checkpointing"
 EVERY = "complete_every=4"

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dyntune.backbones.builtin  # noqa: F401  registers the architecture
-from dyntune.data.procedural import render_batch, render_shape
+from dyntune.data.drawn.procedural import render_batch, render_shape
 
 BINS = 8
 GRID = 8  # patches per side

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from dyntune.checkpoint import load
-from dyntune.cost import Cost, MacCounter, cost
-from dyntune.deployment import DeployedModel, deploy
-from dyntune.errors import DyntuneError
-from dyntune.published import load_published
-from dyntune.rates import Calibration, calibrate
-from dyntune.registry import registered
+from dyntune.core.errors import DyntuneError
+from dyntune.inference import DeployedModel, deploy
+from dyntune.model.checkpoint import load
+from dyntune.model.cost import Cost, MacCounter, cost
+from dyntune.model.published import load_published
+from dyntune.model.rates import Calibration, calibrate
+from dyntune.model.tuned import TunedModel, tune
+from dyntune.parts.registry import registered
 from dyntune.training.objective import Loss, training_loss
-from dyntune.tuned import TunedModel, tune
 
 if TYPE_CHECKING:
     from dyntune.training.evaluate import Evaluation, evaluate

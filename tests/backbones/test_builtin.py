@@ -16,8 +16,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch.nn import functional as F
 
 from dyntune.backbones.builtin import BUILTIN_BACKBONE, WEIGHT_FILE
-from dyntune.data.procedural import render_shape
-from dyntune.errors import BackboneError
+from dyntune.core.errors import BackboneError
+from dyntune.data.drawn.procedural import render_shape
 
 
 def stored():

@@ -13,11 +13,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import dyntune
-from dyntune.backbones.peft_vit import TYPES, PeftViT
+from dyntune.backbones.peft import TYPES, PeftViT
 from dyntune.backbones.sites import Change
 from dyntune.backbones.source import create_backbone
-from dyntune.checkpoint import CONFIG
-from dyntune.errors import BackboneError, CheckpointError
+from dyntune.core.errors import BackboneError, CheckpointError
+from dyntune.model.checkpoint import CONFIG
 
 LAYERS = {"target_modules": ["qkv", "fc1"], "modules_to_save": ["head"]}
 OPTIONS = {

@@ -7,7 +7,7 @@ from torch import nn
 import dyntune
 from dyntune.backbones import wrap
 from dyntune.backbones.sites import Change, Changed
-from dyntune.errors import BackboneError
+from dyntune.core.errors import BackboneError
 
 PER_BLOCK = ["norm1", "qkv", "proj", "norm2", "fc1", "fc2"]
 

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import (
 
 import dyntune
 from dyntune.backbones.source import BackboneSource, create_backbone, describe, fingerprint, load_weights
-from dyntune.errors import BackboneError
+from dyntune.core.errors import BackboneError
 
 
 class Bomb:

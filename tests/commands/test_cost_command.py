@@ -5,8 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from dyntune import table5
-from dyntune.cli import app
+from dyntune.commands.main import app
+from dyntune.studies import table5
 
 
 def cost(*arguments, status=0):

@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 import dyntune
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
-from dyntune.cli import app
-from dyntune.errors import CheckpointError
-from dyntune.tuned import build_tuned
+from dyntune.commands.main import app
+from dyntune.core.errors import CheckpointError
+from dyntune.model.tuned import build_tuned
 
 
 def saved(spec, folder):

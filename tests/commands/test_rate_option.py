@@ -8,12 +8,12 @@ from typer.testing import CliRunner
 
 import dyntune
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
-from dyntune.checkpoint import CONFIG
-from dyntune.cli import app
+from dyntune.commands.main import app
 from dyntune.commands.train import with_rate
-from dyntune.errors import SpecError
-from dyntune.registry import resolve
-from dyntune.tuned import build_tuned
+from dyntune.core.errors import SpecError
+from dyntune.model.checkpoint import CONFIG
+from dyntune.model.tuned import build_tuned
+from dyntune.parts.registry import resolve
 
 CLASSES = ("blue", "green", "red")
 

@@ -8,10 +8,10 @@ import torch
 from typer.testing import CliRunner
 
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
-from dyntune.cli import app
-from dyntune.errors import DataError
+from dyntune.commands.main import app
+from dyntune.core.errors import DataError
+from dyntune.model.tuned import build_tuned
 from dyntune.training.throughput import measure_throughput
-from dyntune.tuned import build_tuned
 
 SPEC = "dynamicvit:keep=0.7/0.5,layers=1/2"
 SHORT = ("--epochs", "1", "--batch-size", "12", "--device", "cpu")
@@ -30,7 +30,7 @@ def teacher_of(folder, classes):
 def test_train_and_compare_take_a_teacher_and_a_factor_for_the_backbone(photos, tmp_path, monkeypatch):
     # Neither the pictures of the page nor steady speeds matter here, and both take long.
     monkeypatch.setattr("dyntune.commands.compare.write_report", lambda folder, *_: folder / "index.html")
-    monkeypatch.setattr("dyntune.comparison.measure_throughput", partial(measure_throughput, rounds=1, seconds=0))
+    monkeypatch.setattr("dyntune.studies.compare.measure_throughput", partial(measure_throughput, rounds=1, seconds=0))
     teacher = teacher_of(tmp_path / "teacher", ("blue", "green", "red"))
     options = (*SHORT, "--teacher", teacher, "--backbone-lr", "0.5")
     done = invoke("train", photos, "--method", SPEC, "--out", tmp_path / "run", *options, "--json")

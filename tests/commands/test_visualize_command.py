@@ -6,9 +6,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
-from dyntune.cli import app
-from dyntune.errors import DyntuneError
-from dyntune.tuned import build_tuned
+from dyntune.commands.main import app
+from dyntune.core.errors import DyntuneError
+from dyntune.model.tuned import build_tuned
 
 
 def visualize(spec, photos, folder):

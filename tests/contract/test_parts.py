@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import dyntune
-from dyntune.methods.base import TuningMethod
-from dyntune.policies.base import ReducingPolicy, TokenPolicy
-from dyntune.policies.dispatch import Dispatcher
-from dyntune.presets.base import Preset
-from dyntune.registry import expand, part_from_dict, registered, resolve
-from dyntune.spec import format_spec
+from dyntune.parts.methods.base import TuningMethod
+from dyntune.parts.policies.base import ReducingPolicy, TokenPolicy
+from dyntune.parts.policies.dispatch import Dispatcher
+from dyntune.parts.presets.base import Preset
+from dyntune.parts.registry import expand, part_from_dict, registered, resolve
+from dyntune.parts.spec import format_spec
 
 NAMES = tuple(registered())
 METHODS = tuple(name for name, cls in registered().items() if issubclass(cls, TuningMethod))

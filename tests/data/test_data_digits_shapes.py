@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits as sklearn_digits
 
+from dyntune.core.errors import DataError
 from dyntune.data import load_data
-from dyntune.data.outlines import OUTLINES
-from dyntune.data.shapes import Pose, ShapeImages, draw_pose, load_shapes
-from dyntune.errors import DataError
+from dyntune.data.drawn.outlines import OUTLINES
+from dyntune.data.sources.shapes import Pose, ShapeImages, draw_pose, load_shapes
 
 
 def pixels(image):

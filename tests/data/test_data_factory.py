@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dyntune.core.errors import DataError
 from dyntune.data import load_data
-from dyntune.errors import DataError
 
 RNG = np.random.default_rng(0)
 

@@ -9,9 +9,9 @@ from PIL import Image
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
+from dyntune.core.errors import DataError
 from dyntune.data import build_transform, load_data
 from dyntune.data.transforms import Preprocessing
-from dyntune.errors import DataError
 
 
 def fill(root, counts, suffix=".png"):

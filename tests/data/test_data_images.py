@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dyntune.core.errors import DataError
 from dyntune.data import expand_images, read_image
-from dyntune.errors import DataError
 
 
 def rgb(path):

@@ -9,9 +9,9 @@ import types
 import pytest
 from PIL import Image
 
+from dyntune.core.errors import DataError
 from dyntune.data import load_data
-from dyntune.data import streams as streams_module
-from dyntune.errors import DataError
+from dyntune.data.sources import streams as streams_module
 
 
 def png(colour, size=(8, 8), **settings):

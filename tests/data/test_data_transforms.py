@@ -8,8 +8,8 @@ import timm
 import torch
 from PIL import Image
 
+from dyntune.core.errors import DataError
 from dyntune.data import Preprocessing, build_transform
-from dyntune.errors import DataError
 
 PLAIN = Preprocessing((12, 20), (0.5, 0.4, 0.3), (0.2, 0.25, 0.5), "bicubic")
 

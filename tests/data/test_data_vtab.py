@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
+from dyntune.core.errors import DataError
 from dyntune.data import load_data, load_vtab_task
-from dyntune.errors import DataError
 
 LISTS = {
     "train800": ["images/train800/000000.jpg 0", "images/train800/000001.jpg\t2"],

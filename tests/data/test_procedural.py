@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from dyntune.data import procedural
-from dyntune.data.procedural import SHAPE_CLASSES, render, render_batch, render_shape
-from dyntune.errors import DataError
+from dyntune.core.errors import DataError
+from dyntune.data.drawn import procedural
+from dyntune.data.drawn.procedural import SHAPE_CLASSES, render, render_batch, render_shape
 
 
 def test_an_image_does_not_depend_on_its_batch_or_order():

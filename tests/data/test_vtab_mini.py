@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dyntune.data import load_vtab_task, mini_drawn, mini_natural, vtab_mini
-from dyntune.data.mini_natural import CELL, CHINA, FLOWER, LETTERS, MATERIALS
-from dyntune.data.vtab_mini import VTAB_MINI, write_vtab_mini
-from dyntune.errors import DataError
+from dyntune.core.errors import DataError
+from dyntune.data import load_vtab_task
+from dyntune.data.drawn import mini_drawn, mini_natural, vtab_mini
+from dyntune.data.drawn.mini_natural import CELL, CHINA, FLOWER, LETTERS, MATERIALS
+from dyntune.data.drawn.vtab_mini import VTAB_MINI, write_vtab_mini
 
 SIZES = {"train_images": 48, "val_images": 16, "test_images": 32}
 COUNTS = {"train800": 48, "val200": 16, "train800val200": 64, "test": 32}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dyntune.kernels.launch import unavailable
+from dyntune.inference.kernels.launch import unavailable
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RUNNABLE = (INTERPRETED or torch.cuda.is_available()) and unavailable(

@@ -48,7 +48,7 @@ def options():
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 def test_smoke(tmp_path):
-    from dyntune.kernels.grouped import refusal
+    from dyntune.inference.kernels.grouped import refusal
 
     out = tmp_path / "rows" / "gpu.csv"
     result = run("--smoke", "--rates", 0.5, "--out", out)

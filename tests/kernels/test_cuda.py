@@ -5,9 +5,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from dyntune import tune
-from dyntune.kernels import DeviceCounts, capture, supports
-from dyntune.kernels.launch import unavailable
-from dyntune.policies.dispatch import Dispatcher
+from dyntune.inference.kernels import DeviceCounts, capture, supports
+from dyntune.inference.kernels.launch import unavailable
+from dyntune.parts.policies.dispatch import Dispatcher
 
 WITHOUT = unavailable(torch.device("cuda")) if torch.cuda.is_available() else "needs a CUDA device"
 pytestmark = pytest.mark.skipif(WITHOUT is not None, reason=str(WITHOUT))

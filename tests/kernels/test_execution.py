@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dyntune import tune
-from dyntune.deployment.joint import joined, key
-from dyntune.errors import DyntuneError
-from dyntune.kernels import DeviceCounts, capture, ops, supports
-from dyntune.policies.dispatch import Dispatcher
+from dyntune.core.errors import DyntuneError
+from dyntune.inference.joint import joined, key
+from dyntune.inference.kernels import DeviceCounts, capture, ops, supports
+from dyntune.parts.policies.dispatch import Dispatcher
 
 MODELS = [
     ("plain", "dyt:rate=0.5"),

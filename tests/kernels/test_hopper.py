@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="needs Triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from dyntune.kernels import compaction, gathering, grouped, joint, product
+from dyntune.inference.kernels import compaction, gathering, grouped, joint, product
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024

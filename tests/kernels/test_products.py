@@ -6,8 +6,8 @@ import torch.nn.functional as F
 import triton
 from packaging.version import Version
 
-from dyntune.kernels import grouped, product
-from dyntune.kernels.launch import capability
+from dyntune.inference.kernels import grouped, product
+from dyntune.inference.kernels.launch import capability
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SHAPES = [

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dyntune.kernels.compaction import compact
-from dyntune.kernels.gathering import gather_norm
-from dyntune.kernels.joint import joint
+from dyntune.inference.kernels.compaction import compact
+from dyntune.inference.kernels.gathering import gather_norm
+from dyntune.inference.kernels.joint import joint
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 

@@ -7,14 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dyntune.errors import DyntuneError
-from dyntune.kernels import launch, ops
+from dyntune.core.errors import DyntuneError
+from dyntune.inference.kernels import launch, ops
 
 
 def test_no_kernel_is_imported_before_it_runs():
-    program = "import sys, dyntune.kernels; print(*(name for name in sys.modules if 'dyntune.kernels.' in name))"
+    package = "dyntune.inference.kernels"
+    program = f"import sys, {package}; print(*(name for name in sys.modules if '{package}.' in name))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    names = {name.removeprefix("dyntune.kernels.") for name in result.stdout.split()}
+    names = {name.removeprefix("dyntune.inference.kernels.") for name in result.stdout.split()}
     assert "execution" in names
     assert not names & {"arithmetic", "compaction", "gathering", "grouped", "joint", "product"}
 
@@ -49,7 +50,7 @@ def test_old_gpus_are_refused_by_name(gpu):
 
 def test_rocm_is_refused_and_not_taken_for_hopper(gpu):
     pytest.importorskip("triton", reason="the grouped product needs Triton")
-    from dyntune.kernels.grouped import refusal
+    from dyntune.inference.kernels.grouped import refusal
 
     matrix = SimpleNamespace(device=None, shape=(8, 8), element_size=lambda: 2, data_ptr=lambda: 0)
     matrix.device = gpu("NVIDIA H100", 9, 0)

@@ -19,7 +19,7 @@ def _train(photos: Path, out: Path, batch_size: int, launcher: tuple[str, ...]) 
     arguments = ["train", str(photos), "--out", str(out), "--method", "linear", "--epochs", "1", "--lr", "0.01"]
     arguments += ["--batch-size", str(batch_size), "--device", "cpu", "--warmup-epochs", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *launcher, "dyntune.cli", *arguments]
+    command = [sys.executable, "-m", *launcher, "dyntune.commands.main", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -59,7 +59,7 @@ def _workers(out: Path) -> list[int]:
 def test_a_signal_to_one_process_stops_all_of_them_with_the_state_saved(photos, tmp_path):
     out = tmp_path / "run"
     arguments = ["train", str(photos), "--out", str(out), "--method", "dyt", "--epochs", "200", "--batch-size", "4"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "dyntune.cli"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "dyntune.commands.main"]
     process = subprocess.Popen(
         [*launcher, *arguments, "--device", "cpu"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -3,7 +3,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import dyntune
-from dyntune.errors import DataError
+from dyntune.core.errors import DataError
 from dyntune.training.evaluate import evaluate
 from dyntune.training.throughput import measure_throughput
 

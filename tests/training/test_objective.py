@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import dyntune
-from dyntune.policies.base import Gate, Output
-from dyntune.policies.dispatch import Dispatch
+from dyntune.parts.policies.base import Gate, Output
+from dyntune.parts.policies.dispatch import Dispatch
 
 TARGETS = torch.tensor([0, 3, 1, 4])
 

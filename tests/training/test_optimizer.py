@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import dyntune
-from dyntune.errors import TrainingError
+from dyntune.core.errors import TrainingError
 from dyntune.training.optimizer import make_optimizer, pretrained_parameters, set_learning_rate
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import RunState

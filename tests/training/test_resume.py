@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dyntune.checkpoint import WEIGHTS
+from dyntune.model.checkpoint import WEIGHTS
 from dyntune.training.state import STATE, RunState
 
 EPOCHS = 3
@@ -20,7 +20,7 @@ def _start(photos: Path, out: Path, *more: str) -> subprocess.Popen:
     arguments = ["train", str(photos), "--out", str(out), "--method", "dyt:scale=1", "--epochs", str(EPOCHS)]
     arguments += ["--batch-size", "4", "--lr", "0.01", "--device", "cpu", *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "dyntune.cli", *arguments]
+    command = [sys.executable, "-m", "dyntune.commands.main", *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

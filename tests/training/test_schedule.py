@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import dyntune
+from dyntune.core.errors import TrainingError
 from dyntune.data.transforms import Preprocessing
-from dyntune.errors import TrainingError
 from dyntune.training.inputs import prepared_as
 from dyntune.training.optimizer import make_optimizer
 from dyntune.training.settings import TrainSettings

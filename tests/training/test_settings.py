@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from dyntune.errors import TrainingError
+from dyntune.core.errors import TrainingError
 from dyntune.training.settings import TrainSettings
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import dyntune
-from dyntune.errors import TrainingError
+from dyntune.core.errors import TrainingError
 from dyntune.training.logs import read_log
 from dyntune.training.state import STATE, RunState
 from dyntune.training.trainer import fit

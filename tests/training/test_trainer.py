@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import dyntune
-from dyntune.errors import TrainingError
+from dyntune.core.errors import TrainingError
 from dyntune.training.evaluate import evaluate
 from dyntune.training.interrupt import TrainingInterrupted
 from dyntune.training.logs import read_log

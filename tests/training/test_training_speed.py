@@ -10,11 +10,11 @@ from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
 
 import dyntune
-from dyntune import forward
-from dyntune.cli import app
-from dyntune.errors import SpecError, TrainingError
-from dyntune.forward import Masked, Sampled, run
-from dyntune.policies.base import CompletePass, Gate, TokenPolicy
+from dyntune.commands.main import app
+from dyntune.core.errors import SpecError, TrainingError
+from dyntune.model import forward
+from dyntune.model.forward import Masked, Sampled, run
+from dyntune.parts.policies.base import CompletePass, Gate, TokenPolicy
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import RunState
 

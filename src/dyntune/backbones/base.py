@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones.sites import Site, SiteKind
 from dyntune.backbones.units import Block, Unit, Where
-from dyntune.tokens import Tokens
+from dyntune.core.tokens import Tokens
 
 
 class Bypass(nn.Module, abc.ABC):

@@ -12,7 +12,7 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from dyntune.errors import BackboneError
+from dyntune.core.errors import BackboneError
 
 BUILTIN_BACKBONE = "vit_mini_patch4_32.dyntune"
 WEIGHT_FILE = Path(__file__).parent / "weights" / "vit_mini_patch4_32.safetensors"

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from dyntune.errors import BackboneError
+from dyntune.core.errors import BackboneError
 
 SiteKind = Literal["patch", "norm1", "qkv", "proj", "norm2", "fc1", "fc2", "norm"]
 """Patch embedding; in each block the norms, the fused query-key-value map, the output map and the MLP's two maps; the

@@ -18,8 +18,8 @@ from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from dyntune.backbones.timm_vit import SUPPORTED
-from dyntune.errors import BackboneError
+from dyntune.backbones.families.timm_vit import SUPPORTED
+from dyntune.core.errors import BackboneError
 
 _ARGUMENTS = ("num_classes", "global_pool", "dynamic_img_size")
 

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from dyntune.attention import attend
-from dyntune.errors import BackboneError
-from dyntune.tokens import Tokens
+from dyntune.core.attention import attend
+from dyntune.core.errors import BackboneError
+from dyntune.core.tokens import Tokens
 
 Where = Literal["mlp", "attn", "attn-mlp", "layer"]
 """Units that a module or a gate is put on: each MLP, each attention, both separately, or the whole block."""

@@ -7,10 +7,6 @@ from typing import Annotated
 
 import typer
 
-from dyntune.bench.picture import speed_figure
-from dyntune.bench.plan import Plan
-from dyntune.bench.run import bench
-from dyntune.bench.table import DETAILS, details, summary, write
 from dyntune.commands.common import (
     DEFAULT_MODEL,
     DeviceOption,
@@ -26,9 +22,13 @@ from dyntune.commands.common import (
     print_json,
     print_table,
 )
-from dyntune.comparison import split_list
-from dyntune.errors import SpecError
-from dyntune.visualize import save_figure
+from dyntune.core.errors import SpecError
+from dyntune.studies.bench.picture import speed_figure
+from dyntune.studies.bench.plan import Plan
+from dyntune.studies.bench.run import bench
+from dyntune.studies.bench.table import DETAILS, details, summary, write
+from dyntune.studies.compare import split_list
+from dyntune.studies.pictures import save_figure
 
 EXAMPLES = (
     "dyntune bench --model vit_base_patch16_224 --method dyt:rate=0.5 --batch-size 1,8,32",

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from dyntune.checkpoint import load, write_calibration
 from dyntune.commands.common import (
     BatchOption,
     DataArgument,
@@ -22,11 +21,12 @@ from dyntune.commands.common import (
     print_table,
     report_skipped,
 )
-from dyntune.cost import cost
+from dyntune.core.errors import SpecError
 from dyntune.data import load_data
-from dyntune.errors import SpecError
-from dyntune.rates import IMAGES, RATES, calibrate
-from dyntune.spec import format_value
+from dyntune.model.checkpoint import load, write_calibration
+from dyntune.model.cost import cost
+from dyntune.model.rates import IMAGES, RATES, calibrate
+from dyntune.parts.spec import format_value
 
 EXAMPLES = (
     "dyntune calibrate runs/digits digits",

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
-from dyntune.checkpoint import load
+from dyntune.core.errors import DataError, SpecError, TrainingError
 from dyntune.data.base import DataSplits, LabelledImages
-from dyntune.errors import DataError, SpecError, TrainingError
-from dyntune.tuned import TunedModel
+from dyntune.model.checkpoint import load
+from dyntune.model.tuned import TunedModel
 
 DataArgument = Annotated[
     str,

@@ -23,9 +23,9 @@ from dyntune.commands.common import (
     print_json,
     print_table,
 )
-from dyntune.cost import Cost, cost
-from dyntune.table5 import CLASSES, MODEL, ROWS, SOURCE, WIDTHS
-from dyntune.tuned import tune
+from dyntune.model.cost import Cost, cost
+from dyntune.model.tuned import tune
+from dyntune.studies.table5 import CLASSES, MODEL, ROWS, SOURCE, WIDTHS
 
 EXAMPLES = (
     "dyntune cost --model vit_base_patch16_224 --method dyt:rate=0.5",

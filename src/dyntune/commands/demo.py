@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from dyntune.commands.common import DEFAULT_MODEL, JsonOption, out, print_json, print_table
-from dyntune.comparison import compare
 from dyntune.data import load_data
-from dyntune.report import COLUMNS, machine, table_rows, write_report
+from dyntune.studies.compare import compare
+from dyntune.studies.report import COLUMNS, machine, table_rows, write_report
 from dyntune.training.progress import ProgressBar
 from dyntune.training.settings import TrainSettings
 

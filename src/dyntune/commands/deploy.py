@@ -9,7 +9,6 @@ import torch
 import typer
 from torch import Tensor
 
-from dyntune.checkpoint import load
 from dyntune.commands.common import (
     JsonOption,
     RateOption,
@@ -24,15 +23,16 @@ from dyntune.commands.common import (
     report_skipped,
     require_classes,
 )
-from dyntune.comparison import first_batch
+from dyntune.core.errors import DataError, DeploymentError
 from dyntune.data import DataSplits, ImageSubset, LabelledImages, load_data
-from dyntune.deployment.bundle import CALIBRATION_IMAGES, Export, place_for, record, require_possible
-from dyntune.deployment.check import Check, check
-from dyntune.deployment.choose import Choice, choose
-from dyntune.deployment.folder import OpenedModel, Precision, RuntimeName, open_runtime
-from dyntune.deployment.onnx_runtime import OLDEST_OPSET, OPSET
-from dyntune.errors import DataError, DeploymentError
-from dyntune.tuned import TunedModel
+from dyntune.inference.export.bundle import CALIBRATION_IMAGES, Export, place_for, record, require_possible
+from dyntune.inference.export.check import Check, check
+from dyntune.inference.export.choose import Choice, choose
+from dyntune.inference.export.folder import OpenedModel, Precision, RuntimeName, open_runtime
+from dyntune.inference.export.runtimes.onnx import OLDEST_OPSET, OPSET
+from dyntune.model.checkpoint import load
+from dyntune.model.tuned import TunedModel
+from dyntune.studies.compare import first_batch
 
 EXAMPLES = (
     "dyntune deploy runs/flowers --out flowers-onnx --check folder:flowers",

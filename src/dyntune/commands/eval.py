@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from dyntune.checkpoint import load
 from dyntune.commands.common import (
     BatchOption,
     DataArgument,
@@ -26,9 +25,10 @@ from dyntune.commands.common import (
     report_skipped,
     require_classes,
 )
-from dyntune.comparison import DENSE, compare_speed, first_batch
+from dyntune.core.errors import DataError
 from dyntune.data import load_data
-from dyntune.errors import DataError
+from dyntune.model.checkpoint import load
+from dyntune.studies.compare import DENSE, compare_speed, first_batch
 from dyntune.training.evaluate import evaluate
 
 EXAMPLES = ("dyntune eval runs/digits digits", "dyntune eval runs/flowers folder:flowers --split val --json")

@@ -9,11 +9,11 @@ import safetensors.torch
 import torch
 import typer
 
-from dyntune.checkpoint import load
 from dyntune.commands.common import RunArgument, WeightsOption, out
-from dyntune.errors import CheckpointError
-from dyntune.files import write_atomically
-from dyntune.merging import fold
+from dyntune.core.errors import CheckpointError
+from dyntune.core.files import write_atomically
+from dyntune.model.checkpoint import load
+from dyntune.model.folding import fold
 
 EXAMPLES = (
     "dyntune merge runs/flowers --out flowers.safetensors",

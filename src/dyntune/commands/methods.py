@@ -12,13 +12,13 @@ from rich.padding import Padding
 
 from dyntune.backbones.source import create_backbone
 from dyntune.commands.common import JsonOption, err, millions, out, print_json, print_table
-from dyntune.cost import cost
-from dyntune.methods.base import TuningMethod
-from dyntune.presets.base import Preset
-from dyntune.registry import lookup, registered, resolve
-from dyntune.spec import Part, format_value
-from dyntune.tuned import tune
-from dyntune.vtab.published import MODEL, SOURCE, published_row, published_specs
+from dyntune.model.cost import cost
+from dyntune.model.tuned import tune
+from dyntune.parts.methods.base import TuningMethod
+from dyntune.parts.presets.base import Preset
+from dyntune.parts.registry import lookup, registered, resolve
+from dyntune.parts.spec import Part, format_value
+from dyntune.studies.vtab.published import MODEL, SOURCE, published_row, published_specs
 
 EXAMPLES = ("dyntune methods", "dyntune methods dyt", "dyntune methods --json")
 

@@ -18,18 +18,18 @@ from dyntune.commands.common import (
     print_json,
     report_skipped,
 )
-from dyntune.cost import cost
+from dyntune.core.errors import DataError, SpecError
 from dyntune.data import load_data
 from dyntune.data.joined import JoinedImages
-from dyntune.errors import DataError, SpecError
-from dyntune.methods.noah import Noah
-from dyntune.noah import SearchSettings, train_noah
-from dyntune.noah.progress import SearchBar
-from dyntune.registry import resolve
+from dyntune.model.cost import cost
+from dyntune.model.tuned import TunedModel, build_tuned
+from dyntune.parts.methods.noah import Noah
+from dyntune.parts.registry import resolve
+from dyntune.studies.noah import SearchSettings, train_noah
+from dyntune.studies.noah.progress import SearchBar
 from dyntune.training.inputs import Interpolation, Normalisation, prepared_as
 from dyntune.training.progress import ProgressBar
 from dyntune.training.settings import Device, Precision, TrainSettings
-from dyntune.tuned import TunedModel, build_tuned
 
 EXAMPLES = (
     "dyntune noah digits --out runs/noah --supernet-epochs 20 --epochs 20 --population 20 --generations 5",

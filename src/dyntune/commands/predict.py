@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from dyntune.checkpoint import load
 from dyntune.commands.common import (
     BatchOption,
     DeviceOption,
@@ -23,10 +22,11 @@ from dyntune.commands.common import (
     print_json,
     print_table,
 )
+from dyntune.core.errors import DeploymentError
 from dyntune.data import build_transform, expand_images, read_image
-from dyntune.deployment.folder import OpenedModel, is_deployed, open_runtime
-from dyntune.errors import DeploymentError
-from dyntune.tuned import TunedModel
+from dyntune.inference.export.folder import OpenedModel, is_deployed, open_runtime
+from dyntune.model.checkpoint import load
+from dyntune.model.tuned import TunedModel
 
 EXAMPLES = (
     "dyntune predict runs/flowers photo.jpg",

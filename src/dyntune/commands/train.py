@@ -10,7 +10,6 @@ import torch
 import typer
 from accelerate import PartialState
 
-from dyntune.checkpoint import read_config, write_calibration
 from dyntune.commands.common import (
     DEFAULT_MODEL,
     BackboneLrOption,
@@ -31,19 +30,20 @@ from dyntune.commands.common import (
     print_json,
     report_skipped,
 )
-from dyntune.cost import cost
+from dyntune.core.errors import DataError, SpecError
 from dyntune.data import load_data
 from dyntune.data.base import DataSplits
-from dyntune.errors import DataError, SpecError
-from dyntune.rates import Calibration, calibrate, dispatchers
-from dyntune.registry import resolve
-from dyntune.spec import Part
+from dyntune.model.checkpoint import read_config, write_calibration
+from dyntune.model.cost import cost
+from dyntune.model.rates import Calibration, calibrate, dispatchers
+from dyntune.model.tuned import TunedModel, build_tuned
+from dyntune.parts.registry import resolve
+from dyntune.parts.spec import Part
 from dyntune.training.inputs import Interpolation, Normalisation, prepared_as
 from dyntune.training.progress import ProgressBar
 from dyntune.training.schedule import Schedule
 from dyntune.training.settings import Device, Optimizer, Precision, Select, TrainSettings
 from dyntune.training.trainer import fit
-from dyntune.tuned import TunedModel, build_tuned
 
 EXAMPLES = (
     "dyntune train digits --method dyt:rate=0.5,scale=1 --out runs/digits",

@@ -9,7 +9,6 @@ import torch
 import typer
 from matplotlib.figure import Figure
 
-from dyntune.checkpoint import load
 from dyntune.commands.common import (
     DeviceOption,
     ImagesArgument,
@@ -21,10 +20,11 @@ from dyntune.commands.common import (
     out,
     pick_device,
 )
+from dyntune.core.errors import DyntuneError
 from dyntune.data import build_transform, expand_images, read_image
-from dyntune.errors import DyntuneError
-from dyntune.forward import activation_rates
-from dyntune.visualize import activation_figure, reduction_figure, save_figure, token_figure
+from dyntune.model.checkpoint import load
+from dyntune.model.forward import activation_rates
+from dyntune.studies.pictures import activation_figure, reduction_figure, save_figure, token_figure
 
 EXAMPLES = ('dyntune visualize runs/flowers "photos/*.jpg" --out pictures',)
 

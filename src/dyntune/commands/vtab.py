@@ -18,20 +18,20 @@ from dyntune.commands.common import (
     print_json,
     print_table,
 )
-from dyntune.comparison import split_specs
-from dyntune.errors import TrainingError
-from dyntune.noah import SearchSettings
-from dyntune.report import machine
+from dyntune.core.errors import TrainingError
+from dyntune.studies.compare import split_specs
+from dyntune.studies.noah import SearchSettings
+from dyntune.studies.report import machine
+from dyntune.studies.vtab.describe import describe
+from dyntune.studies.vtab.folders import find_folders
+from dyntune.studies.vtab.locate import open_benchmark
+from dyntune.studies.vtab.plan import Plan
+from dyntune.studies.vtab.recipes import RECIPES, find_recipe
+from dyntune.studies.vtab.run import BenchmarkResult, check_methods, failure_report, job_states, run_benchmark
+from dyntune.studies.vtab.search import require_optuna
+from dyntune.studies.vtab.table import terminal_rows
 from dyntune.training.inputs import Interpolation, Normalisation
 from dyntune.training.settings import Device, Precision, Select
-from dyntune.vtab.describe import describe
-from dyntune.vtab.folders import find_folders
-from dyntune.vtab.locate import open_benchmark
-from dyntune.vtab.plan import Plan
-from dyntune.vtab.recipes import RECIPES, find_recipe
-from dyntune.vtab.run import BenchmarkResult, check_methods, failure_report, job_states, run_benchmark
-from dyntune.vtab.search import require_optuna
-from dyntune.vtab.table import terminal_rows
 
 EXAMPLES = (
     "dyntune vtab vtab-mini --methods linear,adaptformer,dyt:rate=0.5 --epochs 20 --out runs/mini",

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from dyntune.core.errors import DataError
 from dyntune.data.base import LabelledImages
 from dyntune.data.images import read_image
-from dyntune.errors import DataError
 
 
 class FileImages(LabelledImages):

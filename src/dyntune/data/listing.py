@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dyntune.core.errors import DataError
 from dyntune.data.images import IMAGE_SUFFIXES, is_image_name
-from dyntune.errors import DataError
 
 
 def list_images(folder: Path) -> list[Path]:

@@ -3,8 +3,8 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+from dyntune.core.errors import DataError
 from dyntune.data.base import ImageSubset, LabelledImages
-from dyntune.errors import DataError
 
 
 def scan(data: LabelledImages) -> LabelledImages:

@@ -3,8 +3,8 @@
 import hashlib
 from collections.abc import Sequence
 
+from dyntune.core.errors import DataError
 from dyntune.data.base import DataSplits, ImageSubset, LabelledImages
-from dyntune.errors import DataError
 
 
 def stratified_take(targets: Sequence[int], count: int, *, key: str) -> tuple[list[int], list[int]]:

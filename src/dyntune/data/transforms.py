@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from dyntune.core.errors import DataError, unknown_name
 from dyntune.data.base import LabelledImages
-from dyntune.errors import DataError, unknown_name
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 

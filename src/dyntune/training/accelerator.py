@@ -3,7 +3,7 @@
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from dyntune.errors import TrainingError
+from dyntune.core.errors import TrainingError
 from dyntune.training.settings import TrainSettings
 
 

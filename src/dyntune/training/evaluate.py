@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dyntune.cost import MacCounter, head_macs
+from dyntune.core.errors import DataError
 from dyntune.data.transforms import prepared
-from dyntune.errors import DataError
-from dyntune.tuned import ExecutionName, TunedModel
+from dyntune.model.cost import MacCounter, head_macs
+from dyntune.model.tuned import ExecutionName, TunedModel
 
 
 @dataclass(frozen=True)

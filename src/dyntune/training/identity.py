@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from dyntune.data.base import LabelledImages
+from dyntune.model.tuned import TunedModel
 from dyntune.training.settings import TrainSettings
 from dyntune.training.teacher import teacher_identity
-from dyntune.tuned import TunedModel
 
 
 def run_identity(

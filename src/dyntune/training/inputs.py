@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
+from dyntune.core.errors import TrainingError
 from dyntune.data.base import LabelledImages
 from dyntune.data.transforms import Preprocessing, build_transform
-from dyntune.errors import TrainingError
+from dyntune.model.tuned import TunedModel
 from dyntune.training.settings import TrainSettings
-from dyntune.tuned import TunedModel
 
 Normalisation = Literal["backbone", "inception", "imagenet", "none"]
 Interpolation = Literal["backbone", "bilinear", "bicubic"]

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from dyntune.errors import TrainingError
+from dyntune.core.errors import TrainingError
 
 
 class TrainingInterrupted(TrainingError):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from dyntune.files import write_text
+from dyntune.core.files import write_text
 
 LOG = "log.jsonl"
 

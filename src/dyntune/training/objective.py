@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from dyntune.backbones import wrap
 from dyntune.backbones.base import Backbone
-from dyntune.forward import Masked, run
-from dyntune.losses import distillation_loss
-from dyntune.policies.base import CompletePass, Output
-from dyntune.tuned import TunedModel
+from dyntune.core.losses import distillation_loss
+from dyntune.model.forward import Masked, run
+from dyntune.model.tuned import TunedModel
+from dyntune.parts.policies.base import CompletePass, Output
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """Logits ``(B, classes)`` and targets to a scalar loss."""

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
-from dyntune.errors import TrainingError, unknown_name
-from dyntune.spec import coerce
+from dyntune.core.errors import TrainingError, unknown_name
+from dyntune.parts.spec import coerce
 from dyntune.training.schedule import Schedule, warmup_cosine
 
 Optimizer = Literal["adamw", "sgd"]

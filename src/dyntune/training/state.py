@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyntune.errors import CheckpointError
-from dyntune.files import write_atomically
+from dyntune.core.errors import CheckpointError
+from dyntune.core.files import write_atomically
 
 STATE = "training_state.pt"
 

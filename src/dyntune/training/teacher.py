@@ -9,8 +9,8 @@ from torch import nn
 
 from dyntune.backbones import wrap
 from dyntune.backbones.source import fingerprint
-from dyntune.errors import TrainingError
-from dyntune.tuned import TunedModel
+from dyntune.core.errors import TrainingError
+from dyntune.model.tuned import TunedModel
 
 log = logging.getLogger("dyntune")
 

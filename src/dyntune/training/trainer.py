@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from dyntune.checkpoint import save
-from dyntune.errors import TrainingError
-from dyntune.files import write_json
-from dyntune.forward import activation_rates
+from dyntune.core.errors import TrainingError
+from dyntune.core.files import write_json
+from dyntune.model.checkpoint import save
+from dyntune.model.forward import activation_rates
+from dyntune.model.tuned import TunedModel
 from dyntune.training.accelerator import make_accelerator
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
 from dyntune.training.identity import identity_changes, run_identity
@@ -34,7 +35,6 @@ from dyntune.training.randomness import EpochSampler, SeededDataset, caller_rand
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE, RunState
 from dyntune.training.teacher import ready_teacher, warn_about_teacher
-from dyntune.tuned import TunedModel
 
 ASKED = "train.json"
 _ADVICE = "Try a tenth of the learning rate, clip_norm=1, a longer warm-up, or fp32 or bf16 instead of fp16."

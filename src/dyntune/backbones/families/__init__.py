@@ -1,0 +1,1 @@
+"""Families of host models behind the backbone interface, one file each."""

@@ -1,0 +1,347 @@
+"""timm's VisionTransformer inside Hugging Face's ``PeftModel``; imported only where there is one."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from enum import Enum
+from importlib.metadata import version
+from typing import Any
+
+import peft
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.families.timm_vit import TimmViT
+from dyntune.backbones.sites import Changed, Site
+from dyntune.core.errors import BackboneError
+
+TYPES = (
+    "BEFT",
+    "BOFT",
+    "DEFT",
+    "DELORA",
+    "FOURIERFT",
+    "GLORA",
+    "HIRA",
+    "HRA",
+    "IA3",
+    "LN_TUNING",
+    "LOHA",
+    "LOKR",
+    "LORA",
+    "MISS",
+    "OFT",
+    "PEANUT",
+    "RANDLORA",
+    "ROAD",
+    "SUPERTUNING",
+    "UNILORA",
+    "VBLORA",
+    "VERA",
+)
+"""What ``peft_type`` may be: methods that change each token by itself, even where there is none, keep their state in
+the layers that they wrap, and are trained by gradient alone."""
+
+_INITS = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of ``init_lora_weights`` that leave the backbone's own weights as they are."""
+
+_OTHER_MODELS = (
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "megatron_config",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "use_bdlora",
+    "use_qalora",
+)
+"""Options that need another kind of model, PEFT's own forward pass, or a change of the backbone's weights."""
+
+
+class PeftViT(TimmViT):
+    """A timm VisionTransformer that PEFT has wrapped, as a backbone.
+
+    ``host`` is the timm model with PEFT's layers in it. The active adapters are trained as far as PEFT would train
+    them; inactive ones, and the modules that ``modules_to_save`` has copied, stay as they are.
+
+    Args:
+        model: what ``peft.get_peft_model`` or ``PeftModel.from_pretrained`` returned.
+
+    Raises:
+        BackboneError: the model inside is not supported, or PEFT's method or its state is not.
+    """
+
+    peft: Any
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, peft.PeftModel):
+            raise BackboneError(
+                f"{type(model).__name__} contains PEFT's layers but is no peft.PeftModel. Give what get_peft_model "
+                "(without mixed=True) or PeftModel.from_pretrained returned."
+            )
+        for name in model.active_adapters:
+            _check(model.peft_config[name])
+        _check_copies(model.get_base_model())
+        super().__init__(model.get_base_model())
+        # Not registered: the host owns PEFT's layers, and they must not appear twice in the state dict.
+        object.__setattr__(self, "peft", model)
+        layers = [module for module in self.host.modules() if isinstance(module, BaseTunerLayer)]
+        if not model.active_adapters or any(layer.disable_adapters for layer in layers):
+            raise BackboneError("PEFT's adapters are switched off. Switch one on: peft_model.set_adapter(name).")
+        if any(layer.merged for layer in layers):
+            raise BackboneError(
+                "PEFT's adapters are merged into the backbone's weights. Call peft_model.unmerge_adapter() before, or "
+                "tune the plain model that peft_model.merge_and_unload() gives."
+            )
+        if any(isinstance(module, BaseTunerLayer) for head in self.heads for module in head.modules()):
+            raise BackboneError(
+                "PEFT adapts the classifier, which is always trained as a whole here. Leave it out of target_modules "
+                "(exclude_modules=['head']), and give modules_to_save=['head'] if PEFT shall save it too."
+            )
+        self._image_shape = self.plain().image_shape
+        adopted = [tensor for _, tensor in self._own() if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
+        if any(getattr(config, "bias", "none") != "none" for config in self._configs.values()):
+            adopted += [p for name, p in self.host.named_parameters() if p.requires_grad and name.endswith("bias")]
+        self.adopted = tuple(adopted)
+
+    @property
+    def _configs(self) -> dict[str, Any]:
+        return {name: self.peft.peft_config[name] for name in self.peft.active_adapters}
+
+    @property
+    def heads(self) -> tuple[nn.Module, ...]:
+        return tuple(_active(head) for head in super().heads)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self._image_shape
+
+    def _all_sites(self) -> Iterator[Site]:
+        for site in super()._all_sites():
+            yield _PeftSite(site.kind, site.block, site.path, _active(site.owner), site.attribute)
+
+    def plain(self) -> Backbone:
+        return TimmViT(_stripped(self.host))
+
+    @property
+    def idle(self) -> tuple[nn.Parameter, ...]:
+        return tuple(
+            parameter
+            for layer in self.host.modules()
+            if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)
+            for name, parameter in layer.named_parameters()
+            if self._inactive(name)
+            or (name.startswith("original_module.") and _active(layer) is not layer.original_module)
+            or (hasattr(layer, "ln_tuning_layers") and name.startswith("base_layer."))
+        )
+
+    def companions(self) -> dict[str, Tensor]:
+        return {f"host.{name}": tensor for name, tensor in self._own() if not tensor.requires_grad}
+
+    def saved_name(self, name: str) -> str:
+        # Inactive adapters, which are not saved, put a level into the names of the host's own tensors too.
+        return re.sub(r"\.(base_layer|original_module)(?=\.)", "", name)
+
+    def recipe(self) -> dict[str, Any]:
+        dtype = next(self.host.parameters()).dtype
+        return {
+            "version": version("peft"),
+            "adapters": {name: _to_json(_options(config.to_dict())) for name, config in self._configs.items()},
+            "upcast": any(tensor.is_floating_point() and tensor.dtype != dtype for _, tensor in self._own()),
+        }
+
+    def fold(self) -> dict[str, str]:
+        # PEFT replaces whatever stands in the place of a layer that it merges, so the changes step aside.
+        changes = [(site, site.changes) for site in self.sites()]
+        for site, _ in changes:
+            site.restore()
+        reason = self._merge()
+        for site, named in changes:
+            for name, change in named.items():
+                site.add(name, change)
+        return {"peft": reason} if reason else super().fold()
+
+    def _merge(self) -> str | None:
+        """Merges PEFT's layers, or says why they cannot be."""
+        layers = [module for module in self.host.modules() if isinstance(module, BaseTunerLayer)]
+        weights = {p: p.detach().clone() for layer in layers for p in layer.get_base_layer().parameters()}
+        try:
+            self.peft.merge_and_unload()
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            # Layers that are gone have been merged completely; another may have been written to without being merged.
+            for layer in layers:
+                if any(module is layer for module in self.host.modules()):
+                    layer.merged_adapters.clear()
+                    for parameter in layer.get_base_layer().parameters():
+                        parameter.data.copy_(weights[parameter])
+            return str(error).rstrip(".")
+        for path, wrapper in list(self.host.named_modules()):
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                self.host.set_submodule(path, _active(wrapper))
+        return None
+
+    def _own(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors in the state of PEFT's active adapters, each once, by name in the host."""
+        seen: set[int] = set()
+        for path, layer in self.host.named_modules():
+            if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                for name, tensor in layer.state_dict(keep_vars=True).items():
+                    own = not name.startswith(("base_layer.", "original_module.")) and not self._inactive(name)
+                    if own and id(tensor) not in seen:
+                        seen.add(id(tensor))
+                        yield f"{path}.{name}", tensor
+
+    def _inactive(self, name: str) -> bool:
+        """Whether a tensor of one of PEFT's layers belongs to an adapter that is not active."""
+        return not set(self.peft.peft_config).difference(self.peft.active_adapters).isdisjoint(name.split("."))
+
+
+class _PeftSite(Site):
+    """A site whose module PEFT may have wrapped: changes go around PEFT's layer, ``module`` is what is in it."""
+
+    @property
+    def module(self) -> nn.Module:
+        return _bare(getattr(self.owner, self.attribute))
+
+    def restore(self) -> None:
+        module = getattr(self.owner, self.attribute)
+        if isinstance(module, Changed):
+            setattr(self.owner, self.attribute, module.base)
+
+
+def rebuild(host: nn.Module, recipe: Any) -> nn.Module:
+    """Puts PEFT's layers on a plain host again, with new values, as ``PeftViT.recipe`` says.
+
+    The recipe may come from a stranger: only the types and options that a ``PeftViT`` takes are passed to PEFT, none of
+    which names a file, an address or a module.
+
+    Raises:
+        BackboneError: the recipe is none, was written by another PEFT, or does not fit the host.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in host.modules()) or isinstance(host, peft.PeftModel):
+        raise BackboneError("PEFT's layers are rebuilt from the folder; give the plain model: backbone=timm_model.")
+    try:
+        configs = {str(name): _config(dict(options), recipe["version"]) for name, options in recipe["adapters"].items()}
+        (first, config), *others = configs.items()
+        model = peft.get_peft_model(host, config, first, autocast_adapter_dtype=bool(recipe["upcast"]))
+        for name, config in others:
+            model.add_adapter(name, config)
+        if others:
+            model.base_model.set_adapter(list(configs))
+    except BackboneError:
+        raise
+    except Exception as error:
+        # PEFT checks options with errors of many types.
+        raise BackboneError(f"PEFT's layers cannot be rebuilt: {type(error).__name__}: {error}.") from error
+    return model
+
+
+def _config(options: dict[str, Any], written_by: Any) -> Any:
+    """PEFT's configuration object for plain JSON values."""
+    kind = options.pop("peft_type", None)
+    if kind not in TYPES or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise BackboneError(_unsupported(kind))
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    known = {field.name for field in fields(cls)}
+    unknown = sorted(name for name, value in options.items() if name not in known and value)
+    if unknown:
+        raise BackboneError(
+            f"PEFT {version('peft')} does not know the options {', '.join(unknown)} of {kind}; the adapter was saved "
+            f"with PEFT {written_by}. Install that version or a newer one: pip install 'peft>={written_by}'."
+        )
+    config = cls(**_options({name: value for name, value in options.items() if name in known}))
+    _check(config)
+    if isinstance(getattr(config, "init_lora_weights", None), str):
+        config.init_lora_weights = True  # the values are about to be loaded
+    return config
+
+
+def _options(config: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide which layers PEFT adds; not those about files, other libraries or initial values."""
+    about_others = ("base_model_name_or_path", "revision", "auto_mapping", "task_type", "peft_version", "megatron_core")
+    return {name: value for name, value in config.items() if name not in about_others and not name.endswith("_config")}
+
+
+def _check(config: Any) -> None:
+    """Raises BackboneError for a PEFT configuration that is not supported."""
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise BackboneError(
+            f"PEFT's {kind} inserts tokens in a forward pass of its own, which a vision transformer's cannot replace. "
+            "Use the method vpt, or a PEFT method that changes layers, such as LoRA."
+        )
+    if kind not in TYPES:
+        raise BackboneError(_unsupported(kind))
+    init = getattr(config, "init_lora_weights", True)
+    if init not in _INITS:
+        raise BackboneError(
+            f"init_lora_weights={init!r} rewrites the backbone's own weights, so the saved adapter would not fit the "
+            "pretrained backbone. Use init_lora_weights=True, or let PEFT convert the adapter: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
+    for option in _OTHER_MODELS:
+        if getattr(config, option, None):
+            raise BackboneError(f"PEFT's option {option} is not supported; leave it out.")
+
+
+def _check_copies(host: nn.Module) -> None:
+    """Raises BackboneError where ``modules_to_save`` has copied what gates and methods must see into."""
+    for path, module in host.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and re.search(r"(^|\.)(blocks(\.\d+)?|attn|mlp)$", path):
+            raise BackboneError(
+                f"modules_to_save has copied {path} as a whole. It may name the head, norms and patch_embed; to train "
+                "the rest of the backbone as well, leave it out and add the method full."
+            )
+
+
+def _unsupported(kind: Any) -> str:
+    return f"PEFT's {kind} is not supported. Supported: {', '.join(TYPES)}."
+
+
+def _to_json(value: Any) -> Any:
+    """Plain JSON values: sets as sorted lists, enumerations as their value."""
+    if isinstance(value, dict):
+        return {str(key): _to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_to_json(item) for item in (sorted(value) if isinstance(value, set) else value)]
+    return value.value if isinstance(value, Enum) else value
+
+
+def _active(module: nn.Module) -> nn.Module:
+    """The module that computes where ``modules_to_save`` has made a copy."""
+    if not isinstance(module, ModulesToSaveWrapper):
+        return module
+    copies = module.modules_to_save
+    name = module.active_adapters[0]
+    return copies[name] if name in copies else module.original_module  # noqa: SIM401  a ModuleDict has no get
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """The host's own module under changes and PEFT's layers."""
+    while isinstance(module, Changed | BaseTunerLayer | ModulesToSaveWrapper):
+        if isinstance(module, ModulesToSaveWrapper):
+            module = _active(module)
+        else:
+            module = module.base if isinstance(module, Changed) else module.base_layer
+    return module
+
+
+def _stripped(module: nn.Module) -> nn.Module:
+    """A copy of a module without changes and PEFT's layers, as it was pretrained; parameters are shared."""
+    while isinstance(module, Changed | BaseTunerLayer | AuxiliaryTrainingWrapper):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+        else:
+            module = module.base if isinstance(module, Changed) else module.base_layer
+    twin = copy.copy(module)
+    twin.__dict__["_modules"] = {name: child and _stripped(child) for name, child in module._modules.items()}
+    return twin

@@ -1,0 +1,1 @@
+"""Pictures that are drawn instead of read, and the tasks made of them."""

@@ -1,0 +1,1 @@
+"""Folders for other runtimes: written, checked against the model, and opened again."""

@@ -1,0 +1,162 @@
+"""The folder that a deployed model lives in, as it is read: strictly, and without running any code that lies in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from dyntune.core.errors import DataError, DeploymentError
+from dyntune.data.transforms import Preprocessing
+from dyntune.inference.export.runtimes.base import Runtime
+from dyntune.inference.export.runtimes.onnx import OnnxRuntime
+from dyntune.inference.export.runtimes.onnx_int8 import sums_saturate
+from dyntune.inference.export.runtimes.openvino import OpenVinoRuntime
+from dyntune.inference.export.runtimes.torch import TorchRuntime
+
+RuntimeName = Literal["onnx", "openvino", "torch"]
+Precision = Literal["fp32", "int8"]
+
+CONFIG = "deploy.json"
+FORMAT = 1
+MODEL_FILES: dict[str, str] = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2"}
+"""Where each runtime finds its model in the folder."""
+_OPENERS: dict[str, type[Runtime]] = {"onnx": OnnxRuntime, "openvino": OpenVinoRuntime, "torch": TorchRuntime}
+
+log = logging.getLogger("dyntune")
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A deployed model, opened in its runtime.
+
+    Args:
+        config: what ``deploy.json`` holds.
+        runtime: with the model in it.
+        preprocessing: what images must go through.
+        classes: names of the classes in label order, or None if not known.
+    """
+
+    config: dict[str, Any]
+    runtime: Runtime
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None
+
+    @property
+    def spec(self) -> str:
+        """The spec of the tuned model that it was made from."""
+        return str(self.config["spec"])
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """The gated units, by path, in the order of the masks; empty if the model gives none."""
+        return tuple(self.config["gates"])
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images ``(B, 3, height, width)``, preprocessed, to logits ``(B, classes)``."""
+        return self.runtime(images)
+
+    def run(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits, and which patches each gated unit computed, ``(B, gates, patches)``; None if not exported."""
+        return self.runtime.run(images)
+
+
+def is_deployed(folder: Path) -> bool:
+    """Whether ``folder`` is one that ``write`` made."""
+    return (folder / CONFIG).is_file()
+
+
+def open_runtime(folder: str | Path, threads: int | None = None, *, trust: bool = False) -> OpenedModel:
+    """Opens a deployed model.
+
+    Args:
+        folder: what ``write`` or ``dyntune deploy`` made.
+        threads: that the runtime may use; None for as many as it takes by itself.
+        trust: whether you trust who made the folder: PyTorch's ``.pt2`` files may run code when they are opened, those
+            of the other runtimes hold a graph and numbers alone.
+
+    Raises:
+        DeploymentError: the folder is incomplete, damaged or of a newer format, its runtime is not installed, or it
+            needs ``trust``.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    try:
+        runtime = config["runtime"]
+        opener, file = _OPENERS[runtime], folder / MODEL_FILES[runtime]
+        preprocessing = Preprocessing.from_dict(config["preprocessing"])
+        classes = None if config["classes"] is None else tuple(map(str, config["classes"]))
+        digests = {str(name): str(digest) for name, digest in config["files"].items()}
+        full_range = config["weight_bits"] == 8
+        texts = [config["spec"], *config["gates"]]
+        if not isinstance(config["gates"], list) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("spec must be a text, and gates a list of texts")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DeploymentError(f"{folder / CONFIG} is not a valid configuration: {error!r}.") from error
+    except DataError as error:
+        raise DeploymentError(f"{folder / CONFIG}: {error}") from error
+    if runtime == "torch" and not trust:
+        raise DeploymentError(
+            f"{folder} holds a .pt2 file, which may run code when it is opened. If you trust who made it, say so: "
+            "open_runtime(folder, trust=True), dyntune predict FOLDER --trust. Folders for onnx and openvino need none."
+        )
+    _check_files(folder, digests, file.name)
+    if full_range and runtime == "onnx" and sums_saturate():
+        log.warning(
+            "%s was quantised for processors with VNNI instructions, which this one lacks: sums may overflow here. "
+            "Deploy it again on this machine, or check its accuracy (dyntune deploy --check).",
+            folder,
+        )
+    return OpenedModel(config, opener(file, threads), preprocessing, classes)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What ``deploy.json`` holds.
+
+    Raises:
+        DeploymentError: there is none, or it is not one of Dyntune's in a format that this version knows.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise DeploymentError(f"no deployed model in {folder}: {CONFIG} is missing. Give a folder that deploy wrote.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DeploymentError(f"{path} is not readable JSON: {error}.") from error
+    if not isinstance(config, dict) or config.get("library") != "dyntune":
+        raise DeploymentError(f"{path} was not written by Dyntune.")
+    if type(config.get("format")) is not int or not 1 <= config["format"] <= FORMAT:
+        raise DeploymentError(
+            f"{path} has format {config.get('format')!r}; this Dyntune reads 1 to {FORMAT}. If it is higher, upgrade "
+            "Dyntune."
+        )
+    return config
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in ``folder``, by name."""
+    return {path.name: _digest(path) for path in sorted(folder.iterdir())}
+
+
+def _check_files(folder: Path, recorded: dict[str, str], model: str) -> None:
+    wrong = [
+        name
+        for name, digest in recorded.items()
+        if Path(name).name != name or not (folder / name).is_file() or _digest(folder / name) != digest
+    ]
+    if model not in recorded:
+        wrong.append(model)
+    if wrong:
+        raise DeploymentError(
+            f"{folder} is damaged: {', '.join(wrong)} is missing or differs from what {CONFIG} says. Copy it again."
+        )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

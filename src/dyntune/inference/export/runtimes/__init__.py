@@ -1,0 +1,1 @@
+"""The runtimes that a model can be exported to, one file each."""

@@ -1,0 +1,91 @@
+"""The execution of a prepared model: compact, with shared products, and no token computed that nobody reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dyntune.backbones.units import Attention, Unit
+from dyntune.core.attention import attend
+from dyntune.core.tokens import Tokens
+from dyntune.inference.joint import Joint, key
+from dyntune.model.forward import Compact, Execution
+from dyntune.parts.policies.base import Gate, TokenPolicy
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The place in the last block behind which only the tokens that the head reads are computed.
+
+    Args:
+        attention: path of the last block's attention.
+        count: how many leading tokens of each image the head reads.
+        queries: whether that attention, too, computes queries and what follows for them alone.
+    """
+
+    attention: str
+    count: int
+    queries: bool
+
+
+class Fast(Execution):
+    """Computes no token that nobody reads.
+
+    Args:
+        within: how units compute apart from that.
+        ending: what may be left out at the end; None if nothing.
+    """
+
+    def __init__(self, within: Execution, ending: Ending | None) -> None:
+        self.within = within
+        self.ending = ending
+
+    def plain(self, unit: Unit, tokens: Tokens) -> Tokens:
+        if self.ending is None or unit.path != self.ending.attention:
+            return self.within.plain(unit, tokens)
+        if self.ending.queries:
+            return _asked_by(cast(Attention, unit), tokens, self.ending.count)
+        return self.within.plain(unit, tokens).first(self.ending.count)
+
+    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
+        tokens, gate = self.within.gated(unit, tokens, policy)
+        if self.ending is not None and unit.path == self.ending.attention:
+            tokens = tokens.first(self.ending.count)
+        return tokens, gate
+
+
+class Shared(Compact):
+    """Computes the active tokens only, and gate and adapter in one product; without gradients.
+
+    Args:
+        joints: the shared products, by the unit's key.
+    """
+
+    def __init__(self, joints: nn.ModuleDict) -> None:
+        self.joints = joints
+
+    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
+        if key(unit) not in self.joints:
+            return super().gated(unit, tokens, policy)
+        values, out = cast(Joint, self.joints[key(unit)])(tokens.x)
+        gate = policy.gate_from(unit, tokens, values[:, tokens.prefix :])
+        index, counts = self.select(unit, tokens, gate)
+        batch, count, width = tokens.x.shape
+        if not torch.compiler.is_compiling() and len(index) == batch * count:
+            return tokens.with_x(out.add_(unit.update(tokens))), gate
+        update = unit.update(tokens.take(index, counts))
+        # In place: the stream behind the adapter is ours.
+        out = out.view(batch * count, width).index_add_(0, index, update).view(batch, count, width)
+        return tokens.with_x(out), gate
+
+
+def _asked_by(unit: Attention, tokens: Tokens, count: int) -> Tokens:
+    """The first ``count`` tokens of each image behind an attention in which all tokens are keys."""
+    normed = unit.normed(tokens)
+    few = tokens.first(count).with_normed(normed[:, :count])
+    update = unit.behind(unit.combine(attend(*unit.project_first(normed, count), tokens)))
+    beside: Tensor | None = unit.beside_update(few)
+    return few.with_x(few.x + update if beside is None else few.x + update + beside)

@@ -1,9 +1,0 @@
-"""Skipping tokens on a GPU without asking it how many remain: Triton kernels, and the execution that runs them.
-
-Nothing here imports Triton before a kernel runs.
-"""
-
-from dyntune.kernels.execution import DeviceCounts, supports
-from dyntune.kernels.graphs import capture
-
-__all__ = ["DeviceCounts", "capture", "supports"]

@@ -1,0 +1,369 @@
+"""Another activation rate for a trained model: the thresholds of its gates, calibrated on images without labels."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.units import Unit
+from dyntune.core.errors import CheckpointError, DataError, SpecError
+from dyntune.core.tokens import Tokens
+from dyntune.data.transforms import prepared
+from dyntune.model.forward import Compact
+from dyntune.model.tuned import TunedModel
+from dyntune.parts.policies.base import Gate, TokenPolicy
+from dyntune.parts.policies.dispatch import Dispatcher
+
+RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""The rates that a model is calibrated for unless others are asked for; those between are interpolated."""
+IMAGES = 256
+"""Images that suffice: with some dozen patches each, a gate's quantile is known to a fraction of a point."""
+_CLOSE = 0.005
+"""Distance of the mean activation to the asked one that is good enough."""
+_EXTREME = 0.01
+"""A gate that keeps less than this share, or drops less, counts as keeping, or dropping, this share."""
+
+log = logging.getLogger("dyntune")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What every gate adds to its logits for other activation rates than the trained one; plain data.
+
+    Args:
+        images: how many it was measured on.
+        rates: asked mean activations, rising, above 0 and below 1.
+        shifts: for each gated unit, by path, what is added to its logits at each of the rates.
+        activations: for each gated unit, the share of active patches that came out at each of the rates.
+    """
+
+    images: int
+    rates: tuple[float, ...]
+    shifts: dict[str, tuple[float, ...]]
+    activations: dict[str, tuple[float, ...]]
+
+    def at(self, rate: float) -> dict[str, tuple[float, float]]:
+        """For each gated unit its shift and activation at ``rate``, linear between the calibrated rates.
+
+        Raises:
+            SpecError: ``rate`` is outside of them.
+        """
+        low, high = self.rates[0], self.rates[-1]
+        if not low - 1e-9 <= rate <= high + 1e-9:
+            known = f"between {low:g} and {high:g}" if low < high else f"{low:g}"
+            raise SpecError(
+                f"rate {rate:g}: this model is calibrated for rates {known} (0 and 1 always go). Give such a rate, or "
+                "calibrate for this one: model.set_rate(rate, data), dyntune calibrate RUN DATA --rates."
+            )
+        return {
+            unit: (
+                float(np.interp(rate, self.rates, self.shifts[unit])),
+                float(np.interp(rate, self.rates, self.activations[unit])),
+            )
+            for unit in self.shifts
+        }
+
+    def activation(self, rate: float) -> float:
+        """Mean share of active patches over the gated units at ``rate``, as it came out."""
+        return float(np.mean([activation for _, activation in self.at(rate).values()]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Calibration:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            CheckpointError: an entry is missing, unknown, or not of the form that it must have.
+        """
+        try:
+            rates = _numbers(data["rates"])
+            shifts, activations = (
+                {str(unit): _numbers(values) for unit, values in data[name].items()}
+                for name in ("shifts", "activations")
+            )
+            sound = (
+                data.keys() == cls.__dataclass_fields__.keys()
+                and type(data["images"]) is int
+                and data["images"] > 0
+                and bool(rates)
+                and all(before < after for before, after in zip((0.0, *rates), (*rates, 1.0), strict=True))
+                and shifts.keys() == activations.keys()
+                and all(len(values) == len(rates) for values in (*shifts.values(), *activations.values()))
+                and all(0 <= share <= 1 for values in activations.values() for share in values)
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"the calibration is not valid: {error!r}. Calibrate again.") from error
+        if not sound:
+            raise CheckpointError(
+                "the calibration is not valid: expected images, rising rates between 0 and 1, and for the same units "
+                "as many shifts and activations as rates. Calibrate again (dyntune calibrate RUN DATA)."
+            )
+        return cls(data["images"], rates, shifts, activations)
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    if any(type(value) not in (int, float) or not math.isfinite(value) for value in values):
+        raise ValueError(f"expected finite numbers, given {values}")
+    return tuple(map(float, values))
+
+
+def dispatchers(backbone: Backbone) -> dict[str, Dispatcher]:
+    """The learned gates of a backbone, by the path of the unit that they stand on."""
+    found = ((unit.path, getattr(unit, "dispatcher", None)) for unit in backbone.all_units())
+    return {path: gate for path, gate in found if isinstance(gate, Dispatcher)}
+
+
+class Gated(Protocol):
+    """A model whose gates can be shifted."""
+
+    backbone: Backbone
+    calibration: Calibration | None
+
+    @property
+    def spec(self) -> str: ...
+
+
+def set_rate(model: TunedModel, rate: float | None, data: Dataset[Any] | Tensor | None = None) -> None:
+    """Shifts the gates' thresholds; see ``TunedModel.set_rate``."""
+    measured = data is not None and rate is not None and 0 < rate < 1
+    shift_gates(model, rate, calibrate(model, data, (rate,)) if measured else model.calibration)  # type: ignore[arg-type]
+
+
+def shift_gates(model: Gated, rate: float | None, calibration: Calibration | None) -> None:
+    """Shifts the gates' thresholds to those of a calibration; 0, 1 and None need none."""
+    gates = dispatchers(model.backbone)
+    if rate is None:
+        for gate in gates.values():
+            gate.set_rate(0.0, None)
+        return
+    _require_gates(model, gates)
+    if not 0 <= rate <= 1:
+        raise SpecError(f"rate {rate:g}: expected a share of the patches, between 0 and 1.")
+    if rate in (0, 1):
+        for gate in gates.values():
+            gate.set_rate(math.inf if rate else -math.inf, float(rate))
+        return
+    if calibration is None:
+        raise SpecError(
+            f"rate {rate:g}: this model is not calibrated. Give images of the kind that it will see, "
+            "model.set_rate(rate, data), or calibrate it once for all rates: model.calibration = "
+            "dyntune.calibrate(model, data) before saving, or dyntune calibrate RUN DATA for a run."
+        )
+    for unit, (shift, activation) in calibration.at(rate).items():
+        gates[unit].set_rate(shift, activation)
+
+
+@torch.no_grad()
+def calibrate(
+    model: TunedModel,
+    data: Dataset[Any] | Tensor,
+    rates: Sequence[float] = RATES,
+    *,
+    images: int = IMAGES,
+    batch_size: int = 32,
+) -> Calibration:
+    """Finds, for each rate, the thresholds at which that share of the patches is active, the mean over all gates.
+
+    Gates that training has left more open stay so: with a_l the activation of gate l as trained (of an elastic gate,
+    at the middle of its range), it is to have ``sigmoid(logit(a_l) + d)``, with the same d for all of them that
+    gives the mean asked for. From the first gate to the last, each takes as threshold the quantile of its logits, so
+    that later ones see what earlier ones let through. Where tokens are merged or dropped, a gate's activation is the
+    share of the tokens that reach it. What comes out is measured, and corrected once where it is half a point off.
+
+    Args:
+        model: with dispatch; it is left as it was.
+        data: images ``(N, 3, height, width)``, preprocessed, or a data set of (image, label); labels are not used.
+        rates: mean activations, above 0 and below 1.
+        images: how many to use, drawn from the data at random, always the same; all, where there are fewer.
+        batch_size: images per forward pass.
+
+    Raises:
+        SpecError: the model has no gates, or a rate is not above 0 and below 1.
+        DataError: there is no image.
+    """
+    gates = dispatchers(model.backbone)
+    _require_gates(model, gates)
+    if not isinstance(rates, Sequence) or not rates or not all(0 < rate < 1 for rate in rates):
+        raise SpecError(f"rates {rates}: expected a list of rates above 0 and below 1, for instance (0.3, 0.5).")
+    asked = tuple(sorted({float(rate) for rate in rates}))
+    batches = _batches(model, data, images, batch_size)
+    with _as_trained(model, gates):
+        natural = _activations(model, batches)
+        points = [_point(model, gates, batches, rate, natural) for rate in asked]
+    for rate, (_, came_out) in zip(asked, points, strict=True):
+        if abs(_mean(came_out) - rate) > 4 * _CLOSE:
+            log.warning(
+                "rate %g: on these images the gates came to %.3f. Many of their logits may be equal.",
+                rate,
+                _mean(came_out),
+            )
+    shifts, activations = ({unit: tuple(p[i][unit] for p in points) for unit in gates} for i in (0, 1))
+    return Calibration(sum(map(len, batches)), asked, shifts, activations)
+
+
+def _point(
+    model: TunedModel, gates: dict[str, Dispatcher], batches: list[Tensor], rate: float, natural: dict[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Shift and activation of every gate at one rate."""
+
+    def attempt(aim: float) -> tuple[dict[str, float], dict[str, float]]:
+        execution = _AtQuantiles(_targets(natural, aim))
+        for batch in batches:
+            model.run(_to_device(batch, model), execution=execution)
+        total = sum(map(len, batches))
+        shifts = {unit: -summed / total for unit, summed in execution.summed.items()}
+        with _shifted(gates, shifts):
+            return shifts, _activations(model, batches)
+
+    first = attempt(rate)
+    error = _mean(first[1]) - rate
+    if abs(error) <= _CLOSE:
+        return first
+    second = attempt(min(max(rate - error, _EXTREME), 1 - _EXTREME))
+    return min(first, second, key=lambda point: abs(_mean(point[1]) - rate))
+
+
+class _AtQuantiles(Compact):
+    """Opens every gate for a given share of the tokens of the batch, those with the highest logits.
+
+    Args:
+        targets: the share of each gated unit, by path.
+    """
+
+    def __init__(self, targets: dict[str, float]) -> None:
+        self.targets = targets
+        self.summed = dict.fromkeys(targets, 0.0)
+        """Of each gated unit, the sum over all images of the threshold that their batch was given."""
+
+    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
+        gate = policy.gate(unit, tokens)
+        if unit.path in self.targets and gate.logits is not None:
+            between = threshold(gate.logits, self.targets[unit.path])
+            self.summed[unit.path] += len(gate.logits) * between.item()
+            gate = replace(gate, values=(gate.logits > between).to(gate.values.dtype))
+        return tokens.with_x(self.computed(unit, tokens, gate)), gate
+
+
+def threshold(logits: Tensor, share: float) -> Tensor:
+    """A number in the middle between two of the logits that differ, above which lies about a share of them.
+
+    As close to ``share`` as equal logits allow: they are all above it, or none is.
+    """
+    ordered = logits.flatten().sort(descending=True).values
+    margin = ordered[:1].abs().maximum(ordered[-1:].abs()).clamp_min(1)
+    padded = torch.cat([ordered[:1] + margin, ordered, ordered[-1:] - margin])
+    possible = (padded[:-1] > padded[1:]).nonzero().squeeze(1)  # so many logits can be above a number
+    active = possible[(possible - share * len(ordered)).abs().argmin()]
+    return (padded[active] + padded[active + 1]) / 2
+
+
+def _targets(natural: dict[str, float], rate: float) -> dict[str, float]:
+    """The share of each gate: as far from its natural one as all others, in logits, with ``rate`` as their mean."""
+    clamped = {unit: min(max(share, _EXTREME), 1 - _EXTREME) for unit, share in natural.items()}
+    logits = np.array([math.log(share / (1 - share)) for share in clamped.values()])
+    asked = math.log(rate / (1 - rate))
+    low, high = asked - logits.max(), asked - logits.min()
+    for _ in range(60):
+        middle = (low + high) / 2
+        if (1 / (1 + np.exp(-(logits + middle)))).mean() < rate:
+            low = middle
+        else:
+            high = middle
+    return dict(zip(clamped, (1 / (1 + np.exp(-(logits + high)))).tolist(), strict=True))
+
+
+def _activations(model: TunedModel, batches: list[Tensor]) -> dict[str, float]:
+    """Share of active tokens of each gated unit, as ``evaluate`` counts it."""
+    summed: dict[str, float] = {}
+    for batch in batches:
+        for gate in model.run(_to_device(batch, model), execution="compact").gates:
+            summed[gate.unit] = summed.get(gate.unit, 0.0) + len(batch) * gate.values.float().mean().item()
+    total = sum(map(len, batches))
+    return {unit: value / total for unit, value in summed.items()}
+
+
+def _mean(activations: dict[str, float]) -> float:
+    return sum(activations.values()) / len(activations)
+
+
+def _batches(model: TunedModel, data: Dataset[Any] | Tensor, images: int, batch_size: int) -> list[Tensor]:
+    """Images of ``data``, preprocessed; read once, because every rate sees them several times.
+
+    They are drawn at random, always the same ones: in a batch of one class gates have other quantiles than in all.
+    """
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise DataError(
+            f"calibration takes a tensor of preprocessed images (N, 3, height, width) or a data set with a length; "
+            f"given {type(data).__name__}. Of a DataLoader, give the data set."
+        )
+    size = len(data)
+    count = min(images, size)
+    if count < 1:
+        raise DataError(f"calibration needs images; given {size}, of which {images} were to be used.")
+    places = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:count]
+    if isinstance(data, Tensor):
+        if data.ndim != 4 or not data.is_floating_point():
+            raise DataError(
+                f"calibration takes preprocessed images (N, 3, height, width) in floating point; given {data.dtype} of "
+                f"shape {tuple(data.shape)}. Give what the model is given."
+            )
+        return list(data[places].split(batch_size))
+    # With a generator of its own the loader draws nothing from the caller's.
+    subset = Subset(prepared(data, model.preprocessing), places.tolist())
+    loader = DataLoader(subset, batch_size, generator=torch.Generator())
+    return [batch[0] if isinstance(batch, list | tuple) else batch for batch in loader]
+
+
+def _to_device(batch: Tensor, model: TunedModel) -> Tensor:
+    like = next(model.parameters())
+    return batch.to(device=like.device, dtype=like.dtype)
+
+
+def _require_gates(model: Gated, gates: dict[str, Dispatcher]) -> None:
+    if not gates:
+        raise SpecError(
+            f"{model.spec} has no learned gates whose threshold could be shifted. Another rate needs a model with "
+            "dispatch: dyt, or adaptformer+dispatch."
+        )
+
+
+@contextmanager
+def _as_trained(model: TunedModel, gates: dict[str, Dispatcher]) -> Iterator[None]:
+    """The model in eval mode with its trained thresholds; afterwards as it was."""
+    modes = {module: module.training for module in model.modules()}
+    rates = {unit: gate.rate for unit, gate in gates.items()}
+    before = {unit: gate.shift.item() for unit, gate in gates.items()}
+    model.eval()
+    for gate in gates.values():
+        gate.set_rate(0.0, None)
+    try:
+        yield
+    finally:
+        for unit, gate in gates.items():
+            gate.set_rate(before[unit], rates[unit])
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _shifted(gates: dict[str, Dispatcher], shifts: dict[str, float]) -> Iterator[None]:
+    for unit, gate in gates.items():
+        gate.set_rate(shifts[unit], None)
+    try:
+        yield
+    finally:
+        for gate in gates.values():
+            gate.set_rate(0.0, None)

@@ -1,0 +1,225 @@
+"""A backbone with tuning methods and token policies on it: what ``tune`` returns and ``load`` gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from dyntune.backbones import wrap
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.source import BackboneSource, create_backbone, describe, fingerprint
+from dyntune.core.errors import SpecError
+from dyntune.data.transforms import Preprocessing
+from dyntune.model.assembly import install, settled
+from dyntune.model.cost import trace
+from dyntune.model.forward import Compact, Execution, Masked, Sampled, run
+from dyntune.parts.methods.base import TuningMethod
+from dyntune.parts.policies.base import Output
+from dyntune.parts.registry import expand, resolve
+from dyntune.parts.spec import Part, format_spec
+
+if TYPE_CHECKING:
+    from dyntune.model.rates import Calibration
+
+ExecutionName = Literal["masked", "compact"]
+_EXECUTIONS: dict[str, Execution] = {"masked": Masked(), "compact": Compact()}
+_TRAINING, _INFERENCE = Sampled(), _EXECUTIONS["compact"]
+
+
+class TunedModel(nn.Module):
+    """A pretrained model with tuning methods and token policies installed; made by ``tune`` or ``load``.
+
+    In train mode every token is computed and multiplied by its gate, so that the gates learn, unless a policy is told
+    to explore a share of the skipped ones only; in eval mode skipped tokens are not computed at all. All give the same
+    logits.
+
+    Args:
+        host: the pretrained model; it is adapted in place.
+        parts: tuning methods, token policies and presets, in the order in which they are installed.
+
+    Attributes:
+        parts: the parts as they are installed: in place of one that searches its settings, what it has found.
+        classes: names of the classes in label order, or None if not known.
+        preprocessing: what images must go through before they reach the model.
+        origin: where the backbone's weights come from, so that ``load`` can build it again.
+        dense_macs: MACs per image of the untouched backbone without its head.
+        dense_block_macs: the share of each block in them.
+        fingerprint: digest of the untouched backbone's weights without its head; None without weights (meta device).
+        calibration: thresholds for other activation rates, from ``dyntune.calibrate``; saved with the adapter.
+        unmerged: after ``merge``, what could not be folded, by spec, with the reason; None before.
+    """
+
+    def __init__(self, host: nn.Module, parts: Sequence[Part]) -> None:
+        super().__init__()
+        self.backbone = wrap(host)
+        plain = self.backbone.plain()
+        dense = trace(plain, ())
+        self.dense_macs, self.dense_block_macs = dense.macs, dense.block_macs
+        self.fingerprint = _fingerprint(plain, self.backbone.adopted)
+        self.origin: BackboneSource = describe(plain.host)
+        self.preprocessing = Preprocessing.from_backbone(plain.host)
+        self.classes: tuple[str, ...] | None = None
+        self.parts = settled(host, parts, self.dense_macs)
+        self.methods = tuple(part for part in expand(self.parts) if isinstance(part, TuningMethod))
+        self.policies = install(self.backbone, self.parts)
+        self._tuned = frozenset(name for name, p in self.backbone.named_parameters() if p.requires_grad)
+        self.calibration: Calibration | None = None
+        self.unmerged: dict[str, str] | None = None
+
+    @property
+    def spec(self) -> str:
+        """The parts as one spec string, for instance ``dyt:rate=0.7``."""
+        return "+".join(format_spec(part) for part in self.parts)
+
+    @property
+    def target_rate(self) -> float:
+        """Share of patches that gated units are meant to compute, the mean over those units; 1 without gates."""
+        rates = [p.target_rate(unit) for unit in self.backbone.all_units() for p in self.policies if p.gates(unit)]
+        return sum(rates) / len(rates) if rates else 1.0
+
+    def set_rate(self, rate: float | None, data: Dataset[Any] | Tensor | None = None) -> None:
+        """Chooses the share of patches that gated units compute, without training: shifts the gates' thresholds.
+
+        Args:
+            rate: mean over the gated units, between 0 (no patch) and 1 (all); None for the trained thresholds.
+            data: images to calibrate on for this call: ``(N, 3, height, width)``, preprocessed, or a data set of
+                (image, label). Without it ``calibration`` is used; 0, 1 and None need neither.
+
+        Raises:
+            SpecError: the model has no learned gates, or is not calibrated for this rate.
+        """
+        from dyntune.model.rates import set_rate
+
+        set_rate(self, rate, data)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(B, 3, height, width)`` to logits ``(B, classes)``."""
+        return self.run(images).logits
+
+    def run(
+        self, images: Tensor, *, complete: bool = False, execution: ExecutionName | Execution | None = None
+    ) -> Output:
+        """One forward pass with everything that it decided.
+
+        Args:
+            images: ``(B, 3, height, width)``, preprocessed.
+            complete: computes every token, ignoring the policies (DyT's "complete model").
+            execution: ``"masked"``, ``"compact"``, or an execution of your own; by default compact in eval mode, and
+                in train mode masked, with fewer tokens where a policy explores.
+        """
+        how = execution or (_TRAINING if self.training else _INFERENCE)
+        if not isinstance(how, Execution):
+            if how not in _EXECUTIONS:
+                raise SpecError(f"execution must be one of {', '.join(_EXECUTIONS)}; given {how!r}.")
+            how = _EXECUTIONS[how]
+        return run(self.backbone, () if complete else self.policies, images, how)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features of every image patch behind the last norm, for dense tasks: ``(B, C, rows, columns)``.
+
+        Patches that were merged share the features of their token.
+
+        Raises:
+            DyntuneError: a policy has dropped patches.
+        """
+        tokens = self.run(images).tokens
+        assert tokens is not None  # run() gives them
+        return tokens.on_grid()
+
+    def tuned_state(self) -> dict[str, Tensor]:
+        """The trained tensors, by name. They are not copied."""
+        return {name: p for name, p in self.backbone.named_parameters() if name in self._tuned}
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """What this model holds beyond the pretrained backbone: the trained tensors, and what belongs to them."""
+        tensors = self.tuned_state() | self.backbone.companions()
+        return {self.backbone.saved_name(name): tensor for name, tensor in tensors.items()}
+
+    @property
+    def folds(self) -> bool:
+        """Whether every part folds into the backbone's weights, so that ``merge`` should leave it alone."""
+        return not self.policies and all(method.stays is None for method in self.methods)
+
+    def merge(self) -> nn.Module:
+        """Folds what can be folded into the backbone's weights, in place; logits stay the same, MACs fall.
+
+        LoRA, SSF and FacT vanish, and so does the factor on an adapter's output; what has to stay is named with the
+        reason in ``unmerged`` and in a log message. Save the model before: a merged one cannot be saved as an adapter.
+
+        Returns:
+            The plain backbone where nothing else remains, for instance timm's VisionTransformer, else this model.
+        """
+        from dyntune.model.folding import merge
+
+        return merge(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes adapter, dispatchers and head to ``folder``: JSON, safetensors and a model card.
+
+        Returns:
+            The folder.
+        """
+        from dyntune.model.checkpoint import save
+
+        return save(self, Path(folder))
+
+
+def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
+    """Puts tuning methods and token policies on a pretrained model.
+
+    The model is adapted in place, so give each tuned model a backbone of its own. Its parameters are frozen but for
+    the head and what a method unfreezes, and modules are added, in the order of the parts.
+
+    Args:
+        model: a timm VisionTransformer with its classifier, or one that PEFT's ``get_peft_model`` has wrapped.
+        parts: spec strings (``"dyt:rate=0.5"``, ``"adaptformer"``, ``"dispatch:where=mlp,rate=0.5"``) or typed
+            configurations (``DyT(rate=0.5)``).
+
+    Raises:
+        BackboneError: the model is not supported, or a part is not defined on it.
+        SpecError: a part's name, option or value is wrong, or no part is given.
+    """
+    if isinstance(model, str):
+        raise SpecError(f"tune takes a model, not a name: tune(timm.create_model({model!r}, pretrained=True), ...).")
+    if isinstance(model, TunedModel):
+        raise SpecError("the model is tuned already; give all parts at once: tune(vit, part, part).")
+    resolved = resolve(parts)
+    if not resolved:
+        raise SpecError('no tuning method given; for instance tune(model, "dyt:rate=0.5") or tune(model, "linear").')
+    return TunedModel(model, resolved)
+
+
+def build_tuned(
+    name: str, *parts: str | Part, classes: Sequence[str], weights: str | Path | None = None, **arguments: Any
+) -> TunedModel:
+    """A pretrained backbone by name with a new head and parts on it: what ``dyntune train`` begins with.
+
+    The head starts as the DyT code starts it: truncated normal weights of deviation 0.01, zero biases.
+
+    Args:
+        name: timm model name.
+        parts: as for ``tune``.
+        classes: names of the classes in label order.
+        weights: local weight file of the backbone.
+        arguments: for ``timm.create_model``, for instance ``img_size``.
+    """
+    host = create_backbone(name, weights=weights, num_classes=len(classes), **arguments)
+    model = tune(host, *parts)
+    for head in model.backbone.heads:
+        if isinstance(head, nn.Linear):
+            nn.init.trunc_normal_(head.weight, std=0.01)
+            nn.init.zeros_(head.bias)
+    model.classes = tuple(classes)
+    model.origin = model.origin.with_weights(None if weights is None else Path(weights).resolve())
+    return model
+
+
+def _fingerprint(backbone: Backbone, adopted: Sequence[nn.Parameter]) -> str | None:
+    """Digest of the weights that are the same for every adapter: without the head, and what was trained before."""
+    left_out = backbone.head_parameters() | {n for n, p in backbone.named_parameters() if any(p is a for a in adopted)}
+    weights = [(name, p) for name, p in backbone.named_parameters() if name not in left_out]
+    return None if any(p.is_meta for _, p in weights) else fingerprint(weights)

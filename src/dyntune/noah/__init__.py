@@ -1,6 +1,0 @@
-"""NOAH's procedure: train a supernet, search it under a limit of parameters, train what was found."""
-
-from dyntune.noah.evolution import Candidate, SearchSettings
-from dyntune.noah.pipeline import NoahResult, SearchResult, search_noah, train_noah
-
-__all__ = ["Candidate", "NoahResult", "SearchResult", "SearchSettings", "search_noah", "train_noah"]

@@ -1,0 +1,130 @@
+"""LoRA: low-rank updates of the frozen linear maps."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.sites import Change, SiteKind
+from dyntune.core.errors import BackboneError
+from dyntune.parts.methods.base import TuningMethod
+
+Target = Literal["qkv", "q", "k", "v", "proj", "fc1", "fc2"]
+_THIRDS = ("q", "k", "v")
+_SITES: dict[Target, SiteKind] = {
+    "qkv": "qkv",
+    "q": "qkv",
+    "k": "qkv",
+    "v": "qkv",
+    "proj": "proj",
+    "fc1": "fc1",
+    "fc2": "fc2",
+}
+
+
+class LowRank(Change):
+    """``y + s * B A x``, on all output channels of a linear map or on some of them.
+
+    Args:
+        inputs: channels of x.
+        outputs: channels of y.
+        rank: rows of A and columns of B.
+        scale: the factor s.
+        dropout: probability of dropping a value while training.
+        dropout_on: whether x or A x is dropped from.
+        rows: first and last (exclusive) output channel that is changed.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        rank: int,
+        scale: float,
+        dropout: float,
+        dropout_on: Literal["input", "hidden"],
+        rows: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.down = nn.Linear(inputs, rank, bias=False)
+        self.up = nn.Linear(rank, rows[1] - rows[0], bias=False)
+        self.input_dropout = nn.Dropout(dropout if dropout_on == "input" else 0.0)
+        self.hidden_dropout = nn.Dropout(dropout if dropout_on == "hidden" else 0.0)
+        self.scale = scale
+        self.rows = rows
+        self.margins = (rows[0], outputs - rows[1])
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        update = self.up(self.hidden_dropout(self.down(self.input_dropout(x)))) * self.scale
+        return y + (F.pad(update, self.margins) if any(self.margins) else update)
+
+    @torch.no_grad()
+    def fold(self, base: nn.Module) -> None:
+        cast(Tensor, base.weight)[slice(*self.rows)] += self.scale * self.up.weight @ self.down.weight
+
+
+@dataclass(frozen=True)
+class LoRA(TuningMethod):
+    """Adds a low-rank update to linear maps: ``W x + b + s * B (A x)``; by default to the fused query-key-value map.
+
+    With ``targets=qkv`` queries, keys and values share one A, which is the row of the VTAB-1K tables (NOAH's code);
+    ``targets=q/v,dropout_on=hidden`` has an A of its own for each, as PETL-ViT's code. Both have ``4 D r`` parameters
+    per block of width D. ``s`` is 1 in the first; PEFT's ``lora_alpha`` is ``s * r``. It folds into the weights; until
+    then it costs as many MACs per token as it has parameters.
+
+    Args:
+        rank: rank r of the update.
+        targets: the linear maps that are updated: qkv, q, k, v, proj, fc1, fc2.
+        scale: factor s on the update.
+        dropout: probability of dropping a value while training.
+        dropout_on: drop from the input x, or from the hidden values A x.
+        init: zero starts with B = 0, so that nothing changes at first; noah draws A and B from a normal distribution of
+            deviation 0.02, which is what the published code does in effect.
+    """
+
+    source: ClassVar[str] = "Hu et al., ICLR 2022, arXiv 2106.09685; for ViT as in Zhang et al., 2022 (NOAH)"
+    published: ClassVar[dict[str, str]] = {
+        r"^blocks\.(\d+)\.attn\.LoRA_a\.": r"host.blocks.\1.attn.qkv.changes.lora.down.",
+        r"^blocks\.(\d+)\.attn\.LoRA_b\.": r"host.blocks.\1.attn.qkv.changes.lora.up.",
+        r"^blocks\.(\d+)\.attn\.lora_([qkv])\.adapter_(down|up)\.": r"host.blocks.\1.attn.qkv.changes.lora_\2.\3.",
+    }
+
+    rank: int = 8
+    targets: tuple[Target, ...] = ("qkv",)
+    scale: float = 1.0
+    dropout: float = 0.1
+    dropout_on: Literal["input", "hidden"] = "input"
+    init: Literal["zero", "noah"] = "zero"
+
+    def check(self) -> None:
+        self.require(self.rank >= 1, "rank of at least 1")
+        self.require(0 <= self.dropout < 1, "dropout in [0, 1)")
+        self.require(bool(self.targets) and len(set(self.targets)) == len(self.targets), "each target once")
+
+    def install(self, backbone: Backbone) -> None:
+        for target in self.targets:
+            for site in backbone.sites(_SITES[target]):
+                linear = site.module
+                if not isinstance(linear, nn.Linear):
+                    raise BackboneError(f"lora updates Linear layers, but {site.path} is a {type(linear).__name__}.")
+                name, rows = "lora", (0, linear.out_features)
+                if target in _THIRDS:
+                    size = linear.out_features // 3
+                    name, rows = f"lora_{target}", (_THIRDS.index(target) * size, (_THIRDS.index(target) + 1) * size)
+                change = LowRank(
+                    linear.in_features, linear.out_features, self.rank, self.scale, self.dropout, self.dropout_on, rows
+                )
+                self._initialise(change)
+                site.add(name, change)
+
+    def _initialise(self, change: LowRank) -> None:
+        if self.init == "noah":
+            nn.init.trunc_normal_(change.down.weight, std=0.02)
+            nn.init.trunc_normal_(change.up.weight, std=0.02)
+        else:
+            nn.init.kaiming_uniform_(change.down.weight, a=math.sqrt(5))
+            nn.init.zeros_(change.up.weight)

@@ -1,0 +1,257 @@
+"""Token dispatch: a learned gate per unit lets informative tokens through; the others skip the unit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.units import Unit, Where
+from dyntune.core.losses import gumbel_difference, rate_loss
+from dyntune.core.tokens import Tokens
+from dyntune.parts.policies.base import CompletePass, Gate, Output, TokenPolicy
+
+RateOf = Literal["training", "inference"]
+
+
+class DrawnRate(nn.Module):
+    """The rate that elastic gates aim at: in training drawn anew for each step, in evaluation the middle.
+
+    Args:
+        low: lowest rate, above 0.
+        high: highest rate, below 1.
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low = low
+        self.high = high
+        self.drawn = self.middle
+
+    @property
+    def middle(self) -> float:
+        """The rate halfway between the lowest and the highest."""
+        return (self.low + self.high) / 2
+
+    @property
+    def target(self) -> float:
+        """The rate that holds now."""
+        return self.drawn if self.training else self.middle
+
+    def begin_step(self, epoch: float | None = None) -> None:
+        """Draws the rate of a training step from PyTorch's CPU generator, all rates alike."""
+        self.drawn = self.low + (self.high - self.low) * torch.rand((), device="cpu").item()
+
+    def distance(self, rate: float) -> float:
+        """How far ``rate`` is from the middle, in logits."""
+        return _logit(rate) - _logit(self.middle)
+
+
+def _logit(rate: float) -> float:
+    return math.log(rate / (1 - rate))
+
+
+class Dispatcher(nn.Module):
+    """A gate per patch: ``l = w x + b``, active where ``l > 0``.
+
+    While training, Gumbel noise makes the decision random: with g1, g2 ~ Gumbel(0, 1) the soft decision is
+    ``S = sigmoid((l + g1 - g2) / temperature)``, the patch is active where ``S > 0.5`` (with probability
+    ``sigmoid(l)``, whatever the temperature), and the gradient is that of S (straight-through; DyT section 3.2).
+
+    An elastic gate is trained towards a rate r that changes from step to step: then
+    ``l = w x + b + slope (logit(r) - logit(middle))`` with a learned slope. In evaluation any gate has ``shift`` added
+    instead, which decides how many patches are active; see ``TunedModel.set_rate``.
+
+    Args:
+        width: channels C of a token.
+        temperature: of the sigmoid; it shapes the gradient only.
+        bias: b at the start.
+        drawn: the rates of an elastic gate, shared by all of them; None for one trained towards one rate.
+
+    Attributes:
+        shift: added to the logits, 0 as trained; infinite to compute every patch, or none.
+        rate: share of active patches that ``shift`` stands for; None as trained.
+    """
+
+    shift: Tensor
+    slope: nn.Parameter | None
+
+    def __init__(self, width: int, temperature: float, bias: float = 0.0, drawn: DrawnRate | None = None) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, 1)
+        self.temperature = temperature
+        self.drawn = drawn
+        self.slope = None if drawn is None else nn.Parameter(torch.ones(()))
+        self.register_buffer("shift", torch.zeros(()), persistent=False)
+        self.rate: float | None = None
+        nn.init.trunc_normal_(self.gate.weight, std=0.02)
+        nn.init.constant_(self.gate.bias, bias)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Patches ``(B, P, C)`` to a gate ``(B, P)`` in {0, 1}, differentiable while training."""
+        return self.decide(self.logits(patches)).to(patches.dtype)
+
+    def logits(self, patches: Tensor) -> Tensor:
+        """Patches ``(B, P, C)`` to the logits ``(B, P)`` of being active, in fp32."""
+        return self.logits_from(self.gate(patches).squeeze(-1))
+
+    def logits_from(self, values: Tensor) -> Tensor:
+        """What the linear map ``gate`` makes of the patches, ``(B, P)``, as logits in fp32."""
+        logits = values.float()
+        if not self.training:
+            return logits + self.shift
+        if self.drawn is None or self.slope is None:
+            return logits
+        return logits + self.slope.float() * self.drawn.distance(self.drawn.target)
+
+    def set_rate(self, shift: float, rate: float | None) -> None:
+        """Adds ``shift`` to the logits from now on; ``rate`` is the share of active patches that this gives."""
+        self.shift.fill_(shift)  # in place: a captured CUDA graph reads it where it is
+        self.rate = rate
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dispatcher:
+        shift = self.shift
+        super()._apply(fn, recurse)
+        # In fp32 whatever the precision of the weights, as the logits that it is added to are.
+        self.shift = self.shift.float() if shift.is_meta else shift.to(self.shift.device)
+        return self
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """Logits to a gate in {0, 1}: noisy and differentiable while training, a plain threshold in evaluation."""
+        if not self.training:
+            return (logits > 0).to(logits.dtype)
+        return straight_through(logits + gumbel_difference(logits), self.temperature)
+
+
+def straight_through(logits: Tensor, temperature: float) -> Tensor:
+    """1 where the logit is above 0, else 0; backward, the gradient of ``sigmoid(logits / temperature)``."""
+    soft = (logits / temperature).sigmoid()
+    hard = (soft > 0.5).to(soft.dtype)
+    # In this order the forward value is exactly 0 or 1: hard - soft + soft may miss it by a rounding error.
+    return hard + (soft - soft.detach())
+
+
+@dataclass(frozen=True)
+class Dispatch(TokenPolicy):
+    """Gates units by a learned linear dispatcher, trained towards a target activation rate (DyT).
+
+    Class and register tokens are always active. Where attention is gated, active tokens attend to active tokens only,
+    in training as in inference. Each gated unit adds ``D + 1`` parameters and D MACs per patch.
+
+    With two rates the gates are elastic: every training step draws its target between them, all rates alike, and each
+    gate learns how far its logits move with it, one more parameter per gated unit. In evaluation they aim at the middle
+    until ``TunedModel.set_rate`` says another rate.
+
+    Args:
+        rate: target share of active patches, the mean over all gated units, between 0 and 1; or the lowest and the
+            highest of a range, 0.3/0.9.
+        where: the gated units. attn-mlp gates both sub-layers of a block separately, layer the block as a whole.
+        temperature: of the Gumbel-sigmoid; it shapes the gradient only.
+        rate_weight: coefficient of the rate loss, the squared distance of the mean activation to the target.
+        rate_of: the activation that the rate loss holds to the target: the noisy gates' of training, as published, or
+            that of inference, which decides without noise. The two differ by several points after a short training.
+        complete_weight: coefficient of the complete-model loss: the task's loss with every token computed.
+        distill_weight: coefficient of the distillation from the complete model to the dispatched one.
+        bias: logit that all gates start at. 0, as published, starts with about half of the patches active everywhere;
+            above 0 gates start open and close where that costs least, which short trainings need.
+        explore: while training, share of the skipped patches that an MLP computes, at random, for the gradient of their
+            gates; above 0 and at most 1. The loss is the same, and so is the expected gradient; 1 gives the published
+            gradient itself and saves the backward pass through skipped patches. None, as published, computes all.
+        complete_every: steps per pass of the complete model, whose loss terms then count so many times.
+        complete_share: share of each batch that the complete model runs on, above 0 and at most 1.
+    """
+
+    source: ClassVar[str] = "Zhao et al., NeurIPS 2024, arXiv 2403.11808, sections 3.2 and 3.3"
+    published: ClassVar[dict[str, str]] = {
+        r"^blocks\.(\d+)\.mlp_token_select\.mlp_head\.": r"blocks.\1.mlp.dispatcher.gate."
+    }
+
+    rate: float | tuple[float, float] = 0.5
+    where: Where = "mlp"
+    temperature: float = 5.0
+    rate_weight: float = 2.0
+    rate_of: RateOf = "training"
+    complete_weight: float = 1.0
+    distill_weight: float = 1.0
+    bias: float = 0.0
+    explore: float | None = None
+    complete_every: int = 1
+    complete_share: float = 1.0
+
+    def check(self) -> None:
+        if isinstance(self.rate, tuple):
+            self.require(len(self.rate) == 2, "one rate, or the lowest and the highest of a range")
+            self.require(0 < self.rate[0] < self.rate[1] < 1, "two rates above 0 and below 1, the lower one first")
+        else:
+            self.require(0 <= self.rate <= 1, "rate between 0 and 1")
+        self.require(self.temperature > 0, "temperature above 0")
+        weights = (self.rate_weight, self.complete_weight, self.distill_weight)
+        self.require(min(weights) >= 0, "loss weights of at least 0")
+        self.require(self.explore is None or 0 < self.explore <= 1, "explore above 0 and at most 1, or none")
+        self.require(
+            self.explore is None or self.where in ("mlp", "attn-mlp"),
+            "explore only where MLPs have gates of their own (where=mlp or attn-mlp); other units are computed whole",
+        )
+        self.require(self.complete_every >= 1, "complete_every of at least 1")
+        self.require(0 < self.complete_share <= 1, "complete_share above 0 and at most 1")
+
+    def install(self, backbone: Backbone) -> None:
+        drawn = None
+        if isinstance(self.rate, tuple):
+            # Named by its units, because several dispatches may stand on different ones.
+            backbone.shared[f"{self.name()}-{self.where}"] = drawn = DrawnRate(*self.rate)
+        for unit in backbone.units(self.where):
+            unit.dispatcher = Dispatcher(unit.width, self.temperature, self.bias, drawn)
+
+    def gates(self, unit: Unit) -> bool:
+        return unit.kind == self.where or (self.where == "attn-mlp" and unit.kind != "layer")
+
+    def gate(self, unit: Unit, tokens: Tokens) -> Gate:
+        return self._gate(unit, tokens, _dispatcher(unit).logits(tokens.patches))
+
+    def linear_gate(self, unit: Unit) -> nn.Linear | None:
+        return _dispatcher(unit).gate
+
+    def gate_from(self, unit: Unit, tokens: Tokens, values: Tensor) -> Gate:
+        return self._gate(unit, tokens, _dispatcher(unit).logits_from(values))
+
+    def _gate(self, unit: Unit, tokens: Tokens, logits: Tensor) -> Gate:
+        dispatcher = _dispatcher(unit)
+        values = dispatcher.decide(logits).to(tokens.x.dtype)
+        target = None if dispatcher.drawn is None else dispatcher.drawn.target
+        return Gate(unit.path, values, self, logits, tokens.sources, target)
+
+    def target_rate(self, unit: Unit) -> float:
+        rate = _dispatcher(unit).rate
+        if rate is None:
+            return sum(self.rate) / 2 if isinstance(self.rate, tuple) else self.rate
+        return rate
+
+    def explored(self, unit: Unit) -> float | None:
+        return self.explore
+
+    def complete_pass(self) -> CompletePass:
+        return CompletePass(self.complete_weight, self.distill_weight, self.complete_every, self.complete_share)
+
+    def loss_terms(self, output: Output, teacher: Output | None) -> dict[str, Tensor]:
+        if not self.rate_weight:
+            return {}
+        own = [gate for gate in output.gates if gate.policy is self]
+        target = self.rate if isinstance(self.rate, float) else own[0].target
+        assert target is not None  # elastic gates have one
+        return {"rate": self.rate_weight * rate_loss([self._held(gate) for gate in own], target)}
+
+    def _held(self, gate: Gate) -> Tensor:
+        """The gate whose mean the rate loss holds to the target."""
+        if self.rate_of == "training" or gate.logits is None:
+            return gate.there
+        return replace(gate, values=straight_through(gate.logits, self.temperature)).there
+
+
+def _dispatcher(unit: Unit) -> Dispatcher:
+    return cast(Dispatcher, unit.get_submodule("dispatcher"))

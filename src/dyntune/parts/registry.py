@@ -1,0 +1,95 @@
+"""From a name to the class of a part: a module in methods/, policies/ or presets/ is registered by existing.
+
+Other distributions add parts with entry points of the group ``dyntune.parts``: the entry's object is the part's class,
+and its module's name is the part's name.
+"""
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Iterable
+from typing import Any
+
+from dyntune.core.errors import SpecError, unknown_name
+from dyntune.parts import methods, policies, presets
+from dyntune.parts.methods.base import TuningMethod
+from dyntune.parts.policies.base import TokenPolicy
+from dyntune.parts.presets.base import Preset
+from dyntune.parts.spec import Part, split_spec
+
+
+@functools.cache
+def registered() -> dict[str, type[Part]]:
+    """Every part by name: tuning methods, then token policies, then presets, then those of other distributions."""
+    found: dict[str, type[Part]] = {}
+    for package, base in ((methods, TuningMethod), (policies, TokenPolicy), (presets, Preset)):
+        for info in pkgutil.iter_modules(package.__path__):
+            if info.name == "base":
+                continue
+            module = importlib.import_module(f"{package.__name__}.{info.name}")
+            own = [
+                c
+                for c in vars(module).values()
+                if isinstance(c, type) and issubclass(c, base) and c.__module__ == module.__name__
+            ]
+            if len(own) != 1:
+                raise TypeError(f"{module.__name__} must define exactly one {base.__name__}; it defines {len(own)}")
+            found[own[0].name()] = own[0]
+    for entry in importlib.metadata.entry_points(group="dyntune.parts"):
+        part = entry.load()
+        found[part.name()] = part
+    return found
+
+
+def lookup(name: str) -> type[Part]:
+    """The class of the part called ``name``.
+
+    Raises:
+        SpecError: there is none; lists the names and the nearest one.
+    """
+    try:
+        return registered()[name]
+    except KeyError:
+        raise SpecError(unknown_name("method or token policy", name, registered())) from None
+
+
+def resolve(parts: Iterable[str | Part]) -> tuple[Part, ...]:
+    """Spec strings and typed configurations as typed configurations; presets stay presets.
+
+    Raises:
+        SpecError: a name, key or value is wrong, or an item is neither text nor a part.
+    """
+    resolved: list[Part] = []
+    for part in parts:
+        if isinstance(part, Part):
+            resolved.append(part)
+        elif isinstance(part, str):
+            resolved.extend(lookup(name).from_strings(values) for name, values in split_spec(part))
+        else:
+            raise SpecError(f"expected a spec string or a configuration such as DyT(rate=0.5); given {part!r}.")
+    return tuple(resolved)
+
+
+def expand(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Replaces each preset by what it stands for; the result holds tuning methods and token policies only."""
+    expanded: list[Part] = []
+    for part in parts:
+        expanded.extend(expand(part.expand()) if isinstance(part, Preset) else (part,))
+    return tuple(expanded)
+
+
+def part_from_dict(data: dict[str, Any]) -> Part:
+    """The part that ``Part.to_dict`` wrote.
+
+    Raises:
+        SpecError: unknown type or option, or a value of another type.
+    """
+    cls = lookup(str(data.get("type")))
+    options = {key: value for key, value in data.items() if key != "type"}
+    known = {field.name for field in dataclasses.fields(cls)}
+    for key in options:
+        if key not in known:
+            raise SpecError(f"{cls.name()}: " + unknown_name("option", key, known))
+    return cls(**options)

@@ -1,0 +1,205 @@
+"""Parts of a tuned model as typed, frozen dataclasses, and their two written forms: spec strings and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import re
+import types
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+from dyntune.core.errors import SpecError, unknown_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Base of tuning methods, token policies and presets: a configuration that can be written as a spec string.
+
+    A part is named after the module that it lives in (``fact_tt.py`` is ``fact-tt``). Its class docstring describes
+    each field once, under ``Args:``.
+    """
+
+    source: ClassVar[str] = ""
+    published: ClassVar[dict[str, str]] = {}
+    """Tensor names of the public code -> ours, as regular expressions; for ``dyntune.load_published``."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            try:
+                object.__setattr__(self, field.name, coerce(value, _hints(type(self))[field.name]))
+            except ValueError as error:
+                raise SpecError(f"{self.name()}: {field.name}={value!r} is not valid: expected {error}.") from None
+        self.check()
+
+    def check(self) -> None:
+        """Raises SpecError when values do not make sense together; fields already have their types."""
+
+    def require(self, condition: bool, expected: str) -> None:
+        """Raises SpecError naming this part and what was ``expected`` unless ``condition`` holds."""
+        if not condition:
+            raise SpecError(f"{self.name()}: expected {expected}; given {format_spec(self)!r}.")
+
+    @classmethod
+    def name(cls) -> str:
+        """The name that users write."""
+        return cls.__module__.rsplit(".", 1)[-1].replace("_", "-")
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first sentence of the class docstring."""
+        return inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+
+    @classmethod
+    def options(cls) -> dict[str, str]:
+        """Field name -> its description from the ``Args:`` section of the class docstring."""
+        match = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)*)", inspect.cleandoc(cls.__doc__ or ""), re.MULTILINE)
+        text = inspect.cleandoc(match.group(1)) if match else ""
+        found = re.findall(r"^(\w+): (.*(?:\n[ ]+.*)*)", text, re.MULTILINE)
+        return {name: " ".join(line.split()) for name, line in found}
+
+    @classmethod
+    def from_strings(cls, values: dict[str, str]) -> Self:
+        """Builds the part from ``key=value`` strings.
+
+        Raises:
+            SpecError: unknown key, or a value of another type; lists what is right.
+        """
+        hints = {field.name: _hints(cls)[field.name] for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in hints:
+                raise SpecError(f"{cls.name()}: " + unknown_name("option", key, hints))
+        converted = {}
+        for key, text in values.items():
+            try:
+                converted[key] = _parse(text, hints[key])
+            except ValueError as error:
+                raise SpecError(f"{cls.name()}: {key}={text!r} is not valid: expected {error}.") from None
+        return cls(**converted)
+
+    def from_published(self, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
+        """What a tensor of the public code is here: our names (those of ``backbone.named_parameters``) and values.
+
+        Returns:
+            None if ``name`` is not this part's, an empty dictionary if the tensor has no use. By default one tensor
+            under the name that ``published`` gives.
+        """
+        for pattern, ours in self.published.items():
+            if re.search(pattern, name):
+                return {re.sub(pattern, ours, name): tensor}
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: ``type`` (the part's name) and every field."""
+        return {"type": self.name(), **dataclasses.asdict(self)}
+
+
+def format_spec(part: Part) -> str:
+    """The spec string that gives ``part`` back: its name and the fields that differ from their defaults."""
+    changed = [
+        f"{field.name}={format_value(getattr(part, field.name))}"
+        for field in dataclasses.fields(part)
+        if getattr(part, field.name) != field.default
+    ]
+    return part.name() + (":" + ",".join(changed) if changed else "")
+
+
+def split_spec(text: str) -> list[tuple[str, dict[str, str]]]:
+    """Splits ``name:key=value,...+name:...`` into names and their key/value strings.
+
+    Raises:
+        SpecError: the text does not have that form.
+    """
+    parts = []
+    for piece in re.split(r"\+(?=\s*[A-Za-z])", text):  # not inside a number such as 1e+3
+        name, _, options = piece.strip().partition(":")
+        values: dict[str, str] = {}
+        for option in filter(None, (o.strip() for o in options.split(","))):
+            key, equals, value = option.partition("=")
+            if not equals or not key or not value:
+                raise SpecError(
+                    f"{option!r} in {text!r} is not key=value. A spec is name:key=value,key=value; a list is a/b."
+                )
+            if key in values:
+                raise SpecError(f"{key!r} is given twice in {text!r}.")
+            values[key] = value
+        if "=" in name:
+            raise SpecError(f"{piece!r} has no colon between name and options. A spec is name:key=value,key=value.")
+        if not name:
+            raise SpecError(f"no name in the spec {text!r}. A spec is name or name:key=value,key=value.")
+        parts.append((name, values))
+    return parts
+
+
+def _hints(cls: type[Part]) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _expected(hint: Any) -> str:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return f"a list of {_expected(get_args(hint)[0]).removeprefix('a ')}s, written a/b/c"
+    return words[hint]
+
+
+def _parse(text: str, hint: Any) -> Any:
+    """A value of type ``hint`` from its written form; ValueError says what was expected."""
+    for member in _members(hint):
+        if member is type(None) and text.lower() == "none":
+            return None
+        if get_origin(member) is Literal:
+            for choice in get_args(member):
+                if text == str(choice):
+                    return choice
+        elif get_origin(member) is tuple:
+            try:
+                return tuple(_parse(item, get_args(member)[0]) for item in text.split("/"))
+            except ValueError:
+                continue
+        elif member is bool and text.lower() in ("true", "false", "1", "0", "yes", "no"):
+            return text.lower() in ("true", "1", "yes")
+        elif member is str:
+            return text
+        elif member in (int, float):
+            try:
+                return coerce(member(text), member)
+            except ValueError:
+                continue
+    raise ValueError(" or ".join(map(_expected, _members(hint))))
+
+
+def coerce(value: Any, hint: Any) -> Any:
+    """``value`` as exactly the type ``hint`` (whole numbers as floats, lists as tuples); ValueError otherwise."""
+    for member in _members(hint):
+        if get_origin(member) is Literal:
+            if any(value == choice and type(value) is type(choice) for choice in get_args(member)):
+                return value
+        elif get_origin(member) is tuple:
+            if isinstance(value, list | tuple) and len(value) < 2 and get_args(member)[0] in _members(hint):
+                raise ValueError(f"{_expected(member)}, of at least two; one alone is given as a plain number")
+            if isinstance(value, list | tuple):
+                return tuple(coerce(item, get_args(member)[0]) for item in value)
+        elif member is float:
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                return float(value)
+        elif type(value) is member:
+            return value
+    raise ValueError(" or ".join(map(_expected, _members(hint))))
+
+
+def format_value(value: Any) -> str:
+    """A value as it is written in a spec string."""
+    if isinstance(value, tuple):
+        return "/".join(map(format_value, value))
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

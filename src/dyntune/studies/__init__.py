@@ -1,0 +1,1 @@
+"""Measurements on many models: comparisons, benchmarks, searches, and their reports."""

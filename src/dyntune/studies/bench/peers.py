@@ -1,0 +1,109 @@
+"""Who takes part: the model, and what it is compared with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dyntune.backbones.source import create_backbone
+from dyntune.core.errors import SpecError
+from dyntune.model.forward import Compact
+from dyntune.model.tuned import TunedModel
+from dyntune.parts.registry import resolve
+
+DENSE = "dense"
+"""The untouched backbone with the model's weights and head; in eager mode its own forward pass."""
+GATHER = "gather"
+"""The model itself, its active tokens gathered, computed and scattered by plain torch operators."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of those that are timed in turns.
+
+    Args:
+        name: ``dense``, ``gather``, or a spec as it was written.
+        model: what other runtimes are built from; in eval mode.
+        eager: images to logits, in torch as it is.
+        trained: whether the gates are those of a trained run.
+    """
+
+    name: str
+    model: TunedModel
+    eager: Callable[[Tensor], Tensor]
+    trained: bool = False
+
+    @property
+    def gated(self) -> bool:
+        """Whether some unit has a gate."""
+        return any(policy.gates(unit) for policy in self.model.policies for unit in self.model.backbone.all_units())
+
+
+def fresh(name: str, parts: Sequence[str], *, classes: int, weights: str | None, pretrained: bool) -> TunedModel:
+    """A model that nobody has trained; what starts at zero is random, so that an error in it would be seen.
+
+    Args:
+        name: timm name of the backbone.
+        parts: tuning methods and token policies.
+        classes: of the head.
+        weights: local weight file of the backbone.
+        pretrained: whether to load the weights that timm knows for ``name``.
+    """
+    host = create_backbone(name, weights=weights, pretrained=pretrained, num_classes=classes)
+    return _awake(TunedModel(host, resolve(parts)))
+
+
+def candidates(name: str, model: TunedModel, against: Sequence[str], *, trained: bool) -> list[Candidate]:
+    """The model, ``dense``, and the other peers, each with weights of its own.
+
+    Args:
+        name: of the model.
+        model: put in eval mode.
+        against: ``dense``, ``gather``, or specs of fresh models on the same backbone.
+        trained: whether the model's gates are trained.
+
+    Raises:
+        SpecError: the model is compared with itself.
+    """
+    found = [Candidate(name, model.eval(), model, trained)]
+    for peer in against:
+        if peer == GATHER:
+            found.append(Candidate(peer, model, _Gathered(model), trained))
+        elif peer == DENSE:
+            dense = TunedModel(untouched(model), resolve(["linear"])).eval()
+            found.append(Candidate(peer, dense, dense.backbone.host))
+        else:
+            other = _awake(TunedModel(untouched(model), resolve([peer]))).eval()
+            found.append(Candidate(peer, other, other))
+    specs = [candidate.model.spec for candidate in found if candidate.name not in (DENSE, GATHER)]
+    if len(set(specs)) < len(specs):
+        raise SpecError(f"{', '.join(specs)}: the model and its peers must differ; give each once.")
+    return found
+
+
+def untouched(model: TunedModel) -> nn.Module:
+    """The host of a tuned model, copied, without anything that was put on it."""
+    backbone = copy.deepcopy(model.backbone)
+    for site in backbone.sites():
+        site.restore()
+    return backbone.plain().host
+
+
+class _Gathered:
+    def __init__(self, model: TunedModel) -> None:
+        self.model = model
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.model.run(images, execution=Compact()).logits
+
+
+@torch.no_grad()
+def _awake(model: TunedModel) -> TunedModel:
+    for tensor in model.tuned_state().values():
+        if tensor.ndim > 1 and not tensor.any():
+            nn.init.trunc_normal_(tensor, std=0.02)
+    return model

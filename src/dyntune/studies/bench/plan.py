@@ -1,0 +1,86 @@
+"""What is to be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dyntune.core.errors import SpecError
+from dyntune.parts.registry import resolve
+from dyntune.studies.bench.peers import DENSE, GATHER
+from dyntune.studies.bench.runtimes import IN_TORCH, check_runtime
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model, what it is compared with, and how. All values are plain, so that a process can be told.
+
+    Args:
+        run: folder of a saved run; None for a fresh model.
+        model: timm name of the backbone of a fresh model.
+        parts: tuning methods and token policies of a fresh model; token policies on top of a run.
+        weights: local weight file of the backbone.
+        pretrained: whether a fresh model gets the weights that timm knows for its name; else they are random.
+        classes: of a fresh model's head.
+        against: peers: ``dense``, ``gather``, or specs; ``dense`` is always there.
+        runtimes: where the models run.
+        batch_sizes: images per call.
+        rate: share of the patches that gates let through; None for the target of untrained gates, and for what a run
+            has learned.
+        data: DATA argument of the timed images; None for noise.
+        threads: of each runtime; None for as many as torch takes by itself.
+        device: of runtimes in torch; the others run on the CPU.
+        rounds: turns of each model.
+        seconds: least time of a turn.
+        seed: of random weights and noise.
+    """
+
+    run: str | None = None
+    model: str = ""
+    parts: tuple[str, ...] = ()
+    weights: str | None = None
+    pretrained: bool = False
+    classes: int = 100
+    against: tuple[str, ...] = (DENSE,)
+    runtimes: tuple[str, ...] = ("eager",)
+    batch_sizes: tuple[int, ...] = (1,)
+    rate: float | None = None
+    data: str | None = None
+    threads: int | None = None
+    device: str = "cpu"
+    rounds: int = 15
+    seconds: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "against", (DENSE, *(peer for peer in self.against if peer != DENSE)))
+        for name in ("runtimes", "batch_sizes", "against"):
+            _require_different(name.replace("_", " "), getattr(self, name))
+        for runtime in self.runtimes:
+            check_runtime(runtime)
+        if min(self.batch_sizes) < 1:
+            raise SpecError(f"batch sizes {self.batch_sizes}: expected whole numbers of at least 1.")
+        if self.rate is not None and not 0 <= self.rate <= 1:
+            raise SpecError(f"rate {self.rate}: expected a share of the patches between 0 and 1.")
+        resolve(peer for peer in self.against if peer not in (DENSE, GATHER))
+        if GATHER in self.against and not set(self.runtimes) & set(IN_TORCH):
+            raise SpecError(
+                f"{GATHER} runs in torch, which would disturb the threads of {', '.join(self.runtimes)}. Add "
+                f"{' or '.join(IN_TORCH)} to the runtimes, or leave {GATHER} out."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Plan:
+        """The plan that ``to_dict`` wrote."""
+        plain: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+        return cls(**plain)
+
+
+def _require_different(what: str, values: Sequence[Any]) -> None:
+    if not values or len(set(values)) < len(values):
+        raise SpecError(f"{what} {', '.join(map(str, values)) or 'none'}: expected at least one, each once.")

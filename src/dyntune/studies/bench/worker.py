@@ -1,0 +1,173 @@
+"""The process that measures one runtime: ``python -m dyntune.studies.bench.worker PLAN.json RUNTIME RESULT.json``.
+
+Thread pools of torch, ONNX Runtime and OpenVINO keep their cores busy for a while after each call, so that they would
+disturb each other in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyntune.core.errors import DataError, DyntuneError
+from dyntune.core.files import write_json
+from dyntune.data import load_data
+from dyntune.model.checkpoint import load
+from dyntune.model.tuned import TunedModel
+from dyntune.studies.bench.gates import set_gates
+from dyntune.studies.bench.measure import Row, measure
+from dyntune.studies.bench.peers import GATHER, Candidate, candidates, fresh
+from dyntune.studies.bench.plan import Plan
+from dyntune.studies.bench.runtimes import IN_TORCH, build
+from dyntune.studies.bench.system import OtherLoad
+from dyntune.studies.compare import first_batch
+from dyntune.studies.report import machine
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured in one runtime.
+
+    Args:
+        rows: every candidate at every batch size.
+        model: name of the backbone.
+        method: spec of the model, which is the candidate of that name.
+        machine: processor, versions.
+        threads: of the runtime.
+        other_load: cores that other processes kept busy meanwhile; None where that is not known.
+        notes: what a reader must know of these figures.
+    """
+
+    rows: tuple[Row, ...]
+    model: str
+    method: str
+    machine: str
+    threads: int
+    other_load: float | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Measured:
+        """What ``to_dict`` wrote."""
+        made = {"rows": tuple(map(Row.from_dict, values["rows"])), "notes": tuple(values["notes"])}
+        return cls(**(values | made))
+
+
+def measure_runtime(plan: Plan, runtime: str, folder: Path) -> Measured:
+    """Measures all candidates of a plan in one runtime, in this process, whose number of threads it sets.
+
+    Args:
+        plan: what is measured.
+        runtime: one of its runtimes.
+        folder: where models of other runtimes are written to.
+    """
+    if plan.threads is not None:
+        torch.set_num_threads(plan.threads)
+    threads = torch.get_num_threads()
+    device = torch.device(plan.device if runtime in IN_TORCH else "cpu")
+    torch.manual_seed(plan.seed)
+    model, notes = _subject(plan)
+    name = model.spec if plan.run is not None else "+".join(plan.parts)
+    taking_part = [
+        candidate
+        for candidate in candidates(name, model, plan.against, trained=plan.run is not None)
+        if candidate.name != GATHER or runtime in IN_TORCH
+    ]
+    images = _images(plan, model).to(device)
+    for candidate in taking_part:
+        candidate.model.to(device)
+        if _sets_gates(candidate):
+            notes.append(f"{candidate.name}: {_gates_note(candidate, plan.rate)}")
+    if plan.run is not None and plan.rate is not None:
+        own = model.calibration is None
+        model.set_rate(plan.rate, images if own else None)
+        notes.append(f"{name}: set to a rate of {plan.rate:.0%}" + (", calibrated on the timed images" if own else ""))
+    built: dict[str, Callable[[Tensor], Tensor]] = {}
+    rows: list[Row] = []
+    with OtherLoad() as load:
+        for batch_size in plan.batch_sizes:
+            batch = images[:batch_size]
+            for place, candidate in enumerate(taking_part):
+                if _sets_gates(candidate):
+                    set_gates(candidate.model, batch, plan.rate)
+                # Anew for each batch size, for memory that one has taken is not taken again.
+                into = folder / f"{place}-{batch_size}"
+                built[candidate.name] = _call(candidate, runtime, batch, threads, into)
+            rows += measure(
+                [(candidate, built[candidate.name]) for candidate in taking_part],
+                batch,
+                runtime=runtime,
+                exact=not runtime.endswith("-int8"),
+                rounds=plan.rounds,
+                seconds=plan.seconds,
+            )
+    backbone = model.origin.name or type(model.backbone.host).__name__
+    return Measured(tuple(rows), backbone, name, machine(), threads, load.cores, tuple(notes))
+
+
+def _subject(plan: Plan) -> tuple[TunedModel, list[str]]:
+    """The model, and what must be said about its weights."""
+    if plan.run is not None:
+        tokens = "+".join(plan.parts) or None
+        return load(plan.run, weights=plan.weights, tokens=tokens), []
+    model = fresh(plan.model, plan.parts, classes=plan.classes, weights=plan.weights, pretrained=plan.pretrained)
+    given = plan.pretrained or plan.weights is not None
+    return model, ["methods untrained" if given else "random weights, methods untrained"]
+
+
+def _images(plan: Plan, model: TunedModel) -> Tensor:
+    """As many images as the largest batch, of the data's test split, or noise."""
+    count = max(plan.batch_sizes)
+    if plan.data is None:
+        generator = torch.Generator().manual_seed(plan.seed + 1)
+        return torch.randn(count, *model.backbone.image_shape, generator=generator)
+    test = load_data(plan.data).test
+    if test is None or len(test) < count:
+        raise DataError(
+            f"{plan.data} has {0 if test is None else len(test)} test images; a batch of {count} was asked for. "
+            "Give a smaller --batch-size or other data."
+        )
+    return first_batch(test, model, count)
+
+
+def _sets_gates(candidate: Candidate) -> bool:
+    return candidate.gated and not candidate.trained and candidate.name != GATHER
+
+
+def _call(candidate: Candidate, runtime: str, images: Tensor, threads: int, folder: Path) -> Callable[[Tensor], Tensor]:
+    if runtime == "eager" or candidate.name == GATHER:
+        return candidate.eager
+    return build(runtime, candidate.model, images, threads=threads, folder=folder)
+
+
+def _gates_note(candidate: Candidate, rate: float | None) -> str:
+    return f"gates set to {candidate.model.target_rate if rate is None else rate:.0%} of the patches, untrained"
+
+
+def main(arguments: list[str]) -> int:
+    """Writes what was measured, or the error, to the result file; returns the exit status."""
+    plan, runtime, result = Path(arguments[0]), arguments[1], Path(arguments[2])
+    try:
+        with tempfile.TemporaryDirectory(prefix="dyntune-bench-") as folder:
+            measured = measure_runtime(Plan.from_dict(json.loads(plan.read_text("utf-8"))), runtime, Path(folder))
+    except (DyntuneError, OSError) as error:
+        write_json(result, {"error": str(error)})
+        return 1
+    write_json(result, measured.to_dict())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

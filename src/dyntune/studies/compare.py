@@ -1,0 +1,176 @@
+"""Several methods on one data set: trained alike, evaluated on the test split, and timed in turns."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dyntune.core.errors import DataError, SpecError
+from dyntune.data.base import DataSplits, LabelledImages
+from dyntune.model.cost import cost
+from dyntune.model.tuned import TunedModel, build_tuned
+from dyntune.parts.registry import resolve
+from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
+from dyntune.training.progress import Progress
+from dyntune.training.settings import TrainSettings
+from dyntune.training.throughput import Throughput, measure_throughput
+from dyntune.training.trainer import fit
+
+DENSE = "dense backbone"
+"""Name of the untouched backbone, the reference of every speed."""
+SPEED_BATCH = 64
+"""Images in the batch that speeds are measured on."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method came to.
+
+    Args:
+        method: its spec string.
+        test: evaluation on the test split; MACs as executed there.
+        trainable_params: trained parameters without the head.
+        adapter_bytes: size of the saved tensors, head included.
+        dense_macs: MACs per image of the untouched backbone.
+        speed: images per second, and speed-up over the untouched backbone in the same runs.
+        train_seconds: time that training took.
+    """
+
+    method: str
+    test: Evaluation
+    trainable_params: int
+    adapter_bytes: int
+    dense_macs: int
+    speed: Throughput
+    train_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def split_specs(text: str) -> list[str]:
+    """Splits ``a,b:key=value,key=value,c`` into specs, which must be known and different."""
+    specs = split_list(text)
+    resolve(specs)
+    if len({folder_name(spec) for spec in specs}) < len(specs):
+        raise SpecError(f"{text!r} names a method twice; give each once.")
+    return specs
+
+
+def split_list(text: str) -> list[str]:
+    """Splits ``a,b:key=value,key=value,c`` at its commas; a piece ``key=value`` belongs to what stands before it."""
+    specs: list[str] = []
+    for piece in filter(None, (p.strip() for p in text.split(","))):
+        continues = "=" in piece and ":" not in piece.split("=")[0]
+        if continues and not specs:
+            raise SpecError(
+                f"{text!r} begins with the option {piece!r}; a spec begins with a name, as in dyt:rate=0.5."
+            )
+        specs = [*specs[:-1], f"{specs[-1]},{piece}"] if continues else [*specs, piece]
+    if not specs:
+        raise SpecError("no method given; for instance linear,adaptformer,dyt:rate=0.5.")
+    return specs
+
+
+def folder_name(spec: str) -> str:
+    """A folder name for a spec: letters, digits, dots and dashes; different specs have different names.
+
+    Where more is lost than the separators of a spec, such as the sign of a number, a digest is appended.
+    """
+    written = "".join(spec.split())
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", written).strip("-")
+    if re.fullmatch(r"[A-Za-z0-9.]+((?:[:,=/]|[+_-](?=[A-Za-z]))[A-Za-z0-9.]+)*", written):
+        return name
+    return f"{name}-{hashlib.sha256(written.encode()).hexdigest()[:8]}"
+
+
+def compare(
+    specs: Sequence[str],
+    data: DataSplits,
+    out: Path,
+    *,
+    model: str,
+    weights: Path | None = None,
+    settings: TrainSettings,
+    resume: bool = False,
+    progress: Callable[[str], Progress] | None = None,
+    teacher: nn.Module | None = None,
+) -> tuple[list[Row], dict[str, TunedModel]]:
+    """Trains each method with the same settings and seed, evaluates it, and times all of them in turns.
+
+    Args:
+        specs: one method each; ``+`` joins several parts.
+        data: train, validation and test images.
+        out: each run gets a folder in it.
+        model: timm name of the backbone.
+        weights: local weight file of the backbone.
+        settings: of every run.
+        resume: continue runs that ``out`` holds.
+        progress: makes the display of a run from its spec.
+        teacher: as for ``fit``, of the runs that learn from one.
+
+    Returns:
+        A row per method, and the trained models by spec.
+
+    Raises:
+        DataError: the data set has no test split.
+    """
+    if data.test is None:
+        raise DataError(f"{data.name} has no test split, which a comparison reports on.")
+    models: dict[str, TunedModel] = {}
+    seconds: dict[str, float] = {}
+    for spec in specs:
+        torch.manual_seed(settings.seed)  # the same new head for every method
+        models[spec] = build_tuned(model, spec, classes=data.classes, weights=weights)
+        result = fit(
+            models[spec],
+            data.train,
+            data.val,
+            out=out / folder_name(spec),
+            resume=resume,
+            settings=settings,
+            progress=progress(spec) if progress else None,
+            teacher=teacher if any(policy.distills() for policy in models[spec].policies) else None,
+        )
+        seconds[spec] = result.seconds
+    evaluations = {spec: evaluate(m, data.test, batch_size=settings.batch_size) for spec, m in models.items()}
+    speeds = compare_speed(models, first_batch(data.test, next(iter(models.values())), SPEED_BATCH))
+    rows = [
+        Row(
+            method=spec,
+            test=evaluations[spec],
+            trainable_params=(figures := cost(models[spec])).trainable_params,
+            adapter_bytes=figures.adapter_bytes,
+            dense_macs=figures.dense_macs,
+            speed=speeds[spec],
+            train_seconds=seconds[spec],
+        )
+        for spec in specs
+    ]
+    return rows, models
+
+
+def compare_speed(models: dict[str, TunedModel], images: Tensor) -> dict[str, Throughput]:
+    """Images per second of tuned models and of the untouched backbone, ``DENSE``, in turns on one batch."""
+    first = next(iter(models.values()))
+    device = next(first.parameters()).device
+    plain = first.origin.build(pretrained=False) if first.origin.name else copy.deepcopy(first.backbone.plain().host)
+    contestants: dict[str, Callable[[Tensor], Any]] = {DENSE: plain.to(device).eval()}
+    contestants |= {spec: model.eval() for spec, model in models.items()}
+    with torch.inference_mode():
+        return measure_throughput(contestants, images.to(device), reference=DENSE)
+
+
+def first_batch(dataset: LabelledImages, model: TunedModel, batch_size: int) -> Tensor:
+    """The first images of a data set, preprocessed: ``(at most batch_size, 3, height, width)``."""
+    return next(iter(DataLoader(as_tensors(dataset, model), batch_size)))[0]

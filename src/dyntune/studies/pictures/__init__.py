@@ -1,0 +1,8 @@
+"""Pictures of what a tuned model does with its tokens: how many each block computes, and which. Needs matplotlib."""
+
+from dyntune.studies.pictures.activation import activation_figure
+from dyntune.studies.pictures.reductions import reduction_figure
+from dyntune.studies.pictures.save import save_figure
+from dyntune.studies.pictures.tokens import token_figure
+
+__all__ = ["activation_figure", "reduction_figure", "save_figure", "token_figure"]

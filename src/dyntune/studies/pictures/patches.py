@@ -1,0 +1,108 @@
+"""What has become of each image patch at one unit: whose token it is part of, and whether that token was computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dyntune.core.tokens import Sources
+from dyntune.parts.policies.base import Gate
+
+
+@dataclass(frozen=True)
+class PatchState:
+    """The patches of one image at one unit; all arrays are ``(rows, columns)``.
+
+    Args:
+        owner: number of the token that each patch is part of; -1 where it was dropped.
+        active: Boolean, the patches whose token the unit computed.
+    """
+
+    owner: np.ndarray
+    active: np.ndarray
+
+    @property
+    def dropped(self) -> np.ndarray:
+        """Boolean, the patches that are part of no token."""
+        return self.owner < 0
+
+    @property
+    def skipped(self) -> np.ndarray:
+        """Boolean, the patches whose token is there, but was not computed."""
+        return ~self.dropped & ~self.active
+
+    @cached_property
+    def merged(self) -> np.ndarray:
+        """Boolean, the patches that share their token with others."""
+        _, place, sizes = np.unique(self.owner, return_inverse=True, return_counts=True)
+        return ~self.dropped & (sizes[place].reshape(self.owner.shape) > 1)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are."""
+        return len(np.unique(self.owner[~self.dropped]))
+
+    @property
+    def share(self) -> float:
+        """Share of the tokens that the unit computed."""
+        return len(np.unique(self.owner[~self.dropped & self.active])) / max(1, self.tokens)
+
+
+def states_at_gate(gate: Gate, images: int, grid: tuple[int, int]) -> list[PatchState]:
+    """The state of each image's patches at a gated unit.
+
+    Raises:
+        ValueError: the gate is not one of that many images and patches.
+    """
+    what = f"the gate of {gate.unit}"
+    owner = _owner(gate.sources, gate.values, what, images, grid)
+    active = _of_grid(gate.on_patches.detach().float() > 0.5, what, images, grid)
+    return [PatchState(*state) for state in zip(owner, active & (owner >= 0), strict=True)]
+
+
+def states_after(sources: Sources, unit: str, images: int, grid: tuple[int, int]) -> list[PatchState]:
+    """The state of each image's patches behind the reduction at ``unit``; every token counts as active.
+
+    Raises:
+        ValueError: the reduction is not one of that many images and patches.
+    """
+    tokens = sources.present if sources.owner is None else sources.owner
+    assert tokens is not None  # a reduction has changed something
+    owner = _owner(sources, tokens, f"the reduction at {unit}", images, grid)
+    return [PatchState(numbers, np.ones(grid, dtype=bool)) for numbers in owner]
+
+
+def mean_colours(pixels: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """The mean colour, between 0 and 1, of the token that each patch is part of: ``(rows, columns, 3)``.
+
+    Args:
+        pixels: the mean colour of each patch, ``(rows, columns, 3)``, between 0 and 255.
+        owner: ``(rows, columns)``.
+    """
+    _, place, sizes = np.unique(owner, return_inverse=True, return_counts=True)
+    place = place.ravel()
+    sums = [np.bincount(place, channel.ravel()) for channel in np.moveaxis(pixels / 255, -1, 0)]
+    return (np.stack(sums, axis=-1) / sizes[:, None])[place].reshape(*owner.shape, 3)
+
+
+def _owner(sources: Sources, tokens: Tensor, what: str, images: int, grid: tuple[int, int]) -> np.ndarray:
+    """``(B, rows, columns)``, with -1 also for tokens that training hides; ``tokens`` has one column per token."""
+    owner = sources.owner
+    if owner is None:
+        owner = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+    if sources.present is not None:
+        owner = owner.where(sources.of_patches(sources.present) > 0.5, -1)
+    return _of_grid(owner, what, images, grid)
+
+
+def _of_grid(values: Tensor, what: str, images: int, grid: Sequence[int]) -> np.ndarray:
+    """Checked, on the CPU and in the shape of the grid."""
+    expected = (images, grid[0] * grid[1])
+    if tuple(values.shape) != expected:
+        raise ValueError(f"{what} has shape {tuple(values.shape)}: expected (images, patches) = {expected}.")
+    return values.cpu().numpy().reshape(images, *grid)

@@ -1,0 +1,231 @@
+"""What a comparison leaves behind: a table for people, files for programs, pictures, and a page that shows them."""
+
+from __future__ import annotations
+
+import csv
+import html
+import os
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from dyntune.core.files import write_atomically, write_json, write_text
+from dyntune.data.base import LabelledImages
+from dyntune.model.tuned import TunedModel
+from dyntune.studies.compare import Row, folder_name
+from dyntune.studies.pictures import activation_figure, reduction_figure, save_figure, token_figure
+from dyntune.studies.pictures.tradeoff import tradeoff_figure
+from dyntune.training.evaluate import as_tensors
+
+_GATED, _REDUCED = 6, 2
+"""Images in a picture of gates, and of merged or dropped tokens."""
+_SPEED = "Speed is relative to the untouched backbone, run in turns in one process."
+COLUMNS = (
+    "method",
+    "test accuracy",
+    "trained parameters",
+    "adapter",
+    "MACs per image",
+    "of dense",
+    "active",
+    "img/s",
+    "speed",
+)
+
+
+def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The rows as people read them, under ``COLUMNS``."""
+    return [
+        (
+            row.method,
+            f"{row.test.accuracy:.2%}",
+            f"{row.trainable_params:,}",
+            f"{row.adapter_bytes / 1000:,.0f} kB",
+            f"{(row.test.macs or 0) / 1e6:,.2f} M",
+            f"{(row.test.macs or 0) / row.dense_macs:.1%}",
+            f"{row.test.activation:.1%}" if row.test.activation_per_unit else "-",
+            f"{row.speed.images_per_second:,.0f}",
+            f"{row.speed.speedup:.2f} x",
+        )
+        for row in rows
+    ]
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The table in Markdown."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
+    lines += [
+        "| " + " | ".join(f"`{cells[0]}`" if i == 0 else c for i, c in enumerate(cells)) + " |"
+        for cells in table_rows(rows)
+    ]
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """What the figures were measured on: processor, cores used, versions."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = models[0] if models else name
+    device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{name}, {threads}{device}, torch {torch.__version__}, {platform.system()}"
+
+
+def write_report(
+    out: Path, title: str, intro: str, rows: Sequence[Row], models: dict[str, TunedModel], images: LabelledImages
+) -> Path:
+    """Writes table, pictures and page of a comparison.
+
+    Args:
+        out: folder for ``results.json``, ``results.csv``, ``results.md``, the pictures and ``index.html``.
+        title: of the page.
+        intro: one paragraph of text under the title.
+        rows: a row per method.
+        models: the trained models by method.
+        images: where the images of the pictures are taken from.
+
+    Returns:
+        The page.
+    """
+    write_json(out / "results.json", {"title": title, "machine": machine(), "rows": [row.to_dict() for row in rows]})
+    write_atomically(out / "results.csv", lambda path: _write_csv(path, rows))
+    pictures = {"tradeoff.png": "Test accuracy over the MACs that ran, without the head."}
+    save_figure(tradeoff_figure(rows), out / "tradeoff.png")
+    gated = [row for row in rows if row.test.activation_per_unit]
+    if gated:
+        rates = {row.method: list(row.test.activation_per_unit.items()) for row in gated}
+        targets = {row.method: models[row.method].target_rate for row in gated}
+        save_figure(activation_figure(rates, targets), out / "activation.png")
+        pictures["activation.png"] = "Activation rate of each gated unit on the test images; dashed, the target."
+    for row in rows:
+        for name, (figure, text) in token_pictures(row.method, models[row.method], images).items():
+            save_figure(figure, out / name)
+            pictures[name] = text
+    body = f"{intro}\n\n{markdown_table(rows)}\n\nMeasured on {machine()}. {_SPEED}\n"
+    write_text(
+        out / "results.md",
+        f"# {title}\n\n{body}\n" + "\n\n".join(f"![{text}]({file})" for file, text in pictures.items()) + "\n",
+    )
+    write_text(out / "index.html", _page(title, intro, rows, pictures))
+    return out / "index.html"
+
+
+def token_pictures(method: str, model: TunedModel, images: LabelledImages) -> dict[str, tuple[Figure, str]]:
+    """What a model makes of the tokens of images spread over a data set: figure and caption by name of the file."""
+    if not model.policies:
+        return {}
+    picked = range(0, len(images), max(1, len(images) // _GATED))[:_GATED]
+    prepared = as_tensors(images, model)
+    batch = torch.stack([prepared[i][0] for i in picked]).to(next(model.parameters()).device)
+    plain = [images.with_transform(None)[i][0] for i in picked]
+    found = {}
+    with torch.no_grad():
+        output = model.eval().run(batch)
+        few = model.run(batch[:_REDUCED])
+    if output.gates:
+        found[f"tokens-{folder_name(method)}.png"] = (
+            token_figure(plain, output.gates, output.grid),
+            f"Activated tokens of {method}: in each block the patches that were computed; the others skipped it.",
+        )
+    if few.reductions:
+        found[f"reductions-{folder_name(method)}.png"] = (
+            reduction_figure(plain[:_REDUCED], few),
+            f"Tokens of {method}: in each block what was merged, dropped or skipped.",
+        )
+    return found
+
+
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            [
+                "method",
+                "test_accuracy",
+                "trainable_params",
+                "adapter_bytes",
+                "macs",
+                "dense_macs",
+                "activation",
+                "images_per_second",
+                "speedup",
+                "speedup_low",
+                "speedup_high",
+                "train_seconds",
+            ]
+        )
+        for r in rows:
+            figures = [
+                r.test.accuracy,
+                r.trainable_params,
+                r.adapter_bytes,
+                r.test.macs,
+                r.dense_macs,
+                r.test.activation,
+            ]
+            speed = [r.speed.images_per_second, r.speed.speedup, r.speed.speedup_low, r.speed.speedup_high]
+            writer.writerow([r.method, *figures, *speed, r.train_seconds])
+
+
+def _breakable(cell: str) -> str:
+    """The cell as HTML, in which a long spec may be broken between its parts and options."""
+    return re.sub(r"([,+])", r"\1<wbr>", html.escape(cell)) if ":" in cell else html.escape(cell)
+
+
+def _page(title: str, intro: str, rows: Sequence[Row], pictures: dict[str, str]) -> str:
+    """One HTML page without scripts or anything from elsewhere."""
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in COLUMNS)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_breakable(cell)}</td>" for cell in cells) + "</tr>" for cells in table_rows(rows)
+    )
+    figures = "".join(
+        f'<figure><img src="{html.escape(file)}" alt=""><figcaption>{html.escape(text)}</figcaption></figure>'
+        for file, text in pictures.items()
+    )
+    return _TEMPLATE.format(
+        title=html.escape(title),
+        intro=html.escape(intro),
+        head=head,
+        body=body,
+        figures=figures,
+        machine=html.escape(machine()),
+        speed=_SPEED,
+    )
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }}
+table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .4rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }}
+th {{ white-space: normal; }}
+th:first-child, td:first-child {{ text-align: left; white-space: normal; min-width: 18rem; overflow-wrap: break-word; }}
+td:first-child {{ font-family: ui-monospace, monospace; }}
+figure {{ margin: 2.5rem 0; }}
+img {{ max-width: 100%; height: auto; }}
+figcaption, .machine {{ color: #555; font-size: .9rem; }}
+.scroll {{ overflow-x: auto; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{intro}</p>
+<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+<p class="machine">Measured on {machine}. {speed}</p>
+{figures}
+</body>
+</html>
+"""

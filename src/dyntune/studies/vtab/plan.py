@@ -1,0 +1,134 @@
+"""What a benchmark run consists of: its jobs, and what must stay the same when it is continued."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dyntune.core.errors import TrainingError
+from dyntune.core.files import write_json
+from dyntune.studies.compare import folder_name
+from dyntune.studies.vtab.fingerprint import file_digest, lists_digest
+from dyntune.studies.vtab.recipes import Recipe
+from dyntune.studies.vtab.tasks import Benchmark, Task
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work: the training of a method on a task with a seed, or, without a seed, the search before it.
+
+    Args:
+        spec: the method as the user wrote it.
+        task: the task's ``folder``.
+        seed: of the training; None for a search.
+    """
+
+    spec: str
+    task: str
+    seed: int | None
+
+    def folder(self, out: Path) -> Path:
+        """Where everything about this job is kept, below the benchmark's folder."""
+        kind = out / ("search" if self.seed is None else "jobs")
+        place = kind / folder_name(self.spec) / self.task
+        return place if self.seed is None else place / f"seed-{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.spec} on {self.task}, {'search' if self.seed is None else f'seed {self.seed}'}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a worker needs to know.
+
+    Args:
+        out: the benchmark's folder.
+        benchmark: with the tasks that are trained.
+        folders: the task's folder of images by ``Task.folder``.
+        model: timm name of the backbone.
+        weights: local weight file of the backbone.
+        recipe: how every job is trained.
+        specs: the methods.
+        seeds: of the trainings; a seed decides head, order and noise.
+        search: trials per method and task, 0 for none.
+        storage: address of the search's database; a file in ``out`` by default.
+    """
+
+    out: Path
+    benchmark: Benchmark
+    folders: dict[str, Path]
+    model: str
+    weights: Path | None
+    recipe: Recipe
+    specs: tuple[str, ...]
+    seeds: tuple[int, ...]
+    search: int = 0
+    storage: str | None = None
+
+    def task(self, name: str) -> Task:
+        """The task whose folder is called ``name``."""
+        return next(task for task in self.benchmark.tasks if task.folder == name)
+
+    def jobs(self) -> list[Job]:
+        """The trainings: seed by seed, so that a run that is stopped has whole columns."""
+        tasks = [task.folder for task in self.benchmark.tasks]
+        return [Job(spec, task, seed) for seed in self.seeds for spec in self.specs for task in tasks]
+
+    def searches(self) -> list[Job]:
+        """The searches that come before them."""
+        pairs = [(spec, task.folder) for spec in self.specs for task in self.benchmark.tasks]
+        return [Job(spec, task, None) for spec, task in pairs] if self.search else []
+
+    def options(self) -> dict[str, Any]:
+        """What decides the outcome of every job, apart from its data."""
+        return {
+            "benchmark": self.benchmark.name,
+            "model": self.model,
+            "weights": None if self.weights is None else file_digest(self.weights),
+            **self.recipe.identity(),
+            "search": self.search,
+        }
+
+    def lists(self) -> dict[str, str]:
+        """A digest of every task's lists."""
+        return {task.folder: lists_digest(self.folders[task.folder]) for task in self.benchmark.tasks}
+
+    def digest(self, task: str) -> str:
+        """Tells searches on a task apart that share a database."""
+        same = self.options() | {"search": None, "lists": lists_digest(self.folders[task])}
+        return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:12]
+
+    def take_folder(self) -> None:
+        """Writes the plan to ``out``, or makes sure that the one in there is this one, and adds tasks that are new.
+
+        Methods and seeds may be added too; data and weights may have been moved.
+
+        Raises:
+            TrainingError: ``out`` holds a run with other options, data or weights, or something else.
+        """
+        file = self.out / PLAN
+        options, lists = self.options(), self.lists()
+        if not file.exists():
+            if self.out.exists() and any(self.out.iterdir()):
+                raise TrainingError(f"{self.out} holds something else than a benchmark run; give another folder.")
+            write_json(file, {**options, "tasks": lists})
+            return
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+            known = dict(before.get("tasks", {}))
+            changed = [f"{k} was {before.get(k)}, is {v}" for k, v in options.items() if before.get(k) != v]
+        except (ValueError, AttributeError, TypeError) as error:
+            raise TrainingError(f"{file} is damaged ({error}); give another folder.") from error
+        changed += [f"{task} had other lists" for task, own in lists.items() if known.get(task, own) != own]
+        if changed:
+            raise TrainingError(
+                f"the run in {self.out} was started differently: {'; '.join(changed)}. Use the same options, data and "
+                "weights, or another folder."
+            )
+        if not lists.keys() <= known.keys():
+            write_json(file, {**options, "tasks": known | lists})

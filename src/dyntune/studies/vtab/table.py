@@ -1,0 +1,146 @@
+"""The table of a benchmark, for people, papers and programs; what is not measured is a dash."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from dyntune.studies.vtab.averages import MethodRow, Score, SeedRow
+from dyntune.studies.vtab.published import SOURCE, comparable, published_row
+from dyntune.studies.vtab.tasks import Benchmark
+
+DASH = "-"
+_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_TEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
+
+
+def columns(benchmark: Benchmark) -> list[str]:
+    """Heads of the columns after method and seed."""
+    return [task.title for task in benchmark.tasks] + [*benchmark.groups, "Mean", "Params (M)", "MACs (G)"]
+
+
+def cells(row: MethodRow | SeedRow, benchmark: Benchmark) -> list[str]:
+    """The figures of a row under ``columns``: accuracies in per cent, tasks with one decimal and means with two."""
+    accuracies = [_percent(row.tasks[task.folder], 1) for task in benchmark.tasks]
+    accuracies += [_percent(row.groups[group], 2) for group in benchmark.groups]
+    return [*accuracies, _percent(row.mean, 2), _scaled(row.params, 1e6), _scaled(row.macs, 1e9)]
+
+
+def terminal_rows(rows: Sequence[MethodRow], benchmark: Benchmark, model: str) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows with the methods side by side, because 19 tasks do not fit across a terminal."""
+    figures = [cells(row, benchmark) for row in rows]
+    lines = [[name, *(own[i] for own in figures)] for i, name in enumerate(columns(benchmark))]
+    if comparable(benchmark, model):
+        published = [published_row(row.method) for row in rows]
+        lines.append(["Mean, published", *(DASH if p is None else f"{p.mean:.2f}" for p in published)])
+    return ["", *(row.method for row in rows)], lines
+
+
+def to_csv(rows: Sequence[MethodRow], benchmark: Benchmark) -> str:
+    """One line per method and seed, and the mean and the standard deviation over seeds; empty where not measured.
+
+    Accuracies are per cent, parameters and MACs are counts per image.
+    """
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    names = [*(task.folder for task in benchmark.tasks), *(group.lower() for group in benchmark.groups), "mean"]
+    writer.writerow(["method", "seed", *names, "params", "macs", "activation"])
+    for row in rows:
+        for seed in row.seeds:
+            values = [*seed.tasks.values(), *seed.groups.values(), seed.mean]
+            _write(writer, row.method, str(seed.seed), values, (seed.params, seed.macs, seed.activation))
+        scores = [*row.tasks.values(), *row.groups.values(), row.mean]
+        means = [None if score is None else score.mean for score in scores]
+        _write(writer, row.method, "mean", means, (row.params, row.macs, row.activation))
+        if len(row.seeds) > 1:
+            deviations = [None if score is None else score.std for score in scores]
+            _write(writer, row.method, "std", deviations, (None, None, None))
+    return file.getvalue()
+
+
+def to_markdown(rows: Sequence[MethodRow], benchmark: Benchmark, model: str, measured: str) -> str:
+    """The table with a line per seed under each method, and how its figures were trained and measured."""
+    heads = ["method", "seed", *columns(benchmark)]
+    lines = [
+        f"# {benchmark.name} with {model}",
+        "",
+        "| " + " | ".join(heads) + " |",
+        "| --- | --- |" + " ---: |" * (len(heads) - 2),
+    ]
+    for row in rows:
+        for name, own in _blocks(row):
+            lines.append("| " + " | ".join([f"`{row.method}`", name, *cells(own, benchmark)]) + " |")
+    lines += ["", f"{_legend(rows)} {measured}", ""]
+    known = [(row, published_row(row.method)) for row in rows] if comparable(benchmark, model) else []
+    if any(published for _, published in known):
+        lines += [f"Published ({SOURCE}):", "", "| method | name there | Mean | Params (M) | MACs (G) |"]
+        lines += ["| --- | --- | ---: | ---: | ---: |"]
+        lines += [
+            f"| `{row.method}` | {p.name} | {p.mean:.2f} | {p.params_m:.2f} | {p.gflops:.2f} |" for row, p in known if p
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def to_latex(rows: Sequence[MethodRow], benchmark: Benchmark, measured: str) -> str:
+    """The table for the packages booktabs and graphicx: a line per method, tasks under their groups.
+
+    How its figures were trained and measured is a comment in the first line.
+    """
+    sizes = [sum(task.group == group for task in benchmark.tasks) for group in benchmark.groups]
+    starts = [2 + sum(sizes[:i]) for i in range(len(sizes))]
+    heads = [f"\\rotatebox{{90}}{{{_escape(name)}}}" for name in columns(benchmark)]
+    lines = [
+        f"% {' '.join(measured.split())}",
+        f"\\begin{{tabular}}{{l{'c' * len(heads)}}}",
+        "\\toprule",
+        " & "
+        + " & ".join(f"\\multicolumn{{{n}}}{{c}}{{{_escape(g)}}}" for n, g in zip(sizes, benchmark.groups, strict=True))
+        + f" & \\multicolumn{{{len(sizes) + 3}}}{{c}}{{}} \\\\",
+        " ".join(f"\\cmidrule(lr){{{s}-{s + n - 1}}}" for s, n in zip(starts, sizes, strict=True)),
+        " & " + " & ".join(heads) + " \\\\",
+        "\\midrule",
+    ]
+    for row in rows:
+        figures = [cell.replace(" ± ", " $\\pm$ ").replace(DASH, "--") for cell in cells(row, benchmark)]
+        lines.append(f"\\texttt{{{_escape(row.method)}}} & " + " & ".join(figures) + " \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+
+
+def _blocks(row: MethodRow) -> list[tuple[str, MethodRow | SeedRow]]:
+    seeds: list[tuple[str, MethodRow | SeedRow]] = [(str(seed.seed), seed) for seed in row.seeds]
+    return [*seeds, ("mean", row)] if len(seeds) > 1 else seeds
+
+
+def _legend(rows: Sequence[MethodRow]) -> str:
+    spread = " ± is the standard deviation over seeds." if any(len(row.seeds) > 1 for row in rows) else ""
+    return (
+        "Top-1 accuracy on the test split in per cent. Mean is the mean of the group means. Parameters are those "
+        "trained, without the head; MACs per image are those that ran on the test images, without the head, mean over "
+        f"tasks.{spread}"
+    )
+
+
+def _percent(value: Score | float | None, digits: int) -> str:
+    if value is None:
+        return DASH
+    if isinstance(value, Score):
+        spread = "" if value.std is None else f" ± {100 * value.std:.{digits}f}"
+        return f"{100 * value.mean:.{digits}f}{spread}"
+    return f"{100 * value:.{digits}f}"
+
+
+def _scaled(value: float | None, unit: float) -> str:
+    return DASH if value is None else f"{value / unit:.3f}"
+
+
+def _escape(text: str) -> str:
+    return "".join(_TEX.get(sign, sign) for sign in text)
+
+
+def _write(
+    writer: object, method: str, seed: str, shares: Sequence[float | None], counts: Sequence[float | None]
+) -> None:
+    accuracies = ["" if share is None else round(100 * share, 4) for share in shares]
+    writer.writerow([method, seed, *accuracies, *("" if count is None else count for count in counts)])  # type: ignore[attr-defined]

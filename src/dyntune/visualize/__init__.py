@@ -1,8 +1,0 @@
-"""Pictures of what a tuned model does with its tokens: how many each block computes, and which. Needs matplotlib."""
-
-from dyntune.visualize.activation import activation_figure
-from dyntune.visualize.reductions import reduction_figure
-from dyntune.visualize.save import save_figure
-from dyntune.visualize.tokens import token_figure
-
-__all__ = ["activation_figure", "reduction_figure", "save_figure", "token_figure"]

@@ -1,0 +1,231 @@
+"""The folder: what lies in it, the runner that needs no Dyntune, and what happens when it is damaged."""
+
+import copy
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dyntune
+from dyntune.commands.predict import predict
+from dyntune.core.errors import DataError, DeploymentError
+from dyntune.inference.export import bundle
+from dyntune.inference.export.folder import is_deployed, open_runtime
+
+RUNTIMES = ("onnx", "openvino", "torch")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Image files that have to be turned, laid on white, scaled down or up."""
+    root = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0).integers(0, 256, (47, 90, 4), dtype=np.uint8)
+    photo = Image.fromarray(noise[..., :3])
+    photo.save(root / "photo.jpg", quality=90)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    photo.save(root / "turned.jpg", exif=turned)
+    Image.fromarray(noise).save(root / "clear.png")
+    Image.fromarray(noise[:20, :11, 0]).save(root / "grey.png")
+    deep = Image.fromarray(noise[..., 0].astype(np.uint16) * 257 - noise[..., 1] // 2)
+    deep.save(root / "deep.png")
+    deep.save(root / "deep.pgm")
+    return sorted(root.iterdir())
+
+
+def run(folder, *arguments):
+    """Runs the runner, and then prints which libraries it has imported."""
+    program = (
+        "import runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__'); "
+        "print(*(name for name in ('torch', 'dyntune', 'timm', 'onnx') if name in sys.modules))"
+    )
+    command = [sys.executable, "-c", f"import sys; sys.argv = sys.argv[1:]; {program}", str(folder / "run.py")]
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    *lines, imported = done.stdout.splitlines()
+    return lines, imported.split()
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_the_runner_says_what_predict_says(deployed, tuned, pictures, runtime):
+    folder = deployed(runtime)
+    assert len((folder / "run.py").read_text().splitlines()) <= 30
+    lines, imported = run(folder, *pictures, "--top-k", 2)
+    assert imported == (["torch"] if runtime == "torch" else [])
+    expected = predict(tuned, pictures, 2)
+    assert lines[::3] == [row["image"] for row in expected]
+    for place, row in enumerate(expected):
+        said = [line.split() for line in lines[3 * place + 1 : 3 * place + 3]]
+        assert [name for _, name in said] == [top["class"] for top in row["top"]]
+        for (share, _), top in zip(said, row["top"], strict=True):
+            assert float(share) == pytest.approx(top["probability"], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pixels_of_32_bits_are_refused_by_runner_and_predict(deployed, tuned, tmp_path, kind):
+    wide = tmp_path / "wide.tif"
+    Image.fromarray(np.arange(64, dtype=kind).reshape(8, 8)).save(wide)
+    with pytest.raises(AssertionError, match=r"wide\.tif: its pixels are 32-bit numbers"):
+        run(deployed(), wide)
+    with pytest.raises(DataError, match="32-bit numbers"):
+        predict(tuned, [wide], 1)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_images_that_the_model_does_not_take_are_refused_in_words(deployed, some_images, runtime):
+    model = open_runtime(deployed(runtime), threads=1, trust=True)
+    with pytest.raises(DeploymentError, match=r"torch\.float64 on cpu.*images\.cpu\(\)"):
+        model(some_images.double())
+    with pytest.raises(DeploymentError, match=r"torch\.float32 on meta"):
+        model(some_images.to("meta"))
+    with pytest.raises(DeploymentError, match=r"images \(24, 3, 8, 8\)"):
+        model(some_images[:, :, :8, :8])
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_no_file_carries_a_path_of_this_machine(deployed, runtime):
+    paths = [str(place).encode() for place in (Path(dyntune.__file__).parent, Path(torch.__file__).parent)]
+    for file in deployed(runtime).iterdir():
+        archive = zipfile.ZipFile(file) if zipfile.is_zipfile(file) else None
+        contents = [archive.read(name) for name in archive.namelist()] if archive else [file.read_bytes()]
+        assert not any(path in content for content in contents for path in paths), file.name
+
+
+def test_a_model_in_half_precision_is_exported_in_fp32(tuned, some_images, tmp_path):
+    half = copy.deepcopy(tuned).bfloat16()
+    folder = bundle.write(half, tmp_path / "half", runtime="torch", rate=1.0)
+    assert next(half.parameters()).dtype is torch.bfloat16 and half.target_rate == 0.5
+    expected = half.float()
+    expected.set_rate(1.0)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            open_runtime(folder, trust=True)(some_images), expected(some_images), atol=1e-4, rtol=0
+        )
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@torch.no_grad()
+def test_an_opened_folder_gives_logits_and_masks_of_the_model(deployed, tuned, some_images, runtime):
+    model = open_runtime(deployed(runtime), threads=1, trust=True)
+    output = tuned.run(some_images)
+    logits, masks = model.run(some_images)
+    torch.testing.assert_close(logits, output.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(some_images[:1]), output.logits[:1], atol=1e-4, rtol=1e-4)
+    assert model.gates == tuple(gate.unit for gate in output.gates) == ("blocks.0.mlp", "blocks.1.mlp")
+    assert torch.equal(masks, torch.stack([gate.values > 0.5 for gate in output.gates], dim=1))
+    assert 0.1 < masks.float().mean() < 0.9
+    assert (model.classes, model.preprocessing, model.spec) == (tuned.classes, tuned.preprocessing, tuned.spec)
+
+
+def test_deploy_json_says_what_the_model_is(deployed, tuned):
+    from dyntune import cost
+
+    config = json.loads((deployed() / "deploy.json").read_text())
+    assert config["spec"] == "dyt" and config["classes"] == ["blue", "green", "red"]
+    assert (config["runtime"], config["precision"], config["integer_products"]) == ("onnx", "fp32", 0)
+    assert config["opset"] == 23
+    assert (config["activation"], config["macs"]) == (0.5, cost(tuned).macs)
+    assert set(config["files"]) == {"model.onnx", "run.py"}
+    card = (deployed() / "README.md").read_text()
+    assert 'pip install "onnxruntime>=1.23" numpy pillow' in card and "blue" not in config["versions"]
+
+
+def test_write_without_masks_gives_none_and_names_no_gate(tuned, some_images, tmp_path):
+    folder = bundle.write(tuned, tmp_path / "runs" / "small", runtime="torch")
+    assert is_deployed(folder) and [path.name for path in folder.parent.iterdir()] == ["small"]
+    with pytest.raises(DeploymentError, match="may run code"):
+        open_runtime(folder)
+    model = open_runtime(folder, trust=True)
+    assert model.run(some_images)[1] is None and model.gates == ()
+    torch.testing.assert_close(model(some_images), tuned(some_images).detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_rate_opens_every_gate_of_the_copy_alone(tuned, some_images, tmp_path):
+    folder = bundle.write(tuned, tmp_path / "all", runtime="torch", masks=True, rate=1.0)
+    model = open_runtime(folder, trust=True)
+    assert model.run(some_images)[1].all() and model.config["activation"] == 1
+    assert tuned.target_rate == 0.5
+    with torch.no_grad():
+        expected = tuned.run(some_images, complete=False, execution="masked").gates
+        assert not all(gate.values.all() for gate in expected)
+
+
+def test_a_folder_that_is_there_is_left_alone(tuned, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(DeploymentError, match="mine is there already"):
+        bundle.write(tuned, tmp_path / "mine", runtime="torch")
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+
+
+def test_a_write_that_fails_leaves_nothing(tuned, tmp_path, monkeypatch):
+    def fail(program, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(bundle, "write_torch", fail)
+    with pytest.raises(OSError, match="disk full"):
+        bundle.write(tuned, tmp_path / "out", runtime="torch")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+def test_an_opset_is_refused_where_there_is_none(tuned, tmp_path, runtime):
+    with pytest.raises(DeploymentError, match=f"given 18 for {runtime}"):
+        bundle.write(tuned, tmp_path / "out", runtime=runtime, opset=18)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("runtime", "words"), [("torch", "onnx and openvino"), ("openvino", "calibration_images")], ids=RUNTIMES[:0:-1]
+)
+def test_int8_is_refused_where_it_cannot_be_had(tuned, tmp_path, runtime, words):
+    with pytest.raises(DeploymentError, match=words):
+        bundle.write(tuned, tmp_path / "out", runtime=runtime, precision="int8")
+    assert not list(tmp_path.iterdir())
+
+
+def _change(**entries):
+    def change(folder):
+        path = folder / "deploy.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+    return change
+
+
+DAMAGE = {
+    "a changed model": (lambda folder: (folder / "model.onnx").write_bytes(b"other"), "damaged: model.onnx"),
+    "a changed runner": (lambda folder: (folder / "run.py").write_text("import os"), "damaged: run.py"),
+    "no model": (lambda folder: (folder / "model.onnx").unlink(), "damaged: model.onnx"),
+    "no configuration": (lambda folder: (folder / "deploy.json").unlink(), "deploy.json is missing"),
+    "no JSON": (lambda folder: (folder / "deploy.json").write_text("{"), "not readable JSON"),
+    "of another program": (_change(library="other"), "not written by Dyntune"),
+    "newer": (_change(format=99), "reads 1 to 1"),
+    "a format that is no number": (_change(format=True), "has format True"),
+    "a format before the first": (_change(format=0), "has format 0"),
+    "gates that are no list": (_change(gates="blocks"), "gates a list of texts"),
+    "a spec that is no text": (_change(spec=None), "spec must be a text"),
+    "unknown runtime": (_change(runtime="tpu"), "not a valid configuration"),
+    "no preprocessing": (_change(preprocessing={}), "preprocessing"),
+    "a file elsewhere": (_change(files={"../model.onnx": "0"}), "damaged: ../model.onnx"),
+    "a model without digest": (_change(files={}), "damaged: model.onnx"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_folder_is_refused_in_words(deployed, tmp_path, name):
+    damage, words = DAMAGE[name]
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in deployed().iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    open_runtime(folder)
+    damage(folder)
+    with pytest.raises(DeploymentError, match=words):
+        open_runtime(folder)

@@ -1,0 +1,309 @@
+"""Exported graphs: the same logits and masks in every runtime and for every batch size, and tokens really skipped."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dyntune
+from dyntune.core.errors import DeploymentError
+from dyntune.inference import prepare
+from dyntune.inference.export.program import export_program
+from dyntune.inference.export.runtimes.onnx import OLDEST_OPSET, OPSET, OnnxRuntime, newest_opset, write_onnx
+from dyntune.inference.export.runtimes.openvino import OpenVinoRuntime, write_openvino
+from dyntune.inference.export.runtimes.torch import TorchRuntime, write_torch
+from dyntune.parts.policies.dispatch import Dispatcher
+from dyntune.parts.registry import registered
+
+RUNTIMES = {
+    "torch": (write_torch, TorchRuntime, "model.pt2", ()),
+    "onnx": (write_onnx, OnnxRuntime, "model.onnx", ("onnx", "onnxscript", "onnxruntime")),
+    "openvino": (write_openvino, OpenVinoRuntime, "model.xml", ("openvino",)),
+}
+BATCHES = (1, 3, 32)
+SHALLOW = {
+    "evit": "evit:keep=0.6,layers=0",
+    "dynamicvit": "dynamicvit:keep=0.6,layers=1",
+    "tome": "tome:r=3",
+    "auto": "auto:budget=0.8",
+}
+"""Options with which parts have something to do on a host of two blocks."""
+GATES = ("mlp", "attn", "attn-mlp", "layer")
+
+
+def filled(host, *parts):
+    """A tuned model in whose trained tensors nothing is zero."""
+    model = dyntune.tune(host, *parts)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in model.tuned_state().values():
+            tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+def between(logits):
+    """What the bias must change by so that gates decide both ways, and no logit is near the threshold."""
+    values = logits.flatten().sort().values
+    middle = slice(len(values) // 4, -len(values) // 4)
+    widest = values.diff()[middle].argmax() + middle.start
+    return -(values[widest] + values[widest + 1]) / 2
+
+
+def active(output):
+    return torch.stack([gate.on_patches > 0.5 for gate in output.gates], dim=1)
+
+
+def opened(kind, program, folder):
+    """The program in a runtime, by way of its file."""
+    write, runtime, file, needs = RUNTIMES[kind]
+    for package in needs:
+        pytest.importorskip(package)
+    write(program, folder / file)
+    return runtime(folder / file, threads=1)
+
+
+def assert_agrees(runtime, model, images, masks):
+    """Logits, and masks where there are some, are those of the model, for every batch size."""
+    for batch in BATCHES:
+        logits, found = runtime.run(images[:batch])
+        with torch.no_grad():
+            expected = model.run(images[:batch])
+        torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=1e-4)
+        if masks:
+            assert found.dtype is torch.bool
+            assert torch.equal(found, active(expected))
+        else:
+            assert found is None
+
+
+@pytest.mark.parametrize("name", registered())
+def test_every_part_exports_and_agrees(make_host, images_for, tmp_path, name):
+    model = filled(make_host("registers", depth=2), SHALLOW.get(name, name))
+    images = images_for(model.backbone.host, max(BATCHES))
+    masks = bool(model.run(images[:1]).gates)
+    program = export_program(prepare(model, masks=masks), masks)
+    assert_agrees(opened("torch", program, tmp_path), model, images, masks)
+    assert_agrees(opened("onnx", program, tmp_path), model, images, masks)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*(("siglip", where) for where in GATES), ("plain", "attn"), ("registers", "layer")],
+    ids="-".join,
+)
+def gated(request, make_host, images_for):
+    """A model, its images and program: some gates let no patch through, some all, some a part; prefixes of 0, 1, 5."""
+    host, where = request.param
+    model = filled(make_host(host), f"dispatch:where={where}")
+    images = images_for(model.backbone.host, max(BATCHES))
+    for module in model.modules():
+        if isinstance(module, Dispatcher):
+            nn.init.normal_(module.gate.weight, std=1.0)
+    model.requires_grad_(False)
+    for block, bias in zip(model.backbone.blocks, (-1e4, 1e4, None), strict=True):
+        for unit in (block.attn, block.mlp, block):
+            if hasattr(unit, "dispatcher"):
+                logits = next(gate.logits for gate in model.run(images).gates if gate.unit == unit.path)
+                unit.dispatcher.gate.bias += between(logits) if bias is None else bias
+    rates = active(model.run(images)).float().mean((0, 2)).unflatten(0, (3, -1)).mean(1)
+    assert rates[0] == 0 and rates[1] == 1 and 0 < rates[2] < 1
+    return model, images, export_program(prepare(model, masks=True), masks=True)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_gates_that_let_nothing_everything_and_a_part_through(gated, tmp_path, runtime):
+    model, images, program = gated
+    assert_agrees(opened(runtime, program, tmp_path), model, images, masks=True)
+
+
+@pytest.mark.parametrize("spec", ["tome:r=3", "evit:keep=0.6,layers=0", "dynamicvit:keep=0.6,layers=1", "dyt"])
+def test_openvino_agrees_on_reductions_too(make_host, images_for, tmp_path, spec):
+    model = filled(make_host("plain", depth=2), spec)
+    runtime = opened("openvino", export_program(prepare(model), masks=False), tmp_path)
+    assert_agrees(runtime, model, images_for(model.backbone.host, max(BATCHES)), masks=False)
+
+
+@pytest.mark.parametrize("reducer", ["tome:r=3", "evit:keep=0.6,layers=0"])
+def test_openvino_gives_masks_of_patches_that_were_merged_later(make_host, images_for, tmp_path, reducer):
+    model = filled(make_host("plain", depth=2), "dyt", reducer)
+    runtime = opened("openvino", export_program(prepare(model, masks=True), masks=True), tmp_path)
+    assert_agrees(runtime, model, images_for(model.backbone.host, max(BATCHES)), masks=True)
+
+
+@pytest.fixture(scope="module")
+def written(make_host, images_for, tmp_path_factory):
+    """A DyT model with the gates' masks, its images and its ONNX file."""
+    for package in RUNTIMES["onnx"][-1]:
+        pytest.importorskip(package)
+    model = filled(make_host("plain", depth=2), "dyt")
+    path = tmp_path_factory.mktemp("written") / "model.onnx"
+    write_onnx(export_program(prepare(model, masks=True), masks=True), path, {"spec": model.spec})
+    return model, images_for(model.backbone.host, 8), path
+
+
+def rows_of_products(path, images, inputs, outputs, folder):
+    """Rows that ONNX Runtime multiplied with a matrix of that shape, of each product in turn, by its own profile."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
+    options.profile_file_prefix = str(folder / "profile")
+    session = onnxruntime.InferenceSession(path, options)
+    session.run(None, {"images": images.numpy()})
+    rows = []
+    for event in json.loads(Path(session.end_profiling()).read_text()):
+        if event.get("args", {}).get("op_name") in ("Gemm", "MatMul") and event["name"].endswith("_kernel_time"):
+            *before, read = next(iter(event["args"]["input_type_shape"][0].values()))
+            *_, made = next(iter(event["args"]["output_type_shape"][0].values()))
+            if (read, made) == (inputs, outputs):
+                rows.append(int(np.prod(before)))
+    return rows
+
+
+def test_only_active_tokens_are_computed(written, tmp_path):
+    model, images, path = written
+    width = model.backbone.blocks[0].width
+    expected = [int(gate.values.sum()) + len(images) for gate in model.run(images).gates]  # with the class tokens
+    assert max(expected) < images.shape[0] * 17
+    assert rows_of_products(path, images, width, 4 * width, tmp_path) == expected
+
+
+@pytest.mark.parametrize("spec", ["dyt:dispatch=attn-mlp", "tome:r=3"])
+@pytest.mark.parametrize("opset", ["oldest", "newest"])
+def test_the_oldest_and_the_newest_opset_agree(make_host, images_for, tmp_path, opset, spec):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    version = OLDEST_OPSET if opset == "oldest" else newest_opset()
+    assert OLDEST_OPSET == 18 and newest_opset() >= OPSET
+    model = filled(make_host("registers", depth=2), spec)
+    write_onnx(export_program(prepare(model), masks=False), tmp_path / "model.onnx", opset=version)
+    file = onnx.load(tmp_path / "model.onnx")
+    assert [(entry.domain, entry.version) for entry in file.opset_import] == [("", version)]
+    assert file.ir_version == (8 if opset == "oldest" else 10)
+    fused = {node.op_type for node in file.graph.node} & {"Attention", "Softmax"}
+    assert fused == ({"Softmax"} if opset == "oldest" else {"Attention"})
+    assert_agrees(OnnxRuntime(tmp_path / "model.onnx"), model, images_for(model.backbone.host, max(BATCHES)), False)
+
+
+@pytest.mark.parametrize("past", [-1, 1])
+def test_an_opset_that_cannot_be_written_is_refused(written, make_host, tmp_path, past):
+    version = OLDEST_OPSET - 1 if past < 0 else newest_opset() + 1
+    program = export_program(prepare(filled(make_host(depth=1), "linear")), masks=False)
+    with pytest.raises(DeploymentError, match=f"opset {version} cannot be written.* write 18 to {newest_opset()}"):
+        write_onnx(program, tmp_path / "model.onnx", opset=version)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_file_says_what_it_is(written):
+    import onnx
+
+    model, _, path = written
+    file = onnx.load(path)
+    assert file.opset_import[0].version == OPSET
+    assert {entry.key: entry.value for entry in file.metadata_props} == {
+        "dyntune_version": dyntune.__version__,
+        "spec": model.spec,
+    }
+    values = {value.name: value.type.tensor_type.shape.dim for value in (*file.graph.input, *file.graph.output)}
+    assert list(values) == ["images", "logits", "active"]
+    assert all(dimensions[0].dim_param == "batch" for dimensions in values.values())
+    assert [dimension.dim_value for dimension in values["active"]][1:] == [2, 16]
+
+
+def test_backbone_linears_are_plain_products_that_can_be_quantised(written):
+    import onnx
+
+    *_, path = written
+    graph = onnx.load(path).graph
+    wide = {w.name: list(w.dims) for w in graph.initializer if len(w.dims) == 2 and min(w.dims) >= 32}
+    used = [(node.op_type, wide[name]) for node in graph.node for name in node.input if name in wide]
+    shapes = sorted([[32, 32], [32, 96], [32, 128], [128, 32]] * 2)
+    assert sorted(shape for _, shape in used) == shapes
+    assert {operator for operator, _ in used} == {"MatMul"}
+
+
+def test_weights_that_do_not_fit_into_one_file_lie_beside_it(written, tmp_path, monkeypatch):
+    model, images, _ = written
+    monkeypatch.setattr("dyntune.inference.export.runtimes.onnx._LARGEST", 0)
+    program = export_program(prepare(model), masks=False)
+    write_onnx(program, tmp_path / "big.onnx")
+    assert {path.name for path in tmp_path.iterdir()} == {"big.onnx", "big.onnx.data"}
+    (tmp_path / "moved").mkdir()
+    for path in list(tmp_path.glob("big*")):
+        path.rename(tmp_path / "moved" / path.name)
+    torch.testing.assert_close(OnnxRuntime(tmp_path / "moved" / "big.onnx")(images), model(images), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [{"is_causal": True}, {"dropout_p": 0.5}, {"enable_gqa": True}], ids=str)
+def test_attention_that_is_not_translated_is_refused(tmp_path, kind):
+    pytest.importorskip("onnxscript")
+
+    class Attention(nn.Module):
+        def forward(self, images):
+            return nn.functional.scaled_dot_product_attention(images, images, images, **kind)
+
+    program = torch.export.export(Attention(), (torch.ones(2, 3, 4, 4),))
+    with pytest.raises(
+        DeploymentError, match=r"cannot be written as ONNX: attention with dropout.* not translated"
+    ) as error:
+        write_onnx(program, tmp_path / "model.onnx")
+    assert len(str(error.value).splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_traced_is_said_in_one_sentence_without_the_graph(make_host, capfd):
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    model = filled(make_host(depth=1), "dyt")
+    model.backbone.host.norm = Branching()
+    with pytest.raises(
+        DeploymentError, match=r"^dyt cannot be exported, because PyTorch cannot trace .* guard"
+    ) as error:
+        export_program(prepare(model), masks=False)
+    assert len(str(error.value).splitlines()) == 1 and "suggested fixes" not in str(error.value)
+    printed = capfd.readouterr()
+    assert not printed.out and "def forward" not in printed.err
+
+
+def test_what_openvino_does_not_translate_is_said_in_one_sentence_and_nothing_is_silenced(tmp_path, caplog):
+    pytest.importorskip("openvino")
+
+    class Bessel(nn.Module):
+        def forward(self, images):
+            return torch.special.bessel_j0(images)
+
+    program = torch.export.export(Bessel(), (torch.ones(2, 3, 4, 4),))
+    with pytest.raises(DeploymentError, match=r"cannot be converted to OpenVINO: .*bessel_j0") as error:
+        write_openvino(program, tmp_path / "model.xml")
+    assert len(str(error.value).splitlines()) == 1
+    logging.getLogger("dyntune").warning("still heard")
+    assert "still heard" in caplog.text
+
+
+def test_masks_of_a_model_without_gates_are_refused(make_host):
+    with pytest.raises(DeploymentError, match="no gates"):
+        export_program(prepare(filled(make_host(), "adaptformer"), masks=True), masks=True)
+
+
+@pytest.mark.parametrize("kind", RUNTIMES)
+def test_a_damaged_file_is_named(tmp_path, kind):
+    _, runtime, file, needs = RUNTIMES[kind]
+    for package in needs:
+        pytest.importorskip(package)
+    (tmp_path / file).write_bytes(b"not a model")
+    with pytest.raises(DeploymentError, match=file) as error:
+        runtime(tmp_path / file)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_openvino_refuses_another_file_name(make_host, tmp_path):
+    program = export_program(prepare(filled(make_host(depth=1), "linear")), masks=False)
+    with pytest.raises(DeploymentError, match=r"ends in \.xml; given model\.onnx"):
+        write_openvino(program, tmp_path / "model.onnx")

@@ -1,0 +1,57 @@
+"""What is said under a table about how its figures came to be, and the folders that they are kept in."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dyntune.studies.compare import folder_name, split_specs
+from dyntune.studies.noah import SearchSettings
+from dyntune.studies.vtab.describe import describe
+from dyntune.studies.vtab.recipes import RECIPES
+
+
+def test_a_preset_as_it_is_needs_no_more_than_its_name(make_plan, tmp_path):
+    plan = replace(make_plan(tmp_path), recipe=RECIPES["fact"], weights=Path("some/ViT-B_16.npz"), search=20)
+    assert describe(plan) == (
+        "Recipe fact; trained on train800val200, last epoch; backbone weights from the file ViT-B_16.npz; learning "
+        "rate and any adapter scale searched in 20 trials per method and task on val200."
+    )
+
+
+def test_every_option_that_differs_is_named(make_plan, tmp_path):
+    plan = make_plan(tmp_path)
+    noah = SearchSettings(population=60)
+    recipe = RECIPES["ssf"].changed(lr=0.02, select="val", interpolation="bilinear", noah=noah)
+    text = describe(replace(plan, recipe=recipe))
+    assert text.startswith(
+        "Recipe ssf with lr 0.02 (preset 0.001), interpolation bilinear (preset bicubic), noah population 60 "
+        "(preset 50); trained on train800, epoch picked on val200;"
+    )
+    own = describe(replace(plan, recipe=replace(RECIPES["ssf"], name="mine")))
+    assert "Recipe mine with epochs 110, batch_size 64, drop_last True" in own and "preset" not in own
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("dyt:rate=0.5,scale=1", "dyt-rate-0.5-scale-1"),
+        ("dyt: rate=0.5, scale=1", "dyt-rate-0.5-scale-1"),
+        ("adaptformer+dispatch:rate_of=inference", "adaptformer-dispatch-rate-of-inference"),
+        (
+            "lora:targets=q/v,dropout_on=hidden+res-tuning-bypass",
+            "lora-targets-q-v-dropout-on-hidden-res-tuning-bypass",
+        ),
+        ("dyt:dispatch=attn-mlp", "dyt-dispatch-attn-mlp"),
+        ("fact-tt", "fact-tt"),
+    ],
+)
+def test_ordinary_specs_have_plain_folder_names(spec, name):
+    assert folder_name(spec) == name
+
+
+def test_signs_of_numbers_tell_folders_apart():
+    specs = [f"adaptformer:scale={scale}" for scale in ("1", "-1", "+1", "1e-2", "1e+2", "1e2")]
+    assert len({folder_name(spec) for spec in specs}) == len(specs)
+    assert all(set(folder_name(spec)) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-") for spec in specs)
+    assert split_specs(",".join(specs)) == specs
