@@ -6,41 +6,28 @@ and its module's name is the part's name.
 
 import dataclasses
 import functools
-import importlib
-import importlib.metadata
-import pkgutil
 from collections.abc import Iterable
 from typing import Any
 
 from dyntune.core.errors import SpecError, unknown_name
-from dyntune.parts import methods, policies, presets
+from dyntune.core.rooms import discover
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import TokenPolicy
 from dyntune.parts.presets.base import Preset
 from dyntune.parts.spec import Part, split_spec
 
+GROUP = "dyntune.parts"
+
 
 @functools.cache
 def registered() -> dict[str, type[Part]]:
-    """Every part by name: tuning methods, then token policies, then presets, then those of other distributions."""
-    found: dict[str, type[Part]] = {}
-    for package, base in ((methods, TuningMethod), (policies, TokenPolicy), (presets, Preset)):
-        for info in pkgutil.iter_modules(package.__path__):
-            if info.name == "base":
-                continue
-            module = importlib.import_module(f"{package.__name__}.{info.name}")
-            own = [
-                c
-                for c in vars(module).values()
-                if isinstance(c, type) and issubclass(c, base) and c.__module__ == module.__name__
-            ]
-            if len(own) != 1:
-                raise TypeError(f"{module.__name__} must define exactly one {base.__name__}; it defines {len(own)}")
-            found[own[0].name()] = own[0]
-    for entry in importlib.metadata.entry_points(group="dyntune.parts"):
-        part = entry.load()
-        found[part.name()] = part
-    return found
+    """Every part by name: tuning methods, then token policies, then presets; of each, those of the package first."""
+    bases: dict[str, type[Part]] = {"methods": TuningMethod, "policies": TokenPolicy, "presets": Preset}
+    return {
+        name: part
+        for room, base in bases.items()
+        for name, part in discover(f"dyntune.parts.{room}", base, GROUP).items()
+    }
 
 
 def lookup(name: str) -> type[Part]:

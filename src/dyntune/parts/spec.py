@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 from torch import Tensor
 
 from dyntune.core.errors import SpecError, unknown_name
+from dyntune.core.rooms import named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Part:
     @classmethod
     def name(cls) -> str:
         """The name that users write."""
-        return cls.__module__.rsplit(".", 1)[-1].replace("_", "-")
+        return named(cls)
 
     @classmethod
     def summary(cls) -> str:

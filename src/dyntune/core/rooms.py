@@ -1,0 +1,54 @@
+"""Finding what a room holds: a module of the room is known by being there, and other distributions add entry points."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import pkgutil
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def discover(room: str, base: type[T], group: str) -> dict[str, type[T]]:
+    """The classes that a room holds, by name: its own modules in the order of the alphabet, then those from outside.
+
+    Every module of the room but ``base`` defines exactly one class that derives from ``base``. An entry point of
+    ``group`` gives such a class of another distribution. Either is called as its module is, see ``named``.
+
+    Args:
+        room: name of the package, for instance ``"dyntune.parts.methods"``.
+        base: what all of them derive from.
+        group: of entry points, for instance ``"dyntune.parts"``.
+
+    Raises:
+        TypeError: a module defines none or several, or an entry point gives something else.
+    """
+    found: dict[str, type[T]] = {}
+    for name in _modules(room):
+        module = importlib.import_module(f"{room}.{name}")
+        own = [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
+        ]
+        if len(own) != 1:
+            raise TypeError(f"{module.__name__} must define exactly one {base.__name__}; it defines {len(own)}")
+        found[named(own[0])] = own[0]
+    for entry in importlib.metadata.entry_points(group=group):
+        value = entry.load()
+        if isinstance(value, type) and issubclass(value, base):
+            found[named(value)] = value
+    return found
+
+
+def named(cls: type) -> str:
+    """What a class is called: as its module, with dashes (``fact_tt.py`` holds ``fact-tt``)."""
+    return cls.__module__.rsplit(".", 1)[-1].replace("_", "-")
+
+
+@functools.cache
+def _modules(room: str) -> tuple[str, ...]:
+    package = importlib.import_module(room)
+    return tuple(info.name for info in pkgutil.iter_modules(package.__path__) if info.name != "base")
