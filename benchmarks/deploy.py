@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import dyntune
 from dyntune.inference.export.bundle import Export
 from dyntune.inference.export.candidate import Candidate
-from dyntune.model.cost import head_macs
+from dyntune.model.macs import head_macs
 from dyntune.studies.bench.gates import set_gates
 from dyntune.studies.report import machine
 from dyntune.training.throughput import Turns, time_in_turns

@@ -6,12 +6,12 @@ name, for instance ``dyntune.DyT`` and ``dyntune.AdaptFormer``.
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 from dyntune.core.errors import DyntuneError
+from dyntune.core.version import VERSION as __version__
 from dyntune.inference import DeployedModel, deploy
 from dyntune.model.checkpoint import load
-from dyntune.model.cost import Cost, MacCounter, cost
+from dyntune.model.cost import Cost, cost
+from dyntune.model.macs import MacCounter
 from dyntune.model.published import load_published
 from dyntune.model.rates import Calibration, calibrate
 from dyntune.model.tuned import TunedModel, tune

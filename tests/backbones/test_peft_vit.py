@@ -17,7 +17,7 @@ from dyntune.backbones.peft import TYPES, PeftViT
 from dyntune.backbones.sites import Change
 from dyntune.backbones.source import create_backbone
 from dyntune.core.errors import BackboneError, CheckpointError
-from dyntune.model.checkpoint import CONFIG
+from dyntune.model.saved import CONFIG
 
 LAYERS = {"target_modules": ["qkv", "fc1"], "modules_to_save": ["head"]}
 OPTIONS = {

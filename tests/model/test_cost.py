@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import dyntune
 from dyntune.backbones import wrap
-from dyntune.model.cost import MacCounter, trace
+from dyntune.model.macs import MacCounter, trace
 from dyntune.parts.registry import resolve
 
 DENSE_VIT_B = 17_581_972_224

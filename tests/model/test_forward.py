@@ -16,7 +16,8 @@ import dyntune
 from dyntune.core import attention
 from dyntune.core.errors import BackboneError, SpecError
 from dyntune.core.tokens import Tokens
-from dyntune.model.forward import Compact, Masked, activation_rates, run
+from dyntune.model.executions import Compact, Masked
+from dyntune.model.forward import activation_rates, run
 from dyntune.parts.policies.base import Gate, TokenPolicy
 
 VARIANTS = ("mlp", "attn", "attn-mlp", "layer")

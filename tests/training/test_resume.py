@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dyntune.model.checkpoint import WEIGHTS
+from dyntune.model.saved import WEIGHTS
 from dyntune.training.state import STATE, RunState
 
 EPOCHS = 3

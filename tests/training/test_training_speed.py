@@ -13,7 +13,8 @@ import dyntune
 from dyntune.commands.main import app
 from dyntune.core.errors import SpecError, TrainingError
 from dyntune.model import forward
-from dyntune.model.forward import Masked, Sampled, run
+from dyntune.model.executions import Masked, Sampled
+from dyntune.model.forward import run
 from dyntune.parts.policies.base import CompletePass, Gate, TokenPolicy
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import RunState

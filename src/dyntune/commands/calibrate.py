@@ -23,9 +23,10 @@ from dyntune.commands.common import (
 )
 from dyntune.core.errors import SpecError
 from dyntune.data import load_data
-from dyntune.model.checkpoint import load, write_calibration
+from dyntune.model.checkpoint import load
 from dyntune.model.cost import cost
 from dyntune.model.rates import IMAGES, RATES, calibrate
+from dyntune.model.saved import write_calibration
 from dyntune.parts.spec import format_value
 
 EXAMPLES = (

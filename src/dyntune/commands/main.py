@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-import dyntune
 from dyntune import commands
 from dyntune.commands.common import err
 from dyntune.core.errors import DyntuneError
+from dyntune.core.version import VERSION
 
 app = typer.Typer(
     help="Adapt pretrained Vision Transformers with few parameters, and skip the tokens that need no work.",
@@ -26,7 +26,7 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def _options(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
-        typer.echo(dyntune.__version__)
+        typer.echo(VERSION)
         raise typer.Exit
 
 

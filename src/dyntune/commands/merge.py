@@ -13,7 +13,6 @@ from dyntune.commands.common import RunArgument, WeightsOption, out
 from dyntune.core.errors import CheckpointError
 from dyntune.core.files import write_atomically
 from dyntune.model.checkpoint import load
-from dyntune.model.folding import fold
 
 EXAMPLES = (
     "dyntune merge runs/flowers --out flowers.safetensors",
@@ -30,7 +29,7 @@ def command(
     if file.suffix != ".safetensors":
         raise CheckpointError(f"--out {file}: expected a file name that ends in .safetensors.")
     model = load(run, weights=weights)
-    stays = fold(model)  # not merge(), which logs what stays: it is told once, in the error
+    stays = model.fold()  # not merge(), which logs what stays: it is told once, in the error
     if stays:
         reasons = "; ".join(f"{spec}: {reason}" for spec, reason in stays.items())
         raise CheckpointError(

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.units import Attention, Unit
 from dyntune.core.attention import attend
 from dyntune.core.tokens import Tokens
 from dyntune.inference.joint import Joint, key
-from dyntune.model.forward import Compact, Execution
+from dyntune.model.executions import Compact, Execution
 from dyntune.parts.policies.base import Gate, TokenPolicy
 
 
@@ -72,14 +71,7 @@ class Shared(Compact):
             return super().gated(unit, tokens, policy)
         values, out = cast(Joint, self.joints[key(unit)])(tokens.x)
         gate = policy.gate_from(unit, tokens, values[:, tokens.prefix :])
-        index, counts = self.select(unit, tokens, gate)
-        batch, count, width = tokens.x.shape
-        if not torch.compiler.is_compiling() and len(index) == batch * count:
-            return tokens.with_x(out.add_(unit.update(tokens))), gate
-        update = unit.update(tokens.take(index, counts))
-        # In place: the stream behind the adapter is ours.
-        out = out.view(batch * count, width).index_add_(0, index, update).view(batch, count, width)
-        return tokens.with_x(out), gate
+        return tokens.with_x(self.computed(unit, tokens, gate, out)), gate
 
 
 def _asked_by(unit: Attention, tokens: Tokens, count: int) -> Tokens:

@@ -19,8 +19,8 @@ from dyntune.inference.joint import joined, key
 from dyntune.inference.kernels import DeviceCounts, supports
 from dyntune.inference.kernels.execution import JointProducts
 from dyntune.inference.packed import pack
-from dyntune.model.folding import fold
-from dyntune.model.forward import Execution, run
+from dyntune.model.executions import Execution
+from dyntune.model.forward import run
 from dyntune.model.rates import shift_gates
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.policies.base import Output, TokenPolicy
@@ -133,7 +133,7 @@ def prepare(model: nn.Module, *, rate: float | None = None, masks: bool = False)
         copied = TunedModel(copied, resolve(["linear"]))
     if rate is not None:
         copied.set_rate(rate)
-    fold(copied)
+    copied.fold()
     return DeployedModel(copied, masks)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones import wrap
 from dyntune.backbones.base import Backbone
-from dyntune.model.cost import trace, traced_macs
+from dyntune.model.macs import trace, traced_macs
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import TokenPolicy, check_bypass, check_gates, check_reductions
 from dyntune.parts.registry import expand, resolve

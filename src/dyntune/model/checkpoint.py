@@ -1,82 +1,21 @@
-"""Saved adapters: a folder with JSON, safetensors and a model card, written atomically and read strictly.
-
-``adapter_model.safetensors`` holds the trained tensors (adapters, dispatchers, head), ``adapter_config.json`` all that
-is needed to put them on the same backbone again. Nothing is unpickled.
-"""
+"""From the folder of a saved adapter to the model: the backbone is built, and the adapter put on it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import dyntune
 from dyntune.backbones.source import BackboneSource, check_arguments
 from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError, SpecError
-from dyntune.core.files import write_atomically, write_json, write_text
 from dyntune.data.transforms import Preprocessing
-from dyntune.model.card import model_card
 from dyntune.model.rates import Calibration, dispatchers
+from dyntune.model.saved import CONFIG, read_config, read_weights
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.registry import expand, part_from_dict, resolve
 from dyntune.parts.spec import Part
-
-FORMAT = 1
-CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-PREVIOUS = ".adapter_model.previous.safetensors"
-
-
-def save(model: TunedModel, folder: Path, results: dict[str, Any] | None = None) -> Path:
-    """Writes the trained tensors, their configuration and a model card.
-
-    The configuration names the weights by their digest, so a folder in which the two do not belong together is noticed.
-
-    Args:
-        model: any tuned model.
-        folder: made if it is not there; an adapter in it is replaced.
-        results: measured figures to keep with the adapter, for instance ``{"val_accuracy": 0.93}``.
-
-    Returns:
-        ``folder``.
-    """
-    if model.unmerged is not None:
-        raise CheckpointError(
-            "the model is merged: its adapter is part of the backbone's weights now. Save it before merging, or save "
-            "the whole model with safetensors.torch.save_model(model.backbone.host, FILE)."
-        )
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; give a folder to save the adapter in.")
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.saved_state().items()}
-    payload = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    config = {
-        "library": "dyntune",
-        "format": FORMAT,
-        "dyntune_version": dyntune.__version__,
-        "torch_version": torch.__version__,
-        "spec": model.spec,
-        "parts": [part.to_dict() for part in expand(model.parts)],
-        "backbone": {
-            **model.origin.to_dict(),
-            "fingerprint": model.fingerprint,
-            "dtype": str(next(model.backbone.parameters()).dtype).removeprefix("torch."),
-            "complete": tensors.keys() == dict(model.backbone.named_parameters()).keys(),
-        },
-        "peft": model.backbone.recipe(),
-        "preprocessing": model.preprocessing.to_dict(),
-        "classes": model.classes,
-        "results": results or {},
-        "calibration": model.calibration and model.calibration.to_dict(),
-        "weights_sha256": hashlib.sha256(payload).hexdigest(),
-    }
-    _replace(folder, payload, config)
-    write_text(folder / CARD, model_card(config, tensors))
-    return folder
 
 
 def load(
@@ -108,7 +47,7 @@ def load(
     if isinstance(backbone, TunedModel):
         raise CheckpointError("backbone is a tuned model already; give the plain timm model, one for each adapter.")
     config = read_config(folder)
-    tensors = _read_weights(folder, config)
+    tensors = read_weights(folder, config)
     try:
         parts = _parts(config)
         recorded = config["backbone"]
@@ -155,11 +94,6 @@ def load(
     return model.to(device).eval()
 
 
-def write_calibration(folder: Path, calibration: Calibration) -> None:
-    """Puts a calibration into a saved adapter, in place of one that is there; the rest of it stays as it is."""
-    write_json(folder / CONFIG, read_config(folder) | {"calibration": calibration.to_dict()})
-
-
 def _fitting(calibration: Calibration | None, model: TunedModel, folder: Path) -> Calibration | None:
     """The calibration, checked to be one of the gates that the model has."""
     gates = dispatchers(model.backbone).keys()
@@ -187,56 +121,6 @@ def _with_peft(host: nn.Module, recipe: Any, folder: Path) -> nn.Module:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
 
 
-def _replace(folder: Path, payload: bytes, config: dict[str, Any]) -> None:
-    """Puts weights and configuration in place of those in ``folder``; at every moment a whole adapter can be loaded.
-
-    Until the configuration is replaced, it is the old weights that belong to it, so they stay until then.
-    """
-    weights, previous = folder / WEIGHTS, folder / PREVIOUS
-    if weights.exists() and _belongs(weights.read_bytes(), folder):
-        write_atomically(previous, lambda path: shutil.copyfile(weights, path))
-    try:
-        write_atomically(weights, lambda path: path.write_bytes(payload))
-        write_json(folder / CONFIG, config)
-    except BaseException:
-        if previous.exists():
-            previous.replace(weights)
-        raise
-    previous.unlink(missing_ok=True)
-
-
-def _belongs(payload: bytes, folder: Path) -> bool:
-    """Whether the configuration in ``folder`` names these weights."""
-    try:
-        return hashlib.sha256(payload).hexdigest() == read_config(folder).get("weights_sha256")
-    except CheckpointError:
-        return False
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a saved adapter.
-
-    Raises:
-        CheckpointError: there is none, or it is not one of Dyntune's in a format that this version knows.
-    """
-    path = Path(folder) / CONFIG
-    if not path.is_file():
-        raise CheckpointError(
-            f"no saved adapter in {folder}: {CONFIG} is missing. Give the folder that save() or train wrote."
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}.") from error
-    if not isinstance(config, dict) or config.get("library") != "dyntune":
-        raise CheckpointError(f"{path} was not written by Dyntune (a PEFT adapter has the same file names).")
-    if not isinstance(config.get("format"), int) or config["format"] > FORMAT:
-        raise CheckpointError(
-            f"{path} has format {config.get('format')!r}; this Dyntune reads up to {FORMAT}. Upgrade Dyntune."
-        )
-    return config
-
-
 def _classes(config: dict[str, Any]) -> tuple[str, ...] | None:
     """The saved class names, or None if there are none."""
     names = config.get("classes")
@@ -255,22 +139,6 @@ def _parts(config: dict[str, Any]) -> tuple[Part, ...]:
     except (DyntuneError, KeyError):
         return parts
     return named if expand(named) == parts else parts
-
-
-def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is incomplete: {WEIGHTS} is missing.")
-    payloads = [file.read_bytes() for file in (path, folder / PREVIOUS) if file.is_file()]
-    payload = next((p for p in payloads if hashlib.sha256(p).hexdigest() == config.get("weights_sha256")), None)
-    if payload is None:
-        raise CheckpointError(
-            f"{path} is damaged or does not belong to {CONFIG} (digests differ). Copy the folder again."
-        )
-    try:
-        return safetensors.torch.load(payload)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}.") from error
 
 
 def _require_fit(model: TunedModel, tensors: dict[str, Tensor], folder: Path) -> None:

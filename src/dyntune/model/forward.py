@@ -1,10 +1,9 @@
-"""The one forward path of every model, and its executions: masked and sampled (to train), compact (really skipping).
+"""The one forward pass of every model.
 
 Training, evaluation, skipping and counting all walk the blocks with ``run``; an ``Execution`` only says how a gated
 unit is computed.
 """
 
-import abc
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,105 +11,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.units import Block, Mlp, Unit
-from dyntune.core.errors import DyntuneError
+from dyntune.backbones.units import Block, Unit
 from dyntune.core.tokens import Tokens
+from dyntune.model.executions import Execution
 from dyntune.parts.policies.base import Gate, Output, Reduction, TokenPolicy
-
-
-class Execution(abc.ABC):
-    """How one unit is computed: one that every token goes through, or one with a gate."""
-
-    def plain(self, unit: Unit, tokens: Tokens) -> Tokens:
-        """The tokens behind ``unit``, an attention or MLP sub-layer that computes all of them."""
-        return tokens.with_x(tokens.x + unit.change(tokens))
-
-    @abc.abstractmethod
-    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
-        """The tokens behind ``unit``, of which only prefix tokens and those that ``policy`` lets through computed."""
-
-
-class Masked(Execution):
-    """Computes every token and multiplies the update by the gate: differentiable in the gate."""
-
-    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
-        gate = policy.gate(unit, tokens)
-        tokens = unit.prepare(tokens)
-        mask = tokens.cover_prefix(gate.values)
-        update = unit.update(tokens.with_keys(mask)) * mask.unsqueeze(-1)
-        beside = unit.beside_update(tokens)
-        return tokens.with_x(tokens.x + update if beside is None else tokens.x + update + beside), gate
-
-
-class Sampled(Masked):
-    """Computes the active tokens and, for the gradient of their gates, the share of the others that a policy explores.
-
-    Forward this is ``Masked``: the gate of a skipped token is 0. Backward that 0 lets no gradient into the token's
-    update either, so an explored token is computed without a graph; only its gate has a gradient, ``1 / share`` times
-    that of ``Masked``, so that their expectations are equal. With a share of 1 nothing is random, and every gradient is
-    that of ``Masked`` up to rounding. Units other than MLPs, and those whose update the host drops for whole images
-    (stochastic depth), are masked.
-    """
-
-    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
-        share = policy.explored(unit)
-        if share is None or not isinstance(unit, Mlp) or unit.drop_path_rate:
-            return super().gated(unit, tokens, policy)
-        gate = policy.gate(unit, tokens)
-        tokens = unit.prepare(tokens)
-        mask = tokens.cover_prefix(gate.values).flatten()
-        explored = mask < 0.5
-        active = (~explored).nonzero().squeeze(1)
-        if share < 1:
-            explored = explored & (torch.rand(mask.shape, device=mask.device) < share)
-        others = explored.nonzero().squeeze(1)
-        # These first: autocast keeps the weights that it casts, and those that it casts without a graph learn nothing.
-        update = unit.update(tokens.take(active, None)) * mask[active].unsqueeze(1)
-        with torch.no_grad():
-            skipped = unit.update(tokens.take(others, None))
-        beside = unit.beside_update(tokens)
-        out = (tokens.x if beside is None else tokens.x + beside).flatten(0, 1)
-        out = out.index_add(0, active, update.to(out.dtype))
-        out = out.index_add(0, others, (skipped * (mask[others] / share).unsqueeze(1)).to(out.dtype))
-        return tokens.with_x(out.view_as(tokens.x)), gate
-
-
-class Compact(Execution):
-    """Gathers the active tokens of the whole batch, computes only those, and adds them back where they came from."""
-
-    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
-        gate = policy.gate(unit, tokens)
-        return tokens.with_x(self.computed(unit, tokens, gate)), gate
-
-    def computed(self, unit: Unit, tokens: Tokens, gate: Gate) -> Tensor:
-        """The residual stream ``(B, N, C)`` behind ``unit``."""
-        batch, count, width = tokens.x.shape
-        index, counts = self.select(unit, tokens, gate)
-        tokens = unit.prepare(tokens)
-        beside = unit.beside_update(tokens)
-        if not torch.compiler.is_compiling() and len(index) == batch * count:
-            update = unit.update(tokens)
-            return tokens.x + update if beside is None else tokens.x + update + beside
-        update = unit.update(tokens.take(index, counts))
-        out = (tokens.x.clone() if beside is None else tokens.x + beside).reshape(batch * count, width)
-        return out.index_add_(0, index, update.to(out.dtype)).view(batch, count, width)
-
-    def select(self, unit: Unit, tokens: Tokens, gate: Gate) -> tuple[Tensor, tuple[int, ...] | Tensor | None]:
-        """Positions of the active tokens in the flattened batch, and for attention how many each image has.
-
-        A traced graph, in which there are no such numbers yet, gets them as a tensor.
-        """
-        mask = tokens.cover_prefix(gate.values) > 0.5
-        if tokens.sources.present is not None and not unit.tokenwise:
-            raise DyntuneError(
-                f"{unit.path}: while training, a policy hides tokens behind a mask, which attention among the active "
-                'tokens alone cannot see. Run with execution="masked", or in eval mode.'
-            )
-        # Only attention asks which token belongs to which image, and on a GPU the answer costs a synchronisation.
-        counts: tuple[int, ...] | Tensor | None = None
-        if not unit.tokenwise:
-            counts = mask.sum(1) if torch.compiler.is_compiling() else tuple(mask.sum(1).tolist())
-        return mask.flatten().nonzero().squeeze(1), counts
 
 
 def run(
@@ -118,7 +22,7 @@ def run(
     policies: Sequence[TokenPolicy],
     images: Tensor,
     execution: Execution,
-    watch: Callable[[Block, Tokens], None] | None = None,
+    watch: Callable[[Tokens], None] | None = None,
 ) -> Output:
     """Runs a backbone with everything that is installed on it.
 
@@ -128,12 +32,14 @@ def run(
             "complete model").
         images: ``(B, 3, height, width)``.
         execution: how gated units compute.
-        watch: called behind every block with the block and the tokens that left it.
+        watch: called with the tokens that the embedding gives, and behind every block with those that leave it.
     """
     bypass = backbone.bypass
     # No gradient goes from a bypass to the blocks, so they need not remember anything for it.
     with torch.set_grad_enabled(torch.is_grad_enabled() and bypass is None):
         tokens = backbone.embed(images)
+    if watch:
+        watch(tokens)
     stream = bypass.begin(tokens.x) if bypass else None
     decisions: list[Gate | Reduction] = []
     for block in backbone.blocks:
@@ -148,7 +54,7 @@ def run(
         decisions.extend(decided)
         stream = bypass.step(block.index, stream, tokens.x) if bypass and stream is not None else None
         if watch:
-            watch(block, tokens)
+            watch(tokens)
     finished = backbone.finish(tokens if stream is None else tokens.with_x(stream))
     return Output(
         backbone.readout(finished),

@@ -11,17 +11,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.units import Unit
 from dyntune.core.errors import CheckpointError, DataError, SpecError
 from dyntune.core.tokens import Tokens
-from dyntune.data.transforms import prepared
-from dyntune.model.forward import Compact
-from dyntune.model.tuned import TunedModel
-from dyntune.parts.policies.base import Gate, TokenPolicy
+from dyntune.data.transforms import Preprocessing, prepared
+from dyntune.model.executions import Compact
+from dyntune.parts.policies.base import Gate, Output, TokenPolicy
 from dyntune.parts.policies.dispatch import Dispatcher
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -136,7 +135,21 @@ class Gated(Protocol):
     def spec(self) -> str: ...
 
 
-def set_rate(model: TunedModel, rate: float | None, data: Dataset[Any] | Tensor | None = None) -> None:
+class Calibrated(Gated, Protocol):
+    """A model that can be run to calibrate its gates."""
+
+    preprocessing: Preprocessing
+
+    def run(self, images: Tensor, *, execution: Any = None) -> Output: ...
+
+    def eval(self) -> Any: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+def set_rate(model: Calibrated, rate: float | None, data: Dataset[Any] | Tensor | None = None) -> None:
     """Shifts the gates' thresholds; see ``TunedModel.set_rate``."""
     measured = data is not None and rate is not None and 0 < rate < 1
     shift_gates(model, rate, calibrate(model, data, (rate,)) if measured else model.calibration)  # type: ignore[arg-type]
@@ -168,7 +181,7 @@ def shift_gates(model: Gated, rate: float | None, calibration: Calibration | Non
 
 @torch.no_grad()
 def calibrate(
-    model: TunedModel,
+    model: Calibrated,
     data: Dataset[Any] | Tensor,
     rates: Sequence[float] = RATES,
     *,
@@ -215,7 +228,7 @@ def calibrate(
 
 
 def _point(
-    model: TunedModel, gates: dict[str, Dispatcher], batches: list[Tensor], rate: float, natural: dict[str, float]
+    model: Calibrated, gates: dict[str, Dispatcher], batches: list[Tensor], rate: float, natural: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Shift and activation of every gate at one rate."""
 
@@ -285,7 +298,7 @@ def _targets(natural: dict[str, float], rate: float) -> dict[str, float]:
     return dict(zip(clamped, (1 / (1 + np.exp(-(logits + high)))).tolist(), strict=True))
 
 
-def _activations(model: TunedModel, batches: list[Tensor]) -> dict[str, float]:
+def _activations(model: Calibrated, batches: list[Tensor]) -> dict[str, float]:
     """Share of active tokens of each gated unit, as ``evaluate`` counts it."""
     summed: dict[str, float] = {}
     for batch in batches:
@@ -299,7 +312,7 @@ def _mean(activations: dict[str, float]) -> float:
     return sum(activations.values()) / len(activations)
 
 
-def _batches(model: TunedModel, data: Dataset[Any] | Tensor, images: int, batch_size: int) -> list[Tensor]:
+def _batches(model: Calibrated, data: Dataset[Any] | Tensor, images: int, batch_size: int) -> list[Tensor]:
     """Images of ``data``, preprocessed; read once, because every rate sees them several times.
 
     They are drawn at random, always the same ones: in a batch of one class gates have other quantiles than in all.
@@ -327,7 +340,7 @@ def _batches(model: TunedModel, data: Dataset[Any] | Tensor, images: int, batch_
     return [batch[0] if isinstance(batch, list | tuple) else batch for batch in loader]
 
 
-def _to_device(batch: Tensor, model: TunedModel) -> Tensor:
+def _to_device(batch: Tensor, model: Calibrated) -> Tensor:
     like = next(model.parameters())
     return batch.to(device=like.device, dtype=like.dtype)
 
@@ -341,7 +354,7 @@ def _require_gates(model: Gated, gates: dict[str, Dispatcher]) -> None:
 
 
 @contextmanager
-def _as_trained(model: TunedModel, gates: dict[str, Dispatcher]) -> Iterator[None]:
+def _as_trained(model: Calibrated, gates: dict[str, Dispatcher]) -> Iterator[None]:
     """The model in eval mode with its trained thresholds; afterwards as it was."""
     modes = {module: module.training for module in model.modules()}
     rates = {unit: gate.rate for unit, gate in gates.items()}

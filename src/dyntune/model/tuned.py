@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -12,18 +13,21 @@ from torch.utils.data import Dataset
 from dyntune.backbones import wrap
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.source import BackboneSource, create_backbone, describe, fingerprint
-from dyntune.core.errors import SpecError
+from dyntune.core.errors import CheckpointError, SpecError
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.assembly import install, settled
-from dyntune.model.cost import trace
-from dyntune.model.forward import Compact, Execution, Masked, Sampled, run
+from dyntune.model.executions import Compact, Execution, Masked, Sampled
+from dyntune.model.folding import fold
+from dyntune.model.forward import run
+from dyntune.model.macs import trace
+from dyntune.model.rates import Calibration, set_rate
+from dyntune.model.saved import write_adapter
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import Output
 from dyntune.parts.registry import expand, resolve
 from dyntune.parts.spec import Part, format_spec
 
-if TYPE_CHECKING:
-    from dyntune.model.rates import Calibration
+log = logging.getLogger("dyntune")
 
 ExecutionName = Literal["masked", "compact"]
 _EXECUTIONS: dict[str, Execution] = {"masked": Masked(), "compact": Compact()}
@@ -92,8 +96,6 @@ class TunedModel(nn.Module):
         Raises:
             SpecError: the model has no learned gates, or is not calibrated for this rate.
         """
-        from dyntune.model.rates import set_rate
-
         set_rate(self, rate, data)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -153,19 +155,53 @@ class TunedModel(nn.Module):
         Returns:
             The plain backbone where nothing else remains, for instance timm's VisionTransformer, else this model.
         """
-        from dyntune.model.folding import merge
+        if self.unmerged is None:
+            for spec, reason in self.fold().items():
+                log.warning("%s is not merged: %s.", spec, reason)
+        return self if self.unmerged else self.backbone.host
 
-        return merge(self)
+    def fold(self) -> dict[str, str]:
+        """As ``merge``, without a word; gives ``unmerged``."""
+        if self.unmerged is None:
+            self.unmerged = fold(self.backbone, self.parts)
+        return self.unmerged
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, results: dict[str, Any] | None = None) -> Path:
         """Writes adapter, dispatchers and head to ``folder``: JSON, safetensors and a model card.
+
+        Args:
+            folder: made if it is not there; an adapter in it is replaced.
+            results: measured figures to keep with the adapter, for instance ``{"val_accuracy": 0.93}``.
 
         Returns:
             The folder.
-        """
-        from dyntune.model.checkpoint import save
 
-        return save(self, Path(folder))
+        Raises:
+            CheckpointError: the model is merged, or ``folder`` is a file.
+        """
+        if self.unmerged is not None:
+            raise CheckpointError(
+                "the model is merged: its adapter is part of the backbone's weights now. Save it before merging, or "
+                "save the whole model with safetensors.torch.save_model(model.backbone.host, FILE)."
+            )
+        folder, tensors = Path(folder), self.saved_state()
+        about = {
+            "spec": self.spec,
+            "parts": [part.to_dict() for part in expand(self.parts)],
+            "backbone": {
+                **self.origin.to_dict(),
+                "fingerprint": self.fingerprint,
+                "dtype": str(next(self.backbone.parameters()).dtype).removeprefix("torch."),
+                "complete": tensors.keys() == dict(self.backbone.named_parameters()).keys(),
+            },
+            "peft": self.backbone.recipe(),
+            "preprocessing": self.preprocessing.to_dict(),
+            "classes": self.classes,
+            "results": results or {},
+            "calibration": self.calibration and self.calibration.to_dict(),
+        }
+        write_adapter(folder, tensors, about)
+        return folder
 
 
 def tune(model: nn.Module, *parts: str | Part) -> TunedModel:

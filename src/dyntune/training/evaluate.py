@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dyntune.core.errors import DataError
 from dyntune.data.transforms import prepared
-from dyntune.model.cost import MacCounter, head_macs
+from dyntune.model.macs import MacCounter, head_macs
 from dyntune.model.tuned import ExecutionName, TunedModel
 
 

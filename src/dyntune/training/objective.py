@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dyntune.backbones import wrap
 from dyntune.backbones.base import Backbone
 from dyntune.core.losses import distillation_loss
-from dyntune.model.forward import Masked, run
+from dyntune.model.executions import Masked
+from dyntune.model.forward import run
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.policies.base import CompletePass, Output
 

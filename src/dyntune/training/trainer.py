@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from dyntune.core.errors import TrainingError
 from dyntune.core.files import write_json
-from dyntune.model.checkpoint import save
 from dyntune.model.forward import activation_rates
 from dyntune.model.tuned import TunedModel
 from dyntune.training.accelerator import make_accelerator
@@ -341,9 +340,9 @@ class _Run:
             self.best_epoch = epoch + 1
             self.best_tensors = {name: p.detach().cpu().clone() for name, p in self.model.tuned_state().items()}
             if self.out and self._main:
-                save(self.model, self.out, measured)
+                self.model.save(self.out, measured)
         if self.out and self._main:
-            save(self.model, self.out / "last", measured)
+            self.model.save(self.out / "last", measured)
         self._write_state(epoch + 1, 0)
 
     def _evaluate(self) -> Evaluation:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import dyntune
 from dyntune.core.errors import TrainingError
-from dyntune.model.checkpoint import WEIGHTS
+from dyntune.model.saved import WEIGHTS
 from dyntune.studies.vtab.display import JobDisplay, remaining_seconds
 from dyntune.studies.vtab.images import ResizedImages
 from dyntune.studies.vtab.jobs import LOCK, run_job

@@ -18,9 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-import dyntune
 from dyntune.core.errors import DeploymentError
 from dyntune.core.files import write_json, write_text
+from dyntune.core.version import VERSION
 from dyntune.inference.export.card import deployment_card
 from dyntune.inference.export.folder import CONFIG, FORMAT, MODEL_FILES, Precision, RuntimeName, digests, read_config
 from dyntune.inference.export.linears import BackboneLinears
@@ -116,7 +116,7 @@ class Export:
         config = {
             "library": "dyntune",
             "format": FORMAT,
-            "dyntune_version": dyntune.__version__,
+            "dyntune_version": VERSION,
             "spec": self.model.spec,
             "backbone": costs.model,
             "runtime": runtime,

@@ -15,7 +15,7 @@ from dyntune.core.tokens import Tokens
 from dyntune.inference.kernels import ops
 from dyntune.inference.kernels.launch import DTYPES, unavailable
 from dyntune.inference.kernels.ops import Products
-from dyntune.model.forward import Execution
+from dyntune.model.executions import Execution
 from dyntune.parts.policies.base import Gate, TokenPolicy
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from dyntune.backbones.units import Unit
 from dyntune.core.errors import DyntuneError
 from dyntune.core.tokens import Tokens
-from dyntune.model.forward import Compact
+from dyntune.model.executions import Compact
 from dyntune.model.rates import threshold
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.policies.base import Gate, TokenPolicy

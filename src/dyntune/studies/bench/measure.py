@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dyntune.core.errors import DyntuneError
-from dyntune.model.cost import MacCounter, head_macs
+from dyntune.model.macs import MacCounter, head_macs
 from dyntune.studies.bench.peers import DENSE, Candidate
 from dyntune.studies.bench.system import peak_memory
 from dyntune.training.throughput import Spread, Turns, time_in_turns

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones.source import create_backbone
 from dyntune.core.errors import SpecError
-from dyntune.model.forward import Compact
+from dyntune.model.executions import Compact
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.registry import resolve
 

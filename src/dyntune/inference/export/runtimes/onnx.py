@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-import dyntune
 from dyntune.core.errors import DeploymentError, in_one_line
 from dyntune.core.files import write_atomically
+from dyntune.core.version import VERSION
 from dyntune.inference.export.program import ACTIVE, INPUT, LOGITS, own_copy
 from dyntune.inference.export.runtimes.base import Runtime
 
@@ -94,7 +94,7 @@ def write_onnx(
     model.graph.sort()  # PyTorch 2.8 may leave an operator behind what reads its output
     _name(model)
     model.ir_version = min(_NEWEST_IR, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)]))
-    model.metadata_props.update({"dyntune_version": dyntune.__version__, **(metadata or {})})
+    model.metadata_props.update({"dyntune_version": VERSION, **(metadata or {})})
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
     def save(temporary: Path) -> None:

@@ -1,0 +1,133 @@
+"""The folder that an adapter is saved in: JSON, safetensors and a model card, written atomically and read strictly.
+
+``adapter_model.safetensors`` holds the trained tensors (adapters, dispatchers, head), ``adapter_config.json`` all that
+is needed to put them on the same backbone again. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dyntune.core.errors import CheckpointError
+from dyntune.core.files import write_atomically, write_json, write_text
+from dyntune.core.version import VERSION
+from dyntune.model.card import model_card
+from dyntune.model.rates import Calibration
+
+FORMAT = 1
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+PREVIOUS = ".adapter_model.previous.safetensors"
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Writes the trained tensors, their configuration and a model card.
+
+    The configuration names the weights by their digest, so a folder in which the two do not belong together is noticed.
+
+    Args:
+        folder: made if it is not there; an adapter in it is replaced.
+        tensors: by name.
+        about: the model that they are of, as JSON values.
+
+    Raises:
+        CheckpointError: ``folder`` is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give a folder to save the adapter in.")
+    payload = safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"}
+    )
+    config = {
+        "library": "dyntune",
+        "format": FORMAT,
+        "dyntune_version": VERSION,
+        "torch_version": torch.__version__,
+        **about,
+        "weights_sha256": hashlib.sha256(payload).hexdigest(),
+    }
+    _replace(folder, payload, config)
+    write_text(folder / CARD, model_card(config, tensors))
+
+
+def write_calibration(folder: Path, calibration: Calibration) -> None:
+    """Puts a calibration into a saved adapter, in place of one that is there; the rest of it stays as it is."""
+    write_json(folder / CONFIG, read_config(folder) | {"calibration": calibration.to_dict()})
+
+
+def _replace(folder: Path, payload: bytes, config: dict[str, Any]) -> None:
+    """Puts weights and configuration in place of those in ``folder``; at every moment a whole adapter can be loaded.
+
+    Until the configuration is replaced, it is the old weights that belong to it, so they stay until then.
+    """
+    weights, previous = folder / WEIGHTS, folder / PREVIOUS
+    if weights.exists() and _belongs(weights.read_bytes(), folder):
+        write_atomically(previous, lambda path: shutil.copyfile(weights, path))
+    try:
+        write_atomically(weights, lambda path: path.write_bytes(payload))
+        write_json(folder / CONFIG, config)
+    except BaseException:
+        if previous.exists():
+            previous.replace(weights)
+        raise
+    previous.unlink(missing_ok=True)
+
+
+def _belongs(payload: bytes, folder: Path) -> bool:
+    """Whether the configuration in ``folder`` names these weights."""
+    try:
+        return hashlib.sha256(payload).hexdigest() == read_config(folder).get("weights_sha256")
+    except CheckpointError:
+        return False
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a saved adapter.
+
+    Raises:
+        CheckpointError: there is none, or it is not one of Dyntune's in a format that this version knows.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            f"no saved adapter in {folder}: {CONFIG} is missing. Give the folder that save() or train wrote."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}.") from error
+    if not isinstance(config, dict) or config.get("library") != "dyntune":
+        raise CheckpointError(f"{path} was not written by Dyntune (a PEFT adapter has the same file names).")
+    if not isinstance(config.get("format"), int) or config["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {config.get('format')!r}; this Dyntune reads up to {FORMAT}. Upgrade Dyntune."
+        )
+    return config
+
+
+def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a saved adapter that belong to its configuration.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is incomplete: {WEIGHTS} is missing.")
+    payloads = [file.read_bytes() for file in (path, folder / PREVIOUS) if file.is_file()]
+    payload = next((p for p in payloads if hashlib.sha256(p).hexdigest() == config.get("weights_sha256")), None)
+    if payload is None:
+        raise CheckpointError(
+            f"{path} is damaged or does not belong to {CONFIG} (digests differ). Copy the folder again."
+        )
+    try:
+        return safetensors.torch.load(payload)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}.") from error
