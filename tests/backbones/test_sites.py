@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import dyntune
-from dyntune.backbones import wrap
 from dyntune.backbones.sites import Change, Changed
+from dyntune.backbones.source import wrap
 from dyntune.core.errors import BackboneError
 
 PER_BLOCK = ["norm1", "qkv", "proj", "norm2", "fc1", "fc2"]
@@ -16,11 +16,11 @@ class Double(Change):
     def forward(self, x, y):
         return 2 * y
 
-    def fold(self, base):
-        with torch.no_grad():
-            base.weight *= 2
-            if base.bias is not None:
-                base.bias *= 2
+    @torch.no_grad()
+    def fold(self, site):
+        site.weight.mul_(2)
+        if site.bias is not None:
+            site.set_bias(2 * site.bias)
 
 
 class Plus(Change):

@@ -35,6 +35,8 @@ class Unit(nn.Module, abc.ABC):
         self.beside = nn.ModuleDict()
         self.after = nn.ModuleDict()
         self.reducers = nn.ModuleDict()
+        self.dispatcher: nn.Module | None = None
+        """The learned gate that lets tokens through this unit or not, for the policy that gates it."""
 
     def add_beside(self, name: str, module: nn.Module) -> None:
         """Puts a module beside this unit: it reads the unit's input, sees every token, and its output is added.
@@ -141,23 +143,28 @@ class Attention(SubLayer):
     """An attention sub-layer, split around the softmax, which is ours: token-wise before and after it."""
 
     kind = "attn"
+    opaque: ClassVar[bool] = False
+    """Whether the host computes it as a whole, among all tokens in their places; see ``OpaqueAttention``."""
 
     @abc.abstractmethod
-    def project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Projections of the norm's output: ``(..., C)`` to queries, keys and values, each ``(..., H, D)``."""
+    def project(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the tokens, each ``(..., H, D)``, from the norm's output, ``normed(tokens)``.
 
-    @abc.abstractmethod
+        A host with rotary embeddings rotates them here by ``tokens.positions``.
+        """
+
     def split_queries(self) -> None:
         """Takes the queries' projection apart from that of keys and values, so that ``project_first`` saves it."""
 
-    @abc.abstractmethod
-    def project_first(self, normed: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def project_first(self, tokens: Tokens, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """As ``project``, with queries ``(B, count, H, D)`` of the first tokens alone; ``split_queries`` comes before.
 
         Args:
-            normed: the norm's output, ``(B, N, C)``.
-            count: tokens that ask.
+            tokens: ``(B, N, C)``.
+            count: prefix tokens that ask.
         """
+        q, k, v = self.project(tokens)
+        return q[:, :count], k, v
 
     @abc.abstractmethod
     def combine(self, attended: Tensor) -> Tensor:
@@ -175,10 +182,41 @@ class Attention(SubLayer):
 
     def projected(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each ``(..., H, D)``, computed unless ``tokens`` brings them."""
-        return self.project(self.normed(tokens)) if tokens.projected is None else tokens.projected
+        return self.project(tokens) if tokens.projected is None else tokens.projected
 
     def host_update(self, tokens: Tokens) -> Tensor:
         return self.combine(attend(*self.projected(tokens), tokens, self.attention_dropout))
+
+
+class OpaqueAttention(Attention):
+    """An attention sub-layer that the host computes as a whole, as it does windows and relative positions.
+
+    It sees all tokens in their places. So a policy may gate the MLP, but not this attention, and cannot take tokens
+    away; methods can change the host's maps and stand beside, behind and in front of the sub-layer.
+    """
+
+    opaque = True
+
+    @abc.abstractmethod
+    def attended(self, normed: Tensor) -> Tensor:
+        """The norm's output ``(B, N, C)`` to the update ``(B, N, C)``: attention, LayerScale and drop path."""
+
+    def host_update(self, tokens: Tokens) -> Tensor:
+        return self.attended(self.normed(tokens))
+
+    def project(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        raise BackboneError(f"{self.path} is computed by the host as a whole; it has no queries to be read.")
+
+    def combine(self, attended: Tensor) -> Tensor:
+        raise BackboneError(f"{self.path} is computed by the host as a whole; its output map cannot stand alone.")
+
+    @property
+    def head_width(self) -> int:
+        return self.width
+
+    @property
+    def attention_dropout(self) -> float:
+        return 0.0
 
 
 MlpActivation = Literal["gelu", "gelu_tanh", "quick_gelu"]
@@ -242,6 +280,11 @@ class Block(Unit):
         Raises:
             BackboneError: a module is there already; two of them would remove each other's tokens.
         """
+        if self.attn.opaque:
+            raise BackboneError(
+                f"{name} inserts tokens at {self.path}, whose attention the host computes as a whole, among the image "
+                "patches in their places. Use a method that leaves the tokens alone, such as adaptformer or lora."
+            )
         if self.entries:
             raise BackboneError(
                 f"{name} and {next(iter(self.entries))} both insert tokens at {self.path}; give one of them."

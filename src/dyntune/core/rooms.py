@@ -14,8 +14,9 @@ T = TypeVar("T")
 def discover(room: str, base: type[T], group: str) -> dict[str, type[T]]:
     """The classes that a room holds, by name: its own modules in the order of the alphabet, then those from outside.
 
-    Every module of the room but ``base`` defines exactly one class that derives from ``base``. An entry point of
-    ``group`` gives such a class of another distribution. Either is called as its module is, see ``named``.
+    Every module of the room defines exactly one class that derives from ``base``, but for ``base.py``, or those that
+    the package names in ``BASES``. An entry point of ``group`` gives such a class of another distribution. Either is
+    called as its module is, see ``named``.
 
     Args:
         room: name of the package, for instance ``"dyntune.parts.methods"``.
@@ -51,4 +52,5 @@ def named(cls: type) -> str:
 @functools.cache
 def _modules(room: str) -> tuple[str, ...]:
     package = importlib.import_module(room)
-    return tuple(info.name for info in pkgutil.iter_modules(package.__path__) if info.name != "base")
+    bases = getattr(package, "BASES", ("base",))
+    return tuple(info.name for info in pkgutil.iter_modules(package.__path__) if info.name not in bases)

@@ -12,6 +12,7 @@ from dyntune.backbones.base import Backbone
 from dyntune.backbones.units import Unit
 from dyntune.parts.methods.adaptformer import Adapter
 from dyntune.parts.policies.base import TokenPolicy
+from dyntune.parts.policies.gating import gating
 
 
 class Joint(nn.Module):
@@ -62,7 +63,8 @@ def joined(backbone: Backbone, policies: Sequence[TokenPolicy], without: Unit | 
     """
     joints = nn.ModuleDict()
     for unit in backbone.all_units():
-        gate = next((policy.linear_gate(unit) for policy in policies if policy.gates(unit)), None)
+        policy = gating(policies, unit)
+        gate = None if policy is None else policy.linear_gate(unit)
         adapters = list(unit.beside.values())
         if unit is not without and gate is not None and len(adapters) == 1 and isinstance(adapters[0], Adapter):
             joints[key(unit)] = Joint(gate, adapters[0])

@@ -15,6 +15,8 @@ from dyntune.backbones.units import Block, Unit
 from dyntune.core.tokens import Tokens
 from dyntune.model.executions import Execution
 from dyntune.parts.policies.base import Gate, Output, Reduction, TokenPolicy
+from dyntune.parts.policies.gating import gating
+from dyntune.parts.policies.reducing import ReducingPolicy
 
 
 def run(
@@ -84,7 +86,7 @@ def _step(
     unit: Unit, tokens: Tokens, policies: Sequence[TokenPolicy], execution: Execution
 ) -> tuple[Tokens, tuple[Gate | Reduction, ...]]:
     """One unit: gated as a whole, or for a block that is not, its two sub-layers in turn."""
-    policy = None if tokens.only_read else _deciding(policies, unit)
+    policy = None if tokens.only_read else gating(policies, unit)
     if policy is not None:
         tokens, gate = execution.gated(unit, tokens, policy)
         return tokens, (gate,)
@@ -104,14 +106,6 @@ def _step(
     return (tokens if beside is None else tokens.with_x(tokens.x + beside)), (*decided, *reduced, *mlp_decided)
 
 
-def _deciding(policies: Sequence[TokenPolicy], unit: Unit) -> TokenPolicy | None:
-    """The policy that decides which tokens go through ``unit``, if one does."""
-    for policy in policies:  # not next(), whose default torch.compile of PyTorch 2.8 cannot trace
-        if policy.gates(unit):
-            return policy
-    return None
-
-
 def _reduce(
     unit: Unit,
     tokens: Tokens,
@@ -121,11 +115,13 @@ def _reduce(
 ) -> tuple[Tokens, Tensor | None, tuple[Reduction, ...]]:
     """The tokens that go on into ``unit``, and the update ``beside`` them that is yet to be added, for those."""
     for policy in policies:
-        apply = policy.reduction(unit, tokens, projected) if policy.reduces(unit) else None
+        if not isinstance(policy, ReducingPolicy) or not policy.reduces(unit):
+            continue
+        apply = policy.reduction(unit, tokens, projected)
         if apply is not None:
             beside = None if beside is None else apply(tokens.with_x(beside)).x
             tokens = apply(tokens)
-            return tokens, beside, (Reduction(unit.path, policy, tokens.sources, tokens.x.shape[1]),)
+            return tokens, beside, (Reduction(unit.path, policy, tokens.provenance, tokens.x.shape[1]),)
     return tokens, beside, ()
 
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dyntune.backbones import wrap
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.source import BackboneSource, create_backbone, describe, fingerprint
+from dyntune.backbones.origin import BackboneSource, fingerprint
+from dyntune.backbones.source import create_backbone, wrap
 from dyntune.core.errors import CheckpointError, SpecError
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.assembly import install, settled
@@ -24,6 +24,7 @@ from dyntune.model.rates import Calibration, set_rate
 from dyntune.model.saved import write_adapter
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import Output
+from dyntune.parts.policies.gating import gating
 from dyntune.parts.registry import expand, resolve
 from dyntune.parts.spec import Part, format_spec
 
@@ -64,8 +65,8 @@ class TunedModel(nn.Module):
         dense = trace(plain, ())
         self.dense_macs, self.dense_block_macs = dense.macs, dense.block_macs
         self.fingerprint = _fingerprint(plain, self.backbone.adopted)
-        self.origin: BackboneSource = describe(plain.host)
-        self.preprocessing = Preprocessing.from_backbone(plain.host)
+        self.origin: BackboneSource = plain.origin()
+        self.preprocessing: Preprocessing = plain.preprocessing()
         self.classes: tuple[str, ...] | None = None
         self.parts = settled(host, parts, self.dense_macs)
         self.methods = tuple(part for part in expand(self.parts) if isinstance(part, TuningMethod))
@@ -82,7 +83,8 @@ class TunedModel(nn.Module):
     @property
     def target_rate(self) -> float:
         """Share of patches that gated units are meant to compute, the mean over those units; 1 without gates."""
-        rates = [p.target_rate(unit) for unit in self.backbone.all_units() for p in self.policies if p.gates(unit)]
+        gated = ((unit, gating(self.policies, unit)) for unit in self.backbone.all_units())
+        rates = [policy.target_rate(unit) for unit, policy in gated if policy is not None]
         return sum(rates) / len(rates) if rates else 1.0
 
     def set_rate(self, rate: float | None, data: Dataset[Any] | Tensor | None = None) -> None:
@@ -243,6 +245,8 @@ def build_tuned(
         weights: local weight file of the backbone.
         arguments: for ``timm.create_model``, for instance ``img_size``.
     """
+    if not arguments.get("drop_path_rate", True):
+        del arguments["drop_path_rate"]  # none is the default, and not every host can have some
     host = create_backbone(name, weights=weights, num_classes=len(classes), **arguments)
     model = tune(host, *parts)
     for head in model.backbone.heads:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dyntune.backbones.source import rebuild
 from dyntune.core.errors import DataError, SpecError
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.model.cost import cost
@@ -164,7 +165,7 @@ def compare_speed(models: dict[str, TunedModel], images: Tensor) -> dict[str, Th
     """Images per second of tuned models and of the untouched backbone, ``DENSE``, in turns on one batch."""
     first = next(iter(models.values()))
     device = next(first.parameters()).device
-    plain = first.origin.build(pretrained=False) if first.origin.name else copy.deepcopy(first.backbone.plain().host)
+    plain = rebuild(first.origin, pretrained=False) if first.origin.name else copy.deepcopy(first.backbone.plain().host)
     contestants: dict[str, Callable[[Tensor], Any]] = {DENSE: plain.to(device).eval()}
     contestants |= {spec: model.eval() for spec, model in models.items()}
     with torch.inference_mode():

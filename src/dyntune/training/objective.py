@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyntune.backbones import wrap
 from dyntune.backbones.base import Backbone
+from dyntune.backbones.source import wrap
 from dyntune.core.losses import distillation_loss
 from dyntune.model.executions import Masked
 from dyntune.model.forward import run

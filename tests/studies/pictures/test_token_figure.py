@@ -12,7 +12,7 @@ from matplotlib.image import AxesImage
 from PIL import Image
 
 from dyntune import DyntuneError
-from dyntune.core.tokens import Sources
+from dyntune.core.tokens import Provenance
 from dyntune.parts.policies.base import Gate, TokenPolicy
 from dyntune.studies.pictures import save_figure, token_figure
 from dyntune.studies.pictures.page import GONE, VEIL, VEIL_SHARE
@@ -176,7 +176,9 @@ def test_gates_of_a_tuned_model_can_be_drawn(tmp_path: Path) -> None:
 
 def reduced_gate(unit: str, values: Sequence[float], owner: Sequence[int], present: Sequence[float] | None) -> Gate:
     hidden = None if present is None else torch.tensor([present])
-    return Gate(unit, torch.tensor([values]), TokenPolicy(), sources=Sources(torch.tensor([owner]), present=hidden))
+    return Gate(
+        unit, torch.tensor([values]), TokenPolicy(), provenance=Provenance(torch.tensor([owner]), present=hidden)
+    )
 
 
 @pytest.mark.parametrize("present", [None, [1.0, 1.0, 1.0, 0.0]])

@@ -16,7 +16,8 @@ from dyntune.inference.kernels import ops
 from dyntune.inference.kernels.launch import DTYPES, unavailable
 from dyntune.inference.kernels.ops import Products
 from dyntune.model.executions import Execution
-from dyntune.parts.policies.base import Gate, TokenPolicy
+from dyntune.parts.policies.base import Gate
+from dyntune.parts.policies.gating import GatingPolicy
 
 
 class JointProducts(Protocol):
@@ -55,7 +56,7 @@ class DeviceCounts(Execution):
         self.joints = dict(joints or {})
         self.products = products
 
-    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
+    def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
         if unit.training:
             raise DyntuneError(
                 f'{unit.path} is in train mode, which needs gradients; use eval(), or execution="masked".'

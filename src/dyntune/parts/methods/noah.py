@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.sites import Change
+from dyntune.backbones.sites import Change, Site
 from dyntune.core.errors import BackboneError, SpecError
 from dyntune.core.tokens import Tokens
 from dyntune.parts.methods.base import TuningMethod, quick_gelu
@@ -195,9 +195,9 @@ class ElasticLowRank(Change):
         return y + F.linear(F.linear(self.dropout(x), down), up)
 
     @torch.no_grad()
-    def fold(self, base: nn.Module) -> None:
+    def fold(self, site: Site) -> None:
         down, up = self._sliced(self.selection.subnet)
-        cast(Tensor, base.weight).add_(up @ down)
+        site.weight.add_(up @ down)
 
     def _sliced(self, sizes: Subnet) -> tuple[Tensor, Tensor]:
         rank = sizes.ranks[self.block]
@@ -346,10 +346,9 @@ class Noah(TuningMethod):
         for site in backbone.sites("qkv"):
             index = cast(int, site.block)
             if rank := stored.ranks[index]:
-                inputs = int(cast(Tensor, site.module.weight).shape[1])
                 site.add(
                     "noah",
-                    ElasticLowRank(index, inputs, site.channels, rank, self.dropout, self.init, selection),
+                    ElasticLowRank(index, site.inputs, site.channels, rank, self.dropout, self.init, selection),
                 )
 
     def from_published(self, name: str, tensor: Tensor) -> dict[str, Tensor] | None:

@@ -11,7 +11,8 @@ from dyntune.core.tokens import Tokens
 from dyntune.model.executions import Compact
 from dyntune.model.rates import threshold
 from dyntune.model.tuned import TunedModel
-from dyntune.parts.policies.base import Gate, TokenPolicy
+from dyntune.parts.policies.base import Gate
+from dyntune.parts.policies.gating import GatingPolicy
 
 
 class _Setting(Compact):
@@ -24,7 +25,7 @@ class _Setting(Compact):
     def __init__(self, rate: float | None) -> None:
         self.rate = rate
 
-    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
+    def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
         linear, logits = policy.linear_gate(unit), policy.gate(unit, tokens).logits
         if linear is None or linear.bias is None or logits is None:
             raise DyntuneError(f"{policy.name()} at {unit.path} has no linear gate with a bias that could be set.")

@@ -111,7 +111,7 @@ def _states(output: Output, images: int) -> tuple[str | None, dict[int, list[Pat
     """The kind of units whose gates are shown, if any, and by block number the state of each image's patches."""
     states = {}
     for reduction in output.reductions:
-        states[split_path(reduction.unit)[0]] = states_after(reduction.sources, reduction.unit, images, output.grid)
+        states[split_path(reduction.unit)[0]] = states_after(reduction.provenance, reduction.unit, images, output.grid)
     places = [(*split_path(gate.unit), gate) for gate in output.gates]
     kind = next((kind for kind in _GATED if any(kind == its_kind for _, its_kind, _ in places)), None)
     for block, its_kind, gate in places:
