@@ -44,7 +44,7 @@ class ImageList:
 
 
 def read_list(file: Path) -> ImageList:
-    """The lines of a list file; labels of any size, and the images themselves are not looked at.
+    """The lines of a list file; neither the range of the labels nor the images themselves are looked at.
 
     Raises:
         OSError: there is no such file, or it cannot be read.

@@ -6,7 +6,7 @@ from dyntune.data.streams import SPLIT_WORDS, collect, open_stream
 
 
 class Tfds(Source):
-    """A prepared data set below the root; TensorFlow Datasets downloads it there where it can."""
+    """A data set of TensorFlow Datasets, prepared below the root or downloaded to it where that can be done."""
 
     prefix = "tfds/"
     form = "tfds/NAME"

@@ -66,7 +66,7 @@ def _torch_images(data: Any, name: str) -> LabelledImages:
 
 
 class Torch(Source):
-    """What is not below the root is downloaded to it where torchvision can.
+    """A data set of torchvision; what is not below the root is downloaded to it where torchvision can.
 
     A labelled validation split counts as that; where there is only a test split, the validation images are split off
     the training images.
