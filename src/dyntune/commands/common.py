@@ -16,16 +16,11 @@ from rich.table import Table
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.core.errors import DataError, SpecError, TrainingError
 from dyntune.data.base import DataSplits, LabelledImages
+from dyntune.data.load import forms
 from dyntune.model.checkpoint import load
 from dyntune.model.tuned import TunedModel
 
-DataArgument = Annotated[
-    str,
-    typer.Argument(
-        help="digits, shapes-location, shapes-orientation, a folder (folder:PATH), a VTAB-1K task (vtab:PATH), or "
-        "torch/NAME, hfds/NAME, wds/PATH, tfds/NAME."
-    ),
-]
+DataArgument = Annotated[str, typer.Argument(help=f"{forms()}.")]
 RunArgument = Annotated[Path, typer.Argument(help="Folder that train or save() wrote.")]
 ImagesArgument = Annotated[list[str], typer.Argument(help="Image files, folders or globs.")]
 ModelOption = Annotated[str, typer.Option(help="timm name of the backbone.")]

@@ -20,7 +20,7 @@ from dyntune.commands.common import (
 )
 from dyntune.core.errors import DataError, SpecError
 from dyntune.data import load_data
-from dyntune.data.joined import JoinedImages
+from dyntune.data.datasets import JoinedImages
 from dyntune.model.cost import cost
 from dyntune.model.tuned import TunedModel, build_tuned
 from dyntune.parts.methods.noah import Noah

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from dyntune.data.sources.vtab import LISTS
+from dyntune.data.vtab import LISTS
 
 _PIECES, _PIECE = 64, 1 << 16
 _DIGITS = 12

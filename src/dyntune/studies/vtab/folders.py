@@ -7,7 +7,7 @@ from typing import Literal
 
 from dyntune.core.errors import DataError
 from dyntune.data.base import DataSplits
-from dyntune.data.sources.vtab import LINE, LISTS, load_vtab_task
+from dyntune.data.vtab import LINE, LISTS, load_vtab_task
 from dyntune.studies.vtab.lists import list_problems
 from dyntune.studies.vtab.tasks import Benchmark, Task
 

@@ -5,47 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import posixpath
-import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from dyntune.data.sources.vtab import LISTS
+from dyntune.data.vtab import LISTS, Entry, ImageList, read_list
 
 _MOST_SHOWN = 3
 _DISJOINT = (("train800", "test"), ("val200", "test"), ("train800val200", "test"), ("train800", "val200"))
 """Pairs that share no image. train800val200 may list those of train800 and val200, or copies of its own."""
-
-
-class Entry(NamedTuple):
-    """A line of a list: the image's path below the task folder, its label, and the line's number from 1."""
-
-    path: str
-    label: int
-    line: int
-
-
-@dataclass(frozen=True)
-class ImageList:
-    """A list file as far as it can be read.
-
-    Args:
-        file: its path.
-        entries: the lines that are right.
-        bad: "line N: malformed ..." for each of the others.
-    """
-
-    file: Path
-    entries: tuple[Entry, ...]
-    bad: tuple[str, ...]
-
-    @property
-    def lines(self) -> int:
-        """How many lines there are, blank ones left out."""
-        return len(self.entries) + len(self.bad)
 
 
 def list_problems(folder: Path, sizes: Mapping[str, tuple[int, ...]], classes: int) -> list[str]:
@@ -61,7 +29,7 @@ def list_problems(folder: Path, sizes: Mapping[str, tuple[int, ...]], classes: i
     for name in LISTS:
         file = folder / f"{name}.txt"
         try:
-            lists[name] = _read(file)
+            lists[name] = read_list(file)
         except FileNotFoundError:
             problems.append(f"no list file {file}")
         except (OSError, UnicodeDecodeError) as error:
@@ -82,25 +50,6 @@ def list_problems(folder: Path, sizes: Mapping[str, tuple[int, ...]], classes: i
         if empty := [f"{folder}/{path}" for path, size in found.items() if size == 0]:
             problems.append(f"{len(empty)} of the {len(found)} images of {file} are empty files: {_some(empty)}")
     return problems + _shared(lists) + _labels(lists, classes)
-
-
-def _read(file: Path) -> ImageList:
-    entries: list[Entry] = []
-    bad: list[str] = []
-    # Only newlines end a line here, so that the numbers in messages are those an editor shows.
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        match line.strip().rsplit(maxsplit=1):
-            case [path, label] if re.fullmatch(r"[+-]?\d{1,9}", label):
-                place = posixpath.normpath(path)
-                if place.startswith(("/", "../")) or place == "..":
-                    bad.append(f"line {number}: {path!r} lies outside the task folder")
-                else:
-                    entries.append(Entry(place, int(label), number))
-            case _:
-                bad.append(f"line {number}: malformed line {line.strip()[:200]!r}")
-    return ImageList(file, tuple(entries), tuple(bad))
 
 
 def _twice(images: ImageList) -> list[str]:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from dyntune.core.errors import DataError
+from dyntune.data.datasets import data_root
 from dyntune.data.drawn.vtab_mini import INDEX, NAME, write_vtab_mini
-from dyntune.data.sources.factory import data_root
 from dyntune.studies.vtab.tasks import VTAB_1K, Benchmark, Task
 
 
