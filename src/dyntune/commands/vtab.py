@@ -19,9 +19,9 @@ from dyntune.commands.common import (
     print_table,
 )
 from dyntune.core.errors import TrainingError
+from dyntune.core.machine import machine
 from dyntune.studies.compare import split_specs
 from dyntune.studies.noah import SearchSettings
-from dyntune.studies.report import machine
 from dyntune.studies.vtab.describe import describe
 from dyntune.studies.vtab.folders import find_folders
 from dyntune.studies.vtab.locate import open_benchmark

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dyntune.core.errors import DataError, SpecError
+from dyntune.core.timing import Throughput, measure_throughput
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.model.cost import cost
 from dyntune.model.tuned import TunedModel, build_tuned
@@ -22,7 +23,6 @@ from dyntune.parts.registry import resolve
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
 from dyntune.training.progress import Progress
 from dyntune.training.settings import TrainSettings
-from dyntune.training.throughput import Throughput, measure_throughput
 from dyntune.training.trainer import fit
 
 DENSE = "dense backbone"

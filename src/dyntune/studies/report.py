@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import html
-import os
-import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from dyntune.core.files import write_atomically, write_json, write_text
+from dyntune.core.machine import machine
 from dyntune.data.base import LabelledImages
 from dyntune.model.tuned import TunedModel
 from dyntune.studies.compare import Row, folder_name
@@ -63,20 +62,6 @@ def markdown_table(rows: Sequence[Row]) -> str:
         for cells in table_rows(rows)
     ]
     return "\n".join(lines)
-
-
-def machine() -> str:
-    """What the figures were measured on: processor, cores used, versions."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = models[0] if models else name
-    device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{name}, {threads}{device}, torch {torch.__version__}, {platform.system()}"
 
 
 def write_report(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dyntune.core.files import write_text
+from dyntune.core.machine import machine
 from dyntune.studies.pictures.accuracy_macs import Point, accuracy_macs_figure
 from dyntune.studies.pictures.save import save_figure
-from dyntune.studies.report import machine
 from dyntune.studies.vtab.averages import MethodRow, method_row
 from dyntune.studies.vtab.describe import describe
 from dyntune.studies.vtab.plan import Plan
