@@ -23,7 +23,8 @@ from dyntune.commands.common import (
 )
 from dyntune.core.machine import machine
 from dyntune.data import load_data
-from dyntune.studies.compare import compare, split_specs
+from dyntune.parts.spec_list import split_specs
+from dyntune.studies.compare import compare
 from dyntune.studies.report import COLUMNS, table_rows, write_report
 from dyntune.training.progress import ProgressBar
 from dyntune.training.settings import Device, Precision, TrainSettings

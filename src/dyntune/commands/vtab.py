@@ -20,7 +20,7 @@ from dyntune.commands.common import (
 )
 from dyntune.core.errors import TrainingError
 from dyntune.core.machine import machine
-from dyntune.studies.compare import split_specs
+from dyntune.parts.spec_list import split_specs
 from dyntune.studies.noah import SearchSettings
 from dyntune.studies.vtab.describe import describe
 from dyntune.studies.vtab.folders import find_folders

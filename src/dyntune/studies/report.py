@@ -15,7 +15,8 @@ from dyntune.core.files import write_atomically, write_json, write_text
 from dyntune.core.machine import machine
 from dyntune.data.base import LabelledImages
 from dyntune.model.tuned import TunedModel
-from dyntune.studies.compare import Row, folder_name
+from dyntune.parts.spec_list import folder_name
+from dyntune.studies.compare import Row
 from dyntune.studies.pictures import activation_figure, reduction_figure, save_figure, token_figure
 from dyntune.studies.pictures.tradeoff import tradeoff_figure
 from dyntune.training.evaluate import as_tensors

@@ -28,7 +28,7 @@ from dyntune.studies.bench.measure import Row, measure
 from dyntune.studies.bench.peers import GATHER, Candidate, candidates, fresh
 from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.runtimes import IN_TORCH, build
-from dyntune.studies.compare import first_batch
+from dyntune.training.inputs import first_batch
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from dyntune.core.errors import TrainingError
 from dyntune.core.files import write_json
-from dyntune.studies.compare import folder_name
+from dyntune.parts.spec_list import folder_name
 from dyntune.studies.vtab.fingerprint import file_digest, lists_digest
 from dyntune.studies.vtab.recipes import Recipe
 from dyntune.studies.vtab.tasks import Benchmark, Task
