@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dyntune.studies.noah import SearchSettings
-from dyntune.studies.vtab.describe import describe
 from dyntune.studies.vtab.recipes import RECIPES
+from dyntune.studies.vtab.report import describe
 
 
 def test_a_preset_as_it_is_needs_no_more_than_its_name(make_plan, tmp_path):
