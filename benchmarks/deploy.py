@@ -28,7 +28,7 @@ from dyntune.core.timing import Turns, time_in_turns
 from dyntune.inference.export.bundle import Export
 from dyntune.inference.export.candidate import Candidate
 from dyntune.model.cost import head_macs
-from dyntune.studies.bench.gates import set_gates
+from dyntune.studies.bench.peers import set_gates
 
 CLASSES = 100
 TIMED, DEPLOYED = "dense, eager", "dense, deployed"

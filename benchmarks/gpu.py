@@ -42,7 +42,7 @@ from dyntune.core.timing import time_queued
 from dyntune.inference.joint import joined, key
 from dyntune.inference.kernels import DeviceCounts, capture, supports
 from dyntune.model.folding import fold
-from dyntune.studies.bench.gates import set_gates
+from dyntune.studies.bench.peers import set_gates
 
 Forward = Callable[[Tensor], Tensor]
 

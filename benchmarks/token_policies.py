@@ -21,7 +21,7 @@ from torch import Tensor
 import dyntune
 from dyntune.core.machine import machine
 from dyntune.core.timing import measure_throughput
-from dyntune.studies.bench.gates import set_gates
+from dyntune.studies.bench.peers import set_gates
 
 METHODS = (
     "adaptformer",

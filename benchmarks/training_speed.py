@@ -32,7 +32,7 @@ from dyntune.core.machine import machine, peak_memory
 from dyntune.core.timing import Throughput, measure_throughput
 from dyntune.data import load_data
 from dyntune.model.tuned import build_tuned
-from dyntune.studies.bench.gates import set_gates
+from dyntune.studies.bench.peers import set_gates
 
 ADAPTFORMER, PUBLISHED, CHECKPOINTED = "AdaptFormer", "published", "published, gradient checkpointing"
 EVERY = "complete_every=4"

@@ -24,10 +24,9 @@ from dyntune.commands.common import (
 )
 from dyntune.core.errors import SpecError
 from dyntune.parts.spec_list import split_list
-from dyntune.studies.bench.picture import speed_figure
 from dyntune.studies.bench.plan import Plan
+from dyntune.studies.bench.report import DETAILS, details, speed_figure, summary, write
 from dyntune.studies.bench.run import bench
-from dyntune.studies.bench.table import DETAILS, details, summary, write
 from dyntune.studies.pictures import save_figure
 
 EXAMPLES = (

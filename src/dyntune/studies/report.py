@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: a table for people, files for programs, pictures, and a page that shows them."""
+"""The report of a comparison: a table for people, files for programs, pictures, and a page that shows them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dyntune.model.tuned import TunedModel
 from dyntune.parts.spec_list import folder_name
 from dyntune.studies.compare import Row
 from dyntune.studies.pictures import activation_figure, reduction_figure, save_figure, token_figure
-from dyntune.studies.pictures.tradeoff import tradeoff_figure
+from dyntune.studies.pictures.accuracy_macs import tradeoff_figure
 from dyntune.training.evaluate import as_tensors
 
 _GATED, _REDUCED = 6, 2

@@ -13,10 +13,9 @@ from dyntune.commands.main import app
 from dyntune.core.errors import DyntuneError
 from dyntune.core.timing import Latency, Spread
 from dyntune.studies.bench.measure import Row
-from dyntune.studies.bench.picture import speed_figure
 from dyntune.studies.bench.plan import Plan
+from dyntune.studies.bench.report import details, speed_figure, summary
 from dyntune.studies.bench.run import Report, bench
-from dyntune.studies.bench.table import details, summary
 from dyntune.studies.bench.worker import Measured, measure_runtime
 from dyntune.studies.pictures import save_figure
 

@@ -23,9 +23,8 @@ from dyntune.core.machine import OtherLoad, machine
 from dyntune.data import load_data
 from dyntune.model.checkpoint import load
 from dyntune.model.tuned import TunedModel
-from dyntune.studies.bench.gates import set_gates
 from dyntune.studies.bench.measure import Row, measure
-from dyntune.studies.bench.peers import GATHER, Candidate, candidates, fresh
+from dyntune.studies.bench.peers import GATHER, Candidate, candidates, fresh, set_gates
 from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.runtimes import IN_TORCH, build
 from dyntune.training.inputs import first_batch

@@ -7,7 +7,7 @@ from typing import Any
 from dyntune.core.files import write_text
 from dyntune.core.machine import machine
 from dyntune.studies.pictures.accuracy_macs import Point, accuracy_macs_figure
-from dyntune.studies.pictures.save import save_figure
+from dyntune.studies.pictures.style import save_figure
 from dyntune.studies.vtab.plan import Plan
 from dyntune.studies.vtab.published import comparable, published_rows
 from dyntune.studies.vtab.recipes import RECIPES, Recipe
