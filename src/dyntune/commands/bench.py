@@ -23,11 +23,10 @@ from dyntune.commands.common import (
     print_table,
 )
 from dyntune.core.errors import SpecError
-from dyntune.studies.bench.picture import speed_figure
+from dyntune.parts.spec_list import split_list
 from dyntune.studies.bench.plan import Plan
+from dyntune.studies.bench.report import DETAILS, details, speed_figure, summary, write
 from dyntune.studies.bench.run import bench
-from dyntune.studies.bench.table import DETAILS, details, summary, write
-from dyntune.studies.compare import split_list
 from dyntune.studies.pictures import save_figure
 
 EXAMPLES = (

@@ -21,9 +21,11 @@ from dyntune.commands.common import (
     print_json,
     print_table,
 )
+from dyntune.core.machine import machine
 from dyntune.data import load_data
-from dyntune.studies.compare import compare, split_specs
-from dyntune.studies.report import COLUMNS, machine, table_rows, write_report
+from dyntune.parts.spec_list import split_specs
+from dyntune.studies.compare import compare
+from dyntune.studies.report import COLUMNS, table_rows, write_report
 from dyntune.training.progress import ProgressBar
 from dyntune.training.settings import Device, Precision, TrainSettings
 

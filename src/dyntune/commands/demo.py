@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from dyntune.commands.common import DEFAULT_MODEL, JsonOption, out, print_json, print_table
+from dyntune.core.machine import machine
 from dyntune.data import load_data
 from dyntune.studies.compare import compare
-from dyntune.studies.report import COLUMNS, machine, table_rows, write_report
+from dyntune.studies.report import COLUMNS, table_rows, write_report
 from dyntune.training.progress import ProgressBar
 from dyntune.training.settings import TrainSettings
 

@@ -32,7 +32,7 @@ from dyntune.inference.export.folder import OpenedModel, Precision, RuntimeName,
 from dyntune.inference.export.runtimes.onnx import OLDEST_OPSET, OPSET
 from dyntune.model.checkpoint import load
 from dyntune.model.tuned import TunedModel
-from dyntune.studies.compare import first_batch
+from dyntune.training.inputs import first_batch
 
 EXAMPLES = (
     "dyntune deploy runs/flowers --out flowers-onnx --check folder:flowers",

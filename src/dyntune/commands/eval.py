@@ -28,8 +28,9 @@ from dyntune.commands.common import (
 from dyntune.core.errors import DataError
 from dyntune.data import load_data
 from dyntune.model.checkpoint import load
-from dyntune.studies.compare import DENSE, compare_speed, first_batch
+from dyntune.studies.compare import DENSE, compare_speed
 from dyntune.training.evaluate import evaluate
+from dyntune.training.inputs import first_batch
 
 EXAMPLES = ("dyntune eval runs/digits digits", "dyntune eval runs/flowers folder:flowers --split val --json")
 

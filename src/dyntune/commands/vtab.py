@@ -19,17 +19,17 @@ from dyntune.commands.common import (
     print_table,
 )
 from dyntune.core.errors import TrainingError
-from dyntune.studies.compare import split_specs
+from dyntune.core.machine import machine
+from dyntune.parts.spec_list import split_specs
 from dyntune.studies.noah import SearchSettings
-from dyntune.studies.report import machine
-from dyntune.studies.vtab.describe import describe
 from dyntune.studies.vtab.folders import find_folders
-from dyntune.studies.vtab.locate import open_benchmark
 from dyntune.studies.vtab.plan import Plan
 from dyntune.studies.vtab.recipes import RECIPES, find_recipe
+from dyntune.studies.vtab.report import describe
 from dyntune.studies.vtab.run import BenchmarkResult, check_methods, failure_report, job_states, run_benchmark
 from dyntune.studies.vtab.search import require_optuna
 from dyntune.studies.vtab.table import terminal_rows
+from dyntune.studies.vtab.tasks import open_benchmark
 from dyntune.training.inputs import Interpolation, Normalisation
 from dyntune.training.settings import Device, Precision, Select
 

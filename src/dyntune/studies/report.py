@@ -1,11 +1,9 @@
-"""What a comparison leaves behind: a table for people, files for programs, pictures, and a page that shows them."""
+"""The report of a comparison: a table for people, files for programs, pictures, and a page that shows them."""
 
 from __future__ import annotations
 
 import csv
 import html
-import os
-import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +12,13 @@ import torch
 from matplotlib.figure import Figure
 
 from dyntune.core.files import write_atomically, write_json, write_text
+from dyntune.core.machine import machine
 from dyntune.data.base import LabelledImages
 from dyntune.model.tuned import TunedModel
-from dyntune.studies.compare import Row, folder_name
+from dyntune.parts.spec_list import folder_name
+from dyntune.studies.compare import Row
 from dyntune.studies.pictures import activation_figure, reduction_figure, save_figure, token_figure
-from dyntune.studies.pictures.tradeoff import tradeoff_figure
+from dyntune.studies.pictures.accuracy_macs import tradeoff_figure
 from dyntune.training.evaluate import as_tensors
 
 _GATED, _REDUCED = 6, 2
@@ -63,20 +63,6 @@ def markdown_table(rows: Sequence[Row]) -> str:
         for cells in table_rows(rows)
     ]
     return "\n".join(lines)
-
-
-def machine() -> str:
-    """What the figures were measured on: processor, cores used, versions."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = models[0] if models else name
-    device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{name}, {threads}{device}, torch {torch.__version__}, {platform.system()}"
 
 
 def write_report(

@@ -11,10 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from dyntune.core.errors import DeploymentError, DyntuneError
+from dyntune.core.timing import Spread, time_in_turns
 from dyntune.inference.export.bundle import Export
 from dyntune.inference.export.candidate import Candidate
 from dyntune.inference.export.folder import Precision, RuntimeName
-from dyntune.training.throughput import Spread, time_in_turns
 
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 ROUNDS = 9

@@ -1,4 +1,4 @@
-"""What is to be measured."""
+"""The plan of a measurement: the model, its peers, runtimes, batch sizes and rounds."""
 
 from __future__ import annotations
 

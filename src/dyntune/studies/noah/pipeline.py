@@ -18,8 +18,8 @@ from dyntune.model.tuned import TunedModel
 from dyntune.parts.methods.noah import Noah, Selection, Subnet
 from dyntune.studies.noah.evolution import Candidate, SearchSettings, evolve, require_possible, winner
 from dyntune.studies.noah.progress import SearchProgress, SilentSearch
-from dyntune.studies.pictures.save import save_figure
 from dyntune.studies.pictures.search import search_figure
+from dyntune.studies.pictures.style import save_figure
 from dyntune.training.evaluate import as_tensors, evaluate
 from dyntune.training.identity import identity_changes, run_identity
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests

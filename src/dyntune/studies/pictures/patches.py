@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,10 @@ from torch import Tensor
 
 from dyntune.core.tokens import Provenance
 from dyntune.parts.policies.base import Gate
+
+KINDS = {"attn": "attention", "mlp": "MLP", "layer": "whole block"}
+"""Kinds of units and how pictures name them, in the order in which a block computes them."""
+_PATH = re.compile(r"(?:^|\.)blocks\.(\d+)(?:\.(attn|mlp))?$")
 
 
 @dataclass(frozen=True)
@@ -106,3 +111,15 @@ def _of_grid(values: Tensor, what: str, images: int, grid: Sequence[int]) -> np.
     if tuple(values.shape) != expected:
         raise ValueError(f"{what} has shape {tuple(values.shape)}: expected (images, patches) = {expected}.")
     return values.cpu().numpy().reshape(images, *grid)
+
+
+def split_path(path: str) -> tuple[int, str]:
+    """``blocks.3.mlp`` to ``(3, "mlp")``, ``blocks.3`` to ``(3, "layer")``.
+
+    Raises:
+        ValueError: the path is not that of a block or of a block's sub-layer.
+    """
+    match = _PATH.search(path)
+    if match is None:
+        raise ValueError(f"{path!r} is no unit's path: expected blocks.3, blocks.3.attn or blocks.3.mlp.")
+    return int(match[1]), match[2] or "layer"

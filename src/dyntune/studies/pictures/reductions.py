@@ -11,11 +11,9 @@ from PIL import Image
 
 from dyntune.core.errors import DyntuneError
 from dyntune.parts.policies.base import Output
-from dyntune.studies.pictures.page import LINE, Box, Page, wrap
-from dyntune.studies.pictures.patches import PatchState, mean_colours, states_after, states_at_gate
+from dyntune.studies.pictures.page import LINE, Box, Page, TokensLayout, check_numbers, wrap
+from dyntune.studies.pictures.patches import KINDS, PatchState, mean_colours, split_path, states_after, states_at_gate
 from dyntune.studies.pictures.style import FAINT, INK, TITLE_SIZE, percent
-from dyntune.studies.pictures.tokens_layout import TokensLayout, check_numbers
-from dyntune.studies.pictures.units import KINDS, split_path
 
 _NOTE = (
     "A panel shows the tokens behind the reduction in front of its block or MLP; a block without a panel leaves them "

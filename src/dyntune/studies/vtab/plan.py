@@ -1,4 +1,4 @@
-"""What a benchmark run consists of: its jobs, and what must stay the same when it is continued."""
+"""The plan of a benchmark run: its jobs, and what must stay the same when it is continued."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 from dyntune.core.errors import TrainingError
 from dyntune.core.files import write_json
-from dyntune.studies.compare import folder_name
-from dyntune.studies.vtab.fingerprint import file_digest, lists_digest
+from dyntune.data.vtab import LISTS
+from dyntune.parts.spec_list import folder_name
 from dyntune.studies.vtab.recipes import Recipe
 from dyntune.studies.vtab.tasks import Benchmark, Task
 
 PLAN = "plan.json"
+_PIECES, _PIECE = 64, 1 << 16
+_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -132,3 +134,27 @@ class Plan:
             )
         if not lists.keys() <= known.keys():
             write_json(file, {**options, "tasks": known | lists})
+
+
+def lists_digest(folder: Path) -> str:
+    """Of a task's four lists: names of images and labels. The images themselves are not read."""
+    digest = hashlib.sha256()
+    for name in LISTS:
+        content = (folder / f"{name}.txt").read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:_DIGITS]
+
+
+def file_digest(file: Path) -> str:
+    """Size, and a digest of 64 pieces of 64 KiB from the first byte to the last; of all bytes up to 4 MiB.
+
+    The end of ``.npz`` and ``.pth`` files holds checksums of everything in them.
+    """
+    size = file.stat().st_size
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        for index in range(_PIECES):
+            # Above 4 MiB pieces have gaps between them, below they overlap.
+            opened.seek(max(0, size - _PIECE) * index // (_PIECES - 1))
+            digest.update(opened.read(_PIECE))
+    return f"{size} bytes, digest {digest.hexdigest()[:_DIGITS]}"

@@ -2,10 +2,10 @@
 
 import pytest
 
+from dyntune.core.timing import Throughput
 from dyntune.studies.compare import Row
-from dyntune.studies.pictures.tradeoff import tradeoff_figure
+from dyntune.studies.pictures.accuracy_macs import tradeoff_figure
 from dyntune.training.evaluate import Evaluation
-from dyntune.training.throughput import Throughput
 
 
 def row(method, macs, accuracy):

@@ -7,10 +7,17 @@ import pytest
 
 from dyntune.core.errors import DyntuneError
 from dyntune.studies.pictures.accuracy_macs import Point, accuracy_macs_figure
-from dyntune.studies.vtab.averages import group_means, mean_of_groups, method_row
 from dyntune.studies.vtab.published import comparable, published_row, published_rows, published_specs
 from dyntune.studies.vtab.results import JobResult
-from dyntune.studies.vtab.table import terminal_rows, to_csv, to_latex, to_markdown
+from dyntune.studies.vtab.table import (
+    group_means,
+    mean_of_groups,
+    method_row,
+    terminal_rows,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
 from dyntune.studies.vtab.tasks import VTAB_1K, Benchmark, Task
 
 BENCHMARK = Benchmark(

@@ -1,9 +1,10 @@
-"""What the operating system and the device tell of a measurement: peak memory, and the load of other processes."""
+"""The machine that something is measured on: processor, devices, versions, peak memory, the load of other processes."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,20 @@ import torch
 _PROC = Path("/proc")
 _RESET_PEAK = "5"
 """What Linux's /proc/self/clear_refs takes to set the high-water mark of the resident set to the set's size."""
+
+
+def machine() -> str:
+    """What figures were measured on: processor, cores, threads of torch, GPU, versions."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = _PROC / "cpuinfo"
+    if cpuinfo.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = models[0] if models else name
+    device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{name}, {threads}{device}, torch {torch.__version__}, {platform.system()}"
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:

@@ -1,14 +1,11 @@
-"""What is said under a table about how its figures came to be, and the folders that they are kept in."""
+"""What is said under a table about how its figures came to be."""
 
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
-from dyntune.studies.compare import folder_name, split_specs
 from dyntune.studies.noah import SearchSettings
-from dyntune.studies.vtab.describe import describe
 from dyntune.studies.vtab.recipes import RECIPES
+from dyntune.studies.vtab.report import describe
 
 
 def test_a_preset_as_it_is_needs_no_more_than_its_name(make_plan, tmp_path):
@@ -30,28 +27,3 @@ def test_every_option_that_differs_is_named(make_plan, tmp_path):
     )
     own = describe(replace(plan, recipe=replace(RECIPES["ssf"], name="mine")))
     assert "Recipe mine with epochs 110, batch_size 64, drop_last True" in own and "preset" not in own
-
-
-@pytest.mark.parametrize(
-    ("spec", "name"),
-    [
-        ("dyt:rate=0.5,scale=1", "dyt-rate-0.5-scale-1"),
-        ("dyt: rate=0.5, scale=1", "dyt-rate-0.5-scale-1"),
-        ("adaptformer+dispatch:rate_of=inference", "adaptformer-dispatch-rate-of-inference"),
-        (
-            "lora:targets=q/v,dropout_on=hidden+res-tuning-bypass",
-            "lora-targets-q-v-dropout-on-hidden-res-tuning-bypass",
-        ),
-        ("dyt:dispatch=attn-mlp", "dyt-dispatch-attn-mlp"),
-        ("fact-tt", "fact-tt"),
-    ],
-)
-def test_ordinary_specs_have_plain_folder_names(spec, name):
-    assert folder_name(spec) == name
-
-
-def test_signs_of_numbers_tell_folders_apart():
-    specs = [f"adaptformer:scale={scale}" for scale in ("1", "-1", "+1", "1e-2", "1e+2", "1e2")]
-    assert len({folder_name(spec) for spec in specs}) == len(specs)
-    assert all(set(folder_name(spec)) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-") for spec in specs)
-    assert split_specs(",".join(specs)) == specs
