@@ -23,7 +23,7 @@ from dyntune.commands.common import (
 )
 from dyntune.data import load_data
 from dyntune.studies.compare import compare, split_specs
-from dyntune.studies.report import COLUMNS, machine, table_rows, write_report
+from dyntune.studies.report import machine, table_columns, table_rows, write_report
 from dyntune.training.progress import ProgressBar
 from dyntune.training.settings import Device, Precision, TrainSettings
 
@@ -85,5 +85,5 @@ def command(
     if json:
         print_json({"data": data, "model": model, "machine": machine(), "rows": [row.to_dict() for row in rows]})
         return
-    print_table(f"{data} with {model}", COLUMNS, table_rows(rows))
+    print_table(f"{data} with {model}", table_columns(rows), table_rows(rows))
     out.print(f"measured on {machine()}\npage: {page}", highlight=False)

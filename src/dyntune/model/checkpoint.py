@@ -23,6 +23,7 @@ from dyntune.core.files import write_atomically, write_json, write_text
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.card import model_card
 from dyntune.model.rates import Calibration, dispatchers
+from dyntune.model.tasks import Task, saved_task
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.registry import expand, part_from_dict, resolve
 from dyntune.parts.spec import Part
@@ -69,6 +70,7 @@ def save(model: TunedModel, folder: Path, results: dict[str, Any] | None = None)
         },
         "peft": model.backbone.recipe(),
         "preprocessing": model.preprocessing.to_dict(),
+        "task": model.task.name,
         "classes": model.classes,
         "results": results or {},
         "calibration": model.calibration and model.calibration.to_dict(),
@@ -87,6 +89,7 @@ def load(
     device: str | torch.device = "cpu",
     check_backbone: bool = True,
     tokens: str | None = None,
+    task: Task | None = None,
 ) -> TunedModel:
     """Builds the backbone of a saved adapter and puts the adapter on; the model comes in eval mode.
 
@@ -98,6 +101,7 @@ def load(
         check_backbone: refuse a backbone whose weights differ from those that the adapter was trained on.
         tokens: a token policy without parameters to put on top, for instance ``"tome:r=8"``. The gates then see other
             tokens than they were calibrated on, so a saved calibration is left out.
+        task: what the outputs mean, for an adapter that was trained for another task than classification.
 
     Raises:
         CheckpointError: the folder is incomplete, damaged or of a newer format, or does not fit the backbone.
@@ -118,6 +122,7 @@ def load(
             str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
         }[recorded["dtype"]]
         preprocessing = Preprocessing.from_dict(config["preprocessing"])
+        task = saved_task(config.get("task"), task)
         classes = _classes(config)
         calibration = None if config.get("calibration") is None else Calibration.from_dict(config["calibration"])
     except (KeyError, TypeError, AttributeError) as error:
@@ -150,6 +155,7 @@ def load(
             tensor.copy_(tensors[name])
     model.origin = origin
     model.preprocessing = preprocessing
+    model.task = task
     model.classes = classes
     model.calibration = _fitting(calibration, model, folder) if not extra else None
     return model.to(device).eval()

@@ -55,7 +55,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        return asdict(self) | {"test": self.test.to_dict()}
 
 
 def split_specs(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The picture of a comparison: accuracy over the MACs that ran, one point per method."""
+"""The picture of a comparison: the figure of merit over the MACs that ran, one point per method."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LEGEND_LINE = 0.17
 
 
 def tradeoff_figure(rows: Sequence[Row]) -> Figure:
-    """Test accuracy (%) over MACs per image (M) of each method; dashed, the MACs of the untouched backbone.
+    """Test accuracy, or other figure of merit, (%) over MACs per image (M); dashed, the MACs of the untouched backbone.
 
     Args:
         rows: a row per method, with counted MACs.
@@ -39,7 +39,7 @@ def tradeoff_figure(rows: Sequence[Row]) -> Figure:
     for index, row in enumerate(rows):
         axes.scatter(
             (row.test.macs or 0) / 1e6,
-            100 * row.test.accuracy,
+            100 * row.test.score,
             s=60,
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index // len(COLOURS) % len(MARKERS)],
@@ -50,7 +50,7 @@ def tradeoff_figure(rows: Sequence[Row]) -> Figure:
     axes.axvline(dense, color=FAINT, linestyle="--", linewidth=1, label="MACs of the untouched backbone")
     axes.set_xlim(0, max([dense, *((row.test.macs or 0) / 1e6 for row in rows)]) * 1.08)
     axes.set_xlabel("MACs per image (M)", color=INK, fontsize=TEXT_SIZE)
-    axes.set_ylabel("test accuracy (%)", color=INK, fontsize=TEXT_SIZE)
+    axes.set_ylabel(f"test {rows[0].test.merit} (%)", color=INK, fontsize=TEXT_SIZE)
     axes.tick_params(colors=FAINT, labelsize=TEXT_SIZE)
     axes.grid(color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
