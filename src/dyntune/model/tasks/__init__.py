@@ -21,7 +21,7 @@ def saved_task(name: str | None, given: Task | None = None) -> Task:
     trained_for = Classification.name if name is None else name
     if task.name != trained_for:
         raise CheckpointError(
-            f"the adapter was trained for the task {trained_for!r}; {'given' if given else 'without one it is'} "
-            f"{task.name!r}. Give its task: load(folder, task=...)."
+            f"the adapter was trained for the task {trained_for!r}, but is to be loaded for {task.name!r}. Give its "
+            "task: load(folder, task=...)."
         )
     return task
