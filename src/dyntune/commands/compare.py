@@ -25,7 +25,7 @@ from dyntune.core.machine import machine
 from dyntune.data import load_data
 from dyntune.parts.spec_list import split_specs
 from dyntune.studies.compare import compare
-from dyntune.studies.report import COLUMNS, table_rows, write_report
+from dyntune.studies.report import table_columns, table_rows, write_report
 from dyntune.training.progress import ProgressBar
 from dyntune.training.settings import Device, Precision, TrainSettings
 
@@ -87,5 +87,5 @@ def command(
     if json:
         print_json({"data": data, "model": model, "machine": machine(), "rows": [row.to_dict() for row in rows]})
         return
-    print_table(f"{data} with {model}", COLUMNS, table_rows(rows))
+    print_table(f"{data} with {model}", table_columns(rows), table_rows(rows))
     out.print(f"measured on {machine()}\npage: {page}", highlight=False)

@@ -80,7 +80,7 @@ def command(
         return
     macs = result.macs or 0.0
     rows = [
-        ("accuracy", f"{result.accuracy:.2%}"),
+        (result.merit, f"{result.score:.2%}"),
         *([("active patches", f"{result.activation:.1%}")] if result.activation_per_unit else []),
         ("MACs per image", f"{millions(macs)} ({macs / model.dense_macs:.1%} of dense)"),
         ("images per second", f"{speed.images_per_second:.0f} ({speed.speedup:.2f} x dense)"),

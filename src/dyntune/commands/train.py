@@ -151,7 +151,7 @@ def command(
         raise DataError(f"{data} has no {select} split to select on; use --select last.")
     taught_by = load_teacher(teacher, splits)
     torch.manual_seed(seed)
-    arguments = {"drop_path_rate": drop_path, **({} if img_size is None else {"img_size": img_size})}
+    arguments: dict[str, Any] = {"drop_path_rate": drop_path, **({} if img_size is None else {"img_size": img_size})}
     given = with_rate(parts(method, tokens), rate)
     tuned = build_tuned(model, *given, classes=splits.classes, weights=weights, **arguments)
     tuned.preprocessing = prepared_as(tuned.preprocessing, normalisation, interpolation)
@@ -168,7 +168,7 @@ def command(
             {
                 "run": str(run),
                 "best_epoch": result.best_epoch,
-                "accuracy": result.best_accuracy,
+                tuned.task.merit: result.best_accuracy,
                 "skipped": len(splits.skipped),
                 "calibrated_rates": calibration and calibration.rates,
                 **figures.to_dict(),

@@ -14,6 +14,7 @@ from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError, Sp
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.rates import Calibration, dispatchers
 from dyntune.model.saved import CONFIG, read_config, read_weights
+from dyntune.model.tasks import Task, saved_task
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.registry import expand, part_from_dict, resolve
 from dyntune.parts.spec import Part
@@ -27,6 +28,7 @@ def load(
     device: str | torch.device = "cpu",
     check_backbone: bool = True,
     tokens: str | None = None,
+    task: Task | None = None,
 ) -> TunedModel:
     """Builds the backbone of a saved adapter and puts the adapter on; the model comes in eval mode.
 
@@ -38,6 +40,7 @@ def load(
         check_backbone: refuse a backbone whose weights differ from those that the adapter was trained on.
         tokens: a token policy without parameters to put on top, for instance ``"tome:r=8"``. The gates then see other
             tokens than they were calibrated on, so a saved calibration is left out.
+        task: what the outputs mean, for an adapter that was trained for another task than classification.
 
     Raises:
         CheckpointError: the folder is incomplete, damaged or of a newer format, or does not fit the backbone.
@@ -59,6 +62,7 @@ def load(
             str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
         }[recorded["dtype"]]
         preprocessing = Preprocessing.from_dict(config["preprocessing"])
+        task = saved_task(config.get("task"), task)
         classes = _classes(config)
         calibration = None if config.get("calibration") is None else Calibration.from_dict(config["calibration"])
     except (KeyError, TypeError, AttributeError) as error:
@@ -91,6 +95,7 @@ def load(
             tensor.copy_(tensors[name])
     model.origin = origin
     model.preprocessing = preprocessing
+    model.task = task
     model.classes = classes
     model.calibration = _fitting(calibration, model, folder) if not extra else None
     return model.to(device).eval()

@@ -22,6 +22,7 @@ from dyntune.model.forward import run
 from dyntune.model.macs import trace
 from dyntune.model.rates import Calibration, set_rate
 from dyntune.model.saved import write_adapter
+from dyntune.model.tasks import Classification, Task
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import Output
 from dyntune.parts.policies.gating import gating
@@ -48,6 +49,7 @@ class TunedModel(nn.Module):
 
     Attributes:
         parts: the parts as they are installed: in place of one that searches its settings, what it has found.
+        task: what the outputs mean and how they are learned.
         classes: names of the classes in label order, or None if not known.
         preprocessing: what images must go through before they reach the model.
         origin: where the backbone's weights come from, so that ``load`` can build it again.
@@ -67,6 +69,7 @@ class TunedModel(nn.Module):
         self.fingerprint = _fingerprint(plain, self.backbone.adopted)
         self.origin: BackboneSource = plain.origin()
         self.preprocessing: Preprocessing = plain.preprocessing()
+        self.task: Task = Classification()
         self.classes: tuple[str, ...] | None = None
         self.parts = settled(host, parts, self.dense_macs)
         self.methods = tuple(part for part in expand(self.parts) if isinstance(part, TuningMethod))
@@ -198,6 +201,7 @@ class TunedModel(nn.Module):
             },
             "peft": self.backbone.recipe(),
             "preprocessing": self.preprocessing.to_dict(),
+            "task": self.task.name,
             "classes": self.classes,
             "results": results or {},
             "calibration": self.calibration and self.calibration.to_dict(),
@@ -232,27 +236,32 @@ def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
 
 
 def build_tuned(
-    name: str, *parts: str | Part, classes: Sequence[str], weights: str | Path | None = None, **arguments: Any
+    name: str,
+    *parts: str | Part,
+    classes: Sequence[str],
+    weights: str | Path | None = None,
+    task: Task | None = None,
+    **arguments: Any,
 ) -> TunedModel:
     """A pretrained backbone by name with a new head and parts on it: what ``dyntune train`` begins with.
 
-    The head starts as the DyT code starts it: truncated normal weights of deviation 0.01, zero biases.
+    The head starts as the task says.
 
     Args:
         name: timm model name.
         parts: as for ``tune``.
-        classes: names of the classes in label order.
+        classes: names of the classes in label order; the head has an output for each.
         weights: local weight file of the backbone.
+        task: what the outputs mean; classification if not given.
         arguments: for ``timm.create_model``, for instance ``img_size``.
     """
     if not arguments.get("drop_path_rate", True):
         del arguments["drop_path_rate"]  # none is the default, and not every host can have some
     host = create_backbone(name, weights=weights, num_classes=len(classes), **arguments)
     model = tune(host, *parts)
+    model.task = task or model.task
     for head in model.backbone.heads:
-        if isinstance(head, nn.Linear):
-            nn.init.trunc_normal_(head.weight, std=0.01)
-            nn.init.zeros_(head.bias)
+        model.task.initialise(head)
     model.classes = tuple(classes)
     model.origin = model.origin.with_weights(None if weights is None else Path(weights).resolve())
     return model

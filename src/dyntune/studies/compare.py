@@ -54,7 +54,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        return asdict(self) | {"test": self.test.to_dict()}
 
 
 def compare(

@@ -47,8 +47,8 @@ class TrainSettings:
         device: ``auto`` takes an accelerator if there is one.
         workers: processes that read images; 0 reads in the training process.
         seed: decides the order of images and every random number.
-        select: the split whose accuracy picks the saved epoch; ``last`` saves the last epoch, ``test`` is for those who
-            must reproduce published numbers.
+        select: the split whose accuracy, or other figure of merit, picks the saved epoch; ``last`` saves the last
+            epoch, ``test`` is for those who must reproduce published numbers.
         eval_every: epochs between two evaluations; the last epoch is always evaluated.
         log_every: steps between two records in the log.
     """

@@ -43,6 +43,7 @@ def ready_teacher(model: TunedModel, teacher: nn.Module | None, device: torch.de
         )
     if isinstance(teacher, TunedModel):
         for what, taught, own in (
+            ("task", teacher.task.name, model.task.name),
             ("classes", teacher.classes, model.classes),
             ("preprocessing", teacher.preprocessing, model.preprocessing),
         ):

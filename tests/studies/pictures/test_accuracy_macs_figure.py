@@ -9,7 +9,7 @@ from dyntune.training.evaluate import Evaluation
 
 
 def row(method, macs, accuracy):
-    test = Evaluation(10, accuracy, 0.1, 1.0, {}, macs)
+    test = Evaluation(10, {"accuracy": accuracy, "loss": 0.1}, 1.0, {}, macs)
     return Row(method, test, 5, 20, 100_000_000, Throughput(1.0, 1.0, 1.0, 1.0), 1.0)
 
 

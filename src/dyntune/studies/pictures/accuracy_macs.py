@@ -115,7 +115,7 @@ def _name(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def tradeoff_figure(rows: Sequence[Row]) -> Figure:
-    """Test accuracy (%) over MACs per image (M) of each method; dashed, the MACs of the untouched backbone.
+    """Test accuracy, or other figure of merit, (%) over MACs per image (M); dashed, the MACs of the untouched backbone.
 
     Args:
         rows: a row per method, with counted MACs.
@@ -127,7 +127,7 @@ def tradeoff_figure(rows: Sequence[Row]) -> Figure:
     for index, row in enumerate(rows):
         axes.scatter(
             (row.test.macs or 0) / 1e6,
-            100 * row.test.accuracy,
+            100 * row.test.score,
             s=60,
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index // len(COLOURS) % len(MARKERS)],
