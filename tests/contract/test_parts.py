@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -276,6 +277,20 @@ def test_summary_and_source_are_given(part_name):
     cls = registered()[part_name]
     assert cls.summary().endswith(".")
     assert cls.source
+
+
+def test_presets_take_their_options_from_the_parts_that_they_stand_for(part_name):
+    cls = registered()[part_name]
+    if not issubclass(cls, Preset):
+        return
+    assert {type(item) for part in variants(cls) for item in expand([part])} == set(cls.parts)
+    hints = get_type_hints(cls)
+    described = cls.options()
+    for field in dataclasses.fields(cls):
+        owners = [part for part in cls.parts if field.name in part.options()]
+        assert all(get_type_hints(part)[field.name] == hints[field.name] for part in owners)
+        if owners and field.default == getattr(owners[0], field.name):
+            assert described[field.name] == owners[0].options()[field.name]
 
 
 def test_presets_stand_for_methods_and_policies(part_name):
