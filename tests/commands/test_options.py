@@ -150,7 +150,14 @@ def test_a_command_may_have_other_names_and_defaults():
 
 def test_help_has_the_descriptions_ranges_and_what_none_stands_for():
     shown = " ".join(walk("--help", only=FIELDS, unset={"steps": "as many as it takes"}).split())
-    for words in ("How many steps.", "1<=x<=9", "as many as it takes", "alone or not.", "--no-back"):
+    for words in (
+        "How many steps.",
+        "Whether it ends where it began.",
+        "1<=x<=9",
+        "as many as it takes",
+        "alone or not.",
+        "--no-back",
+    ):
         assert words in shown
     assert "--no-alone" not in shown
 

@@ -46,7 +46,7 @@ class Options:
         found = []
         for name, called in self.options.items():
             hint, default = hints[name], self.defaults.get(name, own[name].default)
-            # Without a name of its own, typer makes a pair of flags: what is on can only be switched off by --no-...
+            # Of a bool without flags typer makes a pair, --x and --no-x, which only what is on by itself needs.
             flags = (f"--{called.replace('_', '-')}",) if hint is bool and own[name].default is False else ()
             info = option(self.of, name, *flags, unset=self.unset.get(name))
             if name in self.unset:
@@ -66,14 +66,14 @@ def option(of: Any, name: str, *flags: str, unset: str | None = None) -> Any:
 
     Args:
         of: documented dataclass or function.
-        name: of its field or argument. A list is given as one text, of which the help says how it is written.
+        name: of its field or argument; of one that has several values, the help says that they are separated by commas.
         flags: names of the option, if not those that typer makes from the parameter's.
         unset: what None stands for, which the help shows as the default.
     """
     allowed = ranges(of).get(name)
     text = descriptions(of)[name].replace("``", "")
     if get_origin(get_type_hints(of)[name]) is tuple:
-        text = f"{text.rstrip('.')}; separated by commas."
+        text = f"{text.rstrip('.')}; several are separated by commas."
     return typer.Option(
         *flags,
         help=text if descriptions(of)[name].startswith("``") else text[0].upper() + text[1:],
