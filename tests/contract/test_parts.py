@@ -18,6 +18,7 @@ from dyntune.parts.spec import format_spec
 
 NAMES = tuple(registered())
 METHODS = tuple(name for name, cls in registered().items() if issubclass(cls, TuningMethod))
+PRESETS = tuple(name for name, cls in registered().items() if issubclass(cls, Preset))
 REDUCING = tuple(name for name, cls in registered().items() if issubclass(cls, ReducingPolicy))
 DEEP = ("evit", "dynamicvit")
 """Parts whose published layers a host of three blocks does not have."""
@@ -279,18 +280,15 @@ def test_summary_and_source_are_given(part_name):
     assert cls.source
 
 
-def test_presets_take_their_options_from_the_parts_that_they_stand_for(part_name):
-    cls = registered()[part_name]
-    if not issubclass(cls, Preset):
-        return
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_take_their_options_from_the_parts_that_they_stand_for(preset):
+    cls = registered()[preset]
     assert {type(item) for part in variants(cls) for item in expand([part])} == set(cls.parts)
-    hints = get_type_hints(cls)
-    described = cls.options()
-    for field in dataclasses.fields(cls):
-        owners = [part for part in cls.parts if field.name in part.options()]
-        assert all(get_type_hints(part)[field.name] == hints[field.name] for part in owners)
-        if owners and field.default == getattr(owners[0], field.name):
-            assert described[field.name] == owners[0].options()[field.name]
+    taken = [(part, name) for part in cls.parts for name in part.options() if name in cls.options()]
+    assert {part for part, _ in taken} == set(cls.parts)
+    for part, name in taken:
+        assert get_type_hints(part)[name] == get_type_hints(cls)[name]
+    assert any(cls.options()[name] == part.options()[name] for part, name in taken)
 
 
 def test_presets_stand_for_methods_and_policies(part_name):
