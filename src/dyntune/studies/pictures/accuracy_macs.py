@@ -137,6 +137,6 @@ def tradeoff_figure(rows: Sequence[Row]) -> Figure:
     dense = rows[0].dense_macs / 1e6
     axes.axvline(dense, color=FAINT, linestyle="--", linewidth=1, label="MACs of the untouched backbone")
     axes.set_xlim(0, max([dense, *((row.test.macs or 0) / 1e6 for row in rows)]) * 1.08)
-    frame(axes, "MACs per image (M)", "test accuracy (%)")
+    frame(axes, "MACs per image (M)", f"test {rows[0].test.merit} (%)")
     legend(figure, "outside lower left", columns)
     return figure

@@ -6,9 +6,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from dyntune.core.errors import TrainingError
+from dyntune.core.fields import Range, require_ranges
 from dyntune.core.files import write_json
 from dyntune.data.vtab import LISTS
 from dyntune.parts.spec_list import folder_name
@@ -57,8 +58,9 @@ class Plan:
         recipe: how every job is trained.
         specs: the methods.
         seeds: of the trainings; a seed decides head, order and noise.
-        search: trials per method and task, 0 for none.
-        storage: address of the search's database; a file in ``out`` by default.
+        search: trials of learning rate and adapter scale per method and task, on val200; 0 for none.
+        storage: Optuna database URL of the search, which several machines may share; a file in the benchmark's folder
+            by default.
     """
 
     out: Path
@@ -69,8 +71,11 @@ class Plan:
     recipe: Recipe
     specs: tuple[str, ...]
     seeds: tuple[int, ...]
-    search: int = 0
+    search: Annotated[int, Range(0)] = 0
     storage: str | None = None
+
+    def __post_init__(self) -> None:
+        require_ranges(self, TrainingError)
 
     def task(self, name: str) -> Task:
         """The task whose folder is called ``name``."""
