@@ -70,6 +70,16 @@ def test_a_gate_from_outside_takes_other_rates(outside, make_host, images_for):
     assert sum(shares) / len(shares) == pytest.approx(0.25, abs=0.05)
 
 
+def test_what_cannot_be_loaded_is_left_out_with_a_warning(tmp_path, monkeypatch, caplog, outside):
+    (tmp_path / "broken-1.0.dist-info").mkdir()
+    (tmp_path / "broken-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (tmp_path / "broken-1.0.dist-info/entry_points.txt").write_text("[dyntune.parts]\nbroken = broken_module:Part\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    registered.cache_clear()
+    assert {"shift", "lora"} <= set(registered())
+    assert "broken = broken_module:Part of the group dyntune.parts is left out: No module named" in caplog.text
+
+
 def test_its_parts_are_known_as_long_as_it_is_installed(outside, monkeypatch):
     assert {"shift", "norm-gate", "thinning"} <= set(registered())
     assert list(registered())[-1] == "dyt"
