@@ -102,8 +102,8 @@ def measure(options: argparse.Namespace, images: Tensor, batch: Path, room: Path
     models[DYT].set_rate(None)
     rows, running, difference = [], {}, {}
     with ExitStack() as stack, torch.inference_mode():
-        for name, spec, model, beside, expected in in_torch(dense, models):
-            rows.append(Row(name, beside, counted[spec]))
+        for name, spec, model, parallel, expected in in_torch(dense, models):
+            rows.append(Row(name, parallel, counted[spec]))
             running[name] = model
             difference[name] = float((model(images) - expected(images)).abs().max())
         for spec, model in {"dense": plain, DYT: models[DYT]}.items():

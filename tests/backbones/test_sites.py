@@ -109,4 +109,4 @@ def test_a_refused_part_takes_its_changes_off_again(make_host):
 
 def test_nothing_stands_behind_a_whole_block(make_host):
     with pytest.raises(BackboneError, match=r"cannot stand behind blocks\.0, a whole block"):
-        wrap(make_host()).blocks[0].add_after("double", nn.Identity())
+        wrap(make_host()).blocks[0].add_sequential("double", nn.Identity())

@@ -53,7 +53,7 @@ def test_what_it_does_is_what_it_says(outside, make_host, images_for):
     images = images_for(make_host(), 2)
     shifted = dyntune.tune(make_host(), "shift").eval()
     for block in shifted.backbone.blocks:
-        block.mlp.beside["shift"].value.normal_()
+        block.mlp.parallel["shift"].value.normal_()
     assert not torch.allclose(shifted(images), make_host()(images))
     gated = dyntune.tune(make_host(), "norm-gate").eval().run(images)
     assert [gate.unit for gate in gated.gates] == ["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp"]

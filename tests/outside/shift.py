@@ -27,4 +27,4 @@ class Shift(TuningMethod):
 
     def install(self, backbone):
         for unit in backbone.units("mlp"):
-            unit.add_beside("shift", Vector(unit.width))
+            unit.add_parallel("shift", Vector(unit.width))

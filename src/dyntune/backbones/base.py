@@ -7,6 +7,7 @@ own attribute names, so another family of hosts is one more file in ``families/`
 from __future__ import annotations
 
 import abc
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -179,7 +180,7 @@ class Backbone(nn.Module, abc.ABC):
 
     def saved_name(self, name: str) -> str:
         """The name under which a tensor of the backbone is saved."""
-        return name
+        return file_name(name)
 
     def recipe(self) -> dict[str, Any] | None:
         """What another library needs to put its layers on a plain host again, as JSON values; None without layers."""
@@ -222,3 +223,11 @@ class Backbone(nn.Module, abc.ABC):
         """Names, as in ``named_parameters``, of the head's parameters."""
         ids = {id(p) for head in self.heads for p in head.parameters()}
         return {name for name, p in self.named_parameters() if id(p) in ids}
+
+
+def file_name(name: str) -> str:
+    """The name of a tensor in files, where the places on units are called as in the first format."""
+    words = {"parallel": "beside", "sequential": "after", "prompts": "entries"}
+    return re.sub(
+        r"^(blocks\.\d+(?:\.attn|\.mlp)?)\.(parallel|sequential|prompts)\.", lambda m: f"{m[1]}.{words[m[2]]}.", name
+    )

@@ -196,7 +196,7 @@ class PeftBackbone(Backbone):
 
     def saved_name(self, name: str) -> str:
         # Inactive adapters, which are not saved, put a level into the names of the host's own tensors too.
-        return re.sub(r"\.(base_layer|original_module)(?=\.)", "", name)
+        return re.sub(r"\.(base_layer|original_module)(?=\.)", "", super().saved_name(name))
 
     def recipe(self) -> dict[str, Any]:
         dtype = next(self.host.parameters()).dtype

@@ -32,13 +32,13 @@ class Unit(nn.Module, abc.ABC):
         super().__init__()
         self.path = path
         self.width = width
-        self.beside = nn.ModuleDict()
-        self.after = nn.ModuleDict()
+        self.parallel = nn.ModuleDict()
+        self.sequential = nn.ModuleDict()
         self.reducers = nn.ModuleDict()
         self.dispatcher: nn.Module | None = None
         """The learned gate that lets tokens through this unit or not, for the policy that gates it."""
 
-    def add_beside(self, name: str, module: nn.Module) -> None:
+    def add_parallel(self, name: str, module: nn.Module) -> None:
         """Puts a module beside this unit: it reads the unit's input, sees every token, and its output is added.
 
         Args:
@@ -51,9 +51,9 @@ class Unit(nn.Module, abc.ABC):
         """
         if getattr(module, "reads_normed", False) and not isinstance(self, SubLayer):
             raise BackboneError(f"{name} reads the output of a norm, which {self.path}, a whole block, does not have.")
-        _add(self.beside, name, module, self.path)
+        _add(self.parallel, name, module, self.path)
 
-    def add_after(self, name: str, module: nn.Module) -> None:
+    def add_sequential(self, name: str, module: nn.Module) -> None:
         """Puts a module behind this unit: what it makes of the unit's update, token by token, is added instead of it.
 
         A token that skips the unit skips the module too.
@@ -66,7 +66,7 @@ class Unit(nn.Module, abc.ABC):
         """
         if not isinstance(self, SubLayer):
             raise BackboneError(f"{name} cannot stand behind {self.path}, a whole block; put it behind its sub-layers.")
-        _add(self.after, name, module, self.path)
+        _add(self.sequential, name, module, self.path)
 
     def add_reducer(self, name: str, module: nn.Module) -> None:
         """Puts a module in front of this unit that decides which tokens go on, for the policy called ``name``.
@@ -91,30 +91,30 @@ class Unit(nn.Module, abc.ABC):
 
     def behind(self, update: Tensor) -> Tensor:
         """What the modules behind this unit make of the host's update."""
-        for module in self.after.values():
+        for module in self.sequential.values():
             update = module(update)
         return update
 
-    def beside_update(self, tokens: Tokens) -> Tensor | None:
+    def parallel_update(self, tokens: Tokens) -> Tensor | None:
         """The sum of the modules beside this unit, or None where there is none; ``tokens`` as ``prepare`` left them."""
         total: Tensor | None = None
-        for module in self.beside.values():
+        for module in self.parallel.values():
             total = module(tokens) if total is None else total + module(tokens)
         return total
 
     def prepare(self, tokens: Tokens) -> Tokens:
         """The tokens with what the host and the modules beside it share: the norm's output, where one of them reads it.
 
-        Call it before ``beside_update`` and ``update``.
+        Call it before ``parallel_update`` and ``update``.
         """
         return tokens
 
     def change(self, tokens: Tokens) -> Tensor:
         """Everything that this unit adds to the residual stream."""
         tokens = self.prepare(tokens)
-        beside = self.beside_update(tokens)
+        parallel = self.parallel_update(tokens)
         update = self.update(tokens)
-        return update if beside is None else update + beside
+        return update if parallel is None else update + parallel
 
 
 class SubLayer(Unit):
@@ -130,7 +130,7 @@ class SubLayer(Unit):
         """Probability with which the host drops this unit's whole update while training."""
 
     def prepare(self, tokens: Tokens) -> Tokens:
-        if tokens.normed is None and any(getattr(module, "reads_normed", False) for module in self.beside.values()):
+        if tokens.normed is None and any(getattr(module, "reads_normed", False) for module in self.parallel.values()):
             return tokens.with_normed(self.norm(tokens.x))
         return tokens
 
@@ -269,9 +269,9 @@ class Block(Unit):
         self.index = index
         self.attn = attn
         self.mlp = mlp
-        self.entries = nn.ModuleDict()
+        self.prompts = nn.ModuleDict()
 
-    def add_entry(self, name: str, module: nn.Module) -> None:
+    def add_prompts(self, name: str, module: nn.Module) -> None:
         """Puts a module in front of this block that may change which tokens there are, such as prompts.
 
         Args:
@@ -285,15 +285,15 @@ class Block(Unit):
                 f"{name} inserts tokens at {self.path}, whose attention the host computes as a whole, among the image "
                 "patches in their places. Use a method that leaves the tokens alone, such as adaptformer or lora."
             )
-        if self.entries:
+        if self.prompts:
             raise BackboneError(
-                f"{name} and {next(iter(self.entries))} both insert tokens at {self.path}; give one of them."
+                f"{name} and {next(iter(self.prompts))} both insert tokens at {self.path}; give one of them."
             )
-        self.entries[name] = module
+        self.prompts[name] = module
 
     def enter(self, tokens: Tokens) -> Tokens:
         """The tokens that this block computes."""
-        for module in self.entries.values():
+        for module in self.prompts.values():
             tokens = module(tokens)
         return tokens
 

@@ -80,5 +80,5 @@ def _asked_by(unit: Attention, tokens: Tokens, count: int) -> Tokens:
     normed = unit.normed(tokens)
     few = tokens.first(count).with_normed(normed[:, :count])
     update = unit.behind(unit.combine(attend(*unit.project_first(tokens.with_normed(normed), count), tokens)))
-    beside: Tensor | None = unit.beside_update(few)
-    return few.with_x(few.x + update if beside is None else few.x + update + beside)
+    parallel: Tensor | None = unit.parallel_update(few)
+    return few.with_x(few.x + update if parallel is None else few.x + update + parallel)

@@ -65,10 +65,10 @@ def joined(backbone: Backbone, policies: Sequence[TokenPolicy], without: Unit | 
     for unit in backbone.all_units():
         policy = gating(policies, unit)
         gate = None if policy is None else policy.linear_gate(unit)
-        adapters = list(unit.beside.values())
+        adapters = list(unit.parallel.values())
         if unit is not without and gate is not None and len(adapters) == 1 and isinstance(adapters[0], Adapter):
             joints[key(unit)] = Joint(gate, adapters[0])
-            unit.beside.clear()
+            unit.parallel.clear()
     return joints
 
 

@@ -32,8 +32,8 @@ class Masked(Execution):
         tokens = unit.prepare(tokens)
         mask = tokens.cover_prefix(gate.values)
         update = unit.update(tokens.with_keys(mask)) * mask.unsqueeze(-1)
-        beside = unit.beside_update(tokens)
-        return tokens.with_x(tokens.x + update if beside is None else tokens.x + update + beside), gate
+        parallel = unit.parallel_update(tokens)
+        return tokens.with_x(tokens.x + update if parallel is None else tokens.x + update + parallel), gate
 
 
 class Sampled(Masked):
@@ -62,8 +62,8 @@ class Sampled(Masked):
         update = unit.update(tokens.take(active, None)) * mask[active].unsqueeze(1)
         with torch.no_grad():
             skipped = unit.update(tokens.take(others, None))
-        beside = unit.beside_update(tokens)
-        out = (tokens.x if beside is None else tokens.x + beside).flatten(0, 1)
+        parallel = unit.parallel_update(tokens)
+        out = (tokens.x if parallel is None else tokens.x + parallel).flatten(0, 1)
         out = out.index_add(0, active, update.to(out.dtype))
         out = out.index_add(0, others, (skipped * (mask[others] / share).unsqueeze(1)).to(out.dtype))
         return tokens.with_x(out.view_as(tokens.x)), gate
@@ -91,11 +91,11 @@ class Compact(Execution):
         every = not torch.compiler.is_compiling() and len(index) == batch * count
         if out is None:
             tokens = unit.prepare(tokens)
-            beside = unit.beside_update(tokens)
+            parallel = unit.parallel_update(tokens)
             if every:
                 update = unit.update(tokens)
-                return tokens.x + update if beside is None else tokens.x + update + beside
-            out = tokens.x.clone() if beside is None else tokens.x + beside
+                return tokens.x + update if parallel is None else tokens.x + update + parallel
+            out = tokens.x.clone() if parallel is None else tokens.x + parallel
         elif every:
             return out.add_(unit.update(tokens))
         update = unit.update(tokens.take(index, counts))

@@ -32,7 +32,7 @@ def check_gates(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
                     "among all tokens in their places. Gate the MLP (dispatch:where=mlp, dyt:dispatch=mlp)."
                 )
         for inner in (block.attn, block.mlp) if block in gated else ():
-            for name, module in inner.beside.items():
+            for name, module in inner.parallel.items():
                 if not getattr(module, "tokenwise", True):
                     raise BackboneError(
                         f"{name} at {inner.path} looks at all tokens of an image, but a gate around the layer shows it "
@@ -76,7 +76,7 @@ def check_reductions(backbone: Backbone, policies: Sequence[TokenPolicy]) -> Non
                 "merges (tome, pyra, fpet, evit with fuse=true) or dispatch, which keeps every token."
             )
         for unit in backbone.all_units():
-            for name, module in unit.beside.items():
+            for name, module in unit.parallel.items():
                 if getattr(module, "reads_grid", False):
                     raise BackboneError(
                         f"{name} at {unit.path} needs every patch in its place in the grid, which {policy.name()} "

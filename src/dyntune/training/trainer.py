@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from dyntune.backbones.base import file_name
 from dyntune.core.errors import TrainingError
 from dyntune.core.files import write_json
 from dyntune.model.forward import activation_rates
@@ -332,7 +333,7 @@ class _Run:
         if self.val_loader is None or self.select == "last" or best_so_far:
             self.best = -1.0 if score is None else score
             self.best_epoch = epoch + 1
-            self.best_tensors = {name: p.detach().cpu().clone() for name, p in self.model.tuned_state().items()}
+            self.best_tensors = {name: p.clone() for name, p in self._tensors().items()}
             if self.out and self._main:
                 self.model.save(self.out, measured)
         if self.out and self._main:
@@ -376,10 +377,14 @@ class _Run:
             where = spoilt[0] if spoilt else "another process's weights"
             raise TrainingError(f"{where} is not finite after an update in epoch {epoch + 1}. {kept}{_ADVICE}")
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """The trained tensors, by their names in files."""
+        return {file_name(name): p.detach().cpu() for name, p in self.model.tuned_state().items()}
+
     def _fill(self, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.model.tuned_state().items():
-                parameter.copy_(tensors[name])
+                parameter.copy_(tensors[file_name(name)])
 
     def _write_state(self, epoch: int, step: int) -> None:
         if self.out is None or not self._main:
@@ -388,7 +393,7 @@ class _Run:
         RunState(
             epoch=epoch,
             step=step,
-            tensors={name: p.detach().cpu() for name, p in self.model.tuned_state().items()},
+            tensors=self._tensors(),
             optimizer=self.optimizer.state_dict(),
             scaler=scaler.state_dict() if scaler else None,
             best=self.best,

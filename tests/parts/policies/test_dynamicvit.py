@@ -153,7 +153,7 @@ def keep_probability(stage, patches, present):
     return hidden.log_softmax(-1)[..., 0]
 
 
-def straight_line(model, images, decide, beside=lambda index, x, prefix, present: 0):
+def straight_line(model, images, decide, parallel=lambda index, x, prefix, present: 0):
     """Logits and what was decided at each stage.
 
     Args:
@@ -183,7 +183,7 @@ def straight_line(model, images, decide, beside=lambda index, x, prefix, present
             seen = row[:, None].expand(-1, x.shape[1], -1).clone()
             seen.diagonal(dim1=1, dim2=2).fill_(1)
         x = x + attention(block, x, seen)
-        x = x + block.ls2(block.mlp(block.norm2(x))) + beside(index, x, prefix, present)
+        x = x + block.ls2(block.mlp(block.norm2(x))) + parallel(index, x, prefix, present)
     x = host.norm(x)
     if host.global_pool == "token":
         return host.forward_head(x), decided
@@ -255,8 +255,8 @@ def test_means_leave_out_hidden_patches(build, images_for, silent):
     model = build("average", SPEC, "moe-adapter:normalise=sigmoid")
     images = images_for(model.backbone.host, 4)
 
-    def beside(index, x, prefix, present):
-        adapter = model.backbone.blocks[index].mlp.beside["moe_adapter"]
+    def parallel(index, x, prefix, present):
+        adapter = model.backbone.blocks[index].mlp.parallel["moe_adapter"]
         weights = torch.cat([torch.ones(len(x), prefix), present], dim=1)[..., None]
         mean = (x * weights).sum(1) / weights.sum(1)
         shares = (mean @ adapter.router.weight.T).sigmoid()
@@ -265,10 +265,10 @@ def test_means_leave_out_hidden_patches(build, images_for, silent):
         hidden = F.relu(x @ down.mT + (shares @ adapter.down_bias)[:, None])
         return adapter.scale * (hidden @ up.mT + (shares @ adapter.up_bias)[:, None])
 
-    expected, _ = straight_line(model, images, highest(model, 16), beside)
+    expected, _ = straight_line(model, images, highest(model, 16), parallel)
     torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
     model.train()
-    expected, decided = straight_line(model, images, lambda _, scores: (scores.exp() >= 0.5).float(), beside)
+    expected, decided = straight_line(model, images, lambda _, scores: (scores.exp() >= 0.5).float(), parallel)
     assert 0 < decided[-1].mean() < 1
     torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
 

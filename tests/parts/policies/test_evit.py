@@ -51,8 +51,8 @@ def straight_line(model, image, rates=(0.7, 0.6), fuse=True):
     held = [{patch} for patch in range(len(x) - prefix)]  # patches inside each token
     patches = len(held)
     for index, (unit, block) in enumerate(zip(model.backbone.blocks, host.blocks, strict=True)):
-        if "vpt" in unit.entries:
-            prompts = unit.entries["vpt"].prompts
+        if "vpt" in unit.prompts:
+            prompts = unit.prompts["vpt"].prompts
             x, prefix = torch.cat([x[:own], prompts, x[prefix:]]), own + len(prompts)
         change, scores = attention(block.attn, block.norm1(x))
         x = x + block.ls1(change)
@@ -67,8 +67,8 @@ def straight_line(model, image, rates=(0.7, 0.6), fuse=True):
                 groups.append(set().union(*(held[j] for j in order[kept:])))
             x, held = torch.stack(rows), groups
         update = block.ls2(block.mlp(block.norm2(x)))
-        if "adapter" in unit.mlp.beside:
-            adapter = unit.mlp.beside["adapter"]
+        if "adapter" in unit.mlp.parallel:
+            adapter = unit.mlp.parallel["adapter"]
             update = update + adapter.scale * adapter.up_proj(F.relu(adapter.down_proj(x)))
         x = x + update
     x = host.norm(x)
@@ -211,12 +211,12 @@ def test_the_update_of_a_module_beside_the_block_shrinks_with_the_tokens(make_ho
     images = images_for(model.backbone.host, 2)
     x = model.backbone.embed(images)
     unit = model.backbone.blocks[0]
-    beside = unit.beside_update(x)
+    parallel = unit.parallel_update(x)
     projected = unit.attn.projected(x)
     attended = x.with_x(x.x + unit.attn.change(x))
     shrink = unit.mlp.reducers["evit"](attended, projected)
     left = shrink(attended)
-    expected = left.x + unit.mlp.change(left) + shrink(x.with_x(beside)).x
+    expected = left.x + unit.mlp.change(left) + shrink(x.with_x(parallel)).x
     seen = []
     handle = model.backbone.host.blocks[1].norm1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     masked, compact = (model.run(images, execution=execution).logits for execution in ("masked", "compact"))

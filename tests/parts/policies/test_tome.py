@@ -69,16 +69,16 @@ def straight_line(model, image, policy):
     patches = len(held)
     schedule = policy.schedule(len(host.blocks))
     for unit, block, merges in zip(model.backbone.blocks, host.blocks, schedule, strict=True):
-        if "vpt" in unit.entries:
-            prompts = unit.entries["vpt"].prompts
+        if "vpt" in unit.prompts:
+            prompts = unit.prompts["vpt"].prompts
             x, prefix = torch.cat([x[:own], prompts, x[prefix:]]), own + len(prompts)
         sizes = torch.tensor([1.0] * prefix + [float(len(group)) for group in held])
         change, keys = attention(block.attn, block.norm1(x), sizes if policy.proportional else torch.ones(len(x)))
         x = x + block.ls1(change)
         x, held = merged(x, keys, sizes, held, prefix, merges)
         update = block.ls2(block.mlp(block.norm2(x)))
-        if "adapter" in unit.mlp.beside:
-            adapter = unit.mlp.beside["adapter"]
+        if "adapter" in unit.mlp.parallel:
+            adapter = unit.mlp.parallel["adapter"]
             update = update + adapter.scale * adapter.up_proj(F.relu(adapter.down_proj(x)))
         x = x + update
     x = host.norm(x)
@@ -151,7 +151,7 @@ def test_logits_recorded_from_the_public_code(recorded, spec):
 @torch.no_grad()
 def test_logits_with_dyt_recorded(recorded, r):
     model = dyntune.tune(recorded.host(), "dyt:bottleneck=8,scale=0.1", f"tome:r={r}").eval()
-    names = {r"\.mlp\.beside\.adapter\.": ".adaptmlp.", r"\.mlp\.dispatcher\.gate\.": ".mlp_token_select.mlp_head."}
+    names = {r"\.mlp\.parallel\.adapter\.": ".adaptmlp.", r"\.mlp\.dispatcher\.gate\.": ".mlp_token_select.mlp_head."}
     recorded.fill(model.backbone.blocks, "blocks.", names)
     for execution in ("masked", "compact"):
         output = model.run(recorded.images, execution=execution)
@@ -295,11 +295,11 @@ def test_the_update_of_a_module_beside_the_block_is_merged_with_the_tokens(make_
     images = images_for(model.backbone.host, 2)
     x = model.backbone.embed(images)
     unit = model.backbone.blocks[0]
-    beside = unit.beside_update(x)
+    parallel = unit.parallel_update(x)
     attended = x.with_x(x.x + unit.attn.change(x))
     merge = unit.mlp.reducers["tome"](attended, unit.attn.projected(x))
     left = merge(attended)
-    expected = left.x + unit.mlp.change(left) + merge(x.with_x(beside)).x
+    expected = left.x + unit.mlp.change(left) + merge(x.with_x(parallel)).x
     seen = []
     handle = model.backbone.host.blocks[1].norm1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     masked, compact = (model.run(images, execution=execution).logits for execution in ("masked", "compact"))

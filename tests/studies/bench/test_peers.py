@@ -26,8 +26,8 @@ def test_the_dense_peer_is_the_backbone_without_what_was_put_on_it(model, images
         assert torch.equal(own.attn.qkv.weight, qkv.base.weight)
         for parameter in qkv.changes.parameters():
             parameter.zero_()
-        block.mlp.beside["adapter"].up_proj.weight.zero_()
-        block.mlp.beside["adapter"].up_proj.bias.zero_()
+        block.mlp.parallel["adapter"].up_proj.weight.zero_()
+        block.mlp.parallel["adapter"].up_proj.bias.zero_()
     torch.testing.assert_close(host(images), model.run(images, complete=True).logits)
     assert not torch.allclose(before, host(images), atol=1e-3)
 

@@ -339,10 +339,10 @@ class Noah(TuningMethod):
                 rows = PUBLISHED_WIDTH if self.init == "noah" else count
                 bound = math.sqrt(6 / (rows * block.width + block.width))
                 prompts = ElasticPrompts(block.index, count, block.width, bound, self.dropout, selection)
-                block.add_entry("noah", prompts)
+                block.add_prompts("noah", prompts)
             if size:
                 adapter = ElasticAdapter(block.index, block.width, size, self.dropout, self.init, selection)
-                block.mlp.add_after("noah", adapter)
+                block.mlp.add_sequential("noah", adapter)
         for site in backbone.sites("qkv"):
             index = cast(int, site.block)
             if rank := stored.ranks[index]:
@@ -359,7 +359,7 @@ class Noah(TuningMethod):
             return None
         block, kind = int(match.group(1)), match.group(2)
         if "prompt" in kind:
-            return _if_any({f"blocks.{block}.entries.noah.prompts": tensor[0, : self._size(self.prompts, block)]})
+            return _if_any({f"blocks.{block}.prompts.noah.prompts": tensor[0, : self._size(self.prompts, block)]})
         if "LoRA" in kind:
             rank = self._size(self.ranks, block)
             down = "LoRA_a" in kind
@@ -369,8 +369,8 @@ class Noah(TuningMethod):
         if not size:
             return {}
         if "ln1" in kind:
-            return {f"blocks.{block}.mlp.after.noah.down_proj.{which}": tensor[:size]}
-        return {f"blocks.{block}.mlp.after.noah.up_proj.{which}": tensor[:, :size] if tensor.ndim == 2 else tensor}
+            return {f"blocks.{block}.mlp.sequential.noah.down_proj.{which}": tensor[:size]}
+        return {f"blocks.{block}.mlp.sequential.noah.up_proj.{which}": tensor[:, :size] if tensor.ndim == 2 else tensor}
 
     def _size(self, sizes: tuple[int, ...], block: int) -> int:
         """The size of a block's module of one kind; 0 beyond the last block."""
