@@ -20,6 +20,7 @@ from torch import Tensor
 from dyntune.core.timing import Turns, time_in_turns
 from dyntune.inference.export.bundle import Export
 from dyntune.inference.export.candidate import Candidate
+from dyntune.inference.export.registry import configured
 
 OPERATOR, PARTS, OLD = "one operator", "written out", "opset 18"
 FILES = {
@@ -40,7 +41,8 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, dropout_p: f
 def measure(options: argparse.Namespace, images: Tensor, batch: Path, room: Path) -> list[dict]:
     """A row for each file: its images per second, and those over the one with the operator."""
     model = tuned(options.model, BOTH, images)
-    exports = {OPERATOR: Export(model), OLD: Export(model, opset=18)}
+    exports = {OPERATOR: Export(model)}
+    exports[OLD] = exports[OPERATOR]
     with patch("torch.nn.functional.scaled_dot_product_attention", written_out):
         exports[PARTS] = Export(model)
     with ExitStack() as stack, torch.inference_mode():
@@ -48,7 +50,7 @@ def measure(options: argparse.Namespace, images: Tensor, batch: Path, room: Path
         for name, (runtime, form) in FILES.items():
             folder = room / name.replace(", ", "-").replace(" ", "-")
             with torch.inference_mode(False):
-                exports[form].write(folder, runtime)
+                exports[form].write(folder, configured(runtime, {"opset": 18} if form == OLD else {}))
             running[name] = stack.enter_context(Candidate(folder, batch, options.threads))
         turns = time_in_turns(running, images, rounds=options.rounds, seconds=options.seconds)
     return [described(name, turns, len(images)) for name in running]

@@ -23,7 +23,7 @@ COMMANDS = (
     "demo",
     "bench",
     "calibrate",
-    "deploy",
+    "export",
 )
 
 

@@ -93,7 +93,7 @@ def check(model, again, images, tmp_path):
         assert cost.macs == counter.macs - cost.head_macs
     loaded = dyntune.load(model.save(tmp_path / "adapter"), backbone=again)
     assert torch.equal(loaded(images), compact.logits)
-    torch.testing.assert_close(dyntune.deploy(model)(images), compact.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(dyntune.optimize(model)(images), compact.logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model.merge()(images), compact.logits, atol=1e-4, rtol=1e-4)
 
 

@@ -41,7 +41,7 @@ def test_it_does_the_main_job(outside, photos, tmp_path, model, method):
     assert evaluated["images"] == 12
     photo = next((photos / "test").rglob("*.png"))
     predicted = dyntune_says("predict", run, photo)["predictions"][0]["top"]
-    dyntune_says("deploy", run, "--runtime", "torch", "--out", tmp_path / "exported")
+    dyntune_says("export", run, "--runtime", "torch", "--out", tmp_path / "exported")
     exported = dyntune_says("predict", tmp_path / "exported", photo, "--trust")["predictions"][0]["top"]
     assert [top["class"] for top in exported] == [top["class"] for top in predicted]
     for ours, theirs in zip(predicted, exported, strict=True):

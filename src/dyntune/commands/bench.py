@@ -29,6 +29,7 @@ from dyntune.parts.spec_list import split_list
 from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.report import DETAILS, details, speed_figure, summary, write
 from dyntune.studies.bench.run import bench
+from dyntune.studies.bench.runtimes import known_runtimes
 from dyntune.studies.pictures import save_figure
 
 EXAMPLES = (
@@ -55,8 +56,8 @@ def command(
     runtime: Annotated[
         str,
         typer.Option(
-            help="Some of eager, fast (deploy()), onnx, onnx-int8, openvino, openvino-int8, torch-export, separated by "
-            "commas. Each is measured in a process of its own."
+            help=f"Some of {', '.join(known_runtimes())}, separated by commas; fast is optimize(). Each is measured "
+            "in a process of its own."
         ),
     ] = "eager",
     against: Annotated[str, option(Plan, "against")] = "dense",
