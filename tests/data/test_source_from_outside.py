@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from dyntune.commands import common
 from dyntune.commands.main import app
 from dyntune.core.errors import DataError
+from dyntune.core.timing import measure_throughput
 from dyntune.data import load_data
 from dyntune.data.datasets import FileImages
 from dyntune.data.load import sources
 from dyntune.data.sources.base import Source
-from dyntune.training.throughput import measure_throughput
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from dyntune.training.throughput import Throughput
 from torch.utils.data import TensorDataset
 
 import dyntune
 from dyntune.commands.predict import predict
 from dyntune.core.errors import CheckpointError, TrainingError
+from dyntune.core.timing import Throughput
 from dyntune.inference.export.check import check
 from dyntune.inference.export.folder import OpenedModel
 from dyntune.model.tasks import Classification, Metric, Task
