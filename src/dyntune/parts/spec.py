@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 import types
+from functools import cache
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
@@ -135,6 +136,7 @@ def split_spec(text: str) -> list[tuple[str, dict[str, str]]]:
     return parts
 
 
+@cache
 def _hints(cls: type[Part]) -> dict[str, Any]:
     return get_type_hints(cls)
 
