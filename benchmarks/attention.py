@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dyntune.inference.export.bundle import Export
 from dyntune.inference.export.candidate import Candidate
+from dyntune.inference.export.registry import configured
 from dyntune.studies.report import machine
 from dyntune.training.throughput import Turns, time_in_turns
 
@@ -46,7 +47,8 @@ def measure(options: argparse.Namespace, batch_size: int, room: Path) -> list[di
     """A row for each file: its images per second, and those over the one with the operator."""
     images = torch.randn(batch_size, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     model = tuned(options.model, BOTH, images)
-    exports = {OPERATOR: Export(model), OLD: Export(model, opset=18)}
+    exports = {OPERATOR: Export(model)}
+    exports[OLD] = exports[OPERATOR]
     with patch("torch.nn.functional.scaled_dot_product_attention", written_out):
         exports[PARTS] = Export(model)
     batch = room / f"images{batch_size}.npy"
@@ -56,7 +58,7 @@ def measure(options: argparse.Namespace, batch_size: int, room: Path) -> list[di
         for name, (runtime, form) in FILES.items():
             folder = room / f"{name.replace(', ', '-').replace(' ', '-')}-{batch_size}"
             with torch.inference_mode(False):
-                exports[form].write(folder, runtime)
+                exports[form].write(folder, configured(runtime, {"opset": 18} if form == OLD else {}))
             running[name] = stack.enter_context(Candidate(folder, batch, options.threads))
         turns = time_in_turns(running, images, rounds=options.rounds, seconds=options.seconds)
     return [described(name, turns, batch_size) for name in running]

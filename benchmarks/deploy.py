@@ -1,4 +1,4 @@
-"""Deployed models beside the eager dense one: torch in this process, other runtimes in one each, all in turns.
+"""Optimised and exported models beside the eager dense one: torch in this process, each runtime in its own, in turns.
 
     python benchmarks/deploy.py --out benchmarks/results/deploy
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import dyntune
 from dyntune.inference.export.bundle import Export
 from dyntune.inference.export.candidate import Candidate
+from dyntune.inference.export.registry import lookup
 from dyntune.model.macs import head_macs
 from dyntune.studies.bench.gates import set_gates
 from dyntune.studies.report import machine
@@ -72,15 +73,15 @@ def in_torch(
 ) -> Iterator[tuple[str, str, Callable[[Tensor], Tensor], str, Callable[[Tensor], Tensor]]]:
     """Name, what its MACs are counted on, model, name of the dense model beside it, and whose logits it should give."""
     yield TIMED, "dense", dense, TIMED, dense
-    yield DEPLOYED, "dense", dyntune.deploy(dense), DEPLOYED, dense
+    yield DEPLOYED, "dense", dyntune.optimize(dense), DEPLOYED, dense
     for spec, model in models.items():
         yield f"{spec}, plain gather", spec, model, TIMED, model
-        yield f"{spec}, deployed", spec, dyntune.deploy(model), DEPLOYED, model
-    full = dyntune.deploy(models[DYT])
+        yield f"{spec}, deployed", spec, dyntune.optimize(model), DEPLOYED, model
+    full = dyntune.optimize(models[DYT])
     full.set_rate(1.0)
     yield f"{DYT} with all patches active, deployed", "all", full, DEPLOYED, partial(complete, models[DYT])
     try:
-        yield f"{DYT}, deployed, bf16", DYT, dyntune.deploy(models[DYT], precision="bf16"), TIMED, models[DYT]
+        yield f"{DYT}, deployed, bf16", DYT, dyntune.optimize(models[DYT], precision="bf16"), TIMED, models[DYT]
     except dyntune.DyntuneError as error:
         print(error)
 
@@ -116,7 +117,7 @@ def measure(options: argparse.Namespace, batch_size: int, room: Path) -> list[di
             for runtime, precision in FILES if options.files else ():
                 folder = room / f"{spec.split(':')[0]}-{runtime}-{precision}-{batch_size}"
                 with torch.inference_mode(False):
-                    export.write(folder, runtime, precision, images if runtime == "openvino" else None)
+                    export.write(folder, lookup(runtime)(), precision, images if runtime == "openvino" else None)
                 name = f"{spec}, {runtime} {precision}"
                 rows.append(Row(name, f"dense, {runtime} {precision}", counted[spec]))
                 running[name] = stack.enter_context(Candidate(folder, batch, options.threads))

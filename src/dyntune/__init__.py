@@ -4,11 +4,12 @@ Beside the names below, the configuration of every tuning method, token policy a
 name, for instance ``dyntune.DyT`` and ``dyntune.AdaptFormer``.
 """
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from dyntune.core.errors import DyntuneError
 from dyntune.core.version import VERSION as __version__
-from dyntune.inference import DeployedModel, deploy
+from dyntune.inference.optimized import OptimizedModel, optimize
 from dyntune.model.checkpoint import load
 from dyntune.model.cost import Cost, cost
 from dyntune.model.macs import MacCounter
@@ -19,32 +20,44 @@ from dyntune.parts.registry import registered
 from dyntune.training.objective import Loss, training_loss
 
 if TYPE_CHECKING:
+    from dyntune.inference.export.bundle import export
+    from dyntune.inference.export.folder import open_export
     from dyntune.training.evaluate import Evaluation, evaluate
     from dyntune.training.trainer import FitResult, fit
 
 __all__ = [
     "Calibration",
     "Cost",
-    "DeployedModel",
     "DyntuneError",
     "Evaluation",
     "FitResult",
     "Loss",
     "MacCounter",
+    "OptimizedModel",
     "TunedModel",
     "__version__",
     "calibrate",
     "cost",
-    "deploy",
     "evaluate",
+    "export",
     "fit",
     "load",
     "load_published",
+    "open_export",
+    "optimize",
     "training_loss",
     "tune",
 ]
 
-_TRAINING = {"fit": "trainer", "FitResult": "trainer", "evaluate": "evaluate", "Evaluation": "evaluate"}
+_ON_DEMAND = {
+    "fit": "training.trainer",
+    "FitResult": "training.trainer",
+    "evaluate": "training.evaluate",
+    "Evaluation": "training.evaluate",
+    "export": "inference.export.bundle",
+    "open_export": "inference.export.folder",
+}
+_FORMER = {"deploy": "optimize", "DeployedModel": "OptimizedModel"}
 
 
 def __dir__() -> list[str]:
@@ -53,10 +66,13 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     """Training brings Accelerate and TensorBoard along, which a server that only runs a model should not pay for."""
-    if name in _TRAINING:
+    if name in _ON_DEMAND:
         from importlib import import_module
 
-        return getattr(import_module(f"dyntune.training.{_TRAINING[name]}"), name)
+        return getattr(import_module(f"dyntune.{_ON_DEMAND[name]}"), name)
+    if name in _FORMER:
+        warnings.warn(f"dyntune.{name} is now called dyntune.{_FORMER[name]}.", DeprecationWarning, stacklevel=2)
+        return globals()[_FORMER[name]]
     for part in registered().values():
         if part.__name__ == name:
             return part

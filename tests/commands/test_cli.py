@@ -27,7 +27,7 @@ COMMANDS = (
     "demo",
     "bench",
     "calibrate",
-    "deploy",
+    "export",
 )
 
 

@@ -1,9 +1,11 @@
-"""A small tuned model with gates, and the folders that it is deployed to, made once."""
+"""A small tuned model with gates, and the folders that it is exported to, made once."""
 
 import pytest
 import torch
 
 import dyntune
+from dyntune.backbones.builtin import BUILTIN_BACKBONE
+from dyntune.model.tuned import build_tuned
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +15,15 @@ def tuned(make_host, randomise):
     randomise(model.backbone.blocks, seed=3)
     model.classes = ("blue", "green", "red")
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A run that nobody has trained: the built-in backbone with gates and a random head."""
+    torch.manual_seed(0)
+    model = build_tuned(BUILTIN_BACKBONE, "dyt:rate=0.5", classes=("blue", "green", "red"))
+    torch.nn.init.normal_(model.backbone.heads[0].weight, std=0.3)
+    return model.save(tmp_path_factory.mktemp("runs") / "colours")
 
 
 @pytest.fixture(scope="session")
@@ -31,9 +42,11 @@ def some_images(tuned):
 
 
 @pytest.fixture(scope="session")
-def deployed(export, some_images, tmp_path_factory):
-    """``deployed(runtime, precision)``: a folder, to be read only."""
-    root = tmp_path_factory.mktemp("deployed")
+def exported(export, some_images, tmp_path_factory):
+    """``exported(runtime, precision)``: a folder, to be read only."""
+    from dyntune.inference.export.registry import lookup
+
+    root = tmp_path_factory.mktemp("exported")
 
     def folder(runtime="onnx", precision="fp32"):
         packages = {"onnx": ("onnxscript", "onnxruntime"), "openvino": ("openvino", "nncf"), "torch": ()}
@@ -41,7 +54,7 @@ def deployed(export, some_images, tmp_path_factory):
             pytest.importorskip(package)
         path = root / f"{runtime}-{precision}"
         if not path.exists():
-            export.write(path, runtime, precision, some_images)
+            export.write(path, lookup(runtime)(), precision, some_images)
         return path
 
     return folder

@@ -14,9 +14,9 @@ from PIL import Image
 
 import dyntune
 from dyntune.commands.predict import predict
-from dyntune.core.errors import DataError, DeploymentError
-from dyntune.inference.export import bundle
-from dyntune.inference.export.folder import is_deployed, open_runtime
+from dyntune.core.errors import DataError, ExportError
+from dyntune.inference.export.folder import is_exported, open_export
+from dyntune.inference.export.runtimes.torch import Torch
 
 RUNTIMES = ("onnx", "openvino", "torch")
 
@@ -53,8 +53,8 @@ def run(folder, *arguments):
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_the_runner_says_what_predict_says(deployed, tuned, pictures, runtime):
-    folder = deployed(runtime)
+def test_the_runner_says_what_predict_says(exported, tuned, pictures, runtime):
+    folder = exported(runtime)
     assert len((folder / "run.py").read_text().splitlines()) <= 30
     lines, imported = run(folder, *pictures, "--top-k", 2)
     assert imported == (["torch"] if runtime == "torch" else [])
@@ -68,30 +68,30 @@ def test_the_runner_says_what_predict_says(deployed, tuned, pictures, runtime):
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
-def test_pixels_of_32_bits_are_refused_by_runner_and_predict(deployed, tuned, tmp_path, kind):
+def test_pixels_of_32_bits_are_refused_by_runner_and_predict(exported, tuned, tmp_path, kind):
     wide = tmp_path / "wide.tif"
     Image.fromarray(np.arange(64, dtype=kind).reshape(8, 8)).save(wide)
     with pytest.raises(AssertionError, match=r"wide\.tif: its pixels are 32-bit numbers"):
-        run(deployed(), wide)
+        run(exported(), wide)
     with pytest.raises(DataError, match="32-bit numbers"):
         predict(tuned, [wide], 1)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_images_that_the_model_does_not_take_are_refused_in_words(deployed, some_images, runtime):
-    model = open_runtime(deployed(runtime), threads=1, trust=True)
-    with pytest.raises(DeploymentError, match=r"torch\.float64 on cpu.*images\.cpu\(\)"):
+def test_images_that_the_model_does_not_take_are_refused_in_words(exported, some_images, runtime):
+    model = open_export(exported(runtime), threads=1, trust=True)
+    with pytest.raises(ExportError, match=r"torch\.float64 on cpu.*images\.cpu\(\)"):
         model(some_images.double())
-    with pytest.raises(DeploymentError, match=r"torch\.float32 on meta"):
+    with pytest.raises(ExportError, match=r"torch\.float32 on meta"):
         model(some_images.to("meta"))
-    with pytest.raises(DeploymentError, match=r"images \(24, 3, 8, 8\)"):
+    with pytest.raises(ExportError, match=r"images \(24, 3, 8, 8\)"):
         model(some_images[:, :, :8, :8])
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_no_file_carries_a_path_of_this_machine(deployed, runtime):
+def test_no_file_carries_a_path_of_this_machine(exported, runtime):
     paths = [str(place).encode() for place in (Path(dyntune.__file__).parent, Path(torch.__file__).parent)]
-    for file in deployed(runtime).iterdir():
+    for file in exported(runtime).iterdir():
         archive = zipfile.ZipFile(file) if zipfile.is_zipfile(file) else None
         contents = [archive.read(name) for name in archive.namelist()] if archive else [file.read_bytes()]
         assert not any(path in content for content in contents for path in paths), file.name
@@ -99,20 +99,20 @@ def test_no_file_carries_a_path_of_this_machine(deployed, runtime):
 
 def test_a_model_in_half_precision_is_exported_in_fp32(tuned, some_images, tmp_path):
     half = copy.deepcopy(tuned).bfloat16()
-    folder = bundle.write(half, tmp_path / "half", runtime="torch", rate=1.0)
+    folder = dyntune.export(half, tmp_path / "half", runtime="torch", rate=1.0)
     assert next(half.parameters()).dtype is torch.bfloat16 and half.target_rate == 0.5
     expected = half.float()
     expected.set_rate(1.0)
     with torch.no_grad():
         torch.testing.assert_close(
-            open_runtime(folder, trust=True)(some_images), expected(some_images), atol=1e-4, rtol=0
+            open_export(folder, trust=True)(some_images), expected(some_images), atol=1e-4, rtol=0
         )
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @torch.no_grad()
-def test_an_opened_folder_gives_logits_and_masks_of_the_model(deployed, tuned, some_images, runtime):
-    model = open_runtime(deployed(runtime), threads=1, trust=True)
+def test_an_opened_folder_gives_logits_and_masks_of_the_model(exported, tuned, some_images, runtime):
+    model = open_export(exported(runtime), threads=1, trust=True)
     output = tuned.run(some_images)
     logits, masks = model.run(some_images)
     torch.testing.assert_close(logits, output.logits, atol=1e-4, rtol=1e-4)
@@ -123,32 +123,32 @@ def test_an_opened_folder_gives_logits_and_masks_of_the_model(deployed, tuned, s
     assert (model.classes, model.preprocessing, model.spec) == (tuned.classes, tuned.preprocessing, tuned.spec)
 
 
-def test_deploy_json_says_what_the_model_is(deployed, tuned):
+def test_deploy_json_says_what_the_model_is(exported, tuned):
     from dyntune import cost
 
-    config = json.loads((deployed() / "deploy.json").read_text())
+    config = json.loads((exported() / "deploy.json").read_text())
     assert config["spec"] == "dyt" and config["classes"] == ["blue", "green", "red"]
     assert (config["runtime"], config["precision"], config["integer_products"]) == ("onnx", "fp32", 0)
     assert config["opset"] == 23
     assert (config["activation"], config["macs"]) == (0.5, cost(tuned).macs)
     assert set(config["files"]) == {"model.onnx", "run.py"}
-    card = (deployed() / "README.md").read_text()
+    card = (exported() / "README.md").read_text()
     assert 'pip install "onnxruntime>=1.23" numpy pillow' in card and "blue" not in config["versions"]
 
 
 def test_write_without_masks_gives_none_and_names_no_gate(tuned, some_images, tmp_path):
-    folder = bundle.write(tuned, tmp_path / "runs" / "small", runtime="torch")
-    assert is_deployed(folder) and [path.name for path in folder.parent.iterdir()] == ["small"]
-    with pytest.raises(DeploymentError, match="may run code"):
-        open_runtime(folder)
-    model = open_runtime(folder, trust=True)
+    folder = dyntune.export(tuned, tmp_path / "runs" / "small", runtime="torch")
+    assert is_exported(folder) and [path.name for path in folder.parent.iterdir()] == ["small"]
+    with pytest.raises(ExportError, match="may run code"):
+        open_export(folder)
+    model = open_export(folder, trust=True)
     assert model.run(some_images)[1] is None and model.gates == ()
     torch.testing.assert_close(model(some_images), tuned(some_images).detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_rate_opens_every_gate_of_the_copy_alone(tuned, some_images, tmp_path):
-    folder = bundle.write(tuned, tmp_path / "all", runtime="torch", masks=True, rate=1.0)
-    model = open_runtime(folder, trust=True)
+    folder = dyntune.export(tuned, tmp_path / "all", runtime="torch", masks=True, rate=1.0)
+    model = open_export(folder, trust=True)
     assert model.run(some_images)[1].all() and model.config["activation"] == 1
     assert tuned.target_rate == 0.5
     with torch.no_grad():
@@ -159,26 +159,26 @@ def test_rate_opens_every_gate_of_the_copy_alone(tuned, some_images, tmp_path):
 def test_a_folder_that_is_there_is_left_alone(tuned, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(DeploymentError, match="mine is there already"):
-        bundle.write(tuned, tmp_path / "mine", runtime="torch")
+    with pytest.raises(ExportError, match="mine is there already"):
+        dyntune.export(tuned, tmp_path / "mine", runtime="torch")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
 
 
 def test_a_write_that_fails_leaves_nothing(tuned, tmp_path, monkeypatch):
-    def fail(program, path):
+    def fail(self, program, path, spec):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(bundle, "write_torch", fail)
+    monkeypatch.setattr(Torch, "write", fail)
     with pytest.raises(OSError, match="disk full"):
-        bundle.write(tuned, tmp_path / "out", runtime="torch")
+        dyntune.export(tuned, tmp_path / "out", runtime="torch")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("runtime", ["torch", "openvino"])
 def test_an_opset_is_refused_where_there_is_none(tuned, tmp_path, runtime):
-    with pytest.raises(DeploymentError, match=f"given 18 for {runtime}"):
-        bundle.write(tuned, tmp_path / "out", runtime=runtime, opset=18)
+    with pytest.raises(ExportError, match=f"given 18 for {runtime}"):
+        dyntune.export(tuned, tmp_path / "out", runtime=runtime, opset=18)
     assert not list(tmp_path.iterdir())
 
 
@@ -186,8 +186,8 @@ def test_an_opset_is_refused_where_there_is_none(tuned, tmp_path, runtime):
     ("runtime", "words"), [("torch", "onnx and openvino"), ("openvino", "calibration_images")], ids=RUNTIMES[:0:-1]
 )
 def test_int8_is_refused_where_it_cannot_be_had(tuned, tmp_path, runtime, words):
-    with pytest.raises(DeploymentError, match=words):
-        bundle.write(tuned, tmp_path / "out", runtime=runtime, precision="int8")
+    with pytest.raises(ExportError, match=words):
+        dyntune.export(tuned, tmp_path / "out", runtime=runtime, precision="int8")
     assert not list(tmp_path.iterdir())
 
 
@@ -219,13 +219,13 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_folder_is_refused_in_words(deployed, tmp_path, name):
+def test_a_damaged_folder_is_refused_in_words(exported, tmp_path, name):
     damage, words = DAMAGE[name]
     folder = tmp_path / "copy"
     folder.mkdir()
-    for path in deployed().iterdir():
+    for path in exported().iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    open_runtime(folder)
+    open_export(folder)
     damage(folder)
-    with pytest.raises(DeploymentError, match=words):
-        open_runtime(folder)
+    with pytest.raises(ExportError, match=words):
+        open_export(folder)

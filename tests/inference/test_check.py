@@ -1,19 +1,19 @@
-"""The check counts what deployment has changed: predictions, accuracy, gates, logits."""
+"""The check counts what exporting has changed: predictions, accuracy, gates, logits."""
 
 import copy
 
 import pytest
 import torch
 
-from dyntune.core.errors import DataError, DeploymentError
+from dyntune.core.errors import DataError, ExportError
 from dyntune.inference.export.check import check
 from dyntune.inference.export.folder import OpenedModel
-from dyntune.inference.export.runtimes.base import Runtime
+from dyntune.inference.export.runtimes.base import Session
 
 GATES = ["blocks.0.mlp", "blocks.1.mlp"]
 
 
-class Spoiled(Runtime):
+class Spoiled(Session):
     """The tuned model, but every fourth image gets another class, and half of the first gate's patches the opposite."""
 
     def __init__(self, tuned):
@@ -47,7 +47,7 @@ def test_known_differences_are_counted(tuned, some_images):
     assert result.largest_difference == pytest.approx(float(changed.abs().max()))
     assert result.largest_logit == pytest.approx(float(logits.abs().max()))
     result.require(0.75)
-    with pytest.raises(DeploymentError, match=r"75\.00% of 24 images, which is less than 80\.00%"):
+    with pytest.raises(ExportError, match=r"75\.00% of 24 images, which is less than 80\.00%"):
         result.require(0.8)
 
 
@@ -58,11 +58,11 @@ def test_gates_come_from_a_second_model_where_the_first_gives_no_masks(tuned, so
     assert seeing.gate_agreement == 0.75
 
 
-def test_an_exact_deployment_changes_nothing(deployed, tuned, some_images):
-    from dyntune.inference.export.folder import open_runtime
+def test_an_exact_export_changes_nothing(exported, tuned, some_images):
+    from dyntune.inference.export.folder import open_export
 
     tuned.train()
-    result = check(tuned, open_runtime(deployed()), [(some_images, torch.zeros(24, dtype=torch.long))])
+    result = check(tuned, open_export(exported()), [(some_images, torch.zeros(24, dtype=torch.long))])
     assert tuned.training
     tuned.eval()
     assert (result.agreement, result.gate_agreement) == (1.0, 1.0)
@@ -79,13 +79,13 @@ def test_a_tuned_model_in_bf16_is_compared_in_its_own_precision(tuned, some_imag
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("side", ["tuned", "deployed"])
+@pytest.mark.parametrize("side", ["tuned", "exported"])
 def test_logits_that_are_not_finite_are_an_error(tuned, some_images, side, bad):
     spoiled = copy.deepcopy(tuned)
     with torch.no_grad():
         spoiled.backbone.heads[0].bias[0] = bad
     before, after = (spoiled, tuned) if side == "tuned" else (tuned, spoiled)
-    with pytest.raises(DeploymentError, match=f"the {side} model gives logits that are not finite, on images 0 to 23"):
+    with pytest.raises(ExportError, match=f"the {side} model gives logits that are not finite, on images 0 to 23"):
         check(before, opened(after), [(some_images, torch.zeros(24, dtype=torch.long))])
 
 

@@ -10,20 +10,16 @@ import torch
 from torch import nn
 
 import dyntune
-from dyntune.core.errors import DeploymentError
-from dyntune.inference import prepare
+from dyntune.core.errors import ExportError
+from dyntune.inference import folded_copy
 from dyntune.inference.export.program import export_program
-from dyntune.inference.export.runtimes.onnx import OLDEST_OPSET, OPSET, OnnxRuntime, newest_opset, write_onnx
-from dyntune.inference.export.runtimes.openvino import OpenVinoRuntime, write_openvino
-from dyntune.inference.export.runtimes.torch import TorchRuntime, write_torch
+from dyntune.inference.export.registry import lookup
+from dyntune.inference.export.runtimes.onnx import OLDEST_OPSET, OPSET, Onnx, newest_opset
+from dyntune.inference.export.runtimes.openvino import OpenVino
 from dyntune.parts.policies.dispatch import Dispatcher
 from dyntune.parts.registry import registered
 
-RUNTIMES = {
-    "torch": (write_torch, TorchRuntime, "model.pt2", ()),
-    "onnx": (write_onnx, OnnxRuntime, "model.onnx", ("onnx", "onnxscript", "onnxruntime")),
-    "openvino": (write_openvino, OpenVinoRuntime, "model.xml", ("openvino",)),
-}
+RUNTIMES = ("torch", "onnx", "openvino")
 BATCHES = (1, 3, 32)
 SHALLOW = {
     "evit": "evit:keep=0.6,layers=0",
@@ -57,13 +53,19 @@ def active(output):
     return torch.stack([gate.on_patches > 0.5 for gate in output.gates], dim=1)
 
 
-def opened(kind, program, folder):
-    """The program in a runtime, by way of its file."""
-    write, runtime, file, needs = RUNTIMES[kind]
-    for package in needs:
+def installed(name):
+    """The runtime of that name; skips the test where a package is missing."""
+    runtime = lookup(name)()
+    for package in (*runtime.writes_with, *runtime.runs_with):
         pytest.importorskip(package)
-    write(program, folder / file)
-    return runtime(folder / file, threads=1)
+    return runtime
+
+
+def opened(name, program, folder):
+    """The program in a runtime, by way of its file."""
+    runtime = installed(name)
+    runtime.write(program, folder / runtime.file, spec="")
+    return runtime.open(folder / runtime.file, threads=1)
 
 
 def assert_agrees(runtime, model, images, masks):
@@ -85,7 +87,7 @@ def test_every_part_exports_and_agrees(make_host, images_for, tmp_path, name):
     model = filled(make_host("registers", depth=2), SHALLOW.get(name, name))
     images = images_for(model.backbone.host, max(BATCHES))
     masks = bool(model.run(images[:1]).gates)
-    program = export_program(prepare(model, masks=masks), masks)
+    program = export_program(folded_copy(model, masks=masks), masks)
     assert_agrees(opened("torch", program, tmp_path), model, images, masks)
     assert_agrees(opened("onnx", program, tmp_path), model, images, masks)
 
@@ -111,7 +113,7 @@ def gated(request, make_host, images_for):
                 unit.dispatcher.gate.bias += between(logits) if bias is None else bias
     rates = active(model.run(images)).float().mean((0, 2)).unflatten(0, (3, -1)).mean(1)
     assert rates[0] == 0 and rates[1] == 1 and 0 < rates[2] < 1
-    return model, images, export_program(prepare(model, masks=True), masks=True)
+    return model, images, export_program(folded_copy(model, masks=True), masks=True)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -123,25 +125,24 @@ def test_gates_that_let_nothing_everything_and_a_part_through(gated, tmp_path, r
 @pytest.mark.parametrize("spec", ["tome:r=3", "evit:keep=0.6,layers=0", "dynamicvit:keep=0.6,layers=1", "dyt"])
 def test_openvino_agrees_on_reductions_too(make_host, images_for, tmp_path, spec):
     model = filled(make_host("plain", depth=2), spec)
-    runtime = opened("openvino", export_program(prepare(model), masks=False), tmp_path)
+    runtime = opened("openvino", export_program(folded_copy(model), masks=False), tmp_path)
     assert_agrees(runtime, model, images_for(model.backbone.host, max(BATCHES)), masks=False)
 
 
 @pytest.mark.parametrize("reducer", ["tome:r=3", "evit:keep=0.6,layers=0"])
 def test_openvino_gives_masks_of_patches_that_were_merged_later(make_host, images_for, tmp_path, reducer):
     model = filled(make_host("plain", depth=2), "dyt", reducer)
-    runtime = opened("openvino", export_program(prepare(model, masks=True), masks=True), tmp_path)
+    runtime = opened("openvino", export_program(folded_copy(model, masks=True), masks=True), tmp_path)
     assert_agrees(runtime, model, images_for(model.backbone.host, max(BATCHES)), masks=True)
 
 
 @pytest.fixture(scope="module")
 def written(make_host, images_for, tmp_path_factory):
     """A DyT model with the gates' masks, its images and its ONNX file."""
-    for package in RUNTIMES["onnx"][-1]:
-        pytest.importorskip(package)
+    installed("onnx")
     model = filled(make_host("plain", depth=2), "dyt")
     path = tmp_path_factory.mktemp("written") / "model.onnx"
-    write_onnx(export_program(prepare(model, masks=True), masks=True), path, {"spec": model.spec})
+    Onnx().write(export_program(folded_copy(model, masks=True), masks=True), path, model.spec)
     return model, images_for(model.backbone.host, 8), path
 
 
@@ -181,21 +182,22 @@ def test_the_oldest_and_the_newest_opset_agree(make_host, images_for, tmp_path, 
     version = OLDEST_OPSET if opset == "oldest" else newest_opset()
     assert OLDEST_OPSET == 18 and newest_opset() >= OPSET
     model = filled(make_host("registers", depth=2), spec)
-    write_onnx(export_program(prepare(model), masks=False), tmp_path / "model.onnx", opset=version)
+    Onnx(opset=version).write(export_program(folded_copy(model), masks=False), tmp_path / "model.onnx", model.spec)
     file = onnx.load(tmp_path / "model.onnx")
     assert [(entry.domain, entry.version) for entry in file.opset_import] == [("", version)]
     assert file.ir_version == (8 if opset == "oldest" else 10)
     fused = {node.op_type for node in file.graph.node} & {"Attention", "Softmax"}
     assert fused == ({"Softmax"} if opset == "oldest" else {"Attention"})
-    assert_agrees(OnnxRuntime(tmp_path / "model.onnx"), model, images_for(model.backbone.host, max(BATCHES)), False)
+    session = Onnx().open(tmp_path / "model.onnx", threads=None)
+    assert_agrees(session, model, images_for(model.backbone.host, max(BATCHES)), False)
 
 
 @pytest.mark.parametrize("past", [-1, 1])
 def test_an_opset_that_cannot_be_written_is_refused(written, make_host, tmp_path, past):
     version = OLDEST_OPSET - 1 if past < 0 else newest_opset() + 1
-    program = export_program(prepare(filled(make_host(depth=1), "linear")), masks=False)
-    with pytest.raises(DeploymentError, match=f"opset {version} cannot be written.* write 18 to {newest_opset()}"):
-        write_onnx(program, tmp_path / "model.onnx", opset=version)
+    program = export_program(folded_copy(filled(make_host(depth=1), "linear")), masks=False)
+    with pytest.raises(ExportError, match=f"opset {version} cannot be written.* write 18 to {newest_opset()}"):
+        Onnx(opset=version).write(program, tmp_path / "model.onnx", "linear")
     assert not list(tmp_path.iterdir())
 
 
@@ -230,13 +232,14 @@ def test_backbone_linears_are_plain_products_that_can_be_quantised(written):
 def test_weights_that_do_not_fit_into_one_file_lie_beside_it(written, tmp_path, monkeypatch):
     model, images, _ = written
     monkeypatch.setattr("dyntune.inference.export.runtimes.onnx._LARGEST", 0)
-    program = export_program(prepare(model), masks=False)
-    write_onnx(program, tmp_path / "big.onnx")
+    program = export_program(folded_copy(model), masks=False)
+    Onnx().write(program, tmp_path / "big.onnx", model.spec)
     assert {path.name for path in tmp_path.iterdir()} == {"big.onnx", "big.onnx.data"}
     (tmp_path / "moved").mkdir()
     for path in list(tmp_path.glob("big*")):
         path.rename(tmp_path / "moved" / path.name)
-    torch.testing.assert_close(OnnxRuntime(tmp_path / "moved" / "big.onnx")(images), model(images), atol=1e-4, rtol=0)
+    session = Onnx().open(tmp_path / "moved" / "big.onnx", threads=None)
+    torch.testing.assert_close(session(images), model(images), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", [{"is_causal": True}, {"dropout_p": 0.5}, {"enable_gqa": True}], ids=str)
@@ -249,9 +252,9 @@ def test_attention_that_is_not_translated_is_refused(tmp_path, kind):
 
     program = torch.export.export(Attention(), (torch.ones(2, 3, 4, 4),))
     with pytest.raises(
-        DeploymentError, match=r"cannot be written as ONNX: attention with dropout.* not translated"
+        ExportError, match=r"cannot be written as ONNX: attention with dropout.* not translated"
     ) as error:
-        write_onnx(program, tmp_path / "model.onnx")
+        Onnx().write(program, tmp_path / "model.onnx", "")
     assert len(str(error.value).splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
@@ -263,10 +266,8 @@ def test_what_cannot_be_traced_is_said_in_one_sentence_without_the_graph(make_ho
 
     model = filled(make_host(depth=1), "dyt")
     model.backbone.host.norm = Branching()
-    with pytest.raises(
-        DeploymentError, match=r"^dyt cannot be exported, because PyTorch cannot trace .* guard"
-    ) as error:
-        export_program(prepare(model), masks=False)
+    with pytest.raises(ExportError, match=r"^dyt cannot be exported, because PyTorch cannot trace .* guard") as error:
+        export_program(folded_copy(model), masks=False)
     assert len(str(error.value).splitlines()) == 1 and "suggested fixes" not in str(error.value)
     printed = capfd.readouterr()
     assert not printed.out and "def forward" not in printed.err
@@ -280,30 +281,28 @@ def test_what_openvino_does_not_translate_is_said_in_one_sentence_and_nothing_is
             return torch.special.bessel_j0(images)
 
     program = torch.export.export(Bessel(), (torch.ones(2, 3, 4, 4),))
-    with pytest.raises(DeploymentError, match=r"cannot be converted to OpenVINO: .*bessel_j0") as error:
-        write_openvino(program, tmp_path / "model.xml")
+    with pytest.raises(ExportError, match=r"cannot be converted to OpenVINO: .*bessel_j0") as error:
+        OpenVino().write(program, tmp_path / "model.xml", "")
     assert len(str(error.value).splitlines()) == 1
     logging.getLogger("dyntune").warning("still heard")
     assert "still heard" in caplog.text
 
 
 def test_masks_of_a_model_without_gates_are_refused(make_host):
-    with pytest.raises(DeploymentError, match="no gates"):
-        export_program(prepare(filled(make_host(), "adaptformer"), masks=True), masks=True)
+    with pytest.raises(ExportError, match="no gates"):
+        export_program(folded_copy(filled(make_host(), "adaptformer"), masks=True), masks=True)
 
 
 @pytest.mark.parametrize("kind", RUNTIMES)
 def test_a_damaged_file_is_named(tmp_path, kind):
-    _, runtime, file, needs = RUNTIMES[kind]
-    for package in needs:
-        pytest.importorskip(package)
-    (tmp_path / file).write_bytes(b"not a model")
-    with pytest.raises(DeploymentError, match=file) as error:
-        runtime(tmp_path / file)
+    runtime = installed(kind)
+    (tmp_path / runtime.file).write_bytes(b"not a model")
+    with pytest.raises(ExportError, match=runtime.file) as error:
+        runtime.open(tmp_path / runtime.file, threads=None)
     assert len(str(error.value).splitlines()) == 1
 
 
 def test_openvino_refuses_another_file_name(make_host, tmp_path):
-    program = export_program(prepare(filled(make_host(depth=1), "linear")), masks=False)
-    with pytest.raises(DeploymentError, match=r"ends in \.xml; given model\.onnx"):
-        write_openvino(program, tmp_path / "model.onnx")
+    program = export_program(folded_copy(filled(make_host(depth=1), "linear")), masks=False)
+    with pytest.raises(ExportError, match=r"ends in \.xml; given model\.onnx"):
+        OpenVino().write(program, tmp_path / "model.onnx", "linear")

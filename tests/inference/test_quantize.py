@@ -8,12 +8,11 @@ import pytest
 import torch
 
 import dyntune
-from dyntune.core.errors import DeploymentError
-from dyntune.inference.export import bundle
-from dyntune.inference.export.folder import open_runtime
+from dyntune.core.errors import ExportError
+from dyntune.inference.export.folder import open_export
+from dyntune.inference.export.int8 import onnx as quantize
+from dyntune.inference.export.int8.onnx import audit, quantize_onnx, sums_saturate
 from dyntune.inference.export.linears import BackboneLinears
-from dyntune.inference.export.runtimes import onnx_int8 as quantize
-from dyntune.inference.export.runtimes.onnx_int8 import audit, quantize_onnx, sums_saturate
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -23,7 +22,7 @@ LINEARS = 2 * 4
 
 @pytest.fixture(scope="module")
 def linears(export):
-    return BackboneLinears(export.prepared)
+    return BackboneLinears(export.folded)
 
 
 def products(model):
@@ -37,20 +36,20 @@ def floats(model):
     return [onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
 
 
-def test_every_large_product_is_in_integers_and_no_other(deployed, tuned):
-    before = products(onnx.load(deployed() / "model.onnx"))
-    model = onnx.load(deployed("onnx", "int8") / "model.onnx")
+def test_every_large_product_is_in_integers_and_no_other(exported, tuned):
+    before = products(onnx.load(exported() / "model.onnx"))
+    model = onnx.load(exported("onnx", "int8") / "model.onnx")
     width = tuned.backbone.blocks[0].width
     integer = [shape for operator, shape in products(model) if operator == "MatMulInteger"]
     assert sorted(integer) == sorted([(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * 2)
     left = [shape for operator, shape in products(model) if operator != "MatMulInteger"]
     assert left and len(left) + LINEARS == len(before)
     assert all(min(shape) < width for shape in left)
-    assert open_runtime(deployed("onnx", "int8")).config["integer_products"] == LINEARS
+    assert open_export(exported("onnx", "int8")).config["integer_products"] == LINEARS
 
 
-def test_gates_adapters_and_head_keep_their_bits(deployed, tuned):
-    kept = [weight for weight in floats(onnx.load(deployed("onnx", "int8") / "model.onnx")) if weight.ndim == 2]
+def test_gates_adapters_and_head_keep_their_bits(exported, tuned):
+    kept = [weight for weight in floats(onnx.load(exported("onnx", "int8") / "model.onnx")) if weight.ndim == 2]
 
     def holds(vector):
         return any((rows == vector).all(1).any() for w in kept for rows in (w, w.T) if rows.shape[1] == len(vector))
@@ -64,9 +63,9 @@ def test_gates_adapters_and_head_keep_their_bits(deployed, tuned):
 
 
 @torch.no_grad()
-def test_logits_are_close_but_not_the_same(deployed, tuned, some_images):
+def test_logits_are_close_but_not_the_same(exported, tuned, some_images):
     expected = tuned(some_images)
-    error = (open_runtime(deployed("onnx", "int8"))(some_images) - expected).abs().max() / expected.abs().max()
+    error = (open_export(exported("onnx", "int8"))(some_images) - expected).abs().max() / expected.abs().max()
     assert 1e-5 < error < 0.15
 
 
@@ -101,24 +100,24 @@ def _large(model, node):
 
 
 @pytest.mark.parametrize("spoil", [as_gemm, behind_a_transposition, another_weight])
-def test_a_large_product_that_stays_in_floating_point_is_an_error(deployed, linears, tmp_path, spoil):
-    model = onnx.load(deployed() / "model.onnx")
+def test_a_large_product_that_stays_in_floating_point_is_an_error(exported, linears, tmp_path, spoil):
+    model = onnx.load(exported() / "model.onnx")
     name = spoil(model)
     onnx.save(model, tmp_path / "spoiled.onnx")
-    with pytest.raises(DeploymentError, match=f"1 large products stayed in fp32: {name}(_MatMul)? "):
+    with pytest.raises(ExportError, match=f"1 large products stayed in fp32: {name}(_MatMul)? "):
         quantize_onnx(tmp_path / "spoiled.onnx", tmp_path / "int8.onnx", linears)
     assert [path.name for path in tmp_path.iterdir()] == ["spoiled.onnx"]
 
 
-def test_the_audit_names_every_product_of_an_fp32_model(deployed, linears):
-    with pytest.raises(DeploymentError, match=rf"{LINEARS} large products .*blocks\.0\.attn\.qkv.* and 3 more"):
-        audit(onnx.load(deployed() / "model.onnx"), linears)
+def test_the_audit_names_every_product_of_an_fp32_model(exported, linears):
+    with pytest.raises(ExportError, match=rf"{LINEARS} large products .*blocks\.0\.attn\.qkv.* and 3 more"):
+        audit(onnx.load(exported() / "model.onnx"), linears)
 
 
-def test_weights_have_7_bits_where_sums_would_saturate(deployed, linears, tmp_path, monkeypatch):
+def test_weights_have_7_bits_where_sums_would_saturate(exported, linears, tmp_path, monkeypatch):
     for saturate, bits in ((True, 7), (False, 8)):
         monkeypatch.setattr(quantize, "sums_saturate", lambda saturate=saturate: saturate)
-        quantize_onnx(deployed() / "model.onnx", tmp_path / "int8.onnx", linears)
+        quantize_onnx(exported() / "model.onnx", tmp_path / "int8.onnx", linears)
         tensors = onnx.load(tmp_path / "int8.onnx").graph.initializer
         whole = [onnx.numpy_helper.to_array(t) for t in tensors if t.data_type == onnx.TensorProto.INT8]
         largest = max(int(np.abs(weight.astype(int)).max()) for weight in whole)
@@ -147,52 +146,54 @@ def test_attention_pooling_stays_in_floating_point(make_host, randomise, images_
     model = dyntune.tune(make_host("siglip", depth=2), "adaptformer")
     randomise(model.backbone.blocks, seed=3)
     images = images_for(model.backbone.host, 8)
-    folder = bundle.write(model.eval(), tmp_path / "out", runtime=runtime, precision="int8", calibration_images=images)
-    opened = open_runtime(folder, threads=1)
+    folder = dyntune.export(
+        model.eval(), tmp_path / "out", runtime=runtime, precision="int8", calibration_images=images
+    )
+    opened = open_export(folder, threads=1)
     assert opened.config["integer_products"] == LINEARS
     with torch.no_grad():
         expected = model(images)
     assert (opened(images) - expected).abs().max() < 0.25 * expected.abs().max()
 
 
-def test_an_error_of_the_quantiser_is_wrapped(deployed, linears, tmp_path, monkeypatch):
+def test_an_error_of_the_quantiser_is_wrapped(exported, linears, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise ValueError("no such type")
 
     monkeypatch.setattr("onnxruntime.quantization.quantize_dynamic", fail)
-    with pytest.raises(DeploymentError, match="cannot quantise the model: no such type"):
-        quantize_onnx(deployed() / "model.onnx", tmp_path / "int8.onnx", linears)
+    with pytest.raises(ExportError, match="cannot quantise the model: no such type"):
+        quantize_onnx(exported() / "model.onnx", tmp_path / "int8.onnx", linears)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_of_nncf_is_wrapped(deployed, linears):
+def test_an_error_of_nncf_is_wrapped(exported, linears):
     openvino = pytest.importorskip("openvino")
     pytest.importorskip("nncf")
-    from dyntune.inference.export.runtimes.openvino_int8 import quantize_openvino
+    from dyntune.inference.export.int8.openvino import quantize_openvino
 
-    model = openvino.Core().read_model(deployed("openvino") / "model.xml")
-    with pytest.raises(DeploymentError, match=r"NNCF cannot quantise the model on images \(1, 3, 8, 8\)"):
+    model = openvino.Core().read_model(exported("openvino") / "model.xml")
+    with pytest.raises(ExportError, match=r"NNCF cannot quantise the model on images \(1, 3, 8, 8\)"):
         quantize_openvino(model, torch.zeros(1, 3, 8, 8), linears)
 
 
-def test_openvino_computes_the_same_products_in_integers(deployed, linears, tuned, some_images):
+def test_openvino_computes_the_same_products_in_integers(exported, linears, tuned, some_images):
     openvino = pytest.importorskip("openvino")
-    from dyntune.inference import openvino_int8
+    from dyntune.inference.export.int8 import openvino as openvino_int8
 
-    folder = deployed("openvino", "int8")
-    assert open_runtime(folder).config["integer_products"] == LINEARS
+    folder = exported("openvino", "int8")
+    assert open_export(folder).config["integer_products"] == LINEARS
     core = openvino.Core()
     assert openvino_int8.count_integer_products(core.read_model(folder / "model.xml")) == LINEARS
-    with pytest.raises(DeploymentError, match=f"{LINEARS} large products stayed in fp32"):
-        openvino_int8.audit(core.read_model(deployed("openvino") / "model.xml"), linears)
+    with pytest.raises(ExportError, match=f"{LINEARS} large products stayed in fp32"):
+        openvino_int8.audit(core.read_model(exported("openvino") / "model.xml"), linears)
     with torch.no_grad():
         expected = tuned(some_images)
-    error = (open_runtime(folder)(some_images) - expected).abs().max() / expected.abs().max()
+    error = (open_export(folder)(some_images) - expected).abs().max() / expected.abs().max()
     assert 1e-5 < error < 0.25
 
 
-def test_quantising_leaves_the_applications_log_alone(deployed, caplog):
+def test_quantising_leaves_the_applications_log_alone(exported, caplog):
     pytest.importorskip("nncf")
-    deployed("openvino", "int8")
+    exported("openvino", "int8")
     logging.getLogger("dyntune").warning("still heard")
     assert "still heard" in caplog.text

@@ -26,6 +26,7 @@ from dyntune.core.errors import SpecError
 from dyntune.studies.bench.picture import speed_figure
 from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.run import bench
+from dyntune.studies.bench.runtimes import known_runtimes
 from dyntune.studies.bench.table import DETAILS, details, summary, write
 from dyntune.studies.compare import split_list
 from dyntune.studies.pictures import save_figure
@@ -56,8 +57,8 @@ def command(
     runtime: Annotated[
         str,
         typer.Option(
-            help="Some of eager, fast (deploy()), onnx, onnx-int8, openvino, openvino-int8, torch-export, separated by "
-            "commas. Each is measured in a process of its own."
+            help=f"Some of {', '.join(known_runtimes())}, separated by commas; fast is optimize(). Each is measured "
+            "in a process of its own."
         ),
     ] = "eager",
     against: Annotated[

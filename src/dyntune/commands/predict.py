@@ -22,9 +22,10 @@ from dyntune.commands.common import (
     print_json,
     print_table,
 )
-from dyntune.core.errors import DeploymentError
+from dyntune.core.errors import ExportError
 from dyntune.data import build_transform, expand_images, read_image
-from dyntune.inference.export.folder import OpenedModel, is_deployed, open_runtime
+from dyntune.inference.export.folder import OpenedModel, is_exported, open_export
+from dyntune.inference.export.registry import registered
 from dyntune.model.checkpoint import load
 from dyntune.model.tuned import TunedModel
 
@@ -33,6 +34,8 @@ EXAMPLES = (
     'dyntune predict runs/flowers "photos/*.jpg" --top-k 3 --json',
     "dyntune predict flowers-onnx photo.jpg",
 )
+_CODE = " or ".join(Path(runtime.file).suffix for runtime in registered().values() if runtime.needs_trust)
+"""Files that may run code when they are opened."""
 
 
 def command(
@@ -45,11 +48,12 @@ def command(
     batch_size: BatchOption = 32,
     device: DeviceOption = "auto",
     trust: Annotated[
-        bool, typer.Option("--trust", help="Open a deployed .pt2 file, which may run code, from someone you trust.")
+        bool,
+        typer.Option("--trust", help=f"Open an exported {_CODE} file, which may run code, from someone you trust."),
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """The most probable classes of image files, folders of images, or globs, from a run or a deployed model."""
+    """The most probable classes of image files, folders of images, or globs, from a run or an exported model."""
     paths = expand_images(images)
     model = _model(run, weights=weights, device=device, tokens=tokens, rate=rate, trust=trust)
     predictions = [
@@ -67,21 +71,22 @@ def command(
 def _model(
     run: Path, *, tokens: str | None, rate: float | None, weights: Path | None, device: str, trust: bool
 ) -> TunedModel | OpenedModel:
-    """What is in the folder: a run, or a model that ``dyntune deploy`` wrote."""
-    if not is_deployed(run):
+    """What is in the folder: a run, or a model that ``dyntune export`` wrote."""
+    if not is_exported(run):
         model = load(run, tokens=tokens, weights=weights, device=pick_device(device))
         apply_rate(model, rate, tokens)
         return model
     if tokens is not None or rate is not None or weights is not None:
-        raise DeploymentError(
-            f"{run} is a deployed model, whose weights, rate and token policy are fixed. Give --rate, --tokens or "
-            "--weights to dyntune deploy, or give the run."
+        raise ExportError(
+            f"{run} is an exported model, whose weights, rate and token policy are fixed. Give --rate, --tokens or "
+            "--weights to dyntune export, or give the run."
         )
     if device not in ("auto", "cpu"):
-        raise DeploymentError(
-            f"{run} is a deployed model, which runs on the CPU; given --device {device}. Leave it out, or give the run."
+        raise ExportError(
+            f"{run} is an exported model, which runs on the CPU; given --device {device}. Leave it out, or give the "
+            "run."
         )
-    return open_runtime(run, trust=trust)
+    return open_export(run, trust=trust)
 
 
 @torch.inference_mode()

@@ -32,7 +32,7 @@ class TrainingError(DyntuneError, RuntimeError):
     """Training cannot go on, for instance because the loss is not finite."""
 
 
-class DeploymentError(DyntuneError, RuntimeError):
+class ExportError(DyntuneError, RuntimeError):
     """A model cannot be exported, quantised, checked, or run in a runtime."""
 
 

@@ -1,7 +1,20 @@
 """From a tuned model to one that runs fast: exact optimisations in this process, and files for other runtimes."""
 
-from dyntune.inference.export.bundle import write
-from dyntune.inference.export.folder import OpenedModel, open_runtime
-from dyntune.inference.optimized import DeployedModel, deploy, prepare
+import warnings
+from typing import Any
 
-__all__ = ["DeployedModel", "OpenedModel", "deploy", "open_runtime", "prepare", "write"]
+from dyntune.inference.optimized import OptimizedModel, folded_copy, optimize
+
+__all__ = ["OptimizedModel", "folded_copy", "optimize"]
+
+
+def __getattr__(name: str) -> Any:
+    """``open_runtime`` is what the README of a folder of Dyntune 0.1 says."""
+    if name == "open_runtime":
+        from dyntune.inference.export.folder import open_export
+
+        warnings.warn(
+            "dyntune.inference.open_runtime is now called dyntune.open_export.", DeprecationWarning, stacklevel=2
+        )
+        return open_export
+    raise AttributeError(f"module 'dyntune.inference' has no attribute {name!r}")

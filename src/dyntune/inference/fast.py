@@ -1,4 +1,4 @@
-"""The execution of a prepared model: compact, with shared products, and no token computed that nobody reads."""
+"""The execution of an optimised model: compact, with shared products, and no token computed that nobody reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A copy of a tuned model made ready for inference: everything folded that can be folded, exactly."""
+"""The optimised copy of a tuned model, for inference in this process: everything folded that can be folded, exactly."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dyntune.parts.registry import resolve
 Precision = Literal["fp32", "bf16"]
 
 
-class DeployedModel(nn.Module):
+class OptimizedModel(nn.Module):
     """A model for inference: the logits of the tuned model that it was made from, computed with fewer operations.
 
     It is a copy; it is never trained, saved as an adapter, or merged.
@@ -98,25 +98,25 @@ class DeployedModel(nn.Module):
         """As ``TunedModel.set_rate``, with the calibration that the model came with."""
         shift_gates(self, rate, self.calibration)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeployedModel:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OptimizedModel:
         raise DyntuneError(
-            "a deployed model stays on the device and in the precision that it was made for; move the tuned model and "
-            "deploy it there."
+            "an optimised model stays on the device and in the precision that it was made for; move the tuned model "
+            "and optimize it there."
         )
 
-    def train(self, mode: bool = True) -> DeployedModel:
+    def train(self, mode: bool = True) -> OptimizedModel:
         """Refuses to be trained.
 
         Raises:
             DyntuneError: ``mode`` is True.
         """
         if mode:
-            raise DyntuneError("a deployed model is for inference; train the tuned model and deploy it again.")
+            raise DyntuneError("an optimised model is for inference; train the tuned model and optimize it again.")
         super().train(False)
         return self
 
 
-def prepare(model: nn.Module, *, rate: float | None = None, masks: bool = False) -> DeployedModel:
+def folded_copy(model: nn.Module, *, rate: float | None = None, masks: bool = False) -> OptimizedModel:
     """A copy of a model with everything folded that can be folded; the model itself stays as it is.
 
     Args:
@@ -134,12 +134,12 @@ def prepare(model: nn.Module, *, rate: float | None = None, masks: bool = False)
     if rate is not None:
         copied.set_rate(rate)
     copied.fold()
-    return DeployedModel(copied, masks)
+    return OptimizedModel(copied, masks)
 
 
-def deploy(
+def optimize(
     model: nn.Module, *, rate: float | None = None, masks: bool = False, precision: Precision = "fp32"
-) -> DeployedModel:
+) -> OptimizedModel:
     """A fast copy of a model for inference in this process; its logits are those of the model but for rounding.
 
     Args:
@@ -156,16 +156,16 @@ def deploy(
     """
     if precision not in get_args(Precision):
         raise DyntuneError(f"precision must be one of {', '.join(get_args(Precision))}; given {precision!r}.")
-    deployed = prepare(model, rate=rate, masks=masks)
-    hosted = [linear for site in deployed.backbone.sites() for linear in site.linears]
-    shared = [(joint, "read") for joint in deployed.joints.values()]
+    optimized = folded_copy(model, rate=rate, masks=masks)
+    hosted = [linear for site in optimized.backbone.sites() for linear in site.linears]
+    shared = [(joint, "read") for joint in optimized.joints.values()]
     halved = hosted if precision == "bf16" else ()
-    deployed.notes.append(pack([*hosted, *shared], math.prod(deployed.backbone.grid), halved))
-    return deployed
+    optimized.notes.append(pack([*hosted, *shared], math.prod(optimized.backbone.grid), halved))
+    return optimized
 
 
 def _ending(backbone: Backbone, policies: Sequence[TokenPolicy], notes: list[str]) -> Ending | None:
-    """Prepares the last block to compute only what the head reads, as far as that is possible."""
+    """Makes the last block compute only what the head reads, as far as that is possible."""
     block, count = backbone.blocks[-1], backbone.read_first
     reason = None
     if count is None or backbone.bypass is not None:

@@ -33,7 +33,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(dtype))
 
     def __deepcopy__(self, memo: object) -> PackedLinear:
-        raise DyntuneError("a deployed model cannot be copied, for its weights are packed; deploy the model once more.")
+        raise DyntuneError("an optimised model cannot be copied, for its weights are packed; optimize the model again.")
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.packed.dtype)

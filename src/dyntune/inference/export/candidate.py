@@ -1,4 +1,4 @@
-"""A process with one deployed model in it.
+"""A process with one exported model in it.
 
 ``python -m dyntune.inference.export.candidate FOLDER IMAGES.npy [THREADS]`` runs the model once for each line that it
 reads, and answers with a line. Thread pools of torch, ONNX Runtime and OpenVINO would disturb each other in a process.
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dyntune.core.errors import DeploymentError
-from dyntune.inference.export.folder import open_runtime
+from dyntune.core.errors import ExportError
+from dyntune.inference.export.folder import open_export
 
 _READY = "ready"
 _PATIENCE = 300.0
@@ -31,7 +31,7 @@ class Candidate:
     """The parent's end of such a process; calling it runs the model once, on the images that it was started with.
 
     Args:
-        folder: of a deployed model; what the process has to say goes into a log beside it.
+        folder: of an exported model; what the process has to say goes into a log beside it.
         images: a NumPy file, ``(B, 3, height, width)``.
         threads: that the runtime may use; None for as many as it takes by itself.
     """
@@ -58,7 +58,7 @@ class Candidate:
         """Runs the model once; ``images`` are those that the process has already.
 
         Raises:
-            DeploymentError: the process has ended, or took so long that it was ended.
+            ExportError: the process has ended, or took so long that it was ended.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         began = time.monotonic()
@@ -75,9 +75,9 @@ class Candidate:
         if answer.strip() != _READY:
             self._process.wait()
             if time.monotonic() - began >= _PATIENCE:
-                raise DeploymentError(f"{self.folder.name} took longer than {_PATIENCE:g} seconds for one call here")
+                raise ExportError(f"{self.folder.name} took longer than {_PATIENCE:g} seconds for one call here")
             said = self._log.read_text().strip().splitlines()
-            raise DeploymentError(f"{self.folder.name} does not run here: {said[-1] if said else 'it ended'}")
+            raise ExportError(f"{self.folder.name} does not run here: {said[-1] if said else 'it ended'}")
 
 
 def main(arguments: list[str]) -> None:
@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> None:
         torch.set_num_threads(threads)
     batch = torch.from_numpy(np.load(images, allow_pickle=False))
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the answers
-        model = open_runtime(folder, threads, trust=True)
+        model = open_export(folder, threads, trust=True)
     for _ in sys.stdin:
         with contextlib.redirect_stdout(sys.stderr):
             model(batch)

@@ -1,4 +1,4 @@
-"""A deployed model beside the tuned model that it was made from: does it still say the same?"""
+"""An exported model beside the tuned model that it was made from: does it still say the same?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dyntune.core.errors import DataError, DeploymentError
+from dyntune.core.errors import DataError, ExportError
 from dyntune.data.transforms import prepared
 from dyntune.inference.export.folder import OpenedModel
 from dyntune.model.tuned import TunedModel
@@ -18,13 +18,13 @@ from dyntune.model.tuned import TunedModel
 
 @dataclass(frozen=True)
 class Check:
-    """What deployment has changed, on a set of labelled images.
+    """What exporting has changed, on a set of labelled images.
 
     Args:
         images: how many there were.
         batch_size: the most of them in one forward pass.
         accuracy_before: of the tuned model, in eager PyTorch.
-        accuracy_after: of the deployed model.
+        accuracy_after: of the exported model.
         agreement: share of images that both put into the same class.
         largest_difference: between two logits of the same image and class.
         largest_logit: of the tuned model, in absolute value, as the scale of that difference.
@@ -50,11 +50,11 @@ class Check:
         """Checks that predictions agree often enough.
 
         Raises:
-            DeploymentError: ``agreement`` is below ``least``.
+            ExportError: ``agreement`` is below ``least``.
         """
         if self.agreement < least:
-            raise DeploymentError(
-                f"the deployed model agrees with the tuned one on {self.agreement:.2%} of {self.images} images, which "
+            raise ExportError(
+                f"the exported model agrees with the tuned one on {self.agreement:.2%} of {self.images} images, which "
                 f"is less than {least:.2%} (accuracy {self.accuracy_before:.2%} before, {self.accuracy_after:.2%} "
                 "after). Take --precision fp32, or accept it with a lower --min-agreement."
             )
@@ -69,19 +69,19 @@ def check(
     with_masks: OpenedModel | None = None,
     batch_size: int = 1,
 ) -> Check:
-    """Compares a deployed model with the model that it was made from.
+    """Compares an exported model with the model that it was made from.
 
     Args:
-        before: the tuned model, at the rate that it was deployed with; put in eval mode for the run. It may be on
-            another device and in another precision than the deployed one.
-        after: the deployed model.
+        before: the tuned model, at the rate that it was exported with; put in eval mode for the run. It may be on
+            another device and in another precision than the exported one.
+        after: the exported model.
         data: a data set of (image, label), or an iterable of batches.
-        with_masks: the same deployed model, exported with masks, where ``after`` has none: its gates are compared.
+        with_masks: the same model, exported with masks, where ``after`` has none: its gates are compared.
         batch_size: images per forward pass, for a data set. With int8 in ONNX, logits depend on it.
 
     Raises:
         DataError: there is no image.
-        DeploymentError: logits are not finite.
+        ExportError: logits are not finite.
     """
     batches: Iterable[tuple[Tensor, Tensor]] = (
         DataLoader(prepared(data, before.preprocessing), batch_size) if isinstance(data, Dataset) else data
@@ -96,9 +96,9 @@ def check(
         for batch, labels in batches:
             output, own = before.run(batch.to(weight)), batch.cpu().float()
             expected, logits, labels = output.logits.cpu().float(), after(own), labels.cpu()
-            for side, values in (("tuned", expected), ("deployed", logits)):
+            for side, values in (("tuned", expected), ("exported", logits)):
                 if not values.isfinite().all():
-                    raise DeploymentError(
+                    raise ExportError(
                         f"the {side} model gives logits that are not finite, on images {images} to "
                         f"{images + len(batch) - 1}, so there is nothing to compare. Look for NaN or infinite weights, "
                         "or take --precision fp32."

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from dyntune.core.errors import DeploymentError, DyntuneError
+from dyntune.core.errors import DyntuneError, ExportError
 from dyntune.inference.export.bundle import Export
 from dyntune.inference.export.candidate import Candidate
-from dyntune.inference.export.folder import Precision, RuntimeName
+from dyntune.inference.export.runtimes.base import FP32, Runtime
 from dyntune.training.throughput import Spread, time_in_turns
 
-RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 ROUNDS = 9
 
 
@@ -32,7 +32,7 @@ class Choice:
         refused: why the others are none.
     """
 
-    runtime: RuntimeName
+    runtime: str
     reason: str
     batch_size: int
     images_per_second: dict[str, Spread]
@@ -47,46 +47,49 @@ def choose(
     export: Export,
     room: Path,
     images: Tensor,
+    runtimes: Sequence[Runtime],
     *,
-    precision: Precision = "fp32",
+    precision: str = FP32,
     threads: int | None = None,
     calibration_images: Tensor | None = None,
     rounds: int = ROUNDS,
 ) -> Choice:
-    """Writes a model for every runtime that is installed, times them in turns, and takes the fastest.
+    """Writes a model for every runtime that can have it here, times them in turns, and takes the fastest.
 
     Args:
         export: the model.
         room: a folder in which each candidate gets one, named as its runtime; the fastest one is ready to use.
         images: one batch, preprocessed, ``(B, 3, height, width)``. How many tokens are skipped, and so the speed,
             depends on them.
+        runtimes: the candidates, see ``every``.
         precision: of the backbone's linear layers, the same for all.
         threads: that a runtime may use; None for as many as it takes by itself.
-        calibration_images: as for ``write``.
+        calibration_images: as for ``export``.
         rounds: turns of each candidate.
 
     Raises:
-        DeploymentError: there is no candidate; the message says why.
+        ExportError: there is no candidate; the message says why.
     """
     refused: dict[str, str] = {}
     batch = room / "images.npy"
     np.save(batch, images.detach().cpu().float().numpy())
     with ExitStack() as stack:
         running: dict[str, Candidate] = {}
-        for runtime in RUNTIMES:
+        for runtime in runtimes:
+            folder = room / runtime.name()
             try:
-                export.write(room / runtime, runtime, precision, calibration_images)
-                candidate = stack.enter_context(Candidate(room / runtime, batch, threads))
+                export.write(folder, runtime, precision, calibration_images)
+                candidate = stack.enter_context(Candidate(folder, batch, threads))
                 candidate(images)
             except DyntuneError as error:
-                refused[runtime] = str(error)
+                refused[runtime.name()] = str(error)
             else:
-                running[runtime] = candidate
+                running[runtime.name()] = candidate
         if not running:
-            raise DeploymentError(f"no runtime can take this model in {precision}. {_listed(refused)}")
+            raise ExportError(f"no runtime can take this model in {precision}. {_listed(refused)}")
         turns = time_in_turns(running, images, rounds=rounds)
-    speeds = {runtime: turns[runtime].images_per_second for runtime in running}
-    fastest = max(speeds, key=lambda runtime: speeds[runtime].median)
+    speeds = {name: turns[name].images_per_second for name in running}
+    fastest = max(speeds, key=lambda name: speeds[name].median)
     figures = ", ".join(f"{name} {s.median:.1f} (quartiles {s.low:.1f} to {s.high:.1f})" for name, s in speeds.items())
     left_out = f" Not among them: {_listed(refused)}" if refused else ""
     many = f"{len(speeds)} runtimes" if len(speeds) > 1 else "the only runtime"
@@ -94,8 +97,8 @@ def choose(
         f"{fastest} had the most images per second of {many} in {precision}, in batches of {len(images)} on "
         f"{threads or 'all'} threads of this machine: {figures}.{left_out}"
     )
-    return Choice(cast(RuntimeName, fastest), reason, len(images), speeds, refused)
+    return Choice(fastest, reason, len(images), speeds, refused)
 
 
 def _listed(refused: dict[str, str]) -> str:
-    return "; ".join(f"{runtime}: {why}" for runtime, why in refused.items())
+    return "; ".join(f"{name}: {why}" for name, why in refused.items())

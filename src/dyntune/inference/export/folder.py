@@ -1,4 +1,4 @@
-"""The folder that a deployed model lives in, as it is read: strictly, and without running any code that lies in it."""
+"""The folder of an exported model, as it is read: strictly, and without running any code that lies in it."""
 
 from __future__ import annotations
 
@@ -7,43 +7,34 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from dyntune.core.errors import DataError, DeploymentError
+from dyntune.core.errors import DataError, ExportError
 from dyntune.data.transforms import Preprocessing
-from dyntune.inference.export.runtimes.base import Runtime
-from dyntune.inference.export.runtimes.onnx import OnnxRuntime
-from dyntune.inference.export.runtimes.onnx_int8 import sums_saturate
-from dyntune.inference.export.runtimes.openvino import OpenVinoRuntime
-from dyntune.inference.export.runtimes.torch import TorchRuntime
-
-RuntimeName = Literal["onnx", "openvino", "torch"]
-Precision = Literal["fp32", "int8"]
+from dyntune.inference.export.registry import lookup, registered
+from dyntune.inference.export.runtimes.base import Session
 
 CONFIG = "deploy.json"
 FORMAT = 1
-MODEL_FILES: dict[str, str] = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2"}
-"""Where each runtime finds its model in the folder."""
-_OPENERS: dict[str, type[Runtime]] = {"onnx": OnnxRuntime, "openvino": OpenVinoRuntime, "torch": TorchRuntime}
 
 log = logging.getLogger("dyntune")
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A deployed model, opened in its runtime.
+    """An exported model, opened in its runtime.
 
     Args:
         config: what ``deploy.json`` holds.
-        runtime: with the model in it.
+        session: of the runtime, with the model in it.
         preprocessing: what images must go through.
         classes: names of the classes in label order, or None if not known.
     """
 
     config: dict[str, Any]
-    runtime: Runtime
+    session: Session
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None
 
@@ -59,79 +50,82 @@ class OpenedModel:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images ``(B, 3, height, width)``, preprocessed, to logits ``(B, classes)``."""
-        return self.runtime(images)
+        return self.session(images)
 
     def run(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits, and which patches each gated unit computed, ``(B, gates, patches)``; None if not exported."""
-        return self.runtime.run(images)
+        return self.session.run(images)
 
 
-def is_deployed(folder: Path) -> bool:
-    """Whether ``folder`` is one that ``write`` made."""
+def is_exported(folder: Path) -> bool:
+    """Whether ``folder`` is one that ``export`` made."""
     return (folder / CONFIG).is_file()
 
 
-def open_runtime(folder: str | Path, threads: int | None = None, *, trust: bool = False) -> OpenedModel:
-    """Opens a deployed model.
+def open_export(folder: str | Path, threads: int | None = None, *, trust: bool = False) -> OpenedModel:
+    """Opens an exported model.
 
     Args:
-        folder: what ``write`` or ``dyntune deploy`` made.
+        folder: what ``dyntune.export`` or the command ``dyntune export`` made.
         threads: that the runtime may use; None for as many as it takes by itself.
         trust: whether you trust who made the folder: PyTorch's ``.pt2`` files may run code when they are opened, those
-            of the other runtimes hold a graph and numbers alone.
+            of ONNX Runtime and OpenVINO hold a graph and numbers alone.
 
     Raises:
-        DeploymentError: the folder is incomplete, damaged or of a newer format, its runtime is not installed, or it
-            needs ``trust``.
+        ExportError: the folder is incomplete, damaged or of a newer format, its runtime is not installed, or it needs
+            ``trust``.
     """
     folder = Path(folder)
     config = read_config(folder)
     try:
-        runtime = config["runtime"]
-        opener, file = _OPENERS[runtime], folder / MODEL_FILES[runtime]
+        runtime = lookup(config["runtime"]).from_config(config)
         preprocessing = Preprocessing.from_dict(config["preprocessing"])
         classes = None if config["classes"] is None else tuple(map(str, config["classes"]))
         digests = {str(name): str(digest) for name, digest in config["files"].items()}
-        full_range = config["weight_bits"] == 8
+        warning = runtime.warning(config)
         texts = [config["spec"], *config["gates"]]
         if not isinstance(config["gates"], list) or not all(isinstance(text, str) for text in texts):
             raise TypeError("spec must be a text, and gates a list of texts")
     except (KeyError, TypeError, AttributeError) as error:
-        raise DeploymentError(f"{folder / CONFIG} is not a valid configuration: {error!r}.") from error
+        raise ExportError(f"{folder / CONFIG} is not a valid configuration: {error!r}.") from error
+    except ExportError as error:
+        raise ExportError(
+            f"{folder / CONFIG} is not a valid configuration here: {error} Install what brings the runtime."
+        ) from error
     except DataError as error:
-        raise DeploymentError(f"{folder / CONFIG}: {error}") from error
-    if runtime == "torch" and not trust:
-        raise DeploymentError(
-            f"{folder} holds a .pt2 file, which may run code when it is opened. If you trust who made it, say so: "
-            "open_runtime(folder, trust=True), dyntune predict FOLDER --trust. Folders for onnx and openvino need none."
+        raise ExportError(f"{folder / CONFIG}: {error}") from error
+    if runtime.needs_trust and not trust:
+        free = " and ".join(name for name, other in registered().items() if not other.needs_trust)
+        raise ExportError(
+            f"{folder} holds a {Path(runtime.file).suffix} file, which may run code when it is opened. If you trust "
+            "who made it, say so: open_export(folder, trust=True), dyntune predict FOLDER --trust. "
+            f"Folders for {free} need none."
         )
-    _check_files(folder, digests, file.name)
-    if full_range and runtime == "onnx" and sums_saturate():
-        log.warning(
-            "%s was quantised for processors with VNNI instructions, which this one lacks: sums may overflow here. "
-            "Deploy it again on this machine, or check its accuracy (dyntune deploy --check).",
-            folder,
-        )
-    return OpenedModel(config, opener(file, threads), preprocessing, classes)
+    _check_files(folder, digests, runtime.file)
+    if warning:
+        log.warning("%s %s", folder, warning)
+    return OpenedModel(config, runtime.open(folder / runtime.file, threads), preprocessing, classes)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """What ``deploy.json`` holds.
 
     Raises:
-        DeploymentError: there is none, or it is not one of Dyntune's in a format that this version knows.
+        ExportError: there is none, or it is not one of Dyntune's in a format that this version knows.
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise DeploymentError(f"no deployed model in {folder}: {CONFIG} is missing. Give a folder that deploy wrote.")
+        raise ExportError(
+            f"no exported model in {folder}: {CONFIG} is missing. Give a folder that dyntune export wrote."
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise DeploymentError(f"{path} is not readable JSON: {error}.") from error
+        raise ExportError(f"{path} is not readable JSON: {error}.") from error
     if not isinstance(config, dict) or config.get("library") != "dyntune":
-        raise DeploymentError(f"{path} was not written by Dyntune.")
+        raise ExportError(f"{path} was not written by Dyntune.")
     if type(config.get("format")) is not int or not 1 <= config["format"] <= FORMAT:
-        raise DeploymentError(
+        raise ExportError(
             f"{path} has format {config.get('format')!r}; this Dyntune reads 1 to {FORMAT}. If it is higher, upgrade "
             "Dyntune."
         )
@@ -152,7 +146,7 @@ def _check_files(folder: Path, recorded: dict[str, str], model: str) -> None:
     if model not in recorded:
         wrong.append(model)
     if wrong:
-        raise DeploymentError(
+        raise ExportError(
             f"{folder} is damaged: {', '.join(wrong)} is missing or differs from what {CONFIG} says. Copy it again."
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from dyntune.inference.optimized import DeployedModel
+from dyntune.inference.optimized import OptimizedModel
 
 
 class BackboneLinears:
@@ -17,13 +17,13 @@ class BackboneLinears:
     An exporter renames, transposes and splits off weights, but it does not change their values, so those are compared.
 
     Args:
-        model: from ``prepare``, with everything folded that can be folded.
+        model: from ``folded_copy``, with everything folded that can be folded.
 
     Attributes:
         smallest: elements of the smallest weight among them.
     """
 
-    def __init__(self, model: DeployedModel) -> None:
+    def __init__(self, model: OptimizedModel) -> None:
         own = {
             id(module.weight): (f"{site.path}.{name}".rstrip("."), module.weight)
             for site in model.backbone.sites("qkv", "proj", "fc1", "fc2")

@@ -1,4 +1,4 @@
-"""One graph of a prepared model, in which tokens are really skipped: what every other runtime's file is made from."""
+"""One graph of a folded model, in which tokens are really skipped: what every other runtime's file is made from."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from dyntune.core.errors import DeploymentError, in_one_line
-from dyntune.inference.optimized import DeployedModel
+from dyntune.core.errors import ExportError, in_one_line
+from dyntune.inference.optimized import OptimizedModel
 
 INPUT = "images"
 LOGITS = "logits"
@@ -19,13 +19,13 @@ _TRACED = 2
 """Images in the batch that is traced; a graph traced with one would be for batches of one."""
 
 
-def export_program(model: DeployedModel, masks: bool) -> ExportedProgram:
-    """Traces a prepared model into one graph, for any batch size, that computes the active tokens alone.
+def export_program(model: OptimizedModel, masks: bool) -> ExportedProgram:
+    """Traces a folded model into one graph, for any batch size, that computes the active tokens alone.
 
     Args:
-        model: from ``prepare``, with weights as they are (``deploy`` packs them for this process), on the CPU and in
-            fp32: elsewhere it computes with operators that no other runtime has. For ``masks`` it has been prepared
-            with masks.
+        model: from ``folded_copy``, with weights as they are (``optimize`` packs them for this process), on the CPU
+            and in fp32: elsewhere it computes with operators that no other runtime has. For ``masks`` it has been
+            folded with masks.
         masks: whether the graph also gives which patches were computed.
 
     Returns:
@@ -33,20 +33,20 @@ def export_program(model: DeployedModel, masks: bool) -> ExportedProgram:
         ``active``, bool, ``(B, gates, patches)``: the gates in the order of ``model.run(images).gates``.
 
     Raises:
-        DeploymentError: masks are wanted of a model without gates, or the model computes something that no graph holds.
+        ExportError: masks are wanted of a model without gates, or the model computes something that no graph holds.
     """
     images = torch.zeros(_TRACED, *model.backbone.image_shape)
     if masks and not model.run(images).gates:
-        raise DeploymentError(f"{model.spec} has no gates, so there are no masks to export; export it without.")
+        raise ExportError(f"{model.spec} has no gates, so there are no masks to export; export it without.")
     shapes = {INPUT: {0: Dim("batch", min=1)}}
     try:
         # Where tracing fails, PyTorch prints the graph up to there on standard error.
         with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
             program = torch.export.export(_Outputs(model, masks), (images,), dynamic_shapes=shapes)
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
-        raise DeploymentError(
+        raise ExportError(
             f"{model.spec} cannot be exported, because PyTorch cannot trace it into one graph: {in_one_line(error)}. "
-            "Run it in this process instead (dyntune.deploy)."
+            "Run it in this process instead (dyntune.optimize)."
         ) from error
     _tidy(program.graph)
     return program
@@ -75,7 +75,7 @@ def own_copy(program: ExportedProgram) -> ExportedProgram:
 class _Outputs(nn.Module):
     """The forward pass with tensors alone as its result."""
 
-    def __init__(self, model: DeployedModel, masks: bool) -> None:
+    def __init__(self, model: OptimizedModel, masks: bool) -> None:
         super().__init__()
         self.model = model
         self.masks = masks

@@ -116,7 +116,7 @@ def supports(unit: Unit, products: Products = "triton") -> str | None:
     if parts is None:
         return (
             f"the update of {unit.path} is not LayerNorm, linear map, GELU and linear map alone. Merge methods and "
-            "LayerScale into the weights first (dyntune.deploy does)"
+            "LayerScale into the weights first (dyntune.optimize does)"
         )
     weights: tuple[Any, ...] = (parts.first, parts.second, parts.norm)
     if any(tensor is None for module in weights for tensor in (module.weight, module.bias)):

@@ -16,6 +16,7 @@ from dyntune.core.errors import DyntuneError
 from dyntune.core.files import write_json
 from dyntune.studies.bench.measure import TOLERANCE, Row
 from dyntune.studies.bench.plan import Plan
+from dyntune.studies.bench.runtimes import is_exact
 from dyntune.studies.bench.worker import Measured
 from dyntune.training.throughput import WARM_UP
 
@@ -53,8 +54,8 @@ class Report:
         if plan.run is not None and plan.data is None:
             images += ", on which gates let other shares of the patches through than on images; give --data"
         largest = {name: max(row.difference for row in measured.rows) for name, measured in self.measured.items()}
-        exact = [f"{name} {value:.1e}" for name, value in largest.items() if not name.endswith("-int8")]
-        rough = [f"{name} {value:.1e}" for name, value in largest.items() if name.endswith("-int8")]
+        exact = [f"{name} {value:.1e}" for name, value in largest.items() if is_exact(name)]
+        rough = [f"{name} {value:.1e}" for name, value in largest.items() if not is_exact(name)]
         loads = ", ".join(
             f"{name} {measured.threads} threads"
             + ("" if measured.other_load is None else f" and {measured.other_load:.2f} cores busy with other work")

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from dyntune.core.errors import DyntuneError, SpecError, unknown_name
-from dyntune.inference import deploy
+from dyntune.inference.export.bundle import export
+from dyntune.inference.export.folder import open_export
+from dyntune.inference.export.registry import registered
+from dyntune.inference.export.runtimes.base import FP32, Runtime
+from dyntune.inference.optimized import optimize
 from dyntune.model.tuned import TunedModel
-
-if TYPE_CHECKING:
-    from dyntune.inference.export.folder import Precision, RuntimeName
 
 IN_TORCH = ("eager", "fast")
 """Runtimes in the process's own torch, on any device."""
-_LIBRARIES: dict[str, tuple[str, ...]] = {
-    "eager": (),
-    "fast": (),
-    "onnx": ("onnx", "onnxscript", "onnxruntime"),
-    "onnx-int8": ("onnx", "onnxscript", "onnxruntime"),
-    "openvino": ("openvino",),
-    "openvino-int8": ("openvino", "nncf"),
-    "torch-export": (),
-}
-_WRITTEN: dict[str, tuple[RuntimeName, Precision]] = {
-    "onnx": ("onnx", "fp32"),
-    "onnx-int8": ("onnx", "int8"),
-    "openvino": ("openvino", "fp32"),
-    "openvino-int8": ("openvino", "int8"),
-    "torch-export": ("torch", "fp32"),
-}
-RUNTIMES = tuple(_LIBRARIES)
+
+
+@functools.cache
+def exported() -> dict[str, tuple[type[Runtime], str]]:
+    """The runtimes that have files, in each precision that they offer, by the name that a measurement gives them."""
+    return {
+        (runtime.measured_as or name) + ("" if precision == FP32 else f"-{precision}"): (runtime, precision)
+        for name, runtime in registered().items()
+        for precision in runtime.precisions
+    }
+
+
+def known_runtimes() -> tuple[str, ...]:
+    """Every runtime that a model can be timed in."""
+    return (*IN_TORCH, *exported())
+
+
+def is_exact(runtime: str) -> bool:
+    """Whether a runtime computes in fp32, so that its logits must be those of eager mode."""
+    return runtime in IN_TORCH or exported()[runtime][1] == FP32
 
 
 def check_runtime(runtime: str) -> None:
@@ -44,9 +48,13 @@ def check_runtime(runtime: str) -> None:
         SpecError: there is no such runtime.
         DyntuneError: a library is missing.
     """
-    if runtime not in RUNTIMES:
-        raise SpecError(unknown_name("runtime", runtime, RUNTIMES))
-    missing = [name for name in _LIBRARIES[runtime] if importlib.util.find_spec(name) is None]
+    if runtime not in known_runtimes():
+        raise SpecError(unknown_name("runtime", runtime, known_runtimes()))
+    if runtime in IN_TORCH:
+        return
+    kind, precision = exported()[runtime]
+    packages = dict.fromkeys((*kind.writes_with, *kind.runs_with, *kind.precisions[precision].packages))
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise DyntuneError(f"the runtime {runtime} needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
@@ -55,9 +63,9 @@ def build(runtime: str, model: TunedModel, images: Tensor, *, threads: int, fold
     """A model as it runs in a runtime: images ``(B, 3, height, width)`` to logits ``(B, classes)``.
 
     Args:
-        runtime: one of ``RUNTIMES``.
+        runtime: one of ``known_runtimes()``.
         model: in eval mode; left as it is.
-        images: of the kind that it will see, preprocessed; int8 in OpenVINO takes its scales from them.
+        images: of the kind that it will see, preprocessed; a precision that needs scales takes them from these.
         threads: that a runtime outside of this process's torch may use.
         folder: where it writes its files to, which have to stay as long as the result is used; not there yet.
 
@@ -67,12 +75,8 @@ def build(runtime: str, model: TunedModel, images: Tensor, *, threads: int, fold
     if runtime == "eager":
         return model
     if runtime == "fast":
-        return deploy(model)
-    # Here, because the exporters need not be there, nor be loaded, for the runtimes in torch.
-    from dyntune.inference.export.bundle import write
-    from dyntune.inference.export.folder import open_runtime
-
-    name, precision = _WRITTEN[runtime]
-    scales = images if (name, precision) == ("openvino", "int8") else None
-    write(model, folder, runtime=name, precision=precision, calibration_images=scales)
-    return open_runtime(folder, threads=threads, trust=True)
+        return optimize(model)
+    kind, precision = exported()[runtime]
+    scales = images if kind.precisions[precision].images else None
+    export(model, folder, runtime=kind.name(), precision=precision, calibration_images=scales)
+    return open_export(folder, threads=threads, trust=True)

@@ -26,7 +26,7 @@ from dyntune.studies.bench.gates import set_gates
 from dyntune.studies.bench.measure import Row, measure
 from dyntune.studies.bench.peers import GATHER, Candidate, candidates, fresh
 from dyntune.studies.bench.plan import Plan
-from dyntune.studies.bench.runtimes import IN_TORCH, build
+from dyntune.studies.bench.runtimes import IN_TORCH, build, is_exact
 from dyntune.studies.bench.system import OtherLoad
 from dyntune.studies.compare import first_batch
 from dyntune.studies.report import machine
@@ -109,7 +109,7 @@ def measure_runtime(plan: Plan, runtime: str, folder: Path) -> Measured:
                 [(candidate, built[candidate.name]) for candidate in taking_part],
                 batch,
                 runtime=runtime,
-                exact=not runtime.endswith("-int8"),
+                exact=is_exact(runtime),
                 rounds=plan.rounds,
                 seconds=plan.seconds,
             )

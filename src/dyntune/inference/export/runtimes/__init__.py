@@ -1,1 +1,1 @@
-"""The runtimes that a model can be exported to, one file each."""
+"""One file for each runtime; a module here is found by being there (see ``dyntune.inference.export.registry``)."""

@@ -5,52 +5,94 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from dyntune.core.errors import DeploymentError, in_one_line
+from dyntune.core.errors import ExportError, in_one_line
+from dyntune.inference.export.int8.openvino import save_quantized
+from dyntune.inference.export.linears import BackboneLinears
 from dyntune.inference.export.program import ACTIVE, INPUT, LOGITS, own_copy
-from dyntune.inference.export.runtimes.base import Runtime
-
-_INSTALL = "pip install 'dyntune[openvino]'"
+from dyntune.inference.export.runtimes.base import FP32, Offer, Quantised, Runner, Runtime, Session
 
 
-def write_openvino(program: ExportedProgram, path: str | Path) -> None:
-    """Writes a program in fp32 to ``path``, an ``.xml`` file, and its weights to the ``.bin`` file beside it.
+@dataclass(frozen=True)
+class OpenVino(Runtime):
+    """An OpenVINO file run on the CPU, in fp32 or int8."""
 
-    Inputs and outputs are named as in ``export_program``.
+    title = "OpenVINO"
+    file = "model.xml"
+    writes_with = runs_with = ("openvino",)
+    install = "'dyntune[openvino]'"
+    runner = Runner(
+        "openvino",
+        'openvino.compile_model(FOLDER / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})',
+        'model(images)["logits"]',
+    )
+    precisions: ClassVar[Mapping[str, Offer]] = {FP32: Offer(), "int8": Offer(packages=("nncf",), images=True)}
 
-    Raises:
-        DeploymentError: OpenVINO is not installed, the name is another, or an operator has no translation.
+    def write(self, program: ExportedProgram, path: Path, spec: str) -> None:
+        """Writes the graph to ``path``, an ``.xml`` file, and its weights to the ``.bin`` file beside it."""
+        if path.suffix != ".xml":
+            raise ExportError(f"OpenVINO writes a model to a file that ends in .xml; given {path.name}.")
+        with self.importing("writing OpenVINO files", self.writes_with):
+            import openvino
+        assert program.example_inputs is not None  # those that it was traced with
+        sizes = program.example_inputs[0][0].shape[1:]
+        try:
+            with _log_as_it_was():
+                model = openvino.convert_model(own_copy(program).run_decompositions(_DECOMPOSITIONS))
+            model.reshape([-1, *sizes])  # without them, OpenVINO would compute something for images of any size
+        except Exception as error:  # whatever its translations meet
+            raise ExportError(f"the model cannot be converted to OpenVINO: {in_one_line(error)}.") from error
+        for port, name in zip((*model.inputs, *model.outputs), (INPUT, LOGITS, ACTIVE), strict=False):
+            port.set_names({name})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as room:
+            temporary = Path(room) / path.name
+            openvino.save_model(model, temporary, compress_to_fp16=False)
+            for written in (temporary.with_suffix(".bin"), temporary):  # who sees the .xml finds its weights
+                os.replace(written, path.with_name(written.name))
+
+    def quantize(
+        self, precision: str, exact: Path, path: Path, linears: BackboneLinears, images: Tensor | None
+    ) -> Quantised:
+        assert images is not None  # asked for in ``precisions``
+        return Quantised(save_quantized(exact, path, images, linears), weight_bits=8)
+
+    def open(self, path: Path, threads: int | None) -> Session:
+        with self.importing("running OpenVINO files", self.runs_with):
+            import openvino
+        # Without the precision it computes in bf16 where the processor has that, and gates flip.
+        settings: dict[str, str | int] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        try:
+            core = openvino.Core()
+            return OpenVinoSession(core.compile_model(core.read_model(path), "CPU", settings))
+        except Exception as error:  # OpenVINO raises RuntimeError and its own kinds
+            raise ExportError(f"OpenVINO cannot open {path}: {in_one_line(error)}.") from error
+
+
+class OpenVinoSession(Session):
+    """A compiled model.
+
+    Args:
+        model: ``openvino.CompiledModel``.
     """
-    path = Path(path)
-    if path.suffix != ".xml":
-        raise DeploymentError(f"OpenVINO writes a model to a file that ends in .xml; given {path.name}.")
-    try:
-        import openvino
-    except ImportError as error:
-        raise DeploymentError(f"writing OpenVINO files needs openvino ({error}): {_INSTALL}.") from error
-    assert program.example_inputs is not None  # those that it was traced with
-    sizes = program.example_inputs[0][0].shape[1:]
-    try:
-        with _log_as_it_was():
-            model = openvino.convert_model(own_copy(program).run_decompositions(_DECOMPOSITIONS))
-        model.reshape([-1, *sizes])  # without them, OpenVINO would compute something for images of any size
-    except Exception as error:  # whatever its translations meet
-        raise DeploymentError(f"the model cannot be converted to OpenVINO: {in_one_line(error)}.") from error
-    for port, name in zip((*model.inputs, *model.outputs), (INPUT, LOGITS, ACTIVE), strict=False):
-        port.set_names({name})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as room:
-        temporary = Path(room) / path.name
-        openvino.save_model(model, temporary, compress_to_fp16=False)
-        for written in (temporary.with_suffix(".bin"), temporary):  # who sees the .xml finds its weights
-            os.replace(written, path.with_name(written.name))
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def compute(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits, *masks = self._model(images.numpy()).values()
+        return torch.from_numpy(logits), torch.from_numpy(masks[0]) if masks else None
 
 
 @contextmanager
@@ -72,34 +114,3 @@ def _index_add(x: Tensor, dim: int, index: Tensor, added: Tensor) -> Tensor:
 
 _DECOMPOSITIONS = {torch.ops.aten.index_add.default: _index_add}
 """Of what OpenVINO does not translate."""
-
-
-class OpenVinoRuntime(Runtime):
-    """An OpenVINO file run on the CPU, in fp32.
-
-    Args:
-        path: of the ``.xml`` file; the ``.bin`` file lies beside it.
-        threads: of one forward pass; None for one on each core.
-
-    Raises:
-        DeploymentError: OpenVINO is not installed, or the file cannot be read.
-    """
-
-    def __init__(self, path: str | Path, threads: int | None = None) -> None:
-        try:
-            import openvino
-        except ImportError as error:
-            raise DeploymentError(f"running OpenVINO files needs openvino ({error}): {_INSTALL}.") from error
-        # Without the precision it computes in bf16 where the processor has that, and gates flip.
-        settings: dict[str, str | int] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-        if threads is not None:
-            settings["INFERENCE_NUM_THREADS"] = threads
-        try:
-            core = openvino.Core()
-            self._model = core.compile_model(core.read_model(path), "CPU", settings)
-        except Exception as error:  # OpenVINO raises RuntimeError and its own kinds
-            raise DeploymentError(f"OpenVINO cannot open {path}: {in_one_line(error)}.") from error
-
-    def compute(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits, *masks = self._model(images.numpy()).values()
-        return torch.from_numpy(logits), torch.from_numpy(masks[0]) if masks else None

@@ -1,4 +1,4 @@
-"""Exact optimisations: a deployed model computes what the model computes, with fewer operations."""
+"""Exact optimisations: an optimised model computes what the model computes, with fewer operations."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch import nn
 
 import dyntune
 from dyntune.core.errors import BackboneError, DyntuneError
-from dyntune.inference import prepare
+from dyntune.inference import folded_copy
 from dyntune.inference.packed import PackedLinear, available
 from dyntune.parts.registry import registered
 
@@ -60,8 +60,8 @@ def test_logits_and_gates_are_those_of_the_model(make_host, images_for, spec):
     images = images_for(model.backbone.host, 3)
     expected = model.run(images)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert_same(dyntune.deploy(model)(images), expected.logits)
-    found = dyntune.deploy(model, masks=True).run(images)
+    assert_same(dyntune.optimize(model)(images), expected.logits)
+    found = dyntune.optimize(model, masks=True).run(images)
     assert_same(found.logits, expected.logits)
     assert [gate.unit for gate in found.gates] == [gate.unit for gate in expected.gates]
     assert all(torch.equal(a.values, b.values) for a, b in zip(found.gates, expected.gates, strict=True))
@@ -71,7 +71,7 @@ def test_logits_and_gates_are_those_of_the_model(make_host, images_for, spec):
 
 @pytest.mark.parametrize("name", sorted(name for name, part in registered().items() if name != "res-tuning-bypass"))
 @torch.no_grad()
-def test_every_part_can_be_deployed(make_host, images_for, name):
+def test_every_part_can_be_optimized(make_host, images_for, name):
     host = make_host(depth=6)  # pyra and fpet have their place in the middle
     spec = {"dynamicvit": "dynamicvit:keep=0.5,layers=2", "evit": "evit:layers=2", "noah": "noah"}.get(name, name)
     try:
@@ -79,23 +79,23 @@ def test_every_part_can_be_deployed(make_host, images_for, name):
     except DyntuneError as error:
         pytest.skip(f"not defined on this host: {error}")
     images = images_for(host, 2)
-    assert_same(dyntune.deploy(model)(images), model(images))
+    assert_same(dyntune.optimize(model)(images), model(images))
 
 
 @torch.no_grad()
-def test_every_host_can_be_deployed(make_host, images_for, host_name):
+def test_every_host_can_be_optimized(make_host, images_for, host_name):
     model = filled(make_host(host_name), "dyt")
     images = images_for(model.backbone.host, 2)
-    assert_same(dyntune.deploy(model)(images), model(images))
+    assert_same(dyntune.optimize(model)(images), model(images))
 
 
 @torch.no_grad()
-def test_a_bypass_can_be_deployed(make_host, images_for):
+def test_a_bypass_can_be_optimized(make_host, images_for):
     model = filled(make_host(), "res-tuning-bypass")
     images = images_for(model.backbone.host, 2)
-    deployed = dyntune.deploy(model)
-    assert_same(deployed(images), model(images))
-    assert any("the head reads the patches" in note for note in deployed.notes)
+    optimized = dyntune.optimize(model)
+    assert_same(optimized(images), model(images))
+    assert any("the head reads the patches" in note for note in optimized.notes)
 
 
 @pytest.mark.parametrize("bias", [-1000.0, 1000.0], ids=["none", "all"])
@@ -108,7 +108,7 @@ def test_images_that_activate_nothing_or_everything(make_host, images_for, name,
         if parameter_name.endswith("dispatcher.gate.bias"):
             parameter.fill_(bias)
     images = images_for(model.backbone.host, 2)
-    output = dyntune.deploy(model, masks=True).run(images)
+    output = dyntune.optimize(model, masks=True).run(images)
     assert all(gate.values.eq(float(bias > 0)).all() for gate in output.gates)
     assert_same(output.logits, model(images))
 
@@ -117,39 +117,39 @@ def test_images_that_activate_nothing_or_everything(make_host, images_for, name,
 def test_the_last_block_computes_the_class_token_alone(make_host, images_for):
     host = make_host(depth=3)
     images = images_for(host, 2)
-    deployed = dyntune.deploy(host)
+    optimized = dyntune.optimize(host)
     width, tokens = host.embed_dim, host.patch_embed.num_patches + 1
     queries_and_projection = 2 * width * width
     attention = 2 * tokens * width
     mlp = 2 * width * host.blocks[0].mlp.fc1.out_features
     norm = 2 * 5 * width  # the second norm of the block and the last one
     saved = (tokens - 1) * (queries_and_projection + attention + mlp + norm)
-    assert macs(host, images) - macs(deployed, images) == saved
-    assert_same(deployed(images), host(images))
+    assert macs(host, images) - macs(optimized, images) == saved
+    assert_same(optimized(images), host(images))
 
 
 @torch.no_grad()
 def test_a_distilled_model_keeps_both_tokens_that_its_heads_read(make_host, images_for):
     host = make_host("distilled")
-    deployed = dyntune.deploy(host)
-    assert any("the last block computes 2 tokens alone" in note for note in deployed.notes)
-    assert_same(deployed(images_for(host, 2)), host(images_for(host, 2)))
+    optimized = dyntune.optimize(host)
+    assert any("the last block computes 2 tokens alone" in note for note in optimized.notes)
+    assert_same(optimized(images_for(host, 2)), host(images_for(host, 2)))
 
 
 @pytest.mark.parametrize("spec,reason", [("convpass", "looks at all tokens"), ("dyt:dispatch=layer", "as a whole")])
 def test_notes_say_why_the_last_block_computes_everything(make_host, spec, reason):
-    assert any(reason in note for note in dyntune.deploy(filled(make_host(), spec)).notes)
+    assert any(reason in note for note in dyntune.optimize(filled(make_host(), spec)).notes)
 
 
 def test_a_head_that_reads_patches_keeps_them(make_host):
-    assert any("the head reads the patches" in note for note in dyntune.deploy(make_host("average")).notes)
+    assert any("the head reads the patches" in note for note in dyntune.optimize(make_host("average")).notes)
 
 
 @torch.no_grad()
 def test_gate_and_adapter_are_one_product(make_host, images_for):
     model = filled(make_host(), "dyt:bottleneck=3")
-    deployed = prepare(model, masks=True)
-    joint = deployed.joints["blocks_1_mlp"]
+    optimized = folded_copy(model, masks=True)
+    joint = optimized.joints["blocks_1_mlp"]
     width = model.backbone.host.embed_dim
     assert joint.read.weight.shape == (3 + 2, width)
     x = torch.randn(2, 7, width)
@@ -159,16 +159,16 @@ def test_gate_and_adapter_are_one_product(make_host, images_for):
     hidden = torch.relu(x @ adapter.down_proj.weight.T + adapter.down_proj.bias)
     assert_same(written, x + 0.1 * (hidden @ adapter.up_proj.weight.T + adapter.up_proj.bias))
     assert_same(values, unit.dispatcher.gate(x).squeeze(-1))
-    assert not deployed.backbone.blocks[1].mlp.beside
+    assert not optimized.backbone.blocks[1].mlp.beside
 
 
 @torch.no_grad()
 def test_layer_scale_becomes_part_of_the_weights(make_host, images_for):
     host = make_host("registers", init_values=0.3)
-    deployed = prepare(host)
-    assert all(isinstance(block.ls2, nn.Identity) for block in deployed.backbone.host.blocks)
+    optimized = folded_copy(host)
+    assert all(isinstance(block.ls2, nn.Identity) for block in optimized.backbone.host.blocks)
     assert all(not isinstance(block.ls2, nn.Identity) for block in host.blocks)
-    assert_same(deployed(images_for(host, 2)), host(images_for(host, 2)))
+    assert_same(optimized(images_for(host, 2)), host(images_for(host, 2)))
 
 
 @pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN")
@@ -186,9 +186,9 @@ def test_packed_weights_give_the_same_product(bias):
 
 
 def test_weights_in_other_precisions_are_not_packed(make_host):
-    deployed = dyntune.deploy(make_host().bfloat16())
-    assert any("not packed" in note for note in deployed.notes)
-    assert not any(isinstance(module, PackedLinear) for module in deployed.modules())
+    optimized = dyntune.optimize(make_host().bfloat16())
+    assert any("not packed" in note for note in optimized.notes)
+    assert not any(isinstance(module, PackedLinear) for module in optimized.modules())
 
 
 @pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN")
@@ -198,19 +198,19 @@ def test_packed_models_give_the_same_logits(make_host, images_for, monkeypatch, 
     monkeypatch.setattr("dyntune.inference.packed._speedup", lambda *_: 2.0)
     model = filled(make_host("registers"), spec)
     images = images_for(model.backbone.host, 3)
-    deployed = dyntune.deploy(model)
-    assert sum(isinstance(module, PackedLinear) for module in deployed.modules()) >= 12
-    assert_same(deployed(images), model(images))
-    logits = deployed(images)
+    optimized = dyntune.optimize(model)
+    assert sum(isinstance(module, PackedLinear) for module in optimized.modules()) >= 12
+    assert_same(optimized(images), model(images))
+    logits = optimized(images)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(deployed(images), logits)
+        assert torch.equal(optimized(images), logits)
 
 
 @torch.no_grad()
-def test_a_bfloat16_model_is_deployed_in_bfloat16(make_host, images_for):
+def test_a_bfloat16_model_is_optimized_in_bfloat16(make_host, images_for):
     model = filled(make_host(), "adaptformer").bfloat16()
     images = images_for(model.backbone.host, 2).bfloat16()
-    torch.testing.assert_close(dyntune.deploy(model)(images), model(images), atol=0.1, rtol=0.1)
+    torch.testing.assert_close(dyntune.optimize(model)(images), model(images), atol=0.1, rtol=0.1)
 
 
 @pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN")
@@ -219,71 +219,71 @@ def test_products_in_bfloat16_leave_gates_and_adapters_in_float32(make_host, ima
     model = filled(make_host(), "dyt")
     images = images_for(model.backbone.host, 2)
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        deployed = dyntune.deploy(model, precision="bf16")
-        dtypes = {name: m.packed.dtype for name, m in deployed.named_modules() if isinstance(m, PackedLinear)}
+        optimized = dyntune.optimize(model, precision="bf16")
+        dtypes = {name: m.packed.dtype for name, m in optimized.named_modules() if isinstance(m, PackedLinear)}
         assert dtypes["backbone.host.blocks.0.mlp.fc1"] is torch.bfloat16
         assert dtypes["joints.blocks_0_mlp.read"] is torch.float32
-        assert "backbone.host.head" not in dtypes and deployed.backbone.classes == 5
-        logits = deployed(images)
+        assert "backbone.host.head" not in dtypes and optimized.backbone.classes == 5
+        logits = optimized(images)
         assert logits.dtype is torch.float32
         torch.testing.assert_close(logits, model(images), atol=0.1, rtol=0.1)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     with pytest.raises(DyntuneError, match="AVX512_BF16"):
-        dyntune.deploy(model, precision="bf16")
+        dyntune.optimize(model, precision="bf16")
     with pytest.raises(DyntuneError, match="fp32, bf16; given 'int8'"):
-        dyntune.deploy(model, precision="int8")
+        dyntune.optimize(model, precision="int8")
 
 
-def test_a_deployed_model_is_not_trained(make_host, images_for):
-    deployed = dyntune.deploy(filled(make_host(), "dyt"))
-    assert not any(p.requires_grad for p in deployed.parameters())
-    assert not deployed(images_for(deployed.backbone.host, 1)).requires_grad
-    assert deployed.eval() is deployed
+def test_an_optimized_model_is_not_trained(make_host, images_for):
+    optimized = dyntune.optimize(filled(make_host(), "dyt"))
+    assert not any(p.requires_grad for p in optimized.parameters())
+    assert not optimized(images_for(optimized.backbone.host, 1)).requires_grad
+    assert optimized.eval() is optimized
     with pytest.raises(DyntuneError, match="for inference"):
-        deployed.train()
+        optimized.train()
 
 
-def test_what_cannot_be_deployed_is_refused():
+def test_what_cannot_be_optimized_is_refused():
     with pytest.raises(BackboneError, match="not supported"):
-        dyntune.deploy(nn.Linear(2, 2))
+        dyntune.optimize(nn.Linear(2, 2))
 
 
 @torch.no_grad()
-def test_a_merged_model_can_be_deployed(make_host, images_for):
+def test_a_merged_model_can_be_optimized(make_host, images_for):
     model = filled(make_host(), "lora+dyt")
     images = images_for(model.backbone.host, 2)
     expected = model(images)
     merged = copy.deepcopy(model)
     merged.merge()
-    assert_same(dyntune.deploy(merged)(images), expected)
-    assert_same(dyntune.deploy(model)(images), expected)
+    assert_same(dyntune.optimize(merged)(images), expected)
+    assert_same(dyntune.optimize(model)(images), expected)
 
 
 @torch.no_grad()
-def test_the_rate_of_a_deployed_model_can_be_chosen(make_host, images_for):
+def test_the_rate_of_an_optimized_model_can_be_chosen(make_host, images_for):
     model = filled(make_host(), "dyt")
     images = images_for(model.backbone.host, 16)
     model.calibration = dyntune.calibrate(model, images, (0.3, 0.7))
-    deployed = dyntune.deploy(model, masks=True)
+    optimized = dyntune.optimize(model, masks=True)
     for rate in (0.3, 0.7, 1.0, None):
-        deployed.set_rate(rate)
+        optimized.set_rate(rate)
         model.set_rate(rate)
-        assert_same(deployed(images), model(images))
+        assert_same(optimized(images), model(images))
     model.set_rate(0.3)
-    assert_same(dyntune.deploy(model)(images), model(images))
+    assert_same(dyntune.optimize(model)(images), model(images))
     expected = model(images)
     model.set_rate(None)
-    assert_same(dyntune.deploy(model, rate=0.3)(images), expected)
+    assert_same(dyntune.optimize(model, rate=0.3)(images), expected)
 
 
-def test_a_deployed_model_stays_where_it_is(make_host):
-    with pytest.raises(DyntuneError, match="deploy it there"):
-        dyntune.deploy(make_host()).to(torch.float64)
+def test_an_optimized_model_stays_where_it_is(make_host):
+    with pytest.raises(DyntuneError, match="optimize it there"):
+        dyntune.optimize(make_host()).to(torch.float64)
 
 
 @pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN")
 def test_packed_weights_are_not_copied():
-    with pytest.raises(DyntuneError, match="deploy the model once more"):
+    with pytest.raises(DyntuneError, match="optimize the model again"):
         copy.deepcopy(PackedLinear(nn.Linear(2, 2)))
 
 
@@ -292,4 +292,4 @@ def test_a_host_that_reads_its_tokens_in_its_own_way_keeps_all_of_them(make_host
     host = make_host()
     host.pool = lambda x: x.mean(1)
     images = images_for(host, 2)
-    assert_same(dyntune.deploy(host)(images), host(images))
+    assert_same(dyntune.optimize(host)(images), host(images))

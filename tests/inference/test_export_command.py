@@ -1,15 +1,12 @@
-"""``dyntune deploy`` on a saved run, and ``dyntune predict`` on what it has written."""
+"""``dyntune export`` on a saved run, and ``dyntune predict`` on what it has written."""
 
 import json
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
-from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.commands.main import app
-from dyntune.core.errors import DataError, DeploymentError
-from dyntune.model.tuned import build_tuned
+from dyntune.core.errors import DataError, ExportError
 
 
 def dyntune(*arguments, error=None):
@@ -23,22 +20,13 @@ def dyntune(*arguments, error=None):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run that nobody has trained: the built-in backbone with gates and a random head."""
-    torch.manual_seed(0)
-    model = build_tuned(BUILTIN_BACKBONE, "dyt:rate=0.5", classes=("blue", "green", "red"))
-    torch.nn.init.normal_(model.backbone.heads[0].weight, std=0.3)
-    return model.save(tmp_path_factory.mktemp("runs") / "colours")
-
-
-@pytest.fixture(scope="module")
 def written(run, photos, tmp_path_factory):
     """An int8 folder, and what the command has reported about it."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    folder = tmp_path_factory.mktemp("deployed") / "int8"
+    folder = tmp_path_factory.mktemp("exported") / "int8"
     options = ("--precision", "int8", "--check", photos, "--min-agreement", 0.5)
-    return folder, json.loads(dyntune("deploy", run, "--out", folder, *options, "--json"))
+    return folder, json.loads(dyntune("export", run, "--out", folder, *options, "--json"))
 
 
 def test_int8_is_written_checked_and_reported(written):
@@ -57,7 +45,7 @@ def test_int8_is_written_checked_and_reported(written):
     assert f"| agreement | {checked['agreement']:.4g} |" in (folder / "README.md").read_text()
 
 
-def test_predict_reads_a_deployed_folder(written, run, photos):
+def test_predict_reads_an_exported_folder(written, run, photos):
     images = photos / "test" / "red"
     expected = json.loads(dyntune("predict", run, images, "--json", "--device", "cpu"))["predictions"]
     found = json.loads(dyntune("predict", written[0], images, "--json"))["predictions"]
@@ -65,18 +53,18 @@ def test_predict_reads_a_deployed_folder(written, run, photos):
     for one, other in zip(found, expected, strict=True):
         shares = [{top["class"]: top["probability"] for top in row["top"]} for row in (one, other)]
         assert shares[0] == pytest.approx(shares[1], abs=0.15)
-    assert "fixed" in dyntune("predict", written[0], images, "--rate", 0.3, error=DeploymentError)
-    assert "runs on the CPU" in dyntune("predict", written[0], images, "--device", "cuda", error=DeploymentError)
+    assert "fixed" in dyntune("predict", written[0], images, "--rate", 0.3, error=ExportError)
+    assert "runs on the CPU" in dyntune("predict", written[0], images, "--device", "cuda", error=ExportError)
     assert "over the whole batch" in (written[0] / "README.md").read_text()
 
 
 def test_nothing_is_written_where_too_few_predictions_agree(run, photos, tmp_path, monkeypatch):
-    from dyntune.commands import deploy
+    from dyntune.commands import export
     from dyntune.inference.export.check import Check
 
-    monkeypatch.setattr(deploy, "check", lambda *_, **__: Check(12, 1, 0.9, 0.3, 0.25, 5.0, 6.0, None, {}))
+    monkeypatch.setattr(export, "check", lambda *_, **__: Check(12, 1, 0.9, 0.3, 0.25, 5.0, 6.0, None, {}))
     options = ("--runtime", "torch", "--check", photos, "--masks")
-    message = dyntune("deploy", run, "--out", tmp_path / "bad", *options, error=DeploymentError)
+    message = dyntune("export", run, "--out", tmp_path / "bad", *options, error=ExportError)
     assert "25.00% of 12 images" in message and "90.00% before, 30.00% after" in message
     assert not list(tmp_path.iterdir())
 
@@ -95,7 +83,7 @@ def test_nothing_is_written_where_too_few_predictions_agree(run, photos, tmp_pat
     ids=lambda options: " ".join(map(str, options)),
 )
 def test_options_that_would_do_nothing_are_refused(run, tmp_path, options):
-    message = dyntune("deploy", run, "--out", tmp_path / "o", *options, error=DeploymentError)
+    message = dyntune("export", run, "--out", tmp_path / "o", *options, error=ExportError)
     assert message.startswith(f"{options[0]} is for ")
     assert not list(tmp_path.iterdir())
 
@@ -104,7 +92,7 @@ def test_an_older_opset_is_written_checked_and_recorded(run, photos, tmp_path):
     for package in ("onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     options = ("--precision", "int8", "--opset", 18, "--check", photos, "--min-agreement", 0.5)
-    dyntune("deploy", run, "--out", tmp_path / "old", *options)
+    dyntune("export", run, "--out", tmp_path / "old", *options)
     config = json.loads((tmp_path / "old" / "deploy.json").read_text())
     assert config["opset"] == 18 and config["integer_products"] == 12 * 4 + 1
     card = (tmp_path / "old" / "README.md").read_text()
@@ -112,10 +100,12 @@ def test_an_older_opset_is_written_checked_and_recorded(run, photos, tmp_path):
 
 
 def test_mistakes_are_refused_before_anything_is_written(written, run, tmp_path):
-    assert "is there already" in dyntune("deploy", run, "--out", written[0], error=DeploymentError)
-    assert "classes" in dyntune("deploy", run, "--out", tmp_path / "o", "--check", "digits", error=DataError)
+    assert "is there already" in dyntune("export", run, "--out", written[0], error=ExportError)
+    assert "classes" in dyntune("export", run, "--out", tmp_path / "o", "--check", "digits", error=DataError)
     options = ("--runtime", "openvino", "--precision", "int8")
-    assert "--calibrate-on" in dyntune("deploy", run, "--out", tmp_path / "o", *options, error=DeploymentError)
-    message = dyntune("deploy", run, "--out", tmp_path / "o", "--opset", 99, error=DeploymentError)
+    assert "--calibrate-on" in dyntune("export", run, "--out", tmp_path / "o", *options, error=ExportError)
+    message = dyntune("export", run, "--out", tmp_path / "o", "--opset", 99, error=ExportError)
     assert message.startswith("opset 99 cannot be written") and len(message.splitlines()) == 1
+    options = ("--runtime", "auto", "--opset", 99)
+    assert dyntune("export", run, "--out", tmp_path / "o", *options, error=ExportError) == message
     assert not list(tmp_path.iterdir())

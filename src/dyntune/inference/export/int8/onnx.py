@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dyntune.core.errors import DeploymentError, in_one_line
+from dyntune.core.errors import ExportError, in_one_line
 from dyntune.core.files import write_atomically
 from dyntune.inference.export.linears import BackboneLinears
 
@@ -37,13 +37,13 @@ def quantize_onnx(source: Path, target: Path, linears: BackboneLinears) -> int:
         How many products are in integers.
 
     Raises:
-        DeploymentError: a large product would stay in fp32, the quantiser fails, or ONNX's packages are not installed.
+        ExportError: a large product would stay in fp32, the quantiser fails, or ONNX's packages are not installed.
     """
     try:
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError as error:
-        raise DeploymentError(f"int8 needs onnx and onnxruntime ({error}): pip install 'dyntune[onnx]'.") from error
+        raise ExportError(f"int8 needs onnx and onnxruntime ({error}): pip install 'dyntune[onnx]'.") from error
     model = onnx.load(source)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = [
@@ -71,9 +71,7 @@ def quantize_onnx(source: Path, target: Path, linears: BackboneLinears) -> int:
                 extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
             )
         except Exception as error:  # whatever the quantiser meets
-            raise DeploymentError(
-                f"ONNX Runtime cannot quantise the model: {in_one_line(error)}. {_INSTEAD}."
-            ) from error
+            raise ExportError(f"ONNX Runtime cannot quantise the model: {in_one_line(error)}. {_INSTEAD}.") from error
         audit(onnx.load(path), linears)
 
     if nodes:
@@ -90,7 +88,7 @@ def audit(model: onnx.ModelProto, linears: BackboneLinears) -> None:
     head are let through.
 
     Raises:
-        DeploymentError: there is one; the message names the nodes.
+        ExportError: there is one; the message names the nodes.
     """
     from onnx import numpy_helper
 
@@ -102,7 +100,7 @@ def audit(model: onnx.ModelProto, linears: BackboneLinears) -> None:
             left.append(f"{node.name} ({node.op_type}, {(weight is not None and linears.path(weight)) or name})")
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
-        raise DeploymentError(
+        raise ExportError(
             f"int8 was asked for, but {len(left)} large products stayed in fp32: {', '.join(left[:5])}{more}. The "
             f"quantiser takes MatMul nodes with a constant weight of two dimensions. {_INSTEAD}."
         )

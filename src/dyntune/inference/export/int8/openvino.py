@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from dyntune.core.errors import DeploymentError, in_one_line
+from dyntune.core.errors import ExportError, in_one_line
 from dyntune.inference.export.linears import BackboneLinears
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def save_quantized(source: Path, target: Path, images: Tensor, linears: Backbone
     try:
         import openvino
     except ImportError as error:
-        raise DeploymentError(f"OpenVINO is not installed ({error}): pip install 'dyntune[openvino]'.") from error
+        raise ExportError(f"OpenVINO is not installed ({error}): pip install 'dyntune[openvino]'.") from error
     quantized = quantize_openvino(openvino.Core().read_model(source), images, linears)
     openvino.save_model(quantized, target, compress_to_fp16=False)
     return count_integer_products(quantized)
@@ -42,12 +42,12 @@ def quantize_openvino(model: openvino.Model, images: Tensor, linears: BackboneLi
         linears: of the model that ``model`` was exported from.
 
     Raises:
-        DeploymentError: a large product would stay in fp32, NNCF fails, or it is not installed.
+        ExportError: a large product would stay in fp32, NNCF fails, or it is not installed.
     """
     try:
         import nncf
     except ImportError as error:
-        raise DeploymentError(f"int8 in OpenVINO needs nncf ({error}): pip install 'dyntune[openvino]'.") from error
+        raise ExportError(f"int8 in OpenVINO needs nncf ({error}): pip install 'dyntune[openvino]'.") from error
     others = [
         node.get_friendly_name()
         for node in model.get_ops()
@@ -71,7 +71,7 @@ def quantize_openvino(model: openvino.Model, images: Tensor, linears: BackboneLi
                 ),
             )
     except Exception as error:  # whatever NNCF and OpenVINO meet
-        raise DeploymentError(
+        raise ExportError(
             f"NNCF cannot quantise the model on images {tuple(images.shape)}: {in_one_line(error)}. "
             "Take --precision fp32, or give calibration images (N, 3, height, width) of the model's size."
         ) from error
@@ -83,7 +83,7 @@ def audit(model: openvino.Model, linears: BackboneLinears) -> None:
     """Checks that no product of tokens with a large weight is left in floating point.
 
     Raises:
-        DeploymentError: there is one; the message names the nodes.
+        ExportError: there is one; the message names the nodes.
     """
     left = []
     for node in model.get_ops():
@@ -92,7 +92,7 @@ def audit(model: openvino.Model, linears: BackboneLinears) -> None:
             left.append(f"{node.get_friendly_name()} ({linears.path(weight) or 'unknown weight'})")
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
-        raise DeploymentError(
+        raise ExportError(
             f"int8 was asked for, but {len(left)} large products stayed in fp32: {', '.join(left[:5])}{more}. Take "
             "--precision fp32."
         )
