@@ -8,24 +8,19 @@ Weights are random; each file runs in a process of its own, all in turns.
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
-import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
 import torch
-from deploy import BOTH, tuned
+from deploy import BOTH, arguments, run, tuned
 from torch import Tensor
 
+from dyntune.core.timing import Turns, time_in_turns
 from dyntune.inference.export.bundle import Export
 from dyntune.inference.export.candidate import Candidate
 from dyntune.inference.export.registry import configured
-from dyntune.studies.report import machine
-from dyntune.training.throughput import Turns, time_in_turns
 
 OPERATOR, PARTS, OLD = "one operator", "written out", "opset 18"
 FILES = {
@@ -43,25 +38,22 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, dropout_p: f
     return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + attn_mask).softmax(-1) @ v
 
 
-def measure(options: argparse.Namespace, batch_size: int, room: Path) -> list[dict]:
+def measure(options: argparse.Namespace, images: Tensor, batch: Path, room: Path) -> list[dict]:
     """A row for each file: its images per second, and those over the one with the operator."""
-    images = torch.randn(batch_size, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     model = tuned(options.model, BOTH, images)
     exports = {OPERATOR: Export(model)}
     exports[OLD] = exports[OPERATOR]
     with patch("torch.nn.functional.scaled_dot_product_attention", written_out):
         exports[PARTS] = Export(model)
-    batch = room / f"images{batch_size}.npy"
-    np.save(batch, images.numpy())
     with ExitStack() as stack, torch.inference_mode():
         running = {}
         for name, (runtime, form) in FILES.items():
-            folder = room / f"{name.replace(', ', '-').replace(' ', '-')}-{batch_size}"
+            folder = room / name.replace(", ", "-").replace(" ", "-")
             with torch.inference_mode(False):
                 exports[form].write(folder, configured(runtime, {"opset": 18} if form == OLD else {}))
             running[name] = stack.enter_context(Candidate(folder, batch, options.threads))
         turns = time_in_turns(running, images, rounds=options.rounds, seconds=options.seconds)
-    return [described(name, turns, batch_size) for name in running]
+    return [described(name, turns, len(images)) for name in running]
 
 
 def described(name: str, turns: dict[str, Turns], batch_size: int) -> dict:
@@ -87,24 +79,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="vit_base_patch16_224")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=0.5)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict] = []
-    for batch_size in options.batch_size:
-        with tempfile.TemporaryDirectory() as room:
-            rows += measure(options, batch_size, Path(room))
-        result = {"model": options.model, "machine": machine(), "threads": options.threads, "rounds": options.rounds}
-        result |= {"measured": time.strftime("%Y-%m-%d"), "rows": rows}
-        (options.out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
-        (options.out / "table.md").write_text(markdown(rows))
-    print(markdown(rows))
+    run(arguments(__doc__, rounds=15, seconds=0.5).parse_args(), measure, markdown)
 
 
 if __name__ == "__main__":

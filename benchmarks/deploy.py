@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 import dyntune
+from dyntune.core.machine import machine
+from dyntune.core.timing import Turns, time_in_turns
 from dyntune.inference.export.bundle import Export
 from dyntune.inference.export.candidate import Candidate
 from dyntune.inference.export.registry import lookup
 from dyntune.model.macs import head_macs
-from dyntune.studies.bench.gates import set_gates
-from dyntune.studies.report import machine
-from dyntune.training.throughput import Turns, time_in_turns
+from dyntune.studies.bench.peers import set_gates
 
 CLASSES = 100
 TIMED, DEPLOYED = "dense, eager", "dense, deployed"
@@ -90,9 +90,7 @@ def complete(model: dyntune.TunedModel, images: Tensor) -> Tensor:
     return model.run(images, complete=True).logits
 
 
-def measure(options: argparse.Namespace, batch_size: int, room: Path) -> list[dict]:
-    torch.manual_seed(1)
-    images = torch.randn(batch_size, 3, 224, 224)
+def measure(options: argparse.Namespace, images: Tensor, batch: Path, room: Path) -> list[dict]:
     torch.manual_seed(0)
     dense = timm.create_model(options.model, num_classes=CLASSES).eval()
     models = {spec: tuned(options.model, spec, images) for spec in (DYT, BOTH)}
@@ -103,19 +101,17 @@ def measure(options: argparse.Namespace, batch_size: int, room: Path) -> list[di
     models[DYT].set_rate(1.0)
     counted["all"] = macs(models[DYT], images)
     models[DYT].set_rate(None)
-    batch = room / f"images{batch_size}.npy"
-    np.save(batch, images.numpy())
     rows, running, difference = [], {}, {}
     with ExitStack() as stack, torch.inference_mode():
-        for name, spec, model, beside, expected in in_torch(dense, models):
-            rows.append(Row(name, beside, counted[spec]))
+        for name, spec, model, parallel, expected in in_torch(dense, models):
+            rows.append(Row(name, parallel, counted[spec]))
             running[name] = model
             difference[name] = float((model(images) - expected(images)).abs().max())
         for spec, model in {"dense": plain, DYT: models[DYT]}.items():
             with torch.inference_mode(False):
                 export = Export(model)
             for runtime, precision in FILES if options.files else ():
-                folder = room / f"{spec.split(':')[0]}-{runtime}-{precision}-{batch_size}"
+                folder = room / f"{spec.split(':')[0]}-{runtime}-{precision}"
                 with torch.inference_mode(False):
                     export.write(folder, lookup(runtime)(), precision, images if runtime == "openvino" else None)
                 name = f"{spec}, {runtime} {precision}"
@@ -123,7 +119,7 @@ def measure(options: argparse.Namespace, batch_size: int, room: Path) -> list[di
                 running[name] = stack.enter_context(Candidate(folder, batch, options.threads))
         turns = time_in_turns(running, images, rounds=options.rounds, seconds=options.seconds)
     return [
-        described(row, turns, batch_size, counted["dense"] / row.macs) | {"logit_difference": difference.get(row.name)}
+        described(row, turns, len(images), counted["dense"] / row.macs) | {"logit_difference": difference.get(row.name)}
         for row in rows
     ]
 
@@ -160,27 +156,58 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(doc: str, *, rounds: int, seconds: float) -> argparse.ArgumentParser:
+    """The options that benchmarks of deployed models have in common.
+
+    Args:
+        doc: of the script; its first line is the help.
+        rounds: turns of each model by default.
+        seconds: least time of a turn by default.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=0.3)
-    parser.add_argument("--files", action=argparse.BooleanOptionalAction, default=True, help="ONNX and OpenVINO too")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--seconds", type=float, default=seconds)
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    return parser
+
+
+def run(
+    options: argparse.Namespace,
+    measure: Callable[[argparse.Namespace, Tensor, Path, Path], list[dict]],
+    markdown: Callable[[list[dict]], str],
+) -> None:
+    """Measures each batch size and writes results.json and table.md, which hold what is measured so far.
+
+    Args:
+        options: of ``arguments``.
+        measure: makes the rows of a batch of images, given the options, the images, a file of them, and a folder for
+            deployed models.
+        markdown: makes the table of all rows.
+    """
     options.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
     for batch_size in options.batch_size:
+        images = torch.randn(batch_size, 3, 224, 224, generator=torch.Generator().manual_seed(1))
         with tempfile.TemporaryDirectory() as room:
-            rows += measure(options, batch_size, Path(room))
+            batch = Path(room) / "images.npy"
+            np.save(batch, images.numpy())
+            rows += measure(options, images, batch, Path(room))
         result = {"model": options.model, "machine": machine(), "threads": options.threads, "rounds": options.rounds}
         result |= {"measured": time.strftime("%Y-%m-%d"), "rows": rows}
         (options.out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
         (options.out / "table.md").write_text(markdown(rows))
     print(markdown(rows))
+
+
+def main() -> None:
+    parser = arguments(__doc__, rounds=9, seconds=0.3)
+    parser.add_argument("--files", action=argparse.BooleanOptionalAction, default=True, help="ONNX and OpenVINO too")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    run(options, measure, markdown)
 
 
 if __name__ == "__main__":

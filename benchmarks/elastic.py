@@ -23,7 +23,7 @@ from dyntune.data import DataSplits, load_data
 from dyntune.data.drawn.vtab_mini import write_vtab_mini
 from dyntune.model.tuned import build_tuned
 from dyntune.studies.pictures import save_figure
-from dyntune.studies.pictures.style import COLOURS, FAINT, INK, MARKERS, RULE, TEXT_SIZE, new_figure
+from dyntune.studies.pictures.style import COLOURS, INK, MARKERS, TEXT_SIZE, frame, new_figure
 from dyntune.training.logs import read_log
 
 GATES = "scale=1,rate_of=inference,rate_weight=10"
@@ -154,14 +154,7 @@ def figure(rows: list[dict]) -> Figure:
                 label=words if index == 0 else None,
             )
         axes.set_title(task, color=INK, fontsize=TEXT_SIZE, loc="left")
-        axes.set_xlabel("MACs per image (M)", color=INK, fontsize=TEXT_SIZE)
-        if index == 0:
-            axes.set_ylabel("test accuracy (%)", color=INK, fontsize=TEXT_SIZE)
-        axes.tick_params(colors=FAINT, labelsize=TEXT_SIZE)
-        axes.grid(color=RULE, linewidth=0.6)
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        frame(axes, "MACs per image (M)", "test accuracy (%)" if index == 0 else "")
     drawn.legend(loc="outside lower center", ncols=len(KINDS), frameon=False, fontsize=TEXT_SIZE)
     return drawn
 

@@ -38,9 +38,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import dyntune
+from dyntune.core.timing import time_queued
 from dyntune.inference.joint import joined, key
 from dyntune.inference.kernels import DeviceCounts, capture, supports
-from dyntune.studies.bench.gates import set_gates
+from dyntune.studies.bench.peers import set_gates
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -234,42 +235,6 @@ def disagreement(
     return ""
 
 
-def milliseconds(forward: Forward, images: Tensor, repeats: int) -> float:
-    """Time of one of ``repeats`` calls in a row, on the device's own clock."""
-    if images.device.type != "cuda":
-        start = time.perf_counter()
-        for _ in range(repeats):
-            forward(images)
-        return 1000 * (time.perf_counter() - start) / repeats
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    for _ in range(repeats):
-        forward(images)
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / repeats
-
-
-def in_turns(forwards: dict[str, Forward], images: Tensor, rounds: int, budget: float) -> dict[str, list[float]]:
-    """Milliseconds per call of every candidate in each round; the order rotates from round to round.
-
-    Args:
-        budget: milliseconds that one candidate runs in a round, at least one call.
-    """
-    repeats = {}
-    for name, forward in forwards.items():
-        milliseconds(forward, images, 2)
-        repeats[name] = max(1, round(budget / milliseconds(forward, images, 1)))
-    names = list(forwards)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            times[name].append(milliseconds(forwards[name], images, repeats[name]))
-    return times
-
-
 def rows_of(
     models: Models, forwards: dict[str, Forward], images: Tensor, options: argparse.Namespace, base: Callable[..., Row]
 ) -> Iterator[Row]:
@@ -297,12 +262,12 @@ def rows_of(
         right[name], checks[name] = forward, (row, checked)
     if not right:
         return
-    times = in_turns(right, images, options.rounds, options.milliseconds)
+    times = time_queued(right, images, rounds=options.rounds, seconds=options.milliseconds / 1000)
     for name, own in times.items():
         row, checked = checks[name]
-        low, middle, high = statistics.quantiles(own, n=4)
+        low, middle, high = statistics.quantiles([1000 * second for second in own.seconds], n=4)
         reference = times.get(f"dense {name.split()[1]}")
-        speedup = statistics.median(d / o for d, o in zip(reference, own, strict=True)) if reference else None
+        speedup = own.speedup(reference).median if reference else None
         ratio = counted["dense"] / counted[models.kind(name)]
         yield row(
             milliseconds=middle,

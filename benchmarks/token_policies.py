@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import dyntune
-from dyntune.studies.bench.gates import set_gates
-from dyntune.studies.report import machine
-from dyntune.training.throughput import measure_throughput
+from dyntune.core.machine import machine
+from dyntune.core.timing import measure_throughput
+from dyntune.studies.bench.peers import set_gates
 
 METHODS = (
     "adaptformer",

@@ -28,11 +28,11 @@ from torch import Tensor
 
 import dyntune
 from dyntune.core.files import write_text
+from dyntune.core.machine import machine, peak_memory
+from dyntune.core.timing import Throughput, measure_throughput
 from dyntune.data import load_data
 from dyntune.model.tuned import build_tuned
-from dyntune.studies.bench.gates import set_gates
-from dyntune.studies.report import machine
-from dyntune.training.throughput import Throughput, measure_throughput
+from dyntune.studies.bench.peers import set_gates
 
 ADAPTFORMER, PUBLISHED, CHECKPOINTED = "AdaptFormer", "published", "published, gradient checkpointing"
 EVERY = "complete_every=4"
@@ -141,22 +141,16 @@ def peak(variant: str, model_name: str) -> None:
     images = batch()
     call, _ = step_of(variant, model_name, images)
     call(images)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
-    before = resident("VmRSS")
-    call(images)
-    print((resident("VmHWM") - before) / 1024)
+    rise = peak_memory(lambda: call(images), images.device)
+    if rise is None:
+        raise SystemExit("peak memory is not known without Linux's /proc.")
+    print(rise / 2**20)
 
 
 def peak_of(variant: str, model_name: str) -> float:
     """What ``peak`` prints in a process that gives every freed tensor back at once."""
     command = [sys.executable, __file__, "peak", variant, "--model", model_name]
     return float(subprocess.check_output(command, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, text=True))
-
-
-def resident(field: str) -> int:
-    """KiB, from the kernel."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def speed(out: Path, model_name: str, rounds: int) -> None:

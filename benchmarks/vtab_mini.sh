@@ -9,7 +9,7 @@ mkdir -p "$out"
 python - "$out/data" <<'PYTHON'
 import sys
 from pathlib import Path
-from dyntune.data.vtab_mini import write_vtab_mini
+from dyntune.data.drawn.vtab_mini import write_vtab_mini
 
 write_vtab_mini(Path(sys.argv[1]), seed=1)
 PYTHON

@@ -14,6 +14,9 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from dyntune.backbones.source import families
+from dyntune.parts.registry import registered
+
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 5}
 HOSTS = {
     "plain": {},
@@ -80,6 +83,19 @@ def make_host() -> Callable[..., VisionTransformer]:
 def images_for() -> Callable[..., Tensor]:
     """``images_for(host, batch, seed=0)`` gives random images of the size that the host takes."""
     return _images_for
+
+
+@pytest.fixture
+def outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of another distribution, whose entry points add parts and hosts as long as the fixture lasts."""
+    folder = Path(__file__).parent / "outside"
+    monkeypatch.syspath_prepend(folder)
+    for known in (registered, families):
+        known.cache_clear()
+    yield folder
+    monkeypatch.undo()
+    for known in (registered, families):
+        known.cache_clear()
 
 
 @pytest.fixture(scope="session", params=HOSTS)

@@ -53,7 +53,7 @@ def test_parts_do_not_know_what_runs_them(path):
 def test_methods_and_policies_do_not_know_each_other(path):
     layer = f"dyntune.parts.{path.parent.name}"
     names = within(imported(path), *(f"dyntune.parts.{room}" for room in PARTS))
-    assert names == within(names, f"{layer}.base")
+    assert names == within(names, *(f"{layer}.{base}" for base in ("base", "gating", "reducing")))
 
 
 def test_importing_the_package_is_light():

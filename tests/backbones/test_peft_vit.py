@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import dyntune
-from dyntune.backbones.peft import TYPES, PeftViT
+from dyntune.backbones.peft import TYPES, PeftBackbone
 from dyntune.backbones.sites import Change
 from dyntune.backbones.source import create_backbone
 from dyntune.core.errors import BackboneError, CheckpointError
@@ -122,7 +122,7 @@ def test_all_that_holds_for_a_peft_model(case, wrap, plain, make_host, images, t
         expected = wrapped(images)
     model = dyntune.tune(wrapped, "dispatch:rate=0.5").eval()
     vit = wrapped.get_base_model()
-    assert isinstance(model.backbone, PeftViT)
+    assert isinstance(model.backbone, PeftBackbone)
     assert model.backbone.host is vit
     with torch.no_grad():
         assert torch.equal(model.run(images, complete=True).logits, expected)

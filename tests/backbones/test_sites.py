@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import dyntune
-from dyntune.backbones import wrap
 from dyntune.backbones.sites import Change, Changed
+from dyntune.backbones.source import wrap
 from dyntune.core.errors import BackboneError
 
 PER_BLOCK = ["norm1", "qkv", "proj", "norm2", "fc1", "fc2"]
@@ -16,11 +16,11 @@ class Double(Change):
     def forward(self, x, y):
         return 2 * y
 
-    def fold(self, base):
-        with torch.no_grad():
-            base.weight *= 2
-            if base.bias is not None:
-                base.bias *= 2
+    @torch.no_grad()
+    def fold(self, site):
+        site.weight.mul_(2)
+        if site.bias is not None:
+            site.set_bias(2 * site.bias)
 
 
 class Plus(Change):
@@ -109,4 +109,4 @@ def test_a_refused_part_takes_its_changes_off_again(make_host):
 
 def test_nothing_stands_behind_a_whole_block(make_host):
     with pytest.raises(BackboneError, match=r"cannot stand behind blocks\.0, a whole block"):
-        wrap(make_host()).blocks[0].add_after("double", nn.Identity())
+        wrap(make_host()).blocks[0].add_sequential("double", nn.Identity())

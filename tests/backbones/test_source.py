@@ -19,7 +19,9 @@ from timm.models.vision_transformer import (
 )
 
 import dyntune
-from dyntune.backbones.source import BackboneSource, create_backbone, describe, fingerprint, load_weights
+from dyntune.backbones.origin import BackboneSource, fingerprint
+from dyntune.backbones.source import create_backbone, rebuild, wrap
+from dyntune.backbones.timm_models import load_weights
 from dyntune.core.errors import BackboneError
 
 
@@ -243,17 +245,17 @@ def test_source_gives_the_backbone_back(tmp_path):
     host = create_backbone(
         "vit_tiny_patch16_224.augreg_in21k", pretrained=False, img_size=[32, 48], num_classes=3, global_pool="avg"
     )
-    source = describe(host)
+    source = wrap(host).origin()
     assert source.name == "vit_tiny_patch16_224.augreg_in21k"
-    again = BackboneSource(**source.to_dict()).build(pretrained=False)
+    again = rebuild(BackboneSource(**source.to_dict()), pretrained=False)
     assert {name: t.shape for name, t in again.state_dict().items()} == {
         name: t.shape for name, t in host.state_dict().items()
     }
     assert again.global_pool == "avg"
     assert again.patch_embed.img_size == (32, 48)
     file = write(tmp_path / "vit.safetensors", host.state_dict())
-    assert_same_backbone(source.with_weights(file).build(), host)
-    assert describe(VisionTransformer(depth=1, embed_dim=16, num_heads=2)).name is None
+    assert_same_backbone(rebuild(source.with_weights(file)), host)
+    assert wrap(VisionTransformer(depth=1, embed_dim=16, num_heads=2)).origin().name is None
 
 
 def test_fingerprint_tells_weights_apart(make_host):

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.commands.main import app
 from dyntune.core.errors import DataError
+from dyntune.core.timing import measure_throughput
 from dyntune.model.tuned import build_tuned
-from dyntune.training.throughput import measure_throughput
 
 SPEC = "dynamicvit:keep=0.7/0.5,layers=1/2"
 SHORT = ("--epochs", "1", "--batch-size", "12", "--device", "cpu")

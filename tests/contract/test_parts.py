@@ -3,20 +3,23 @@
 import dataclasses
 import json
 import re
+from typing import get_type_hints
 
 import pytest
 import torch
 
 import dyntune
 from dyntune.parts.methods.base import TuningMethod
-from dyntune.parts.policies.base import ReducingPolicy, TokenPolicy
+from dyntune.parts.policies.base import TokenPolicy
 from dyntune.parts.policies.dispatch import Dispatcher
+from dyntune.parts.policies.reducing import ReducingPolicy
 from dyntune.parts.presets.base import Preset
 from dyntune.parts.registry import expand, part_from_dict, registered, resolve
 from dyntune.parts.spec import format_spec
 
 NAMES = tuple(registered())
 METHODS = tuple(name for name, cls in registered().items() if issubclass(cls, TuningMethod))
+PRESETS = tuple(name for name, cls in registered().items() if issubclass(cls, Preset))
 REDUCING = tuple(name for name, cls in registered().items() if issubclass(cls, ReducingPolicy))
 DEEP = ("evit", "dynamicvit")
 """Parts whose published layers a host of three blocks does not have."""
@@ -276,6 +279,17 @@ def test_summary_and_source_are_given(part_name):
     cls = registered()[part_name]
     assert cls.summary().endswith(".")
     assert cls.source
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_take_their_options_from_the_parts_that_they_stand_for(preset):
+    cls = registered()[preset]
+    assert {type(item) for part in variants(cls) for item in expand([part])} == set(cls.parts)
+    taken = [(part, name) for part in cls.parts for name in part.options() if name in cls.options()]
+    assert {part for part, _ in taken} == set(cls.parts)
+    for part, name in taken:
+        assert get_type_hints(part)[name] == get_type_hints(cls)[name]
+    assert any(cls.options()[name] == part.options()[name] for part, name in taken)
 
 
 def test_presets_stand_for_methods_and_policies(part_name):

@@ -10,8 +10,7 @@ from sklearn.datasets import load_digits as sklearn_digits
 
 from dyntune.core.errors import DataError
 from dyntune.data import load_data
-from dyntune.data.drawn.outlines import OUTLINES
-from dyntune.data.sources.shapes import Pose, ShapeImages, draw_pose, load_shapes
+from dyntune.data.drawn.shapes import OUTLINES, Pose, ShapeImages, draw_pose
 
 
 def pixels(image):
@@ -56,12 +55,12 @@ def test_shapes_have_the_default_sizes_and_balanced_classes():
 
 
 def test_a_shape_picture_depends_on_seed_split_and_index_alone():
-    one, other = load_shapes("location", seed=1), load_shapes("location", seed=1)
+    one, other = load_data("shapes-location", seed=1), load_data("shapes-location", seed=1)
     last_first = {index: other.train.read(index).tobytes() for index in reversed(range(40))}
     assert all(one.train.read(index).tobytes() == last_first[index] for index in range(40))
-    longer = load_shapes("location", seed=1, sizes={"train": 2000})
-    assert longer.train.read(7).tobytes() == last_first[7]
-    assert load_shapes("location", seed=2).train.read(7).tobytes() != last_first[7]
+    longer = ShapeImages("location", "train", 2000, seed=1)
+    assert longer.read(7).tobytes() == last_first[7]
+    assert load_data("shapes-location", seed=2).train.read(7).tobytes() != last_first[7]
     assert one.test.read(7).tobytes() != last_first[7]
     assert len(set(last_first.values())) == 40
 

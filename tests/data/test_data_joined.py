@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from dyntune.data import ImageSubset, load_data
-from dyntune.data.joined import JoinedImages
+from dyntune.data.datasets import JoinedImages
 from dyntune.data.transforms import Preprocessing, build_transform
 
 

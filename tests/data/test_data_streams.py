@@ -11,7 +11,7 @@ from PIL import Image
 
 from dyntune.core.errors import DataError
 from dyntune.data import load_data
-from dyntune.data.sources import streams as streams_module
+from dyntune.data import streams as streams_module
 
 
 def png(colour, size=(8, 8), **settings):

@@ -51,11 +51,11 @@ def test_augmented_images_are_normalised_like_plain_ones():
 
 def test_a_backbones_numbers_are_its_own_at_the_size_it_was_built_for():
     vit = timm.create_model("vit_tiny_patch16_224", img_size=(32, 64), depth=1)
-    found = Preprocessing.from_backbone(vit)
+    found = Preprocessing.from_timm(vit)
     assert found == Preprocessing((32, 64), (0.5,) * 3, (0.5,) * 3, "bicubic")
     clip = timm.create_model("vit_base_patch32_clip_224.openai", depth=1)
     expected = clip.pretrained_cfg
-    found = Preprocessing.from_backbone(clip)
+    found = Preprocessing.from_timm(clip)
     assert found.size == (224, 224) and found.mean == tuple(expected["mean"]) != (0.5,) * 3
     assert found.std == tuple(expected["std"]) and found.interpolation == expected["interpolation"]
 

@@ -155,11 +155,11 @@ def test_gate_and_adapter_are_one_product(make_host, images_for):
     x = torch.randn(2, 7, width)
     values, written = joint(x)
     unit = model.backbone.blocks[1].mlp
-    adapter = unit.beside["adapter"]
+    adapter = unit.parallel["adapter"]
     hidden = torch.relu(x @ adapter.down_proj.weight.T + adapter.down_proj.bias)
     assert_same(written, x + 0.1 * (hidden @ adapter.up_proj.weight.T + adapter.up_proj.bias))
     assert_same(values, unit.dispatcher.gate(x).squeeze(-1))
-    assert not optimized.backbone.blocks[1].mlp.beside
+    assert not optimized.backbone.blocks[1].mlp.parallel
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def test_gates_adapters_and_head_keep_their_bits(exported, tuned):
         return any((rows == vector).all(1).any() for w in kept for rows in (w, w.T) if rows.shape[1] == len(vector))
 
     for block in tuned.backbone.blocks:
-        adapter = block.mlp.beside["adapter"]
+        adapter = block.mlp.parallel["adapter"]
         assert holds(block.mlp.dispatcher.gate.weight.detach().numpy()[0])
         assert all(holds(row) for row in adapter.down_proj.weight.detach().numpy())
         assert not holds(block.attn.host.attn.proj.weight.detach().numpy()[0])

@@ -43,7 +43,7 @@ def test_combinations_fold_as_far_as_they_can(make_host, images_for, caplog, spe
 @torch.no_grad()
 def test_a_scale_becomes_part_of_the_up_projection(make_host):
     model = filled(dyntune.tune(make_host(), "adaptformer:scale=learnable"))
-    adapter = model.backbone.blocks[1].mlp.beside["adapter"]
+    adapter = model.backbone.blocks[1].mlp.parallel["adapter"]
     scale, up, bias = adapter.scale.item(), adapter.up_proj.weight.clone(), adapter.up_proj.bias.clone()
     model.merge()
     assert adapter.scale == 1.0

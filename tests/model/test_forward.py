@@ -195,7 +195,7 @@ def test_skipped_tokens_get_exactly_the_adapters_update(tuned, images_for, varia
     policy = GivenMasks({unit.path: mask})
     skipped = torch.cat([torch.zeros(3, 1, dtype=torch.bool), ~mask], dim=1)
     out = execution.gated(unit, tokens, policy)[0].x
-    adapter = unit.beside["adapter"]
+    adapter = unit.parallel["adapter"]
     update = 0.1 * (F.relu(tokens.x @ adapter.down_proj.weight.T + adapter.down_proj.bias) @ adapter.up_proj.weight.T)
     update = update + 0.1 * adapter.up_proj.bias
     torch.testing.assert_close(out[skipped], (tokens.x + update)[skipped], atol=1e-6, rtol=1e-6)

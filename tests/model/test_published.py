@@ -19,7 +19,7 @@ def _published(model):
     names = {}
     for name, tensor in model.backbone.named_parameters():
         name = name.removeprefix("host.")
-        name = name.replace(".mlp.beside.adapter.", ".adaptmlp.")
+        name = name.replace(".mlp.parallel.adapter.", ".adaptmlp.")
         names[name.replace(".mlp.dispatcher.gate.", ".mlp_token_select.mlp_head.")] = tensor.detach().clone()
     return names
 
@@ -57,6 +57,6 @@ def test_what_the_public_code_stores_and_never_uses_is_let_pass(make_host):
     state = {f"blocks.{index}.visual_prompt_token": torch.full((1, 4, 32), float(index)) for index in range(3)}
     unused = {"visual_prompt_token": torch.zeros(1, 2, 32), "blocks.0.attn.LoRA_a.weight": torch.zeros(4, 32)}
     dyntune.load_published(model, head | state | unused)
-    assert model.tuned_state()["blocks.2.entries.noah.prompts"].tolist() == [[2.0] * 32] * 2
+    assert model.tuned_state()["blocks.2.prompts.noah.prompts"].tolist() == [[2.0] * 32] * 2
     with pytest.raises(CheckpointError, match="has no place"):
         dyntune.load_published(model, head | state | {"blocks.0.attn.LoRA_c.weight": torch.zeros(4, 32)})

@@ -5,7 +5,6 @@ from torch.utils.data import TensorDataset
 import dyntune
 from dyntune.core.errors import DataError
 from dyntune.training.evaluate import evaluate
-from dyntune.training.throughput import measure_throughput
 
 
 @pytest.fixture
@@ -56,28 +55,6 @@ def test_the_mode_of_the_model_is_left_as_it_was(model, images_for):
     assert model.training
     with pytest.raises(DataError, match="no image"):
         evaluate(model, TensorDataset(torch.empty(0, 3, 32, 32), torch.empty(0, dtype=torch.long)))
-
-
-def test_throughput_compares_runs_of_the_same_round(monkeypatch):
-    """On a clock that the models themselves move: the machine slows down by half in the middle, the ratio stays."""
-    clock = {"now": 0.0, "calls": 0}
-
-    def takes(seconds):
-        def run(images):
-            clock["calls"] += 1
-            clock["now"] += seconds * (1 if clock["calls"] < 60 else 2)
-
-        return run
-
-    monkeypatch.setattr("dyntune.training.throughput.time.perf_counter", lambda: clock["now"])
-    images = torch.zeros(8, 3, 4, 4)
-    models = {"one": takes(0.01), "four": takes(0.04)}
-    speeds = measure_throughput(models, images, reference="one", rounds=9, seconds=0.08)
-    assert clock["calls"] > 60, "the machine has slowed down on the way"
-    assert speeds["one"].speedup == 1
-    assert speeds["four"].speedup == pytest.approx(0.25)
-    assert speeds["four"].speedup_low == pytest.approx(0.25) and speeds["four"].speedup_high == pytest.approx(0.25)
-    assert speeds["one"].images_per_second in (pytest.approx(800), pytest.approx(400))
 
 
 def test_tokens_that_are_left_are_reported_by_unit(make_host, images_for):

@@ -34,7 +34,7 @@ def test_what_is_pretrained_learns_slowly_and_what_is_new_does_not(make_host, ki
         "head.bias",
     }
     assert {"host.head.weight", "host.head.bias"} < fast
-    assert all("host.head" in n or ".changes." in n or ".beside." in n or ".dispatcher." in n for n in fast)
+    assert all("host.head" in n or ".changes." in n or ".parallel." in n or ".dispatcher." in n for n in fast)
     assert slow_and_fast(model, **kind) == (set(), slow | fast)
 
 

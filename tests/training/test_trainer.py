@@ -10,10 +10,10 @@ from torch.utils.data import TensorDataset
 
 import dyntune
 from dyntune.core.errors import TrainingError
+from dyntune.model.tasks import Classification
 from dyntune.training.evaluate import evaluate
 from dyntune.training.interrupt import TrainingInterrupted
 from dyntune.training.logs import read_log
-from dyntune.training.mixing import make_mixup, mixed
 from dyntune.training.progress import Silent
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE, RunState
@@ -327,13 +327,13 @@ def test_the_last_window_of_accumulated_steps_weighs_like_the_others(make_host, 
 
 def test_mixing_an_odd_batch_keeps_every_image(colours):
     images, labels = (t[:7].clone() for t in colours[0].tensors)
-    mixup = make_mixup(TrainSettings(mixup=0.8, label_smoothing=0.1), 5)
-    mixed_images, targets = mixed(mixup, images.clone(), labels)
+    settings = TrainSettings(mixup=0.8, label_smoothing=0.1)
+    mixed_images, targets = Classification().mix(images.clone(), labels, 5, settings)
     assert mixed_images.shape == images.shape and targets.shape == (7, 5)
     torch.testing.assert_close(targets.sum(1), torch.ones(7))
     assert torch.equal(mixed_images[6], images[6])
     assert targets[6, labels[6]].item() == pytest.approx(0.9 + 0.1 / 5)
-    alone, target = mixed(mixup, images[:1].clone(), labels[:1])
+    alone, target = Classification().mix(images[:1].clone(), labels[:1], 5, settings)
     assert torch.equal(alone, images[:1]) and target.shape == (1, 5)
 
 

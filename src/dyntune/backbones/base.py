@@ -1,20 +1,25 @@
 """The narrow interface between a backbone and everything that is put on it.
 
 A host model shows itself as blocks of two residual sub-layers. Methods and policies see these units, never the host's
-own attribute names, so another family of hosts is one more file beside ``timm_vit.py``.
+own attribute names, so another family of hosts is one more file in ``families/``.
 """
 
 from __future__ import annotations
 
 import abc
+import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from dyntune.backbones.origin import BackboneSource
 from dyntune.backbones.sites import Site, SiteKind
 from dyntune.backbones.units import Block, Unit, Where
+from dyntune.core.errors import BackboneError
 from dyntune.core.tokens import Tokens
+from dyntune.data.transforms import Preprocessing
 
 
 class Bypass(nn.Module, abc.ABC):
@@ -34,9 +39,16 @@ class Backbone(nn.Module, abc.ABC):
 
     host: nn.Module
     blocks: Sequence[Block]
+    supported: ClassVar[str] = ""
+    """The models that the family takes, in words."""
+    prefix: ClassVar[str] = ""
+    """What the names of models begin with that ``create`` builds, such as ``hf:``; empty for timm's names."""
+    arguments: ClassVar[tuple[str, ...]] = ()
+    """Names of the keyword arguments that ``origin`` records for ``create``: numbers, texts, lists of numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: nn.Module) -> None:
         super().__init__()
+        self.host = host
         self.shared = nn.ModuleDict()
         """Modules that a method's places have in common, under the method's name."""
         self.bypass: Bypass | None = None
@@ -44,9 +56,48 @@ class Backbone(nn.Module, abc.ABC):
         self.adopted: tuple[nn.Parameter, ...] = ()
         """Parameters of the host that are not frozen, because another library has put them there to be trained."""
 
+    @classmethod
     @abc.abstractmethod
+    def knows(cls, host: nn.Module) -> bool:
+        """Whether ``host`` is one of this family, be it supported or not."""
+
+    @classmethod
+    def refusal(cls, host: nn.Module) -> str | None:
+        """Why a host of this family cannot be run through the interface; None if it can."""
+        return None
+
+    @classmethod
+    def create(
+        cls, name: str, *, weights: str | Path | None = None, pretrained: bool = True, **arguments: Any
+    ) -> nn.Module:
+        """A host model by name; see ``dyntune.backbones.source.create_backbone``."""
+        raise BackboneError(f"no model can be built from the name {name!r}; build it yourself, and give the model.")
+
+    def origin(self) -> BackboneSource:
+        """What builds this host again, where a name does."""
+        return BackboneSource(None)
+
+    def preprocessing(self) -> Preprocessing:
+        """What images go through before the host takes them; by default scaled from -1 to 1."""
+        return Preprocessing(self.image_shape[1:], (0.5,) * 3, (0.5,) * 3, "bicubic")
+
+    @abc.abstractmethod
+    def all_sites(self) -> Iterator[Site]:
+        """The host's linear maps, convolutions and norms, each once, in the order of a forward pass."""
+
     def sites(self, *kinds: SiteKind) -> Iterator[Site]:
-        """The host's linear maps, convolutions and norms of these kinds, or all, in the order of a forward pass."""
+        """The sites of these kinds, or all, in the order of a forward pass.
+
+        ``qkv`` gives the map to queries, keys and values, or where each has a map of its own, the three of them; ``q``,
+        ``k`` and ``v`` give these, or their part of the common map.
+        """
+        for site in self.all_sites():
+            if isinstance(site.module, nn.Identity):
+                continue
+            if not kinds or site.kind in kinds or (site.kind in ("q", "k", "v") and "qkv" in kinds):
+                yield site
+            elif site.kind == "qkv":
+                yield from (site.part(kind) for kind in ("q", "k", "v") if kind in kinds)
 
     @abc.abstractmethod
     def embed(self, images: Tensor) -> Tokens:
@@ -58,7 +109,7 @@ class Backbone(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def readout(self, tokens: Tokens) -> Tensor:
-        """Finished tokens to logits ``(B, classes)``; in a mean, tokens count by ``tokens.sources.weights``."""
+        """Finished tokens to logits ``(B, classes)``; in a mean, tokens count by ``tokens.provenance.weights``."""
 
     @property
     @abc.abstractmethod
@@ -129,7 +180,7 @@ class Backbone(nn.Module, abc.ABC):
 
     def saved_name(self, name: str) -> str:
         """The name under which a tensor of the backbone is saved."""
-        return name
+        return file_name(name)
 
     def recipe(self) -> dict[str, Any] | None:
         """What another library needs to put its layers on a plain host again, as JSON values; None without layers."""
@@ -172,3 +223,11 @@ class Backbone(nn.Module, abc.ABC):
         """Names, as in ``named_parameters``, of the head's parameters."""
         ids = {id(p) for head in self.heads for p in head.parameters()}
         return {name for name, p in self.named_parameters() if id(p) in ids}
+
+
+def file_name(name: str) -> str:
+    """The name of a tensor in files, where the places on units are called as in the first format."""
+    words = {"parallel": "beside", "sequential": "after", "prompts": "entries"}
+    return re.sub(
+        r"^(blocks\.\d+(?:\.attn|\.mlp)?)\.(parallel|sequential|prompts)\.", lambda m: f"{m[1]}.{words[m[2]]}.", name
+    )

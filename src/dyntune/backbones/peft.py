@@ -1,10 +1,10 @@
-"""timm's VisionTransformer inside Hugging Face's ``PeftModel``; imported only where there is one."""
+"""A host of any family inside Hugging Face's ``PeftModel``; imported only where there is one."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from enum import Enum
 from importlib.metadata import version
@@ -17,9 +17,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.families.timm_vit import TimmViT
 from dyntune.backbones.sites import Changed, Site
 from dyntune.core.errors import BackboneError
+from dyntune.core.tokens import Tokens
 
 TYPES = (
     "BEFT",
@@ -67,22 +67,25 @@ _OTHER_MODELS = (
 """Options that need another kind of model, PEFT's own forward pass, or a change of the backbone's weights."""
 
 
-class PeftViT(TimmViT):
-    """A timm VisionTransformer that PEFT has wrapped, as a backbone.
+class PeftBackbone(Backbone):
+    """A backbone of any family whose host PEFT has wrapped.
 
-    ``host`` is the timm model with PEFT's layers in it. The active adapters are trained as far as PEFT would train
+    ``host`` is the family's model with PEFT's layers in it. The active adapters are trained as far as PEFT would train
     them; inactive ones, and the modules that ``modules_to_save`` has copied, stay as they are.
 
     Args:
         model: what ``peft.get_peft_model`` or ``PeftModel.from_pretrained`` returned.
+        wrap: puts a plain host, or one with PEFT's layers in it, behind the interface.
 
     Raises:
         BackboneError: the model inside is not supported, or PEFT's method or its state is not.
     """
 
     peft: Any
+    inner: Backbone
+    wrap: Callable[[nn.Module], Backbone]
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, wrap: Callable[[nn.Module], Backbone]) -> None:
         if not isinstance(model, peft.PeftModel):
             raise BackboneError(
                 f"{type(model).__name__} contains PEFT's layers but is no peft.PeftModel. Give what get_peft_model "
@@ -91,9 +94,14 @@ class PeftViT(TimmViT):
         for name in model.active_adapters:
             _check(model.peft_config[name])
         _check_copies(model.get_base_model())
-        super().__init__(model.get_base_model())
-        # Not registered: the host owns PEFT's layers, and they must not appear twice in the state dict.
+        inner = wrap(model.get_base_model())
+        super().__init__(inner.host)
+        self.blocks = inner.blocks
+        # Not registered: its host and blocks are, under the names that they have without PEFT, and the host owns PEFT's
+        # layers.
+        object.__setattr__(self, "inner", inner)
         object.__setattr__(self, "peft", model)
+        object.__setattr__(self, "wrap", wrap)
         layers = [module for module in self.host.modules() if isinstance(module, BaseTunerLayer)]
         if not model.active_adapters or any(layer.disable_adapters for layer in layers):
             raise BackboneError("PEFT's adapters are switched off. Switch one on: peft_model.set_adapter(name).")
@@ -113,24 +121,63 @@ class PeftViT(TimmViT):
             adopted += [p for name, p in self.host.named_parameters() if p.requires_grad and name.endswith("bias")]
         self.adopted = tuple(adopted)
 
+    @classmethod
+    def knows(cls, host: nn.Module) -> bool:
+        return isinstance(host, peft.PeftModel)
+
     @property
     def _configs(self) -> dict[str, Any]:
         return {name: self.peft.peft_config[name] for name in self.peft.active_adapters}
 
+    def embed(self, images: Tensor) -> Tokens:
+        return self.inner.embed(images)
+
+    def finish(self, tokens: Tokens) -> Tokens:
+        return self.inner.finish(tokens)
+
+    def readout(self, tokens: Tokens) -> Tensor:
+        return self.inner.readout(tokens)
+
+    @property
+    def head_reads_grid(self) -> bool:
+        return self.inner.head_reads_grid
+
+    @property
+    def read_first(self) -> int | None:
+        return self.inner.read_first
+
+    @property
+    def class_token(self) -> bool:
+        return self.inner.class_token
+
     @property
     def heads(self) -> tuple[nn.Module, ...]:
-        return tuple(_active(head) for head in super().heads)
+        return tuple(_active(head) for head in self.inner.heads)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self._image_shape
 
-    def _all_sites(self) -> Iterator[Site]:
-        for site in super()._all_sites():
-            yield _PeftSite(site.kind, site.block, site.path, _active(site.owner), site.attribute)
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.inner.grid
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self.inner.gradient_checkpointing
+
+    def switch_gradient_checkpointing(self, on: bool) -> None:
+        self.inner.switch_gradient_checkpointing(on)
+
+    def fold_factors(self) -> None:
+        self.inner.fold_factors()
+
+    def all_sites(self) -> Iterator[Site]:
+        for site in self.inner.all_sites():
+            yield _PeftSite(**vars(site) | {"owner": _active(site.owner)})
 
     def plain(self) -> Backbone:
-        return TimmViT(_stripped(self.host))
+        return self.wrap(_stripped(self.host))
 
     @property
     def idle(self) -> tuple[nn.Parameter, ...]:
@@ -149,7 +196,7 @@ class PeftViT(TimmViT):
 
     def saved_name(self, name: str) -> str:
         # Inactive adapters, which are not saved, put a level into the names of the host's own tensors too.
-        return re.sub(r"\.(base_layer|original_module)(?=\.)", "", name)
+        return re.sub(r"\.(base_layer|original_module)(?=\.)", "", super().saved_name(name))
 
     def recipe(self) -> dict[str, Any]:
         dtype = next(self.host.parameters()).dtype
@@ -219,10 +266,10 @@ class _PeftSite(Site):
 
 
 def rebuild(host: nn.Module, recipe: Any) -> nn.Module:
-    """Puts PEFT's layers on a plain host again, with new values, as ``PeftViT.recipe`` says.
+    """Puts PEFT's layers on a plain host again, with new values, as ``PeftBackbone.recipe`` says.
 
-    The recipe may come from a stranger: only the types and options that a ``PeftViT`` takes are passed to PEFT, none of
-    which names a file, an address or a module.
+    The recipe may come from a stranger: only the types and options that a ``PeftBackbone`` takes are passed to PEFT,
+    none of which names a file, an address or a module.
 
     Raises:
         BackboneError: the recipe is none, was written by another PEFT, or does not fit the host.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -10,9 +11,24 @@ from torch import Tensor, nn
 
 from dyntune.core.errors import BackboneError
 
-SiteKind = Literal["patch", "norm1", "qkv", "proj", "norm2", "fc1", "fc2", "norm"]
-"""Patch embedding; in each block the norms, the fused query-key-value map, the output map and the MLP's two maps; the
-last norm. A gated MLP has two sites ``fc1``."""
+SiteKind = Literal["patch", "norm1", "qkv", "q", "k", "v", "proj", "norm2", "fc1", "fc2", "norm"]
+"""Patch embedding; in each block the norms, the map to queries, keys and values, the output map and the MLP's two maps;
+the last norm. A gated MLP has two sites ``fc1``. Where queries, keys and values have a map in common, each is a part of
+it; where each has a map of its own, there are three sites instead of ``qkv``."""
+
+
+class Change(nn.Module):
+    """A change of a site's output that a method puts there: maps the site's input and output to another output."""
+
+    rows: tuple[int, int] | None = None
+    """First and last (exclusive) output channel of the map that it changes, and sees; None for all of them."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def fold(self, site: Site) -> None:
+        """Writes the change into ``site.weight`` and the site's bias; the map alone computes the same then."""
+        raise NotImplementedError
 
 
 class Changed(nn.Module):
@@ -22,17 +38,27 @@ class Changed(nn.Module):
 
     Args:
         base: the host's module.
+        bias: gives a bias that the host keeps beside the module; it is added before the changes see the output.
     """
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, bias: Callable[[], Tensor | None] | None = None) -> None:
         super().__init__()
         self.base = base
+        self.bias_beside = bias
         self.changes = nn.ModuleDict()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
+        bias = None if self.bias_beside is None else self.bias_beside()
+        if bias is not None:
+            y = y + bias
         for change in self.changes.values():
-            y = change(x, y)
+            rows = cast(Change, change).rows
+            if rows is None:
+                y = change(x, y)
+            else:
+                before, own, behind = y.tensor_split(rows, dim=-1)
+                y = torch.cat([before, change(x, own), behind], dim=-1)
         return y
 
     def __getattr__(self, name: str) -> Any:
@@ -40,6 +66,15 @@ class Changed(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
+
+
+def mapped(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    """What a linear map of the host makes of ``x``, with a bias that the host keeps beside it.
+
+    A ``Changed`` map adds that bias itself, in front of its changes.
+    """
+    y = module(x)
+    return y if bias is None or isinstance(module, Changed) else y + bias
 
 
 class QueriesApart(nn.Module):
@@ -66,20 +101,9 @@ class QueriesApart(nn.Module):
         return torch.cat([self.queries(x), self.keys_values(x)], dim=-1)
 
 
-class Change(nn.Module):
-    """A change of a site's output that a method puts there: maps the site's input and output to another output."""
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def fold(self, base: nn.Module) -> None:
-        """Writes the change into the weights of ``base``, a Linear, Conv2d or norm; it alone computes the same then."""
-        raise NotImplementedError
-
-
 @dataclass(frozen=True)
 class Site:
-    """One linear map, convolution or norm of the host.
+    """One linear map, convolution or norm of the host, or some output channels of a linear map.
 
     Args:
         kind: what it is.
@@ -87,6 +111,9 @@ class Site:
         path: its name in the host, for instance ``blocks.3.attn.qkv``.
         owner: the host's module that holds it.
         attribute: under which name.
+        rows: first and last (exclusive) output channel, where it is a part of a map; None for the whole module.
+        biases: names of the parameters of ``owner`` that are the map's bias, in the order of its output channels, where
+            they stand beside it; one that is None, or missing, is zero.
     """
 
     kind: SiteKind
@@ -94,6 +121,8 @@ class Site:
     path: str
     owner: nn.Module
     attribute: str
+    rows: tuple[int, int] | None = None
+    biases: tuple[str, ...] = ()
 
     @property
     def module(self) -> nn.Module:
@@ -126,9 +155,63 @@ class Site:
         return 1 if isinstance(self.module, nn.Conv2d) else -1
 
     @property
+    def weight(self) -> Tensor:
+        """The weight, of a part its rows, as a view to be written to under ``torch.no_grad``."""
+        return cast(Tensor, self.module.weight)[slice(*self.rows or (None,))]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, of a part its channels; a view, or where it stands beside the map, a copy. None without one."""
+        whole = cast("Tensor | None", self.module.bias) if not self.biases else self._beside()
+        return None if whole is None else whole[slice(*self.rows or (None,))]
+
+    @torch.no_grad()
+    def set_bias(self, bias: Tensor) -> None:
+        """Gives the site's channels this bias, ``(channels,)``, in the map itself, whether it had one or not."""
+        module, own = self.module, slice(*self.rows or (None,))
+        if module.bias is not None and not self.biases:
+            cast(Tensor, module.bias)[own] = bias
+            return
+        weight = cast(Tensor, module.weight)
+        whole = self._beside()
+        whole = weight.new_zeros(len(weight)) if whole is None else whole.detach().clone()
+        whole[own] = bias
+        module.bias = nn.Parameter(whole, requires_grad=False)
+        for name in self.biases:
+            setattr(self.owner, name, None)
+
+    def _beside(self) -> Tensor | None:
+        """The bias of the whole map that its owner keeps, ``(outputs,)``."""
+        outputs = len(cast(Tensor, self.module.weight))
+        parts = [getattr(self.owner, name, None) for name in self.biases]
+        if all(part is None for part in parts):
+            return None
+        size = outputs // len(parts)
+        like = next(part for part in parts if part is not None)
+        return torch.cat([like.new_zeros(size) if part is None else part for part in parts])
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The maps to queries, keys and values that it holds, by name; else the name of its one map."""
+        if self.kind == "qkv":
+            return "q", "k", "v"
+        return (self.kind,) if self.kind in ("q", "k", "v") else (self.attribute,)
+
+    def part(self, kind: SiteKind) -> Site:
+        """The queries', keys' or values' third of a map to all of them."""
+        size = len(self.weight) // 3
+        first = self.parts.index(kind) * size
+        return replace(self, kind=kind, rows=(first, first + size))
+
+    @property
     def channels(self) -> int:
         """Channels of the output."""
-        return int(self.module.weight.shape[0])  # type: ignore[index]
+        return len(self.weight)
+
+    @property
+    def inputs(self) -> int:
+        """Channels of the input of a linear map."""
+        return self.weight.shape[1]
 
     def slots(self, width: int) -> tuple[int, int]:
         """A linear map as whole slots of ``width`` x ``width``: how many stand side by side in its input and output.
@@ -136,9 +219,9 @@ class Site:
         Raises:
             BackboneError: its weights are not made of such slots.
         """
-        rows, columns = self.module.weight.shape  # type: ignore[misc]
+        rows, columns = self.weight.shape
         outputs, inputs = rows // width, columns // width
-        expected = {"qkv": (3, 1), "proj": (1, 1), "fc1": (outputs, 1), "fc2": (1, inputs)}[self.kind]
+        expected = {"qkv": (3, 1), "fc1": (outputs, 1), "fc2": (1, inputs)}.get(self.kind, (1, 1))
         if (rows, columns) != (expected[0] * width, expected[1] * width):
             raise BackboneError(
                 f"{self.path} is {rows} x {columns}, which is not made of whole slots of {width} x {width}, as "
@@ -146,25 +229,28 @@ class Site:
             )
         return inputs, outputs
 
-    def add(self, name: str, change: nn.Module) -> None:
-        """Puts a change on this site, after those that are there.
+    def add(self, name: str, change: Change) -> None:
+        """Puts a change on this site, after those that are there; on a part of a map as ``name_q``, ``name_k``, ...
 
         Raises:
             BackboneError: a change of that name is there already.
         """
         module = getattr(self.owner, self.attribute)
         if not isinstance(module, Changed):
-            module = Changed(module)
+            module = Changed(module, self._beside if self.biases else None)
             setattr(self.owner, self.attribute, module)
+        if self.rows is not None:
+            name = f"{name}_{self.kind}"
+            change.rows = self.rows
         if name in module.changes:
             raise BackboneError(f"{name} is already installed at {self.path}; give each tuning method once per place.")
         like = next(module.base.parameters())
         module.changes[name] = change.to(device=like.device, dtype=like.dtype)
 
     def fold(self) -> None:
-        """Writes all changes into the host's module and puts that back in its place."""
+        """Writes all changes of the map into the host's module and puts that back in its place."""
         for change in self.changes.values():
-            change.fold(self.module)
+            change.fold(replace(self, rows=change.rows))
         self.restore()
 
     def restore(self) -> None:

@@ -1,98 +1,103 @@
-"""Where a backbone comes from: its timm name, how it was built, and the file or hub that its weights were read from."""
+"""Hosts by name and by kind: which family of host models takes one, and how it is built."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import pickle
-import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+import functools
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
-import timm
-import torch
-from timm.models import load_state_dict
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import Tensor, nn
+from torch import nn
 
-from dyntune.backbones.families.timm_vit import SUPPORTED
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.families.timm_vit import TimmViT
+from dyntune.backbones.origin import BackboneSource
 from dyntune.core.errors import BackboneError
+from dyntune.core.rooms import discover
 
-_ARGUMENTS = ("num_classes", "global_pool", "dynamic_img_size")
+GROUP = "dyntune.families"
 
 
-@dataclass(frozen=True)
-class BackboneSource:
-    """All that is needed to build a backbone again.
+@functools.cache
+def families() -> dict[str, type[Backbone]]:
+    """Every family of host models by name: those of the package, then those of other distributions."""
+    return discover("dyntune.backbones.families", Backbone, GROUP)  # type: ignore[type-abstract]
+
+
+def wrap(host: nn.Module) -> Backbone:
+    """The host model behind the backbone interface.
+
+    Raises:
+        BackboneError: no family of hosts fits; says what is supported.
+    """
+    # Whoever has such a model has imported PEFT, which is slow to import and need not be installed otherwise.
+    if any(type(module).__module__.partition(".")[0] == "peft" for module in host.modules()):
+        from dyntune.backbones.peft import PeftBackbone
+
+        return PeftBackbone(host, wrap_plain)
+    return wrap_plain(host)
+
+
+def wrap_plain(host: nn.Module) -> Backbone:
+    """As ``wrap``, of a host in which no other library's layers are looked for."""
+    for family in families().values():
+        if family.knows(host):
+            refusal = family.refusal(host)
+            if refusal:
+                raise BackboneError(
+                    f"{type(host).__name__} is not supported: {refusal}. Supported: {family.supported}."
+                )
+            return family(host)
+    supported = "; ".join(family.supported for family in families().values())
+    raise BackboneError(f"{type(host).__name__} is not supported: it is of no known family. Supported: {supported}.")
+
+
+def create_backbone(
+    name: str, *, weights: str | Path | None = None, pretrained: bool = True, **arguments: Any
+) -> nn.Module:
+    """A host model by name, with weights from a local file, from its hub, or random.
 
     Args:
-        name: timm model name, with the tag of its weights if it has one; None for a model that timm did not build.
-        arguments: keyword arguments for ``timm.create_model``.
-        weights: path of a local weight file; None for the weights that timm downloads for ``name``.
+        name: timm model name; for families that are not timm's, with their prefix.
+        weights: local weight file; a head that does not fit is left out.
+        pretrained: without ``weights``, whether to download the ones that are known for ``name``.
+        arguments: for whoever builds it, for instance ``num_classes`` and ``img_size``.
+
+    Raises:
+        BackboneError: unknown name, no weights to be had, or weights that do not fit.
     """
-
-    name: str | None
-    arguments: dict[str, Any] = field(default_factory=dict)
-    weights: str | None = None
-
-    def build(self, *, weights: str | Path | None = None, pretrained: bool = True) -> nn.Module:
-        """Creates the host model.
-
-        Args:
-            weights: a local weight file to use instead of the recorded source.
-            pretrained: False gives random weights, for instance to count costs.
-
-        Raises:
-            BackboneError: no such model, or its weights cannot be had or do not fit.
-        """
-        if self.name is None:
-            raise BackboneError(
-                "the backbone is not what timm.create_model builds from a name alone (with num_classes, img_size, "
-                "global_pool, in_chans or dynamic_img_size), so it cannot be built again. Build it yourself and pass "
-                "it: dyntune.load(folder, backbone=model)."
-            )
-        file = (weights or self.weights) if pretrained else None
-        return create_backbone(self.name, weights=file, pretrained=pretrained, **self.arguments)
-
-    def with_weights(self, weights: str | Path | None) -> Self:
-        """The same source with its weights in a local file."""
-        return replace(self, weights=None if weights is None else str(weights))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+    return _builder(name).create(name, weights=weights, pretrained=pretrained, **arguments)
 
 
-def describe(host: nn.Module) -> BackboneSource:
-    """The source of a model made by ``timm.create_model``, read from the model itself."""
-    config = getattr(host, "pretrained_cfg", None) or {}
-    if not config.get("architecture") or not isinstance(host, VisionTransformer):
-        return BackboneSource(None)
-    if not timm.is_model(config["architecture"]) or config.get("source") == "hf-hub":
-        return BackboneSource(None)
-    name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
-    arguments = {key: getattr(host, key) for key in _ARGUMENTS} | {"in_chans": host.patch_embed.proj.in_channels}
-    if host.patch_embed.img_size is not None:
-        arguments["img_size"] = list(host.patch_embed.img_size)
-    source = BackboneSource(name, arguments)
-    # Arguments that leave no trace in these five (an activation, an epsilon, a patch size) would build another model.
-    with torch.device("meta"):
-        rebuilt = source.build(pretrained=False)
-    return source if _structure(rebuilt) == _structure(host) else BackboneSource(None)
+def rebuild(source: BackboneSource, *, weights: str | Path | None = None, pretrained: bool = True) -> nn.Module:
+    """Creates a host model again.
+
+    Args:
+        source: where it comes from.
+        weights: a local weight file to use instead of the recorded one.
+        pretrained: False gives random weights, for instance to count costs.
+
+    Raises:
+        BackboneError: no such model, or its weights cannot be had or do not fit.
+    """
+    if source.name is None:
+        raise BackboneError(
+            "the backbone is not what timm.create_model builds from a name alone (with num_classes, img_size, "
+            "global_pool, in_chans or dynamic_img_size), so it cannot be built again. Build it yourself and pass "
+            "it: dyntune.load(folder, backbone=model)."
+        )
+    file = (weights or source.weights) if pretrained else None
+    return create_backbone(source.name, weights=file, pretrained=pretrained, **source.arguments)
 
 
-def check_arguments(arguments: Any) -> dict[str, Any]:
-    """The recorded arguments of a backbone, refused unless they are the few that ``describe`` writes.
+def check_arguments(name: str | None, arguments: Any) -> dict[str, Any]:
+    """The recorded arguments of a backbone, refused unless they are the few that its family records.
 
     A saved adapter may come from a stranger, and ``timm.create_model`` takes arguments that read files and addresses.
 
     Raises:
         BackboneError: another argument, or a value that is no plain number, text or list of numbers.
     """
-    known = {*_ARGUMENTS, "in_chans", "img_size"}
+    known = set(_builder(name or "").arguments)
     if not isinstance(arguments, dict) or not set(arguments) <= known:
         raise BackboneError(f"backbone arguments {arguments!r}: expected only {', '.join(sorted(known))}.")
     for key, value in arguments.items():
@@ -102,124 +107,7 @@ def check_arguments(arguments: Any) -> dict[str, Any]:
     return arguments
 
 
-def create_backbone(
-    name: str, *, weights: str | Path | None = None, pretrained: bool = True, **arguments: Any
-) -> nn.Module:
-    """A timm model with weights from a local file, from timm's hub, or random.
-
-    Args:
-        name: timm model name.
-        weights: Google ``.npz``, timm/jx ``.pth`` or ``.safetensors``; a head that does not fit is left out.
-        pretrained: without ``weights``, whether to download the ones that timm knows for ``name``.
-        arguments: passed on to ``timm.create_model``.
-
-    Raises:
-        BackboneError: unknown name, no weights to be had, or weights that do not fit.
-    """
-    hub = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
-    if not hub and not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5)
-        hint = f" Did you mean {near[0]!r}? Also near: {', '.join(near[1:])}." if near else ""
-        raise BackboneError(f"timm has no model {name!r}.{hint} timm.list_models('vit*') lists them.")
-    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-    download = pretrained and weights is None
-    try:
-        model = timm.create_model(name, pretrained=download, **arguments)
-    except Exception as error:
-        # timm, huggingface_hub and the network stack each have their own error types for a download that fails.
-        advice = (
-            " Without a network, give a local weight file (--weights FILE; weights=... in Python), "
-            "or use the built-in backbone (vit_mini_patch4_32.dyntune, what train does without --model). "
-            "HF_HUB_OFFLINE=1 in the environment saves the wait."
-        )
-        raise BackboneError(
-            f"cannot build {name!r}{' with its pretrained weights' if download else ''}: {_first_line(error)}."
-            f"{advice if download else ''}"
-        ) from error
-    if weights is not None:
-        load_weights(model, weights)
-    return model
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads a local weight file into a timm VisionTransformer, in place; nothing is unpickled beyond tensors.
-
-    Google's ``.npz`` arrays are mapped by timm's own loader; ``.pth`` and ``.safetensors`` may hold timm, jx, DINOv2 or
-    OpenAI CLIP names. Position embeddings are resized to the model's grid. The classifier is taken when it fits and
-    otherwise left as it is, as is the representation layer ``pre_logits`` of old in21k files.
-
-    Raises:
-        BackboneError: the file is missing, unreadable, or does not hold every tensor of the backbone.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise BackboneError(f"no weight file at {path}. Expected a .npz, .pth or .safetensors file.")
-    if not isinstance(model, VisionTransformer):
-        raise BackboneError(f"weights can be read into {SUPPORTED}; given {type(model).__name__}.")
-    if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                blocks = {match[0] for name in arrays for match in re.finditer(r"encoderblock_\d+", name)}
-            if blocks and len(blocks) != len(model.blocks):
-                raise ValueError(f"the file has {len(blocks)} blocks")
-            model.load_pretrained(str(path))
-        except Exception as error:
-            raise BackboneError(
-                f"{path} does not hold a ViT that fits {_size(model)}: {_first_line(error)}."
-            ) from error
-        return
-    try:
-        state = checkpoint_filter_fn(load_state_dict(str(path), weights_only=True), model)
-    except Exception as error:
-        raise BackboneError(
-            f"cannot read weights from {path}: {_reason(error)}. Expected timm, jx, DINOv2 or CLIP names."
-        ) from error
-    own = model.state_dict()
-    head = {name for name in own if name.split(".")[0] in ("head", "head_dist")}
-    fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
-    missing = sorted(set(own) - set(fitting) - head)
-    left_out = sorted(name for name in set(state) - set(fitting) if name.split(".")[0] not in ("head", "head_dist"))
-    if missing or left_out:
-        raise BackboneError(
-            f"the weights in {path} do not fit {_size(model)}. "
-            f"Missing or of another shape: {_some(missing)}. In the file but not used: {_some(left_out)}."
-        )
-    model.load_state_dict(fitting, strict=False)
-
-
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A short digest of named tensors that tells two sets of weights apart, from 64 values of each tensor.
-
-    It does not depend on device, and reading a few values keeps it quick for a backbone of several GB.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors):
-        flat = tensor.detach().reshape(-1)
-        picked = flat[torch.linspace(0, max(len(flat) - 1, 0), min(64, len(flat))).long().to(flat.device)]
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(picked.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _structure(host: nn.Module) -> str:
-    """What a model computes, as its printed form, without what matters in training only."""
-    return re.sub(r"DropPath\(.*?\)", "Identity()", re.sub(r"Dropout\(.*?\)", "Dropout()", str(host)))
-
-
-def _size(model: VisionTransformer) -> str:
-    rows, columns = model.patch_embed.grid_size
-    return f"the model (width {model.embed_dim}, {len(model.blocks)} blocks, {rows} x {columns} patches)"
-
-
-def _some(names: list[str]) -> str:
-    return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"
-
-
-def _reason(error: Exception) -> str:
-    # PyTorch's own words advise to load the file with weights_only=False, which would run code from it.
-    return "it is no file of plain tensors" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__
+def _builder(name: str) -> type[Backbone]:
+    """The family that builds the model of this name: that of its prefix, or timm's."""
+    prefixed = (family for family in families().values() if family.prefix and name.startswith(family.prefix))
+    return next(prefixed, TimmViT)

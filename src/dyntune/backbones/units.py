@@ -32,11 +32,13 @@ class Unit(nn.Module, abc.ABC):
         super().__init__()
         self.path = path
         self.width = width
-        self.beside = nn.ModuleDict()
-        self.after = nn.ModuleDict()
+        self.parallel = nn.ModuleDict()
+        self.sequential = nn.ModuleDict()
         self.reducers = nn.ModuleDict()
+        self.dispatcher: nn.Module | None = None
+        """The learned gate that lets tokens through this unit or not, for the policy that gates it."""
 
-    def add_beside(self, name: str, module: nn.Module) -> None:
+    def add_parallel(self, name: str, module: nn.Module) -> None:
         """Puts a module beside this unit: it reads the unit's input, sees every token, and its output is added.
 
         Args:
@@ -49,9 +51,9 @@ class Unit(nn.Module, abc.ABC):
         """
         if getattr(module, "reads_normed", False) and not isinstance(self, SubLayer):
             raise BackboneError(f"{name} reads the output of a norm, which {self.path}, a whole block, does not have.")
-        _add(self.beside, name, module, self.path)
+        _add(self.parallel, name, module, self.path)
 
-    def add_after(self, name: str, module: nn.Module) -> None:
+    def add_sequential(self, name: str, module: nn.Module) -> None:
         """Puts a module behind this unit: what it makes of the unit's update, token by token, is added instead of it.
 
         A token that skips the unit skips the module too.
@@ -64,7 +66,7 @@ class Unit(nn.Module, abc.ABC):
         """
         if not isinstance(self, SubLayer):
             raise BackboneError(f"{name} cannot stand behind {self.path}, a whole block; put it behind its sub-layers.")
-        _add(self.after, name, module, self.path)
+        _add(self.sequential, name, module, self.path)
 
     def add_reducer(self, name: str, module: nn.Module) -> None:
         """Puts a module in front of this unit that decides which tokens go on, for the policy called ``name``.
@@ -89,30 +91,30 @@ class Unit(nn.Module, abc.ABC):
 
     def behind(self, update: Tensor) -> Tensor:
         """What the modules behind this unit make of the host's update."""
-        for module in self.after.values():
+        for module in self.sequential.values():
             update = module(update)
         return update
 
-    def beside_update(self, tokens: Tokens) -> Tensor | None:
+    def parallel_update(self, tokens: Tokens) -> Tensor | None:
         """The sum of the modules beside this unit, or None where there is none; ``tokens`` as ``prepare`` left them."""
         total: Tensor | None = None
-        for module in self.beside.values():
+        for module in self.parallel.values():
             total = module(tokens) if total is None else total + module(tokens)
         return total
 
     def prepare(self, tokens: Tokens) -> Tokens:
         """The tokens with what the host and the modules beside it share: the norm's output, where one of them reads it.
 
-        Call it before ``beside_update`` and ``update``.
+        Call it before ``parallel_update`` and ``update``.
         """
         return tokens
 
     def change(self, tokens: Tokens) -> Tensor:
         """Everything that this unit adds to the residual stream."""
         tokens = self.prepare(tokens)
-        beside = self.beside_update(tokens)
+        parallel = self.parallel_update(tokens)
         update = self.update(tokens)
-        return update if beside is None else update + beside
+        return update if parallel is None else update + parallel
 
 
 class SubLayer(Unit):
@@ -128,7 +130,7 @@ class SubLayer(Unit):
         """Probability with which the host drops this unit's whole update while training."""
 
     def prepare(self, tokens: Tokens) -> Tokens:
-        if tokens.normed is None and any(getattr(module, "reads_normed", False) for module in self.beside.values()):
+        if tokens.normed is None and any(getattr(module, "reads_normed", False) for module in self.parallel.values()):
             return tokens.with_normed(self.norm(tokens.x))
         return tokens
 
@@ -141,23 +143,28 @@ class Attention(SubLayer):
     """An attention sub-layer, split around the softmax, which is ours: token-wise before and after it."""
 
     kind = "attn"
+    opaque: ClassVar[bool] = False
+    """Whether the host computes it as a whole, among all tokens in their places; see ``OpaqueAttention``."""
 
     @abc.abstractmethod
-    def project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Projections of the norm's output: ``(..., C)`` to queries, keys and values, each ``(..., H, D)``."""
+    def project(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the tokens, each ``(..., H, D)``, from the norm's output, ``normed(tokens)``.
 
-    @abc.abstractmethod
+        A host with rotary embeddings rotates them here by ``tokens.positions``.
+        """
+
     def split_queries(self) -> None:
         """Takes the queries' projection apart from that of keys and values, so that ``project_first`` saves it."""
 
-    @abc.abstractmethod
-    def project_first(self, normed: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def project_first(self, tokens: Tokens, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """As ``project``, with queries ``(B, count, H, D)`` of the first tokens alone; ``split_queries`` comes before.
 
         Args:
-            normed: the norm's output, ``(B, N, C)``.
-            count: tokens that ask.
+            tokens: ``(B, N, C)``.
+            count: prefix tokens that ask.
         """
+        q, k, v = self.project(tokens)
+        return q[:, :count], k, v
 
     @abc.abstractmethod
     def combine(self, attended: Tensor) -> Tensor:
@@ -175,10 +182,41 @@ class Attention(SubLayer):
 
     def projected(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each ``(..., H, D)``, computed unless ``tokens`` brings them."""
-        return self.project(self.normed(tokens)) if tokens.projected is None else tokens.projected
+        return self.project(tokens) if tokens.projected is None else tokens.projected
 
     def host_update(self, tokens: Tokens) -> Tensor:
         return self.combine(attend(*self.projected(tokens), tokens, self.attention_dropout))
+
+
+class OpaqueAttention(Attention):
+    """An attention sub-layer that the host computes as a whole, as it does windows and relative positions.
+
+    It sees all tokens in their places. So a policy may gate the MLP, but not this attention, and cannot take tokens
+    away; methods can change the host's maps and stand beside, behind and in front of the sub-layer.
+    """
+
+    opaque = True
+
+    @abc.abstractmethod
+    def attended(self, normed: Tensor) -> Tensor:
+        """The norm's output ``(B, N, C)`` to the update ``(B, N, C)``: attention, LayerScale and drop path."""
+
+    def host_update(self, tokens: Tokens) -> Tensor:
+        return self.attended(self.normed(tokens))
+
+    def project(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        raise BackboneError(f"{self.path} is computed by the host as a whole; it has no queries to be read.")
+
+    def combine(self, attended: Tensor) -> Tensor:
+        raise BackboneError(f"{self.path} is computed by the host as a whole; its output map cannot stand alone.")
+
+    @property
+    def head_width(self) -> int:
+        return self.width
+
+    @property
+    def attention_dropout(self) -> float:
+        return 0.0
 
 
 MlpActivation = Literal["gelu", "gelu_tanh", "quick_gelu"]
@@ -231,9 +269,9 @@ class Block(Unit):
         self.index = index
         self.attn = attn
         self.mlp = mlp
-        self.entries = nn.ModuleDict()
+        self.prompts = nn.ModuleDict()
 
-    def add_entry(self, name: str, module: nn.Module) -> None:
+    def add_prompts(self, name: str, module: nn.Module) -> None:
         """Puts a module in front of this block that may change which tokens there are, such as prompts.
 
         Args:
@@ -242,15 +280,20 @@ class Block(Unit):
         Raises:
             BackboneError: a module is there already; two of them would remove each other's tokens.
         """
-        if self.entries:
+        if self.attn.opaque:
             raise BackboneError(
-                f"{name} and {next(iter(self.entries))} both insert tokens at {self.path}; give one of them."
+                f"{name} inserts tokens at {self.path}, whose attention the host computes as a whole, among the image "
+                "patches in their places. Use a method that leaves the tokens alone, such as adaptformer or lora."
             )
-        self.entries[name] = module
+        if self.prompts:
+            raise BackboneError(
+                f"{name} and {next(iter(self.prompts))} both insert tokens at {self.path}; give one of them."
+            )
+        self.prompts[name] = module
 
     def enter(self, tokens: Tokens) -> Tokens:
         """The tokens that this block computes."""
-        for module in self.entries.values():
+        for module in self.prompts.values():
             tokens = module(tokens)
         return tokens
 

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -14,18 +14,17 @@ from rich.console import Console
 from rich.table import Table
 
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
+from dyntune.commands.options import option
 from dyntune.core.errors import DataError, SpecError, TrainingError
 from dyntune.data.base import DataSplits, LabelledImages
+from dyntune.data.load import forms
 from dyntune.model.checkpoint import load
 from dyntune.model.tuned import TunedModel
+from dyntune.studies.vtab.recipes import Recipe
+from dyntune.training.inputs import Interpolation, Normalisation
+from dyntune.training.settings import TrainSettings
 
-DataArgument = Annotated[
-    str,
-    typer.Argument(
-        help="digits, shapes-location, shapes-orientation, a folder (folder:PATH), a VTAB-1K task (vtab:PATH), or "
-        "torch/NAME, hfds/NAME, wds/PATH, tfds/NAME."
-    ),
-]
+DataArgument = Annotated[str, typer.Argument(help=f"{forms()}.")]
 RunArgument = Annotated[Path, typer.Argument(help="Folder that train or save() wrote.")]
 ImagesArgument = Annotated[list[str], typer.Argument(help="Image files, folders or globs.")]
 ModelOption = Annotated[str, typer.Option(help="timm name of the backbone.")]
@@ -47,13 +46,13 @@ TeacherOption = Annotated[
     Path | None,
     typer.Option(help="Run of a dense model on the same data, for policies that learn from one (dynamicvit)."),
 ]
-GradCheckpointingOption = Annotated[
-    bool,
-    typer.Option("--grad-checkpointing", help="Recompute blocks in the backward pass: less memory, more time."),
+DropPathOption = Annotated[float, option(Recipe, "drop_path")]
+NormalisationOption = Annotated[Normalisation, option(Recipe, "normalisation")]
+InterpolationOption = Annotated[Interpolation, option(Recipe, "interpolation")]
+ValFractionOption = Annotated[
+    float, typer.Option(help="Split off the training images where there is no validation split.")
 ]
-BackboneLrOption = Annotated[
-    float, typer.Option(help="Factor on --lr for the backbone's own tensors, where a method trains them.")
-]
+OnCorruptOption = Annotated[Literal["error", "skip"], typer.Option(help="What to do with images that cannot be read.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
@@ -68,6 +67,11 @@ err = Console(stderr=True)
 def parts(method: str, tokens: str | None) -> list[str]:
     """The parts that ``--method`` and ``--tokens`` give, in the order in which they are installed."""
     return [method] if tokens is None else [method, tokens]
+
+
+def train_settings(*, lr: float, min_lr: float = TrainSettings.min_lr, **others: Any) -> TrainSettings:
+    """The settings that options give; a peak learning rate below the cosine's end lowers that end with it."""
+    return TrainSettings(lr=lr, min_lr=min(min_lr, lr), **others)
 
 
 def calibration_images(data: DataSplits) -> LabelledImages:

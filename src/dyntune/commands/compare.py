@@ -9,9 +9,7 @@ import typer
 
 from dyntune.commands.common import (
     DEFAULT_MODEL,
-    BackboneLrOption,
     DataArgument,
-    GradCheckpointingOption,
     JsonOption,
     ModelOption,
     TeacherOption,
@@ -20,52 +18,55 @@ from dyntune.commands.common import (
     out,
     print_json,
     print_table,
+    train_settings,
 )
+from dyntune.commands.options import Options, with_options
+from dyntune.core.machine import machine
 from dyntune.data import load_data
-from dyntune.studies.compare import compare, split_specs
-from dyntune.studies.report import COLUMNS, machine, table_rows, write_report
+from dyntune.parts.spec_list import split_specs
+from dyntune.studies.compare import compare
+from dyntune.studies.report import table_columns, table_rows, write_report
 from dyntune.training.progress import ProgressBar
-from dyntune.training.settings import Device, Precision, TrainSettings
+from dyntune.training.settings import TrainSettings
 
 EXAMPLES = (
     "dyntune compare digits --methods linear,adaptformer,dyt:rate=0.5,dispatch=layer --epochs 10 --out runs/compare",
 )
-_DEFAULTS = TrainSettings()
 
 
+@with_options
 def command(
     data: DataArgument,
     methods: Annotated[str, typer.Option(help="Specs separated by commas; + joins the parts of one.")],
     folder: Annotated[Path, typer.Option("--out", help="Folder for the runs, the table and the page.")],
+    *,
     model: ModelOption = DEFAULT_MODEL,
     weights: WeightsOption = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = _DEFAULTS.epochs,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = _DEFAULTS.batch_size,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = _DEFAULTS.lr,
-    backbone_lr: BackboneLrOption = _DEFAULTS.backbone_lr,
+    settings: Annotated[
+        TrainSettings,
+        Options(
+            TrainSettings,
+            only=(
+                "epochs",
+                "batch_size",
+                "lr",
+                "backbone_lr",
+                "precision",
+                "gradient_checkpointing",
+                "device",
+                "workers",
+                "seed",
+            ),
+            names={"gradient_checkpointing": "grad_checkpointing"},
+            make=train_settings,
+        ),
+    ],
     teacher: TeacherOption = None,
-    precision: Annotated[Precision, typer.Option(help="Of the forward and backward pass.")] = "fp32",
-    grad_checkpointing: GradCheckpointingOption = False,
-    device: Annotated[Device, typer.Option(help="auto takes an accelerator if there is one.")] = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Decides the order of images and every random number.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue runs that --out holds.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Train several methods alike, evaluate them on the test split, time them in turns, and write a page."""
     specs = split_specs(methods)
-    settings = TrainSettings(
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        min_lr=min(_DEFAULTS.min_lr, lr),
-        backbone_lr=backbone_lr,
-        precision=precision,
-        gradient_checkpointing=grad_checkpointing,
-        device=device,
-        workers=workers,
-        seed=seed,
-    )
     splits = load_data(data)
     rows, models = compare(
         specs,
@@ -79,11 +80,11 @@ def command(
         teacher=load_teacher(teacher, splits),
     )
     assert splits.test is not None  # compare() has refused data without a test split
-    sizes = f"{len(splits.train)} training images, {epochs} epochs, seed {seed}; {len(splits.test)} test images"
-    intro = f"{model} adapted to {data}: {sizes}."
+    trained = f"{len(splits.train)} training images, {settings.epochs} epochs, seed {settings.seed}"
+    intro = f"{model} adapted to {data}: {trained}; {len(splits.test)} test images."
     page = write_report(folder, f"Methods on {data}", intro, rows, models, splits.test)
     if json:
         print_json({"data": data, "model": model, "machine": machine(), "rows": [row.to_dict() for row in rows]})
         return
-    print_table(f"{data} with {model}", COLUMNS, table_rows(rows))
+    print_table(f"{data} with {model}", table_columns(rows), table_rows(rows))
     out.print(f"measured on {machine()}\npage: {page}", highlight=False)

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from dyntune.commands.common import DEFAULT_MODEL, JsonOption, out, print_json, print_table
+from dyntune.core.machine import machine
 from dyntune.data import load_data
 from dyntune.studies.compare import compare
-from dyntune.studies.report import COLUMNS, machine, table_rows, write_report
+from dyntune.studies.report import table_columns, table_rows, write_report
 from dyntune.training.progress import ProgressBar
 from dyntune.training.settings import TrainSettings
 
@@ -48,6 +49,6 @@ def command(
             {"data": "digits", "model": DEFAULT_MODEL, "machine": machine(), "rows": [r.to_dict() for r in rows]}
         )
         return
-    print_table("handwritten digits, built-in backbone", COLUMNS, table_rows(rows))
+    print_table("handwritten digits, built-in backbone", table_columns(rows), table_rows(rows))
     training = sum(row.train_seconds for row in rows)
     out.print(f"{training:.0f} s of training, measured on {machine()}\npage: {page}", highlight=False)

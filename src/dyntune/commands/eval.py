@@ -28,8 +28,9 @@ from dyntune.commands.common import (
 from dyntune.core.errors import DataError
 from dyntune.data import load_data
 from dyntune.model.checkpoint import load
-from dyntune.studies.compare import DENSE, compare_speed, first_batch
+from dyntune.studies.compare import DENSE, compare_speed
 from dyntune.training.evaluate import evaluate
+from dyntune.training.inputs import first_batch
 
 EXAMPLES = ("dyntune eval runs/digits digits", "dyntune eval runs/flowers folder:flowers --split val --json")
 
@@ -79,7 +80,7 @@ def command(
         return
     macs = result.macs or 0.0
     rows = [
-        ("accuracy", f"{result.accuracy:.2%}"),
+        (result.merit, f"{result.score:.2%}"),
         *([("active patches", f"{result.activation:.1%}")] if result.activation_per_unit else []),
         ("MACs per image", f"{millions(macs)} ({macs / model.dense_macs:.1%} of dense)"),
         ("images per second", f"{speed.images_per_second:.0f} ({speed.speedup:.2f} x dense)"),

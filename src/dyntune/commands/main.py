@@ -31,7 +31,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 for _info in pkgutil.iter_modules(commands.__path__):
-    if _info.name not in ("common", "main"):
+    if _info.name not in ("common", "main", "options"):
         _module = importlib.import_module(f"{commands.__name__}.{_info.name}")
         _epilog = "\n\n".join(("Examples:", *_module.EXAMPLES))
         app.command(name=_info.name, epilog=_epilog, hidden=getattr(_module, "HIDDEN", False))(_module.command)

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 import typer
 
+from dyntune.backbones.source import rebuild
 from dyntune.commands.common import RunArgument, WeightsOption, out
 from dyntune.core.errors import CheckpointError
 from dyntune.core.files import write_atomically
@@ -37,7 +38,7 @@ def command(
         )
     merged = model.merge()
     with torch.device("meta"):
-        built = model.origin.build(pretrained=False).state_dict().keys()
+        built = rebuild(model.origin, pretrained=False).state_dict().keys()
     extra = sorted(merged.state_dict().keys() - built)
     if extra:
         raise CheckpointError(

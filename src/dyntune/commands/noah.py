@@ -2,88 +2,95 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import typer
 
 from dyntune.commands.common import (
     DEFAULT_MODEL,
     DataArgument,
+    DropPathOption,
+    InterpolationOption,
     JsonOption,
     ModelOption,
+    NormalisationOption,
+    OnCorruptOption,
+    ValFractionOption,
     WeightsOption,
     kilobytes,
     out,
     print_json,
     report_skipped,
+    train_settings,
 )
+from dyntune.commands.options import Options, with_options
 from dyntune.core.errors import DataError, SpecError
 from dyntune.data import load_data
-from dyntune.data.joined import JoinedImages
+from dyntune.data.datasets import JoinedImages
 from dyntune.model.cost import cost
 from dyntune.model.tuned import TunedModel, build_tuned
 from dyntune.parts.methods.noah import Noah
 from dyntune.parts.registry import resolve
 from dyntune.studies.noah import SearchSettings, train_noah
 from dyntune.studies.noah.progress import SearchBar
-from dyntune.training.inputs import Interpolation, Normalisation, prepared_as
+from dyntune.training.inputs import prepared_as
 from dyntune.training.progress import ProgressBar
-from dyntune.training.settings import Device, Precision, TrainSettings
+from dyntune.training.settings import TrainSettings
 
 EXAMPLES = (
     "dyntune noah digits --out runs/noah --supernet-epochs 20 --epochs 20 --population 20 --generations 5",
     "dyntune noah vtab:vtab-1k/cifar --model vit_base_patch16_224.orig_in21k --limit 0.64 --out runs/cifar",
 )
-_DEFAULTS = TrainSettings()
-_SEARCH = SearchSettings()
 
 
+def _search_settings(
+    *, population: int, mutations: int | None, crossovers: int | None, **others: Any
+) -> SearchSettings:
+    half = population // 2
+    return SearchSettings(
+        population=population,
+        mutations=half if mutations is None else mutations,
+        crossovers=half if crossovers is None else crossovers,
+        **others,
+    )
+
+
+@with_options
 def command(
     data: DataArgument,
     run: Annotated[Path, typer.Option("--out", help="Folder for the supernet, the search and the adapter.")],
-    limit: Annotated[float, typer.Option(help="Most trained parameters, in millions, without the head.")] = 0.64,
-    least: Annotated[float, typer.Option(help="Fewest trained parameters, in millions.")] = _SEARCH.least,
-    count: Annotated[
-        Literal["stored", "published"],
-        typer.Option(help="What the limits count: what is trained, or what the public code counts."),
-    ] = _SEARCH.count,
+    *,
     method: Annotated[
         str, typer.Option(help="noah with its options but the sizes, such as noah:choices=1/5.")
     ] = "noah",
     model: ModelOption = DEFAULT_MODEL,
     weights: WeightsOption = None,
-    supernet_epochs: Annotated[int, typer.Option(min=1, help="Passes of the supernet over the training images.")] = 500,
-    supernet_lr: Annotated[float, typer.Option(help="Peak learning rate of the supernet.")] = 5e-4,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes of what was found over all images.")] = 100,
-    lr: Annotated[float, typer.Option(help="Its peak learning rate.")] = _DEFAULTS.lr,
-    population: Annotated[int, typer.Option(min=1, help="Candidates of a generation.")] = _SEARCH.population,
-    generations: Annotated[int, typer.Option(min=1, help="The first of them is random.")] = _SEARCH.generations,
-    parents: Annotated[int, typer.Option(min=1, help="Best candidates that have children.")] = _SEARCH.parents,
-    mutations: Annotated[
-        int | None, typer.Option(min=0, help="Children of one parent per generation; half of them by default.")
-    ] = None,
-    crossovers: Annotated[
-        int | None, typer.Option(min=0, help="Children of two parents per generation; half of them by default.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = _DEFAULTS.batch_size,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = _DEFAULTS.weight_decay,
-    decay_1d: Annotated[bool, typer.Option(help="Weight decay on biases and other 1-D tensors too.")] = False,
-    drop_path: Annotated[float, typer.Option(min=0, max=0.99, help="Stochastic depth rate of the backbone.")] = 0.1,
-    precision: Annotated[Precision, typer.Option(help="Of the trainings.")] = "fp32",
-    device: Annotated[Device, typer.Option(help="auto takes an accelerator if there is one.")] = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Decides the order of images and every random number.")] = 0,
-    normalisation: Annotated[
-        Normalisation, typer.Option(help="Of the pixels: the backbone's own, 0.5/0.5, ImageNet's statistics, or none.")
-    ] = "backbone",
-    interpolation: Annotated[Interpolation, typer.Option(help="How images are resized.")] = "backbone",
-    val_fraction: Annotated[
-        float, typer.Option(help="Split off the training images where there is no validation split.")
-    ] = 0.2,
-    on_corrupt: Annotated[
-        Literal["error", "skip"], typer.Option(help="What to do with images that cannot be read.")
-    ] = "error",
+    search: Annotated[
+        SearchSettings,
+        Options(
+            SearchSettings,
+            only=("limit", "least", "count", "population", "generations", "parents", "mutations", "crossovers"),
+            unset=dict.fromkeys(("mutations", "crossovers"), "half of the population"),
+            make=_search_settings,
+        ),
+    ],
+    supernet: Annotated[dict[str, Any], Options(train_noah, only=("supernet_epochs", "supernet_lr"), make=dict)],
+    settings: Annotated[
+        TrainSettings,
+        Options(
+            TrainSettings,
+            only=("epochs", "lr", "batch_size", "weight_decay", "decay_1d", "precision", "device", "workers", "seed"),
+            defaults={"epochs": 100, "decay_1d": False},
+            make=functools.partial(train_settings, select="last"),
+        ),
+    ],
+    drop_path: DropPathOption = 0.1,
+    normalisation: NormalisationOption = "backbone",
+    interpolation: InterpolationOption = "backbone",
+    val_fraction: ValFractionOption = 0.2,
+    on_corrupt: OnCorruptOption = "error",
     json: JsonOption = False,
 ) -> None:
     """Train a supernet, search it under a limit of parameters, and train what was found; the same command goes on."""
@@ -94,29 +101,6 @@ def command(
             f"--method {method}: expected noah without sizes, alone or joined by + with other parts. "
             "Train a part that has sizes with dyntune train."
         )
-    search = SearchSettings(
-        limit=limit,
-        least=least,
-        population=population,
-        generations=generations,
-        parents=parents,
-        mutations=population // 2 if mutations is None else mutations,
-        crossovers=population // 2 if crossovers is None else crossovers,
-        count=count,
-    )
-    settings = TrainSettings(
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        min_lr=min(_DEFAULTS.min_lr, lr),
-        weight_decay=weight_decay,
-        decay_1d=decay_1d,
-        precision=precision,
-        device=device,
-        workers=workers,
-        seed=seed,
-        select="last",
-    )
     splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(splits)
     if splits.val is None:
@@ -136,8 +120,7 @@ def command(
         JoinedImages([splits.train, splits.val]),
         run,
         settings,
-        supernet_epochs=supernet_epochs,
-        supernet_lr=supernet_lr,
+        **supernet,
         search=search,
         progress=ProgressBar,
         search_progress=SearchBar,

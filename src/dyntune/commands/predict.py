@@ -1,4 +1,4 @@
-"""``dyntune predict``: the most probable classes of images."""
+"""``dyntune predict``: what a model predicts for images, such as the most probable classes."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from dyntune.data import build_transform, expand_images, read_image
 from dyntune.inference.export.folder import OpenedModel, is_exported, open_export
 from dyntune.inference.export.registry import registered
 from dyntune.model.checkpoint import load
+from dyntune.model.tasks import Classification, Task
 from dyntune.model.tuned import TunedModel
 
 EXAMPLES = (
@@ -62,10 +63,8 @@ def command(
     if json:
         print_json({"predictions": predictions})
         return
-    rows = [(row["image"], *(f"{top['class']} {top['probability']:.1%}" for top in row["top"])) for row in predictions]
-    print_table(
-        f"{model.spec} from {run}", ("image", *(f"top {i + 1}" for i in range(len(predictions[0]["top"])))), rows
-    )
+    cells = [{"image": row["image"], **task_of(model).cells(row)} for row in predictions]
+    print_table(f"{model.spec} from {run}", tuple(cells[0]), [tuple(row.values()) for row in cells])
 
 
 def _model(
@@ -91,19 +90,14 @@ def _model(
 
 @torch.inference_mode()
 def predict(model: TunedModel | OpenedModel, paths: list[Path], top_k: int) -> list[dict[str, Any]]:
-    """For each image file the ``top_k`` classes with their probabilities, the most probable first."""
+    """For each image file its path and what the model's task makes of its outputs, such as the ``top_k`` classes."""
     transform = build_transform(model.preprocessing)
     batch = torch.stack([transform(read_image(path)) for path in paths])
-    logits = model(batch if isinstance(model, OpenedModel) else batch.to(next(model.parameters()).device))
-    probabilities, labels = logits.softmax(-1).topk(min(top_k, logits.shape[-1]))
-    names = model.classes
-    return [
-        {
-            "image": str(path),
-            "top": [
-                {"class": names[label] if names else str(label), "label": label, "probability": probability}
-                for probability, label in zip(ps, ls, strict=True)
-            ],
-        }
-        for path, ps, ls in zip(paths, probabilities.tolist(), labels.tolist(), strict=True)
-    ]
+    outputs = model(batch if isinstance(model, OpenedModel) else batch.to(next(model.parameters()).device))
+    predictions = task_of(model).predictions(outputs, model.classes, top_k)
+    return [{"image": str(path), **prediction} for path, prediction in zip(paths, predictions, strict=True)]
+
+
+def task_of(model: TunedModel | OpenedModel) -> Task:
+    """The task of a model; exported folders hold classifiers."""
+    return model.task if isinstance(model, TunedModel) else Classification()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,20 +18,20 @@ from dyntune.commands.common import (
     print_json,
     print_table,
 )
+from dyntune.commands.options import Options, with_options
 from dyntune.core.errors import TrainingError
-from dyntune.studies.compare import split_specs
+from dyntune.core.machine import machine
+from dyntune.parts.spec_list import split_specs
 from dyntune.studies.noah import SearchSettings
-from dyntune.studies.report import machine
-from dyntune.studies.vtab.describe import describe
 from dyntune.studies.vtab.folders import find_folders
-from dyntune.studies.vtab.locate import open_benchmark
 from dyntune.studies.vtab.plan import Plan
-from dyntune.studies.vtab.recipes import RECIPES, find_recipe
+from dyntune.studies.vtab.recipes import RECIPES, Recipe, find_recipe
+from dyntune.studies.vtab.report import describe
 from dyntune.studies.vtab.run import BenchmarkResult, check_methods, failure_report, job_states, run_benchmark
 from dyntune.studies.vtab.search import require_optuna
 from dyntune.studies.vtab.table import terminal_rows
-from dyntune.training.inputs import Interpolation, Normalisation
-from dyntune.training.settings import Device, Precision, Select
+from dyntune.studies.vtab.tasks import open_benchmark
+from dyntune.training.settings import Select, TrainSettings
 
 EXAMPLES = (
     "dyntune vtab vtab-mini --methods linear,adaptformer,dyt:rate=0.5 --epochs 20 --out runs/mini",
@@ -41,10 +41,20 @@ EXAMPLES = (
 )
 
 
+_RECIPES_OWN = "the recipe's"
+
+
+def _search_settings(*, population: int, generations: int) -> SearchSettings:
+    children = population // 2
+    return SearchSettings(population=population, generations=generations, mutations=children, crossovers=children)
+
+
+@with_options
 def command(
     root: Annotated[str, typer.Argument(help="Folder that holds the task folders, or vtab-mini, which is drawn.")],
     methods: Annotated[str, typer.Option(help="Specs separated by commas; + joins the parts of one.")],
     folder: Annotated[Path, typer.Option("--out", help="Folder for jobs and tables; what it holds is continued.")],
+    *,
     model: ModelOption = DEFAULT_MODEL,
     weights: WeightsOption = None,
     tasks: Annotated[str | None, typer.Option(help="Task folders separated by commas; all by default.")] = None,
@@ -63,36 +73,35 @@ def command(
             "test picks it on the test images, as most published numbers do."
         ),
     ] = "last",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's; warm-up is scaled.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate instead of the recipe's.")] = None,
-    full_lr: Annotated[
-        float | None, typer.Option(help="Factor on the learning rate of full tuning; a tenth by default.")
-    ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
-    warmup_epochs: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
-    drop_path: Annotated[float | None, typer.Option(min=0, max=0.99, help="Instead of the recipe's.")] = None,
-    normalisation: Annotated[
-        Normalisation | None,
-        typer.Option(help="Of the pixels: the backbone's own, 0.5/0.5, ImageNet's statistics, or none."),
-    ] = None,
-    interpolation: Annotated[Interpolation | None, typer.Option(help="How images are resized.")] = None,
-    precision: Annotated[
-        Precision | None, typer.Option(help="Instead of the recipe's, of which fp16 is fp32 without a GPU.")
-    ] = None,
-    search: Annotated[
-        int, typer.Option(min=0, help="Trials of learning rate and adapter scale per method and task, on val200.")
-    ] = 0,
-    storage: Annotated[
-        str | None, typer.Option(help="Optuna database URL that several machines share; a file in --out by default.")
-    ] = None,
-    population: Annotated[
-        int, typer.Option(min=1, help="Candidates of a generation of noah's search.")
-    ] = SearchSettings.population,
-    generations: Annotated[int, typer.Option(min=1, help="Generations of it.")] = SearchSettings.generations,
+    training: Annotated[
+        dict[str, Any],
+        Options(
+            TrainSettings,
+            only=("epochs", "batch_size", "lr", "weight_decay", "warmup_epochs", "precision", "workers", "device"),
+            names={"workers": "readers"},
+            unset={
+                "epochs": _RECIPES_OWN,
+                "batch_size": _RECIPES_OWN,
+                "lr": _RECIPES_OWN,
+                "weight_decay": _RECIPES_OWN,
+                "warmup_epochs": "the recipe's, scaled with the epochs",
+                "precision": "the recipe's, with fp32 for fp16 where there is no GPU",
+            },
+            make=dict,
+        ),
+    ],
+    others: Annotated[
+        dict[str, Any],
+        Options(
+            Recipe,
+            only=("full_lr", "drop_path", "normalisation", "interpolation"),
+            unset=dict.fromkeys(("full_lr", "drop_path", "normalisation", "interpolation"), _RECIPES_OWN),
+            make=dict,
+        ),
+    ],
+    trials: Annotated[dict[str, Any], Options(Plan, only=("search", "storage"), make=dict)],
+    noah: Annotated[SearchSettings, Options(SearchSettings, only=("population", "generations"), make=_search_settings)],
     workers: Annotated[int, typer.Option(min=1, help="Jobs at a time, each in a process of its own.")] = 1,
-    readers: Annotated[int, typer.Option(min=0, help="Processes per job that read images.")] = 0,
-    device: Annotated[Device, typer.Option(help="auto takes an accelerator if there is one.")] = "auto",
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed jobs again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check data and methods, list the jobs, stop.")] = False,
     json: JsonOption = False,
@@ -101,24 +110,9 @@ def command(
 
     A run that was stopped goes on with the same command; finished jobs are not run again.
     """
-    if search:
+    if trials["search"]:
         require_optuna()
-    children = population // 2
-    chosen = find_recipe(recipe).changed(
-        noah=SearchSettings(population=population, generations=generations, mutations=children, crossovers=children),
-        select=select,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        full_lr=full_lr,
-        weight_decay=weight_decay,
-        warmup_epochs=warmup_epochs,
-        drop_path=drop_path,
-        normalisation=normalisation,
-        interpolation=interpolation,
-        precision=precision,
-    )
-    chosen = replace(chosen, settings=replace(chosen.settings, device=device, workers=readers))
+    chosen = find_recipe(recipe).changed(select=select, noah=noah, **training, **others)
     specs = tuple(split_specs(methods))
     numbers = _seeds(seeds)
     benchmark, place = open_benchmark(root)
@@ -129,11 +123,10 @@ def command(
         folders=find_folders(benchmark, place),
         model=model,
         weights=weights,
-        recipe=chosen.on(pick_device(device)),
+        recipe=chosen.on(pick_device(chosen.settings.device)),
         specs=specs,
         seeds=numbers,
-        search=search,
-        storage=storage,
+        **trials,
     )
     if dry_run:
         _list_jobs(plan, json)

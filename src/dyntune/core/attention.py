@@ -18,7 +18,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, dropout: float = 0.0
     Args:
         q, k, v: ``(B, N, H, D)`` for dense tokens, ``(M, H, D)`` for ragged ones; D is the width of a head.
         tokens: whose layout, whose ``keys`` where only some tokens may be attended to, whose ``key_bias`` where some
-            count for more, and whose ``sources.present`` where training hides tokens.
+            count for more, and whose ``provenance.present`` where training hides tokens.
         dropout: probability of dropping an attention weight.
 
     Returns:
@@ -31,7 +31,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, dropout: float = 0.0
             attended = _ragged(q, k, v, tokens.counts, dropout)
     else:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        present = None if tokens.sources.present is None else tokens.cover_prefix(tokens.sources.present)
+        present = None if tokens.provenance.present is None else tokens.cover_prefix(tokens.provenance.present)
         if tokens.keys is not None:
             keys = tokens.keys if present is None else tokens.keys * present
             attended = _gated(q, k, v, keys, dropout).transpose(1, 2)

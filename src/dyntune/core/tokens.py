@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dyntune.core.errors import DyntuneError
 
 
 @dataclass(frozen=True)
-class Sources:
+class Provenance:
     """Which image patches the P tokens behind the prefix stand for; without any field, token j is patch j.
 
     Args:
@@ -47,7 +48,7 @@ class Sources:
         return values.gather(1, index).masked_fill(gone, dropped)
 
 
-EVERY_PATCH = Sources()
+EVERY_PATCH = Provenance()
 """Every token is a patch, and every patch a token."""
 
 
@@ -69,7 +70,10 @@ class Tokens:
         prompts: how many of the prefix tokens, the last ones, a method has inserted.
         normed: what the next unit's norm makes of ``x``, of its shape, where that is known already.
         projected: queries, keys and values of the next attention, each ``(B, N, H, D)``, where known already.
-        sources: which image patches the tokens behind the prefix stand for.
+        provenance: which image patches the tokens behind the prefix stand for.
+        positions: where the tokens behind the prefix lie, numbers of places in the grid, ``(B, P)``, or of all tokens
+            ``(M,)`` in the ragged layout; -1 for those that lie nowhere, as prefix tokens do. None where no attention
+            asks, because the host has added positions to the features.
         key_bias: ``(B, P)``, added to the logits of every query for the keys of these tokens; None for nothing.
         only_read: the patches are gone because nothing behind reads them; nobody decides about them any more.
     """
@@ -82,7 +86,8 @@ class Tokens:
     prompts: int = 0
     normed: Tensor | None = None
     projected: tuple[Tensor, Tensor, Tensor] | None = None
-    sources: Sources = EVERY_PATCH
+    provenance: Provenance = EVERY_PATCH
+    positions: Tensor | None = None
     key_bias: Tensor | None = None
     only_read: bool = False
 
@@ -93,12 +98,21 @@ class Tokens:
 
     @property
     def mean(self) -> Tensor:
-        """The mean of each image's tokens, ``(B, C)``, in which each counts by ``sources.weights``; dense only."""
-        weights = self.sources.weights
+        """The mean of each image's tokens, ``(B, C)``, in which each counts by ``provenance.weights``; dense only."""
+        weights = self.provenance.weights
         if weights is None:
             return self.x.mean(1)
         weights = self.cover_prefix(weights).to(self.x.dtype).unsqueeze(-1)
         return (self.x * weights).sum(1) / weights.sum(1)
+
+    @property
+    def every_position(self) -> Tensor:
+        """The positions of all tokens, ``(B, N)`` or ``(M,)``: -1 for prefix tokens; of a host that gives positions."""
+        assert self.positions is not None
+        return self.positions if self.x.ndim == 2 else self._behind_prefix(self.positions)
+
+    def _behind_prefix(self, positions: Tensor) -> Tensor:
+        return F.pad(positions, (self.prefix, 0), value=-1)
 
     def with_x(self, x: Tensor) -> Tokens:
         """The same tokens with other features of the same layout."""
@@ -113,7 +127,12 @@ class Tokens:
         return replace(self, projected=projected)
 
     def with_patches(
-        self, patches: Tensor, moved: Tensor, sizes: Tensor | None = None, key_bias: Tensor | None = None
+        self,
+        patches: Tensor,
+        moved: Tensor,
+        places: Tensor | None = None,
+        sizes: Tensor | None = None,
+        key_bias: Tensor | None = None,
     ) -> Tokens:
         """The prefix tokens and, behind them, others in place of the present ones; dense layout only.
 
@@ -121,19 +140,32 @@ class Tokens:
             patches: ``(B, Q, C)``.
             moved: ``(B, P)``, for each of the P present ones the number of the new one that it has become part of; -1
                 where it is dropped.
+            places: ``(B, Q)``, for each new one the number of the present one whose position it takes; -1 for none.
+                None where the policy does not say.
             sizes: ``(B, Q)``, what the new ones count for in a mean; None where all count alike.
             key_bias: ``(B, Q)``, as above.
+
+        Raises:
+            DyntuneError: the host asks where tokens lie, and the policy does not say.
         """
         owner = moved
-        if self.sources.owner is not None:
-            gone = self.sources.owner < 0
-            owner = moved.gather(1, self.sources.owner.clamp_min(0)).masked_fill(gone, -1)
+        if self.provenance.owner is not None:
+            gone = self.provenance.owner < 0
+            owner = moved.gather(1, self.provenance.owner.clamp_min(0)).masked_fill(gone, -1)
         x = torch.cat([self.x[:, : self.prefix], patches.to(self.x.dtype)], dim=1)
-        return replace(self.with_x(x), sources=Sources(owner, sizes), key_bias=key_bias)
+        positions = None
+        if self.positions is not None:
+            if places is None:
+                raise DyntuneError(
+                    "the backbone rotates queries and keys by the positions of their tokens, and the token policy does "
+                    "not say where its tokens lie (with_patches(places=...)). Use dispatch, or another policy."
+                )
+            positions = self.positions.gather(1, places.clamp_min(0)).masked_fill(places < 0, -1)
+        return replace(self.with_x(x), provenance=Provenance(owner, sizes), positions=positions, key_bias=key_bias)
 
     def with_present(self, present: Tensor) -> Tokens:
         """The same tokens, of which those with ``present`` 0, ``(B, P)``, are kept behind a mask."""
-        return replace(self, sources=replace(self.sources, present=present))
+        return replace(self, provenance=replace(self.provenance, present=present))
 
     def on_grid(self) -> Tensor:
         """The features of every image patch, ``(B, C, rows, columns)``; merged patches share those of their token.
@@ -141,13 +173,13 @@ class Tokens:
         Raises:
             DyntuneError: a patch was dropped, so that it has none.
         """
-        owner = self.sources.owner
+        owner = self.provenance.owner
         if owner is not None and not owner.is_meta and bool((owner < 0).any()):
             raise DyntuneError(
                 "patches were dropped, so they have no features; a task that needs them all needs a policy that merges "
                 "(tome, pyra, fpet, evit with fuse=true) or dispatch, which keeps every token."
             )
-        return self.sources.of_patches(self.patches).transpose(1, 2).unflatten(2, self.grid)
+        return self.provenance.of_patches(self.patches).transpose(1, 2).unflatten(2, self.grid)
 
     def with_prompts(self, prompts: Tensor) -> Tokens:
         """The same tokens with ``prompts``, ``(B, p, C)``, in place of those inserted before; dense layout only."""
@@ -162,13 +194,26 @@ class Tokens:
     def first(self, count: int) -> Tokens:
         """The first ``count`` tokens of each image, prefix tokens all, for a head that reads no others; dense only."""
         x = self.x[:, :count]
-        return Tokens(x, count, self.grid, sources=Sources(), only_read=True)
+        positions = None if self.positions is None else self.positions[:, :0]
+        return Tokens(x, count, self.grid, provenance=Provenance(), positions=positions, only_read=True)
 
     def take(self, index: Tensor, counts: tuple[int, ...] | Tensor | None) -> Tokens:
         """The tokens at ``index`` of the flattened batch, in the ragged layout: ``counts`` of them from each image."""
         normed = None if self.normed is None else self.normed.flatten(0, 1).index_select(0, index)
         x = self.x.flatten(0, 1).index_select(0, index)
-        return Tokens(x, self.prefix, self.grid, counts=counts, prompts=self.prompts, normed=normed, sources=Sources())
+        positions = None
+        if self.positions is not None:
+            positions = self._behind_prefix(self.positions).flatten().index_select(0, index)
+        return Tokens(
+            x,
+            self.prefix,
+            self.grid,
+            counts=counts,
+            prompts=self.prompts,
+            normed=normed,
+            provenance=Provenance(),
+            positions=positions,
+        )
 
     def with_keys(self, keys: Tensor) -> Tokens:
         """The same tokens, of which only those with ``keys`` 1, ``(B, N)``, may be attended to."""

@@ -1,26 +1,30 @@
-"""From the DATA argument of a command to a data set: the names and path forms there are."""
+"""From the DATA argument of a command to a data set: the source that takes it, and what is done whatever the source."""
 
 import difflib
+import functools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 from dyntune.core.errors import DataError
-from dyntune.data.base import DataSplits
-from dyntune.data.scan import scan
-from dyntune.data.sources.digits import load_digits
-from dyntune.data.sources.factory import data_root, load_hub, load_torch
-from dyntune.data.sources.folder import load_folder
-from dyntune.data.sources.shapes import TASKS, load_shapes
-from dyntune.data.sources.streams import load_tfds, load_wds
-from dyntune.data.sources.vtab import load_vtab_task
+from dyntune.core.rooms import discover
+from dyntune.data.base import DataSplits, ImageSubset, LabelledImages
+from dyntune.data.sources.base import Request, Source
 
-NAMES = ("digits", *(f"shapes-{task}" for task in TASKS))
-PREFIXES = ("folder:", "vtab:", "torch/", "hfds/", "wds/", "tfds/")
-FORMS = (
-    f"{', '.join(NAMES)}; folder:PATH or the PATH of an image folder; vtab:PATH or the PATH of a VTAB-1K task folder; "
-    "torch/NAME, hfds/NAME, wds/PATH or tfds/NAME"
-)
+GROUP = "dyntune.sources"
+
+
+@functools.cache
+def sources() -> tuple[Source, ...]:
+    """Every source: those of the package in the order of the alphabet, then those of other distributions."""
+    return tuple(source() for source in discover("dyntune.data.sources", Source, GROUP).values())
+
+
+def forms() -> str:
+    """What a DATA argument may be, for help and errors: all names, then the other forms."""
+    names = [name for source in sources() for name in source.names]
+    return "; ".join([", ".join(names), *(source.form for source in sources() if source.form)])
 
 
 def load_data(
@@ -35,16 +39,16 @@ def load_data(
 
     Args:
         data: ``digits``; ``shapes-location`` or ``shapes-orientation``; ``folder:PATH``, ``vtab:PATH`` or just a PATH;
-            ``torch/NAME``, ``hfds/NAME``, ``wds/PATH`` or ``tfds/NAME``. A name wins over a folder that is called the
-            same; a :class:`~pathlib.Path` is always a folder.
+            ``torch/NAME``, ``hfds/NAME``, ``wds/PATH`` or ``tfds/NAME``; or what a source of another distribution
+            takes. A name wins over a folder that is called the same; a :class:`~pathlib.Path` is always a folder.
         seed: chooses the validation images where they must be split off, and the pictures of procedural sets.
         val_fraction: share of the training images to split off, between 0 and 1, where there is no validation split.
         root: where data sets with a loader of their own (``torch/`` and so on) are looked for and downloaded to;
             ``$DYNTUNE_DATA`` or ``~/.cache/dyntune/data`` by default.
         on_corrupt: with ``"error"`` nothing is checked beforehand, and an image that cannot be read is an error
-            naming its file when it is read. With ``"skip"`` every image is decoded once now
-            (:func:`dyntune.data.scan.scan` says what that costs), and those that are missing or cannot be read
-            are left out and named in ``skipped``.
+            naming its file when it is read. With ``"skip"`` every image is decoded once now, which takes some
+            milliseconds an image (a minute or so for 50,000 photographs on two cores), and those that are missing
+            or cannot be read are left out and named in ``skipped``.
 
     Returns:
         The splits, giving PIL RGB images; put a transform on them with ``with_transform``.
@@ -56,60 +60,64 @@ def load_data(
         raise DataError(f"on_corrupt={on_corrupt!r}: expected 'error' or 'skip'.")
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction={val_fraction!r}: expected a share above 0 and below 1, such as 0.2.")
-    splits = _load(data, seed, val_fraction, root, on_corrupt)
-    return splits.map(scan) if on_corrupt == "skip" else splits
+    source, given = _find_source(data)
+    splits = source.load(Request(os.fspath(data), given, seed, val_fraction, root, on_corrupt))
+    return splits.map(_without_unreadable) if on_corrupt == "skip" else splits
 
 
-def _load(
-    data: str | Path, seed: int, val_fraction: float, root: Path | None, on_corrupt: Literal["error", "skip"]
-) -> DataSplits:
+def _find_source(data: str | Path) -> tuple[Source, str]:
+    """The source that loads a DATA argument, and the argument without the source's prefix."""
     name = os.fspath(data)
-    if isinstance(data, str):
-        if name == "digits":
-            return load_digits()
-        if name == "shapes":
-            raise DataError(
-                "'shapes' is two data sets: expected 'shapes-location' (tell the column that a shape is in) or "
-                "'shapes-orientation' (tell the direction of its tip)."
-            )
-        if name in NAMES:
-            return load_shapes(name.removeprefix("shapes-"), seed=seed)
-        if name.startswith("folder:"):
-            return _load_folder(name.removeprefix("folder:"), name, seed, val_fraction)
-        if name.startswith("vtab:"):
-            return load_vtab_task(Path(name.removeprefix("vtab:")).expanduser(), on_corrupt=on_corrupt, name=name)
-        if name.startswith("torch/"):
-            if name.lower() in ("torch/image_folder", "torch/folder"):
-                # The layout of folder:, but where a split has no folder timm would give the whole root in its place.
-                return _load_folder(str(data_root(root)), name, seed, val_fraction)
-            return load_torch(name, data_root(root), seed=seed, val_fraction=val_fraction)
-        if name.startswith("hfds/"):
-            return load_hub(name, data_root(root), seed=seed, val_fraction=val_fraction)
-        if name.startswith("tfds/"):
-            return load_tfds(name, data_root(root), seed=seed, val_fraction=val_fraction, on_corrupt=on_corrupt)
-        if name.startswith("wds/"):
-            given = Path(name.removeprefix("wds/")).expanduser()
-            folder = given if root is None and given.is_dir() else data_root(root) / given
-            return load_wds(name, folder, seed=seed, val_fraction=val_fraction, on_corrupt=on_corrupt)
+    if isinstance(data, str) and (taking := [source for source in sources() if source.takes(name)]):
+        source = min(taking, key=lambda source: source.order)
+        return source, name.removeprefix(source.prefix)
     path = Path(name).expanduser()
-    if (path / "train800.txt").is_file():
-        return load_vtab_task(path, on_corrupt=on_corrupt, name=name)
-    if path.is_dir():
-        return load_folder(path, seed=seed, val_fraction=val_fraction, name=name)
+    if taking := [source for source in sources() if source.recognises(path)]:
+        return min(taking, key=lambda source: source.order), name
     raise _no_such_data(name, path)
-
-
-def _load_folder(path: str, name: str, seed: int, val_fraction: float) -> DataSplits:
-    return load_folder(Path(path).expanduser(), seed=seed, val_fraction=val_fraction, name=name)
 
 
 def _no_such_data(name: str, path: Path) -> DataError:
     if path.exists():
-        return DataError(f"{name!r} is a file, not a data set. Expected one of: {FORMS}.")
+        return DataError(f"{name!r} is a file, not a data set. Expected one of: {forms()}.")
     folders = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
     # A name is compared with the names, a path with what lies beside it.
-    near = difflib.get_close_matches(name, (*NAMES, *PREFIXES), n=1) or [
+    known = [word for source in sources() for word in (*source.names, source.prefix) if word]
+    near = difflib.get_close_matches(name, known, n=1) or [
         str(path.parent / hit) for hit in difflib.get_close_matches(path.name, folders, n=1)
     ]
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return DataError(f"no data set {name!r}, and no such folder.{hint} Expected one of: {FORMS}.")
+    return DataError(f"no data set {name!r}, and no such folder.{hint} Expected one of: {forms()}.")
+
+
+def _without_unreadable(data: LabelledImages) -> LabelledImages:
+    """The data set without the images that are missing or cannot be decoded; those are named in its ``skipped``.
+
+    Every image is decoded once, in threads, which is the price of a data set whose length and order every loader
+    worker and every process agrees on. Leaving bad images out while loading would change batch sizes, and putting
+    others in their place would count those twice. A data set that holds no files is given back unread.
+
+    Raises:
+        DataError: not one image can be read.
+    """
+    if not data.reads_files:
+        return data
+
+    def readable(index: int) -> bool:
+        try:
+            data.read(index)
+        except DataError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+        good = list(threads.map(readable, range(len(data))))
+    if all(good):
+        return data
+    bad = [data.source(index) for index, fine in enumerate(good) if not fine]
+    if len(bad) == len(data):
+        raise DataError(
+            f"none of the {len(data)} images of a split can be read, the first being {bad[0]}. "
+            "Expected complete image files; check that the data set was copied whole."
+        )
+    return ImageSubset(data, [index for index, fine in enumerate(good) if fine], skipped=bad)

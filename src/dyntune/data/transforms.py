@@ -42,7 +42,7 @@ class Preprocessing:
             raise DataError(unknown_name("interpolation", self.interpolation, INTERPOLATIONS))
 
     @classmethod
-    def from_backbone(cls, vit: torch.nn.Module) -> Self:
+    def from_timm(cls, vit: torch.nn.Module) -> Self:
         """The preprocessing a timm model was pretrained with, at the image size it was built for.
 
         Source: ``timm.data.resolve_model_data_config``. That reports the pretraining size even of a model built with

@@ -12,7 +12,8 @@ from dyntune.core.attention import attend
 from dyntune.core.tokens import Tokens
 from dyntune.inference.joint import Joint, key
 from dyntune.model.executions import Compact, Execution
-from dyntune.parts.policies.base import Gate, TokenPolicy
+from dyntune.parts.policies.base import Gate
+from dyntune.parts.policies.gating import GatingPolicy
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Fast(Execution):
             return _asked_by(cast(Attention, unit), tokens, self.ending.count)
         return self.within.plain(unit, tokens).first(self.ending.count)
 
-    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
+    def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
         tokens, gate = self.within.gated(unit, tokens, policy)
         if self.ending is not None and unit.path == self.ending.attention:
             tokens = tokens.first(self.ending.count)
@@ -66,7 +67,7 @@ class Shared(Compact):
     def __init__(self, joints: nn.ModuleDict) -> None:
         self.joints = joints
 
-    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
+    def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
         if key(unit) not in self.joints:
             return super().gated(unit, tokens, policy)
         values, out = cast(Joint, self.joints[key(unit)])(tokens.x)
@@ -78,6 +79,6 @@ def _asked_by(unit: Attention, tokens: Tokens, count: int) -> Tokens:
     """The first ``count`` tokens of each image behind an attention in which all tokens are keys."""
     normed = unit.normed(tokens)
     few = tokens.first(count).with_normed(normed[:, :count])
-    update = unit.behind(unit.combine(attend(*unit.project_first(normed, count), tokens)))
-    beside: Tensor | None = unit.beside_update(few)
-    return few.with_x(few.x + update if beside is None else few.x + update + beside)
+    update = unit.behind(unit.combine(attend(*unit.project_first(tokens.with_normed(normed), count), tokens)))
+    parallel: Tensor | None = unit.parallel_update(few)
+    return few.with_x(few.x + update if parallel is None else few.x + update + parallel)

@@ -12,6 +12,7 @@ from dyntune.backbones.base import Backbone
 from dyntune.backbones.units import Unit
 from dyntune.parts.methods.adaptformer import Adapter
 from dyntune.parts.policies.base import TokenPolicy
+from dyntune.parts.policies.gating import gating
 
 
 class Joint(nn.Module):
@@ -62,11 +63,12 @@ def joined(backbone: Backbone, policies: Sequence[TokenPolicy], without: Unit | 
     """
     joints = nn.ModuleDict()
     for unit in backbone.all_units():
-        gate = next((policy.linear_gate(unit) for policy in policies if policy.gates(unit)), None)
-        adapters = list(unit.beside.values())
+        policy = gating(policies, unit)
+        gate = None if policy is None else policy.linear_gate(unit)
+        adapters = list(unit.parallel.values())
         if unit is not without and gate is not None and len(adapters) == 1 and isinstance(adapters[0], Adapter):
             joints[key(unit)] = Joint(gate, adapters[0])
-            unit.beside.clear()
+            unit.parallel.clear()
     return joints
 
 

@@ -181,7 +181,9 @@ def _ending(backbone: Backbone, policies: Sequence[TokenPolicy], notes: list[str
     only = "the class token" if count == 1 else f"{count} tokens"
     if any(policy.gates(block.attn) for policy in policies):
         reason = "a gate decides which patches it sees"
-    elif not any(site.block == block.index and site.plain for site in backbone.sites("qkv")):
+    elif block.attn.opaque:
+        reason = "the host computes it as a whole"
+    elif not all(site.plain for site in backbone.sites("qkv") if site.block == block.index):
         reason = "its projection could not be folded into one linear map"
     else:
         reason = _looks_around(block.attn)
@@ -195,5 +197,5 @@ def _ending(backbone: Backbone, policies: Sequence[TokenPolicy], notes: list[str
 
 def _looks_around(unit: Unit) -> str | None:
     """Which module beside a unit needs all tokens of an image, if there is one."""
-    names = (name for name, module in unit.beside.items() if not getattr(module, "tokenwise", True))
+    names = (name for name, module in unit.parallel.items() if not getattr(module, "tokenwise", True))
     return next((f"{name} at {unit.path} looks at all tokens" for name in names), None)

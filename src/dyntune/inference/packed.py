@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntune.core.errors import DyntuneError
-
-_ROUNDS = 5
+from dyntune.core.timing import best_of_few
 
 
 class PackedLinear(nn.Module):
@@ -87,15 +86,6 @@ def available() -> bool:
 def _speedup(linear: nn.Linear, rows: int, dtype: torch.dtype) -> float:
     """How many times as fast the packed product of ``rows`` tokens is; the best of a few runs of each, in turns."""
     x = torch.randn(rows, linear.in_features, generator=torch.Generator().manual_seed(0))
-    packed = PackedLinear(linear, dtype)
-    best = {"plain": float("inf"), "packed": float("inf")}
-    ways: dict[str, Callable[[], Any]] = {
-        "plain": lambda: F.linear(x, linear.weight, linear.bias),
-        "packed": lambda: packed(x),
-    }
-    for _ in range(_ROUNDS):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            best[name] = min(best[name], time.perf_counter() - start)
+    plain = partial(F.linear, weight=linear.weight, bias=linear.bias)
+    best = best_of_few({"plain": plain, "packed": PackedLinear(linear, dtype)}, x)
     return best["plain"] / best["packed"]

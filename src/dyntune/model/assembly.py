@@ -14,11 +14,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dyntune.backbones import wrap
 from dyntune.backbones.base import Backbone
+from dyntune.backbones.source import wrap
 from dyntune.model.macs import trace, traced_macs
+from dyntune.parts.checks import check_bypass, check_gates, check_reductions
 from dyntune.parts.methods.base import TuningMethod
-from dyntune.parts.policies.base import TokenPolicy, check_bypass, check_gates, check_reductions
+from dyntune.parts.policies.base import Searching, TokenPolicy
+from dyntune.parts.policies.gating import gating
 from dyntune.parts.registry import expand, resolve
 from dyntune.parts.spec import Part, format_value
 
@@ -75,7 +77,7 @@ def settled(host: nn.Module, parts: Sequence[Part], dense_macs: int) -> tuple[Pa
         dense_macs: MACs per image of the untouched backbone without its head.
     """
     for place, part in enumerate(parts):
-        if isinstance(part, TokenPolicy):
+        if isinstance(part, Searching):
             trial = CopyTrial(host, (*parts[:place], *parts[place + 1 :]), place, dense_macs)
             spec = part.settle(trial)
             if spec is not None:
@@ -123,7 +125,8 @@ class CopyTrial:
         text = f"{traced.macs:,} of {self.dense_macs:,} MACs ({traced.macs / self.dense_macs:.2%})"
         if any(policy.reduces(unit) for policy in policies for unit in backbone.all_units()):
             text += f"; tokens in the MLP of each block: {' '.join(map(str, traced.mlp_tokens))}"
-        rates = [p.target_rate(unit) for unit in backbone.all_units() for p in policies if p.gates(unit)]
+        gated = ((unit, gating(policies, unit)) for unit in backbone.all_units())
+        rates = [policy.target_rate(unit) for unit, policy in gated if policy is not None]
         if rates:
             text += f"; share of patches computed in each gated unit: {' '.join(f'{rate:g}' for rate in rates)}"
         return text

@@ -24,7 +24,7 @@ def model_card(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         "---",
         "library_name: dyntune",
         *([f"base_model: timm/{name}"] if (name := config["backbone"]["name"]) not in (None, BUILTIN_BACKBONE) else []),
-        "pipeline_tag: image-classification",
+        f"pipeline_tag: {config['task']}",
         "tags: [dyntune, parameter-efficient-fine-tuning, token-skipping]",
         "---",
     ]

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyntune.backbones.source import BackboneSource, check_arguments
+from dyntune.backbones.origin import BackboneSource
+from dyntune.backbones.source import check_arguments, rebuild
 from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError, SpecError
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.rates import Calibration, dispatchers
 from dyntune.model.saved import CONFIG, read_config, read_weights
+from dyntune.model.tasks import Task, saved_task
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.registry import expand, part_from_dict, resolve
 from dyntune.parts.spec import Part
@@ -26,6 +28,7 @@ def load(
     device: str | torch.device = "cpu",
     check_backbone: bool = True,
     tokens: str | None = None,
+    task: Task | None = None,
 ) -> TunedModel:
     """Builds the backbone of a saved adapter and puts the adapter on; the model comes in eval mode.
 
@@ -37,6 +40,7 @@ def load(
         check_backbone: refuse a backbone whose weights differ from those that the adapter was trained on.
         tokens: a token policy without parameters to put on top, for instance ``"tome:r=8"``. The gates then see other
             tokens than they were calibrated on, so a saved calibration is left out.
+        task: what the outputs mean, for an adapter that was trained for another task than classification.
 
     Raises:
         CheckpointError: the folder is incomplete, damaged or of a newer format, or does not fit the backbone.
@@ -51,12 +55,14 @@ def load(
     try:
         parts = _parts(config)
         recorded = config["backbone"]
-        origin = BackboneSource(recorded["name"], check_arguments(recorded["arguments"]), recorded["weights"])
+        name, arguments = recorded["name"], recorded["arguments"]
+        origin = BackboneSource(name, check_arguments(name, arguments), recorded["weights"])
         origin = origin if weights is None else origin.with_weights(weights)
         dtype = {
             str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
         }[recorded["dtype"]]
         preprocessing = Preprocessing.from_dict(config["preprocessing"])
+        task = saved_task(config.get("task"), task)
         classes = _classes(config)
         calibration = None if config.get("calibration") is None else Calibration.from_dict(config["calibration"])
     except (KeyError, TypeError, AttributeError) as error:
@@ -65,7 +71,7 @@ def load(
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     # Full tuning saves every weight, so the pretrained ones need not be had.
     complete = bool(recorded.get("complete"))
-    host = (backbone or origin.build(pretrained=not complete)).to(dtype)
+    host = (backbone or rebuild(origin, pretrained=not complete)).to(dtype)
     if config.get("peft") is not None:
         host = _with_peft(host, config["peft"], folder)
     extra = resolve([tokens]) if tokens else ()
@@ -89,6 +95,7 @@ def load(
             tensor.copy_(tensors[name])
     model.origin = origin
     model.preprocessing = preprocessing
+    model.task = task
     model.classes = classes
     model.calibration = _fitting(calibration, model, folder) if not extra else None
     return model.to(device).eval()
@@ -109,14 +116,14 @@ def _fitting(calibration: Calibration | None, model: TunedModel, folder: Path) -
 def _with_peft(host: nn.Module, recipe: Any, folder: Path) -> nn.Module:
     """The host with the layers of Hugging Face's PEFT that the adapter was trained with."""
     try:
-        from dyntune.backbones.peft import rebuild
+        from dyntune.backbones.peft import rebuild as with_layers
     except ImportError as error:
         raise CheckpointError(
             f"the adapter in {folder} was trained with layers of PEFT, which is not installed or not complete "
             f"({error}). Install it: pip install 'dyntune[peft]'."
         ) from error
     try:
-        return rebuild(host, recipe)
+        return with_layers(host, recipe)
     except BackboneError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
 
@@ -148,8 +155,9 @@ def _require_fit(model: TunedModel, tensors: dict[str, Tensor], folder: Path) ->
     problems = [f"missing {name}" for name in sorted(own.keys() - tensors.keys())]
     problems += [f"unexpected {name}" for name in sorted(tensors.keys() - own.keys())]
     problems += [f"{name} is {theirs}, expected {ours}" for name, (ours, theirs) in shapes.items() if ours != theirs]
-    if any("host.head" in problem for problem in problems):
-        biases = (t for name, t in tensors.items() if name.startswith("host.head.") and name.endswith("bias"))
+    head = {model.backbone.saved_name(name) for name in model.backbone.head_parameters()}
+    if any(name in problem for problem in problems for name in head):
+        biases = (tensors[name] for name in sorted(head) if name in tensors and name.endswith("bias"))
         classes = next((len(bias) for bias in biases), 0)
         problems.insert(0, f"its head has {classes} classes, that of the backbone given {model.backbone.classes}")
     if problems:

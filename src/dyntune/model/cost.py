@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from dyntune.model.macs import Trace, head_macs, trace
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.policies.base import TokenPolicy
+from dyntune.parts.policies.gating import GatingPolicy
 from dyntune.parts.spec import format_spec
 
 
@@ -117,7 +118,8 @@ def cost(model: TunedModel) -> Cost:
 def _block_costs(model: TunedModel, traced: Trace) -> tuple[BlockCost, ...]:
     units = {unit.path: unit for unit in model.backbone.all_units()}
     skipped = {
-        gate.unit: gate.values.shape[1] * (1 - gate.policy.target_rate(units[gate.unit])) for gate in traced.gates
+        gate.unit: gate.values.shape[1] * (1 - cast(GatingPolicy, gate.policy).target_rate(units[gate.unit]))
+        for gate in traced.gates
     }
     return tuple(
         BlockCost(

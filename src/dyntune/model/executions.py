@@ -8,7 +8,8 @@ from torch import Tensor
 from dyntune.backbones.units import Mlp, Unit
 from dyntune.core.errors import DyntuneError
 from dyntune.core.tokens import Tokens
-from dyntune.parts.policies.base import Gate, TokenPolicy
+from dyntune.parts.policies.base import Gate
+from dyntune.parts.policies.gating import GatingPolicy
 
 
 class Execution(abc.ABC):
@@ -19,20 +20,20 @@ class Execution(abc.ABC):
         return tokens.with_x(tokens.x + unit.change(tokens))
 
     @abc.abstractmethod
-    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
+    def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
         """The tokens behind ``unit``, of which only prefix tokens and those that ``policy`` lets through computed."""
 
 
 class Masked(Execution):
     """Computes every token and multiplies the update by the gate: differentiable in the gate."""
 
-    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
+    def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
         gate = policy.gate(unit, tokens)
         tokens = unit.prepare(tokens)
         mask = tokens.cover_prefix(gate.values)
         update = unit.update(tokens.with_keys(mask)) * mask.unsqueeze(-1)
-        beside = unit.beside_update(tokens)
-        return tokens.with_x(tokens.x + update if beside is None else tokens.x + update + beside), gate
+        parallel = unit.parallel_update(tokens)
+        return tokens.with_x(tokens.x + update if parallel is None else tokens.x + update + parallel), gate
 
 
 class Sampled(Masked):
@@ -45,7 +46,7 @@ class Sampled(Masked):
     (stochastic depth), are masked.
     """
 
-    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
+    def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
         share = policy.explored(unit)
         if share is None or not isinstance(unit, Mlp) or unit.drop_path_rate:
             return super().gated(unit, tokens, policy)
@@ -61,8 +62,8 @@ class Sampled(Masked):
         update = unit.update(tokens.take(active, None)) * mask[active].unsqueeze(1)
         with torch.no_grad():
             skipped = unit.update(tokens.take(others, None))
-        beside = unit.beside_update(tokens)
-        out = (tokens.x if beside is None else tokens.x + beside).flatten(0, 1)
+        parallel = unit.parallel_update(tokens)
+        out = (tokens.x if parallel is None else tokens.x + parallel).flatten(0, 1)
         out = out.index_add(0, active, update.to(out.dtype))
         out = out.index_add(0, others, (skipped * (mask[others] / share).unsqueeze(1)).to(out.dtype))
         return tokens.with_x(out.view_as(tokens.x)), gate
@@ -71,7 +72,7 @@ class Sampled(Masked):
 class Compact(Execution):
     """Gathers the active tokens of the whole batch, computes only those, and adds them back where they came from."""
 
-    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
+    def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
         gate = policy.gate(unit, tokens)
         return tokens.with_x(self.computed(unit, tokens, gate)), gate
 
@@ -90,11 +91,11 @@ class Compact(Execution):
         every = not torch.compiler.is_compiling() and len(index) == batch * count
         if out is None:
             tokens = unit.prepare(tokens)
-            beside = unit.beside_update(tokens)
+            parallel = unit.parallel_update(tokens)
             if every:
                 update = unit.update(tokens)
-                return tokens.x + update if beside is None else tokens.x + update + beside
-            out = tokens.x.clone() if beside is None else tokens.x + beside
+                return tokens.x + update if parallel is None else tokens.x + update + parallel
+            out = tokens.x.clone() if parallel is None else tokens.x + parallel
         elif every:
             return out.add_(unit.update(tokens))
         update = unit.update(tokens.take(index, counts))
@@ -107,7 +108,7 @@ class Compact(Execution):
         A traced graph, in which there are no such numbers yet, gets them as a tensor.
         """
         mask = tokens.cover_prefix(gate.values) > 0.5
-        if tokens.sources.present is not None and not unit.tokenwise:
+        if tokens.provenance.present is not None and not unit.tokenwise:
             raise DyntuneError(
                 f"{unit.path}: while training, a policy hides tokens behind a mask, which attention among the active "
                 'tokens alone cannot see. Run with execution="masked", or in eval mode.'

@@ -15,6 +15,8 @@ from dyntune.backbones.units import Block, Unit
 from dyntune.core.tokens import Tokens
 from dyntune.model.executions import Execution
 from dyntune.parts.policies.base import Gate, Output, Reduction, TokenPolicy
+from dyntune.parts.policies.gating import gating
+from dyntune.parts.policies.reducing import ReducingPolicy
 
 
 def run(
@@ -84,49 +86,43 @@ def _step(
     unit: Unit, tokens: Tokens, policies: Sequence[TokenPolicy], execution: Execution
 ) -> tuple[Tokens, tuple[Gate | Reduction, ...]]:
     """One unit: gated as a whole, or for a block that is not, its two sub-layers in turn."""
-    policy = None if tokens.only_read else _deciding(policies, unit)
+    policy = None if tokens.only_read else gating(policies, unit)
     if policy is not None:
         tokens, gate = execution.gated(unit, tokens, policy)
         return tokens, (gate,)
     if not isinstance(unit, Block):
         return execution.plain(unit, tokens), ()
-    beside = unit.beside_update(tokens)
+    parallel = unit.parallel_update(tokens)
     projected = None
     if any(policy.reduces(unit.mlp) for policy in policies):
         # Computed here once, for the attention and for the policy that reads them.
         projected = unit.attn.projected(tokens := unit.attn.prepare(tokens))
         tokens = tokens.with_projected(projected)
     tokens, decided = _step(unit.attn, tokens, policies, execution)
-    if tokens.only_read and beside is not None:
-        beside = beside[:, : tokens.prefix]
-    tokens, beside, reduced = _reduce(unit.mlp, tokens, beside, policies, projected)
+    if tokens.only_read and parallel is not None:
+        parallel = parallel[:, : tokens.prefix]
+    tokens, parallel, reduced = _reduce(unit.mlp, tokens, parallel, policies, projected)
     tokens, mlp_decided = _step(unit.mlp, tokens, policies, execution)
-    return (tokens if beside is None else tokens.with_x(tokens.x + beside)), (*decided, *reduced, *mlp_decided)
-
-
-def _deciding(policies: Sequence[TokenPolicy], unit: Unit) -> TokenPolicy | None:
-    """The policy that decides which tokens go through ``unit``, if one does."""
-    for policy in policies:  # not next(), whose default torch.compile of PyTorch 2.8 cannot trace
-        if policy.gates(unit):
-            return policy
-    return None
+    return (tokens if parallel is None else tokens.with_x(tokens.x + parallel)), (*decided, *reduced, *mlp_decided)
 
 
 def _reduce(
     unit: Unit,
     tokens: Tokens,
-    beside: Tensor | None,
+    parallel: Tensor | None,
     policies: Sequence[TokenPolicy],
     projected: tuple[Tensor, Tensor, Tensor] | None,
 ) -> tuple[Tokens, Tensor | None, tuple[Reduction, ...]]:
-    """The tokens that go on into ``unit``, and the update ``beside`` them that is yet to be added, for those."""
+    """The tokens that go on into ``unit``, and the update ``parallel`` to them that is yet to be added, for those."""
     for policy in policies:
-        apply = policy.reduction(unit, tokens, projected) if policy.reduces(unit) else None
+        if not isinstance(policy, ReducingPolicy) or not policy.reduces(unit):
+            continue
+        apply = policy.reduction(unit, tokens, projected)
         if apply is not None:
-            beside = None if beside is None else apply(tokens.with_x(beside)).x
+            parallel = None if parallel is None else apply(tokens.with_x(parallel)).x
             tokens = apply(tokens)
-            return tokens, beside, (Reduction(unit.path, policy, tokens.sources, tokens.x.shape[1]),)
-    return tokens, beside, ()
+            return tokens, parallel, (Reduction(unit.path, policy, tokens.provenance, tokens.x.shape[1]),)
+    return tokens, parallel, ()
 
 
 def activation_rates(gates: Sequence[Gate]) -> Tensor:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from dyntune.core.tokens import Tokens
 from dyntune.model.executions import Compact
 from dyntune.model.forward import run
 from dyntune.parts.policies.base import Gate, TokenPolicy
+from dyntune.parts.policies.gating import GatingPolicy
 
 LAYER_NORM_MACS = 5
 """MACs per element that the convention gives an affine LayerNorm."""
@@ -137,7 +138,8 @@ class Planned(Compact):
         self.active = 0
 
     def computed(self, unit: Unit, tokens: Tokens, gate: Gate, out: Tensor | None = None) -> Tensor:
-        expected = round(gate.policy.target_rate(unit) * gate.values.shape[1], 9)  # 0.7 * 10 is 7.000000001
+        rate = cast(GatingPolicy, gate.policy).target_rate(unit)
+        expected = round(rate * gate.values.shape[1], 9)  # 0.7 * 10 is 7.000000001
         before = self.counter.macs
         costs = []
         for self.active in (math.floor(expected), math.ceil(expected)):

@@ -20,8 +20,8 @@ from dyntune.core.errors import CheckpointError, DataError, SpecError
 from dyntune.core.tokens import Tokens
 from dyntune.data.transforms import Preprocessing, prepared
 from dyntune.model.executions import Compact
-from dyntune.parts.policies.base import Gate, Output, TokenPolicy
-from dyntune.parts.policies.dispatch import Dispatcher
+from dyntune.parts.policies.base import Gate, Output
+from dyntune.parts.policies.gating import GatingPolicy, LearnedGate
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """The rates that a model is calibrated for unless others are asked for; those between are interpolated."""
@@ -119,10 +119,10 @@ def _numbers(values: Any) -> tuple[float, ...]:
     return tuple(map(float, values))
 
 
-def dispatchers(backbone: Backbone) -> dict[str, Dispatcher]:
+def dispatchers(backbone: Backbone) -> dict[str, LearnedGate]:
     """The learned gates of a backbone, by the path of the unit that they stand on."""
-    found = ((unit.path, getattr(unit, "dispatcher", None)) for unit in backbone.all_units())
-    return {path: gate for path, gate in found if isinstance(gate, Dispatcher)}
+    gates = ((unit.path, unit.dispatcher) for unit in backbone.all_units())
+    return {path: gate for path, gate in gates if isinstance(gate, LearnedGate)}
 
 
 class Gated(Protocol):
@@ -228,7 +228,7 @@ def calibrate(
 
 
 def _point(
-    model: Calibrated, gates: dict[str, Dispatcher], batches: list[Tensor], rate: float, natural: dict[str, float]
+    model: Calibrated, gates: dict[str, LearnedGate], batches: list[Tensor], rate: float, natural: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Shift and activation of every gate at one rate."""
 
@@ -261,7 +261,7 @@ class _AtQuantiles(Compact):
         self.summed = dict.fromkeys(targets, 0.0)
         """Of each gated unit, the sum over all images of the threshold that their batch was given."""
 
-    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
+    def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
         gate = policy.gate(unit, tokens)
         if unit.path in self.targets and gate.logits is not None:
             between = threshold(gate.logits, self.targets[unit.path])
@@ -345,7 +345,7 @@ def _to_device(batch: Tensor, model: Calibrated) -> Tensor:
     return batch.to(device=like.device, dtype=like.dtype)
 
 
-def _require_gates(model: Gated, gates: dict[str, Dispatcher]) -> None:
+def _require_gates(model: Gated, gates: dict[str, LearnedGate]) -> None:
     if not gates:
         raise SpecError(
             f"{model.spec} has no learned gates whose threshold could be shifted. Another rate needs a model with "
@@ -354,7 +354,7 @@ def _require_gates(model: Gated, gates: dict[str, Dispatcher]) -> None:
 
 
 @contextmanager
-def _as_trained(model: Calibrated, gates: dict[str, Dispatcher]) -> Iterator[None]:
+def _as_trained(model: Calibrated, gates: dict[str, LearnedGate]) -> Iterator[None]:
     """The model in eval mode with its trained thresholds; afterwards as it was."""
     modes = {module: module.training for module in model.modules()}
     rates = {unit: gate.rate for unit, gate in gates.items()}
@@ -372,7 +372,7 @@ def _as_trained(model: Calibrated, gates: dict[str, Dispatcher]) -> Iterator[Non
 
 
 @contextmanager
-def _shifted(gates: dict[str, Dispatcher], shifts: dict[str, float]) -> Iterator[None]:
+def _shifted(gates: dict[str, LearnedGate], shifts: dict[str, float]) -> Iterator[None]:
     for unit, gate in gates.items():
         gate.set_rate(shifts[unit], None)
     try:

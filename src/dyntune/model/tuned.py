@@ -10,9 +10,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dyntune.backbones import wrap
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.source import BackboneSource, create_backbone, describe, fingerprint
+from dyntune.backbones.origin import BackboneSource, fingerprint
+from dyntune.backbones.source import create_backbone, wrap
 from dyntune.core.errors import CheckpointError, SpecError
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.assembly import install, settled
@@ -22,8 +22,10 @@ from dyntune.model.forward import run
 from dyntune.model.macs import trace
 from dyntune.model.rates import Calibration, set_rate
 from dyntune.model.saved import write_adapter
+from dyntune.model.tasks import Classification, Task
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import Output
+from dyntune.parts.policies.gating import gating
 from dyntune.parts.registry import expand, resolve
 from dyntune.parts.spec import Part, format_spec
 
@@ -47,6 +49,7 @@ class TunedModel(nn.Module):
 
     Attributes:
         parts: the parts as they are installed: in place of one that searches its settings, what it has found.
+        task: what the outputs mean and how they are learned.
         classes: names of the classes in label order, or None if not known.
         preprocessing: what images must go through before they reach the model.
         origin: where the backbone's weights come from, so that ``load`` can build it again.
@@ -64,8 +67,9 @@ class TunedModel(nn.Module):
         dense = trace(plain, ())
         self.dense_macs, self.dense_block_macs = dense.macs, dense.block_macs
         self.fingerprint = _fingerprint(plain, self.backbone.adopted)
-        self.origin: BackboneSource = describe(plain.host)
-        self.preprocessing = Preprocessing.from_backbone(plain.host)
+        self.origin: BackboneSource = plain.origin()
+        self.preprocessing: Preprocessing = plain.preprocessing()
+        self.task: Task = Classification()
         self.classes: tuple[str, ...] | None = None
         self.parts = settled(host, parts, self.dense_macs)
         self.methods = tuple(part for part in expand(self.parts) if isinstance(part, TuningMethod))
@@ -82,7 +86,8 @@ class TunedModel(nn.Module):
     @property
     def target_rate(self) -> float:
         """Share of patches that gated units are meant to compute, the mean over those units; 1 without gates."""
-        rates = [p.target_rate(unit) for unit in self.backbone.all_units() for p in self.policies if p.gates(unit)]
+        gated = ((unit, gating(self.policies, unit)) for unit in self.backbone.all_units())
+        rates = [policy.target_rate(unit) for unit, policy in gated if policy is not None]
         return sum(rates) / len(rates) if rates else 1.0
 
     def set_rate(self, rate: float | None, data: Dataset[Any] | Tensor | None = None) -> None:
@@ -196,6 +201,7 @@ class TunedModel(nn.Module):
             },
             "peft": self.backbone.recipe(),
             "preprocessing": self.preprocessing.to_dict(),
+            "task": self.task.name,
             "classes": self.classes,
             "results": results or {},
             "calibration": self.calibration and self.calibration.to_dict(),
@@ -230,25 +236,32 @@ def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
 
 
 def build_tuned(
-    name: str, *parts: str | Part, classes: Sequence[str], weights: str | Path | None = None, **arguments: Any
+    name: str,
+    *parts: str | Part,
+    classes: Sequence[str],
+    weights: str | Path | None = None,
+    task: Task | None = None,
+    **arguments: Any,
 ) -> TunedModel:
     """A pretrained backbone by name with a new head and parts on it: what ``dyntune train`` begins with.
 
-    The head starts as the DyT code starts it: truncated normal weights of deviation 0.01, zero biases.
+    The head starts as the task says.
 
     Args:
         name: timm model name.
         parts: as for ``tune``.
-        classes: names of the classes in label order.
+        classes: names of the classes in label order; the head has an output for each.
         weights: local weight file of the backbone.
+        task: what the outputs mean; classification if not given.
         arguments: for ``timm.create_model``, for instance ``img_size``.
     """
+    if not arguments.get("drop_path_rate", True):
+        del arguments["drop_path_rate"]  # none is the default, and not every host can have some
     host = create_backbone(name, weights=weights, num_classes=len(classes), **arguments)
     model = tune(host, *parts)
+    model.task = task or model.task
     for head in model.backbone.heads:
-        if isinstance(head, nn.Linear):
-            nn.init.trunc_normal_(head.weight, std=0.01)
-            nn.init.zeros_(head.bias)
+        model.task.initialise(head)
     model.classes = tuple(classes)
     model.origin = model.origin.with_weights(None if weights is None else Path(weights).resolve())
     return model

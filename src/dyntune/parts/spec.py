@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 from torch import Tensor
 
 from dyntune.core.errors import SpecError, unknown_name
+from dyntune.core.fields import descriptions
 from dyntune.core.rooms import named
 
 
@@ -57,10 +58,7 @@ class Part:
     @classmethod
     def options(cls) -> dict[str, str]:
         """Field name -> its description from the ``Args:`` section of the class docstring."""
-        match = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)*)", inspect.cleandoc(cls.__doc__ or ""), re.MULTILINE)
-        text = inspect.cleandoc(match.group(1)) if match else ""
-        found = re.findall(r"^(\w+): (.*(?:\n[ ]+.*)*)", text, re.MULTILINE)
-        return {name: " ".join(line.split()) for name, line in found}
+        return descriptions(cls)
 
     @classmethod
     def from_strings(cls, values: dict[str, str]) -> Self:

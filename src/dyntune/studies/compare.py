@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,17 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from dyntune.core.errors import DataError, SpecError
-from dyntune.data.base import DataSplits, LabelledImages
+from dyntune.backbones.source import rebuild
+from dyntune.core.errors import DataError
+from dyntune.core.timing import Throughput, measure_throughput
+from dyntune.data.base import DataSplits
 from dyntune.model.cost import cost
 from dyntune.model.tuned import TunedModel, build_tuned
-from dyntune.parts.registry import resolve
-from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
+from dyntune.parts.spec_list import folder_name
+from dyntune.training.evaluate import Evaluation, evaluate
+from dyntune.training.inputs import first_batch
 from dyntune.training.progress import Progress
 from dyntune.training.settings import TrainSettings
-from dyntune.training.throughput import Throughput, measure_throughput
 from dyntune.training.trainer import fit
 
 DENSE = "dense backbone"
@@ -55,43 +54,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
-
-
-def split_specs(text: str) -> list[str]:
-    """Splits ``a,b:key=value,key=value,c`` into specs, which must be known and different."""
-    specs = split_list(text)
-    resolve(specs)
-    if len({folder_name(spec) for spec in specs}) < len(specs):
-        raise SpecError(f"{text!r} names a method twice; give each once.")
-    return specs
-
-
-def split_list(text: str) -> list[str]:
-    """Splits ``a,b:key=value,key=value,c`` at its commas; a piece ``key=value`` belongs to what stands before it."""
-    specs: list[str] = []
-    for piece in filter(None, (p.strip() for p in text.split(","))):
-        continues = "=" in piece and ":" not in piece.split("=")[0]
-        if continues and not specs:
-            raise SpecError(
-                f"{text!r} begins with the option {piece!r}; a spec begins with a name, as in dyt:rate=0.5."
-            )
-        specs = [*specs[:-1], f"{specs[-1]},{piece}"] if continues else [*specs, piece]
-    if not specs:
-        raise SpecError("no method given; for instance linear,adaptformer,dyt:rate=0.5.")
-    return specs
-
-
-def folder_name(spec: str) -> str:
-    """A folder name for a spec: letters, digits, dots and dashes; different specs have different names.
-
-    Where more is lost than the separators of a spec, such as the sign of a number, a digest is appended.
-    """
-    written = "".join(spec.split())
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", written).strip("-")
-    if re.fullmatch(r"[A-Za-z0-9.]+((?:[:,=/]|[+_-](?=[A-Za-z]))[A-Za-z0-9.]+)*", written):
-        return name
-    return f"{name}-{hashlib.sha256(written.encode()).hexdigest()[:8]}"
+        return asdict(self) | {"test": self.test.to_dict()}
 
 
 def compare(
@@ -164,13 +127,8 @@ def compare_speed(models: dict[str, TunedModel], images: Tensor) -> dict[str, Th
     """Images per second of tuned models and of the untouched backbone, ``DENSE``, in turns on one batch."""
     first = next(iter(models.values()))
     device = next(first.parameters()).device
-    plain = first.origin.build(pretrained=False) if first.origin.name else copy.deepcopy(first.backbone.plain().host)
+    plain = rebuild(first.origin, pretrained=False) if first.origin.name else copy.deepcopy(first.backbone.plain().host)
     contestants: dict[str, Callable[[Tensor], Any]] = {DENSE: plain.to(device).eval()}
     contestants |= {spec: model.eval() for spec, model in models.items()}
     with torch.inference_mode():
         return measure_throughput(contestants, images.to(device), reference=DENSE)
-
-
-def first_batch(dataset: LabelledImages, model: TunedModel, batch_size: int) -> Tensor:
-    """The first images of a data set, preprocessed: ``(at most batch_size, 3, height, width)``."""
-    return next(iter(DataLoader(as_tensors(dataset, model), batch_size)))[0]

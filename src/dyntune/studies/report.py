@@ -1,11 +1,9 @@
-"""What a comparison leaves behind: a table for people, files for programs, pictures, and a page that shows them."""
+"""The report of a comparison: a table for people, files for programs, pictures, and a page that shows them."""
 
 from __future__ import annotations
 
 import csv
 import html
-import os
-import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,19 +12,19 @@ import torch
 from matplotlib.figure import Figure
 
 from dyntune.core.files import write_atomically, write_json, write_text
+from dyntune.core.machine import machine
 from dyntune.data.base import LabelledImages
 from dyntune.model.tuned import TunedModel
-from dyntune.studies.compare import Row, folder_name
+from dyntune.parts.spec_list import folder_name
+from dyntune.studies.compare import Row
 from dyntune.studies.pictures import activation_figure, reduction_figure, save_figure, token_figure
-from dyntune.studies.pictures.tradeoff import tradeoff_figure
+from dyntune.studies.pictures.accuracy_macs import tradeoff_figure
 from dyntune.training.evaluate import as_tensors
 
 _GATED, _REDUCED = 6, 2
 """Images in a picture of gates, and of merged or dropped tokens."""
 _SPEED = "Speed is relative to the untouched backbone, run in turns in one process."
-COLUMNS = (
-    "method",
-    "test accuracy",
+_COLUMNS = (
     "trained parameters",
     "adapter",
     "MACs per image",
@@ -37,12 +35,17 @@ COLUMNS = (
 )
 
 
+def table_columns(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The titles of the columns of ``table_rows``."""
+    return ("method", f"test {rows[0].test.merit}", *_COLUMNS)
+
+
 def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """The rows as people read them, under ``COLUMNS``."""
+    """The rows as people read them, under ``table_columns``."""
     return [
         (
             row.method,
-            f"{row.test.accuracy:.2%}",
+            f"{row.test.score:.2%}",
             f"{row.trainable_params:,}",
             f"{row.adapter_bytes / 1000:,.0f} kB",
             f"{(row.test.macs or 0) / 1e6:,.2f} M",
@@ -57,26 +60,13 @@ def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """The table in Markdown."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
+    columns = table_columns(rows)
+    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
     lines += [
         "| " + " | ".join(f"`{cells[0]}`" if i == 0 else c for i, c in enumerate(cells)) + " |"
         for cells in table_rows(rows)
     ]
     return "\n".join(lines)
-
-
-def machine() -> str:
-    """What the figures were measured on: processor, cores used, versions."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = models[0] if models else name
-    device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{name}, {threads}{device}, torch {torch.__version__}, {platform.system()}"
 
 
 def write_report(
@@ -97,7 +87,7 @@ def write_report(
     """
     write_json(out / "results.json", {"title": title, "machine": machine(), "rows": [row.to_dict() for row in rows]})
     write_atomically(out / "results.csv", lambda path: _write_csv(path, rows))
-    pictures = {"tradeoff.png": "Test accuracy over the MACs that ran, without the head."}
+    pictures = {"tradeoff.png": f"Test {rows[0].test.merit} over the MACs that ran, without the head."}
     save_figure(tradeoff_figure(rows), out / "tradeoff.png")
     gated = [row for row in rows if row.test.activation_per_unit]
     if gated:
@@ -149,7 +139,7 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer.writerow(
             [
                 "method",
-                "test_accuracy",
+                f"test_{rows[0].test.merit}",
                 "trainable_params",
                 "adapter_bytes",
                 "macs",
@@ -164,7 +154,7 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
         )
         for r in rows:
             figures = [
-                r.test.accuracy,
+                r.test.score,
                 r.trainable_params,
                 r.adapter_bytes,
                 r.test.macs,
@@ -182,7 +172,7 @@ def _breakable(cell: str) -> str:
 
 def _page(title: str, intro: str, rows: Sequence[Row], pictures: dict[str, str]) -> str:
     """One HTML page without scripts or anything from elsewhere."""
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in COLUMNS)
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in table_columns(rows))
     body = "".join(
         "<tr>" + "".join(f"<td>{_breakable(cell)}</td>" for cell in cells) + "</tr>" for cells in table_rows(rows)
     )

@@ -1,4 +1,4 @@
-"""Evaluation: accuracy, activation rates, and the MACs that the run really executed."""
+"""Evaluation: the figures of a model's task, activation rates, and the MACs that the run really executed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dyntune.core.errors import DataError
 from dyntune.data.transforms import prepared
 from dyntune.model.macs import MacCounter, head_macs
+from dyntune.model.tasks import Classification, Metric
 from dyntune.model.tuned import ExecutionName, TunedModel
 
 
@@ -24,26 +24,43 @@ class Evaluation:
 
     Args:
         images: how many there were.
-        accuracy: share of images whose highest logit is the right class.
-        loss: mean cross-entropy.
+        figures: of the model's task, by name; for classification ``accuracy`` and ``loss``.
         activation: mean share of active patches; 1 for a model without gates.
         activation_per_unit: the same for each gated unit, by path; empty for a model without gates.
         macs: MACs per image that ran, without the head; None if they were not counted.
         tokens_per_unit: tokens of an image, prefix included, that enter each unit in front of which a policy has merged
             or dropped some, by path.
+        merit: which of ``figures`` is the task's figure of merit.
     """
 
     images: int
-    accuracy: float
-    loss: float
+    figures: dict[str, float]
     activation: float
     activation_per_unit: dict[str, float]
     macs: float | None
     tokens_per_unit: dict[str, int] = field(default_factory=dict)
+    merit: str = Classification.merit
+
+    @property
+    def score(self) -> float:
+        """The task's figure of merit, from 0 to 1."""
+        return self.figures[self.merit]
+
+    @property
+    def accuracy(self) -> float:
+        """Of classification: share of images whose highest logit is the right class."""
+        return self.figures["accuracy"]
+
+    @property
+    def loss(self) -> float:
+        """Of classification: mean cross-entropy."""
+        return self.figures["loss"]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        values = asdict(self)
+        del values["merit"]
+        return {"images": values.pop("images"), **values.pop("figures"), **values}
 
 
 def as_tensors(dataset: Dataset[Any], model: TunedModel) -> Dataset[Any]:
@@ -60,16 +77,18 @@ def evaluate(
     workers: int = 0,
     count_macs: bool = True,
     execution: ExecutionName = "compact",
+    metric: Metric | None = None,
 ) -> Evaluation:
     """Runs a model on labelled images, on the device that it is on.
 
     Args:
         model: put in eval mode for the run, and back afterwards.
-        data: a data set of (image, label), or an iterable of batches.
+        data: a data set of (image, target), or an iterable of batches.
         batch_size: images per forward pass.
         workers: processes that read images.
         count_macs: whether to count what runs; each operator then passes through Python, which costs some time.
         execution: ``compact`` skips tokens, ``masked`` computes all.
+        metric: counts the outputs, in place of a fresh one of the model's task.
 
     Raises:
         DataError: there is no image.
@@ -80,20 +99,18 @@ def evaluate(
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    images = correct = 0
-    loss = 0.0
+    metric = metric or model.task.metric(model.backbone.classes)
+    images = 0
     active: dict[str, float] = {}
     tokens: dict[str, int] = {}
     counter = MacCounter() if count_macs else None
     try:
-        for batch, labels in batches:
-            batch, labels = batch.to(device), labels.to(device)
+        for batch, targets in batches:
+            batch, targets = batch.to(device), targets.to(device)
             with counter or nullcontext():
                 output = model.run(batch, execution=execution)
-            logits = output.logits.float()
+            metric.update(output.logits.float(), targets)
             images += len(batch)
-            correct += int((logits.argmax(-1) == labels).sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             for gate in output.gates:
                 active[gate.unit] = active.get(gate.unit, 0.0) + float(gate.values.float().mean(1).sum())
             tokens = {reduction.unit: reduction.count for reduction in output.reductions}
@@ -104,10 +121,10 @@ def evaluate(
     rates = {unit: total / images for unit, total in active.items()}
     return Evaluation(
         images=images,
-        accuracy=correct / images,
-        loss=loss / images,
+        figures=metric.figures(),
         activation=sum(rates.values()) / len(rates) if rates else 1.0,
         activation_per_unit=rates,
         macs=counter.macs / images - head_macs(model.backbone) if counter else None,
         tokens_per_unit=tokens,
+        merit=model.task.merit,
     )

@@ -30,6 +30,7 @@ def run_identity(
         "backbone": model.origin.name,
         "architecture": hashlib.sha256(str(model.backbone.host).encode()).hexdigest()[:16],
         "weights": model.fingerprint,
+        "task": model.task.name,
         "classes": model.classes,
         "preprocessing": model.preprocessing.to_dict(),
         "processes": processes,

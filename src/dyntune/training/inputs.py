@@ -1,15 +1,16 @@
-"""What images go through before a model is trained on them, and whether model and data set belong together."""
+"""What images go through before a model gets them, and whether model and data set belong together."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any, Literal
 
-from torch.utils.data import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from dyntune.core.errors import TrainingError
 from dyntune.data.base import LabelledImages
-from dyntune.data.transforms import Preprocessing, build_transform
+from dyntune.data.transforms import Preprocessing, build_transform, prepared
 from dyntune.model.tuned import TunedModel
 from dyntune.training.settings import TrainSettings
 
@@ -57,3 +58,8 @@ def training_images(dataset: Dataset[Any], model: TunedModel, settings: TrainSet
     if settings.augment != "none":
         raise TrainingError("augment needs a data set of PIL images; this one has a transform of its own.")
     return dataset
+
+
+def first_batch(dataset: LabelledImages, model: TunedModel, batch_size: int) -> Tensor:
+    """The first images of a data set, preprocessed: ``(at most batch_size, 3, height, width)``."""
+    return next(iter(DataLoader(prepared(dataset, model.preprocessing), batch_size)))[0]

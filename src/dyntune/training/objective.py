@@ -8,19 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyntune.backbones import wrap
 from dyntune.backbones.base import Backbone
-from dyntune.core.losses import distillation_loss
+from dyntune.backbones.source import wrap
 from dyntune.model.executions import Masked
 from dyntune.model.forward import run
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.policies.base import CompletePass, Output
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
-"""Logits ``(B, classes)`` and targets to a scalar loss."""
+"""Outputs, such as logits ``(B, classes)``, and targets to a scalar loss."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def training_loss(
     model: TunedModel,
     images: Tensor,
     targets: Tensor,
-    criterion: Criterion = F.cross_entropy,
+    criterion: Criterion | None = None,
     *,
     teacher: nn.Module | None = None,
     epoch: float | None = None,
@@ -57,14 +55,15 @@ def training_loss(
     Args:
         model: in train mode.
         images: ``(B, 3, height, width)``, preprocessed.
-        targets: class indices ``(B,)``, or class shares ``(B, classes)`` under mixup.
-        criterion: the task's loss on logits and targets.
+        targets: what the task takes; for classification class indices ``(B,)``, or class shares ``(B, classes)``.
+        criterion: another loss on outputs and targets than that of the model's task.
         teacher: a frozen model of the same task, tuned or a plain backbone, for policies that learn from one
             (DynamicViT); their terms are left out without it.
         epoch: epochs done, with the fraction of the running one, for what follows a schedule (EViT's keep rate).
         step: number of the step in the whole training, from 0, for a complete model that does not run in every step;
             without it, it does. Processes that train together must give the same number.
     """
+    criterion = criterion or model.task.loss
     model.backbone.begin_step(epoch)
     output = model.run(images)
     terms: dict[str, Tensor] = {}
@@ -89,7 +88,7 @@ def training_loss(
         if asked.weight:
             add("complete", factor * asked.weight * criterion(complete, targets[:count]))
         if asked.distill:
-            add("distill", factor * asked.distill * distillation_loss(output.logits[:count], complete))
+            add("distill", factor * asked.distill * model.task.distillation(output.logits[:count], complete))
     return Loss(sum(terms.values(), start=terms["task"].new_zeros(())), terms, output)
 
 

@@ -10,6 +10,9 @@ from rich.progress import Progress as Bar
 
 from dyntune.training.evaluate import Evaluation
 
+_SHORT = {"accuracy": "acc"}
+"""Figures of merit as a narrow line names them."""
+
 
 class Progress(Protocol):
     """Told about every step and evaluation of a run; a context manager around the whole."""
@@ -22,7 +25,7 @@ class Progress(Protocol):
         """Epoch ``epoch`` of ``epochs``, counted from 0, begins at step ``first`` of ``steps``."""
 
     def step(self, figures: dict[str, float]) -> None:
-        """A step is done: its loss, loss terms, accuracy, activation and speed."""
+        """A step is done: its loss, loss terms, the task's figure of merit, activation and speed."""
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """The epoch has been evaluated on the validation split."""
@@ -91,11 +94,13 @@ class ProgressBar:
         self.bar.update(self.task, advance=1, status=f"{self._status()} {self.validation}".rstrip())
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        self.validation = f"val acc {evaluation.accuracy:.1%}"
+        self.validation = f"val {_SHORT.get(evaluation.merit, evaluation.merit)} {evaluation.score:.1%}"
         if not self.console.is_terminal:
             self.console.print(f"{self.label}: {self._status()} {self.validation}", highlight=False, soft_wrap=True)
 
     def _status(self) -> str:
         terms = " ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in self.means.items() if n.startswith("loss"))
         activation = f" active {self.means['activation']:.0%}" if "activation" in self.means else ""
-        return f"{terms} acc {self.means['accuracy']:.1%}{activation} {self.means['images_per_second']:.0f} img/s"
+        merits = (n for n in self.means if n not in ("activation", "images_per_second") and not n.startswith("loss"))
+        score = " ".join(f"{_SHORT.get(n, n)} {self.means[n]:.1%}" for n in merits)
+        return f"{terms} {score}{activation} {self.means['images_per_second']:.0f} img/s"

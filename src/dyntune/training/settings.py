@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from dyntune.core.errors import TrainingError, unknown_name
+from dyntune.core.fields import Range, require_ranges
 from dyntune.parts.spec import coerce
 from dyntune.training.schedule import Schedule, warmup_cosine
 
@@ -29,32 +30,33 @@ class TrainSettings:
         min_lr: learning rate at the end of the cosine.
         backbone_lr: factor on the learning rate of the pretrained backbone's own tensors, where they are trained
             (``full``, ``bitfit``); above 0 and at most 1. What is new (adapters, predictors, the head) has factor 1.
-        weight_decay: on the trained tensors.
+        weight_decay: weight decay of the trained tensors.
         decay_1d: whether weight decay holds for biases and other tensors of one dimension too.
-        warmup_epochs: linear warm-up; None means a tenth of the epochs.
+        warmup_epochs: epochs of linear warm-up; None stands for a tenth of all.
         warmup_lr: learning rate at which the warm-up begins.
         cooldown_epochs: the last epochs, spent at ``min_lr``.
-        schedule: how the learning rate follows the epochs; see ``dyntune.training.schedule.warmup_cosine``.
+        schedule: learning rate per iteration or per epoch; timm's cosine counts the warm-up as its part. See
+            ``dyntune.training.schedule.warmup_cosine``.
         label_smoothing: share of the target spread over all classes.
         mixup: alpha of mixup, 0 for none.
         cutmix: alpha of CutMix, 0 for none.
         augment: ``none`` resizes only, as VTAB-1K does; ``timm`` adds timm's random crops, flips and colour changes.
         accumulate: steps whose gradients are added before the weights change.
-        clip_norm: largest norm of the gradient, None for no limit.
+        clip_norm: largest norm of the gradient; no limit by default.
         precision: of the forward and backward pass; weights stay as they are.
         gradient_checkpointing: recomputes each block in the backward pass, which takes time and saves memory; the
             weights come to the same. Without it the backbone's own switch stays as it is.
         device: ``auto`` takes an accelerator if there is one.
         workers: processes that read images; 0 reads in the training process.
         seed: decides the order of images and every random number.
-        select: the split whose accuracy picks the saved epoch; ``last`` saves the last epoch, ``test`` is for those who
-            must reproduce published numbers.
+        select: the split whose accuracy, or other figure of merit, picks the saved epoch; ``last`` saves the last
+            epoch, ``test`` is for those who must reproduce published numbers.
         eval_every: epochs between two evaluations; the last epoch is always evaluated.
         log_every: steps between two records in the log.
     """
 
-    epochs: int = 30
-    batch_size: int = 64
+    epochs: Annotated[int, Range(1)] = 30
+    batch_size: Annotated[int, Range(1)] = 64
     drop_last: bool = False
     optimizer: Optimizer = "adamw"
     lr: float = 1e-3
@@ -64,22 +66,22 @@ class TrainSettings:
     decay_1d: bool = True
     warmup_epochs: float | None = None
     warmup_lr: float = 0.0
-    cooldown_epochs: int = 0
+    cooldown_epochs: Annotated[int, Range(0)] = 0
     schedule: Schedule = "iteration"
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
     augment: Literal["none", "timm"] = "none"
-    accumulate: int = 1
+    accumulate: Annotated[int, Range(1)] = 1
     clip_norm: float | None = None
     precision: Precision = "fp32"
     gradient_checkpointing: bool = False
     device: Device = "auto"
-    workers: int = 0
-    seed: int = 0
+    workers: Annotated[int, Range(0)] = 0
+    seed: Annotated[int, Range(0)] = 0
     select: Select = "val"
-    eval_every: int = 1
-    log_every: int = 10
+    eval_every: Annotated[int, Range(1)] = 1
+    log_every: Annotated[int, Range(1)] = 10
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -87,11 +89,7 @@ class TrainSettings:
                 object.__setattr__(self, name, coerce(getattr(self, name), hint))
             except ValueError as error:
                 raise TrainingError(f"{name}={getattr(self, name)!r}: expected {error}.") from None
-        positive = {"epochs": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "eval_every": 1}
-        positive |= {"workers": 0, "seed": 0, "cooldown_epochs": 0}
-        for name, least in positive.items():
-            if getattr(self, name) < least:
-                raise TrainingError(f"{name}={getattr(self, name)}: expected at least {least}.")
+        require_ranges(self, TrainingError)
         if not 0 <= self.min_lr <= self.lr or self.lr == 0:
             raise TrainingError(f"lr={self.lr}, min_lr={self.min_lr}: expected 0 <= min_lr <= lr and lr above 0.")
         if not 0 < self.backbone_lr <= 1:

@@ -25,7 +25,7 @@ class RunState:
         tensors: the trained tensors.
         optimizer: the optimiser's state.
         scaler: the gradient scaler's state under fp16.
-        best: accuracy of the saved adapter, -1 before there is one.
+        best: figure of merit, such as accuracy, of the saved adapter, -1 before there is one.
         best_epoch: the epoch that it comes from, counted from 1.
         best_tensors: the trained tensors of that epoch.
         seconds: time spent so far.

@@ -7,8 +7,8 @@ import logging
 import torch
 from torch import nn
 
-from dyntune.backbones import wrap
-from dyntune.backbones.source import fingerprint
+from dyntune.backbones.origin import fingerprint
+from dyntune.backbones.source import wrap
 from dyntune.core.errors import TrainingError
 from dyntune.model.tuned import TunedModel
 
@@ -43,6 +43,7 @@ def ready_teacher(model: TunedModel, teacher: nn.Module | None, device: torch.de
         )
     if isinstance(teacher, TunedModel):
         for what, taught, own in (
+            ("task", teacher.task.name, model.task.name),
             ("classes", teacher.classes, model.classes),
             ("preprocessing", teacher.preprocessing, model.preprocessing),
         ):

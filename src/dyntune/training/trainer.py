@@ -5,17 +5,17 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from dyntune.backbones.base import file_name
 from dyntune.core.errors import TrainingError
 from dyntune.core.files import write_json
 from dyntune.model.forward import activation_rates
@@ -26,8 +26,7 @@ from dyntune.training.identity import identity_changes, run_identity
 from dyntune.training.inputs import require_matching_head, training_images
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.logs import RunLog
-from dyntune.training.mixing import make_mixup, mixed
-from dyntune.training.objective import training_loss
+from dyntune.training.objective import Criterion, training_loss
 from dyntune.training.optimizer import make_optimizer, pretrained_parameters, set_learning_rate
 from dyntune.training.progress import Progress, Silent
 from dyntune.training.randomness import EpochSampler, SeededDataset, caller_randomness_kept, seed_all
@@ -44,7 +43,8 @@ class FitResult:
     """What a run came to.
 
     Args:
-        best_accuracy: accuracy of the saved epoch on the split that picked it; None without such a split.
+        best_accuracy: accuracy, or the figure of merit of another task, of the saved epoch on the split that picked it;
+            None without such a split.
         best_epoch: the saved epoch, counted from 1.
         steps: steps of the whole run.
         seconds: time spent on the run, evaluation and earlier calls included.
@@ -76,7 +76,8 @@ def fit(
 
     Args:
         model: from ``tune``.
-        train_set: (image, label) pairs; PIL images are preprocessed as the backbone expects.
+        train_set: (image, target) pairs, for classification (image, label); PIL images are preprocessed as the backbone
+            expects.
         val_set: what the best epoch is picked on; without it the last epoch is kept.
         out: the run's folder; None keeps nothing on disk.
         resume: continue what ``out`` holds, or start if there is nothing.
@@ -103,9 +104,7 @@ class _Step(nn.Module):
 
     teacher: nn.Module | None
 
-    def __init__(
-        self, model: TunedModel, criterion: Callable[[Tensor, Tensor], Tensor], teacher: nn.Module | None
-    ) -> None:
+    def __init__(self, model: TunedModel, criterion: Criterion, teacher: nn.Module | None) -> None:
         super().__init__()
         self.model = model
         self.criterion = criterion
@@ -174,10 +173,7 @@ class _Run:
         if self._main:
             warn_about_teacher(model, teacher)
         teacher = ready_teacher(model, teacher, self.accelerator.device)
-        self.mixup = make_mixup(settings, model.backbone.classes)
-        # Mixup smooths the targets itself.
-        smoothing = 0.0 if self.mixup else settings.label_smoothing
-        criterion = functools.partial(F.cross_entropy, label_smoothing=smoothing)
+        criterion = functools.partial(model.task.loss, settings=settings)
         self.step_module, self.optimizer, self.loader = self.accelerator.prepare(
             _Step(model, criterion, teacher), optimizer, loader
         )
@@ -265,7 +261,7 @@ class _Run:
         return state.epoch, state.step
 
     def _epoch(self, epoch: int, first: int, log: RunLog | None, stop: threading.Event) -> None:
-        settings, accelerator = self.settings, self.accelerator
+        settings, accelerator, task = self.settings, self.accelerator, self.model.task
         self.sampler.epoch = self.data.epoch = epoch
         self.sampler.skip = first * settings.batch_size * accelerator.num_processes
         self.step_module.train()
@@ -280,11 +276,9 @@ class _Run:
             done = epoch + step / self.steps_per_epoch
             lr = settings.learning_rate(done)
             set_learning_rate(self.optimizer, lr)
-            labels = targets
-            if self.mixup:
-                images, targets = mixed(self.mixup, images, labels)
+            images, mixed = task.mix(images, targets, self.model.backbone.classes, settings)
             with accelerator.accumulate(self.step_module):
-                result = self.step_module(images, targets, done, steps)
+                result = self.step_module(images, mixed, done, steps)
                 self._require_finite(result, epoch, step, lr)
                 accelerator.backward(result["total"] * self._window_share(step))
                 if accelerator.sync_gradients and settings.clip_norm is not None:
@@ -294,7 +288,7 @@ class _Run:
             figures = {
                 "loss": float(result["total"].detach()),
                 **{f"loss_{name}": float(term) for name, term in result["terms"].items()},
-                "accuracy": float((result["logits"].argmax(-1) == labels).float().mean()),
+                task.merit: task.score(result["logits"], targets),
                 **({"activation": float(result["activation"].mean())} if len(result["activation"]) else {}),
                 "images_per_second": len(images) * accelerator.num_processes / (time.perf_counter() - began),
             }
@@ -324,21 +318,22 @@ class _Run:
     def _finish_epoch(self, epoch: int, log: RunLog | None) -> None:
         """Evaluates if it is time, keeps the epoch if it is the best so far (of equals, the later one), and saves."""
         self._require_finite_weights(epoch)
-        accuracy: float | None = None
+        score: float | None = None
         due = (epoch + 1) % self.settings.eval_every == 0 or epoch + 1 == self.settings.epochs
         if self.val_loader is not None and due:
             evaluation = self._evaluate()
-            accuracy = evaluation.accuracy
+            score = evaluation.score
             self.progress.evaluated(evaluation)
             if log:
-                figures = {"accuracy": accuracy, "loss": evaluation.loss, "activation": evaluation.activation}
+                figures = {**evaluation.figures, "activation": evaluation.activation}
                 log.write("val", (epoch + 1) * self.steps_per_epoch, {"epoch": epoch + 1, **figures})
-        measured = {"epoch": epoch + 1, **({} if accuracy is None else {"val_accuracy": round(accuracy, 6)})}
-        best_so_far = accuracy is not None and accuracy >= self.best
+        merit = f"val_{self.model.task.merit}"
+        measured = {"epoch": epoch + 1, **({} if score is None else {merit: round(score, 6)})}
+        best_so_far = score is not None and score >= self.best
         if self.val_loader is None or self.select == "last" or best_so_far:
-            self.best = -1.0 if accuracy is None else accuracy
+            self.best = -1.0 if score is None else score
             self.best_epoch = epoch + 1
-            self.best_tensors = {name: p.detach().cpu().clone() for name, p in self.model.tuned_state().items()}
+            self.best_tensors = {name: p.clone() for name, p in self._tensors().items()}
             if self.out and self._main:
                 self.model.save(self.out, measured)
         if self.out and self._main:
@@ -348,22 +343,21 @@ class _Run:
     def _evaluate(self) -> Evaluation:
         """This process's share of the validation images, put together with the others'."""
         loader = cast("DataLoader[Any]", self.val_loader)
+        metric = self.model.task.metric(self.model.backbone.classes)
         own: Evaluation | None = None
         if len(loader.dataset):  # type: ignore[arg-type]
             with self.accelerator.autocast():
-                own = evaluate(self.model, loader, count_macs=False)
+                own = evaluate(self.model, loader, count_macs=False, metric=metric)
         if self.accelerator.num_processes == 1:
             if own is None:
                 raise TrainingError("the validation set is empty.")
             return own
-        images, correct, loss, active = (
-            (own.images, own.accuracy * own.images, own.loss * own.images, own.activation * own.images)
-            if own
-            else (0,) * 4
-        )
-        sums = torch.tensor([images, correct, loss, active], dtype=torch.float64, device=self.accelerator.device)
-        total, correct, loss, active = self.accelerator.reduce(sums, "sum").tolist()
-        return Evaluation(int(total), correct / total, loss / total, active / total, {}, None)
+        counted = [own.images, own.activation * own.images] if own else [0, 0]
+        sums = torch.cat([torch.tensor(counted, dtype=metric.sums.dtype), metric.sums]).to(self.accelerator.device)
+        sums = self.accelerator.reduce(sums, "sum").cpu()
+        images, active = sums[:2].tolist()
+        metric.sums = sums[2:]
+        return Evaluation(int(images), metric.figures(), active / images, {}, None, merit=self.model.task.merit)
 
     def _require_finite(self, result: dict[str, Any], epoch: int, step: int, lr: float) -> None:
         if not self._agreed(not bool(torch.isfinite(result["total"]))):
@@ -383,10 +377,14 @@ class _Run:
             where = spoilt[0] if spoilt else "another process's weights"
             raise TrainingError(f"{where} is not finite after an update in epoch {epoch + 1}. {kept}{_ADVICE}")
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """The trained tensors, by their names in files."""
+        return {file_name(name): p.detach().cpu() for name, p in self.model.tuned_state().items()}
+
     def _fill(self, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.model.tuned_state().items():
-                parameter.copy_(tensors[name])
+                parameter.copy_(tensors[file_name(name)])
 
     def _write_state(self, epoch: int, step: int) -> None:
         if self.out is None or not self._main:
@@ -395,7 +393,7 @@ class _Run:
         RunState(
             epoch=epoch,
             step=step,
-            tensors={name: p.detach().cpu() for name, p in self.model.tuned_state().items()},
+            tensors=self._tensors(),
             optimizer=self.optimizer.state_dict(),
             scaler=scaler.state_dict() if scaler else None,
             best=self.best,

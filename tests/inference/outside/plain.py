@@ -21,7 +21,11 @@ class Plain(Runtime):
     file = "model.plain"
     writes_with = runs_with = ("torch", "plain")
     install = "plain"
-    runner = Runner("plain", 'plain.Plain().open(FOLDER / "model.plain", None).module', "model(images)[0].numpy()")
+    runner = Runner(
+        "plain",
+        'plain.Plain().open(FOLDER / "model.plain", None)',
+        "model.compute(plain.torch.from_numpy(images))[0].numpy()",
+    )
     needs_trust = True
 
     stamp: str = field(default="none", metadata={"help": "Text of the first line."})

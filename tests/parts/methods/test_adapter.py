@@ -40,9 +40,9 @@ def straight_line(model, images, activation="quick_gelu"):
     x = host.norm_pre(host._pos_embed(host.patch_embed(images)))
     for unit, block in zip(model.backbone.blocks, host.blocks, strict=True):
         update = block.ls1(block.attn(block.norm1(x)))
-        x = x + (adapted(unit.attn.after["adapter"], update, activation) if unit.attn.after else update)
+        x = x + (adapted(unit.attn.sequential["adapter"], update, activation) if unit.attn.sequential else update)
         update = block.ls2(block.mlp(block.norm2(x)))
-        x = x + (adapted(unit.mlp.after["adapter"], update, activation) if unit.mlp.after else update)
+        x = x + (adapted(unit.mlp.sequential["adapter"], update, activation) if unit.mlp.sequential else update)
     return host.forward_head(host.norm(x))
 
 
@@ -99,7 +99,7 @@ def test_starts_as_the_identity(make_host, images_for):
     model = dyntune.tune(host, "adapter:where=attn-mlp").eval()
     assert torch.equal(model(images), expected)
     for unit in model.backbone.units("attn-mlp"):
-        adapter = unit.after["adapter"]
+        adapter = unit.sequential["adapter"]
         zeros = (adapter.down_proj.bias, adapter.up_proj.weight, adapter.up_proj.bias)
         assert all(zero.abs().max() == 0 for zero in zeros)
         bound = math.sqrt(6 / (32 + 8))
@@ -114,7 +114,7 @@ def test_published_start_is_not_the_identity(make_host, images_for):
     torch.manual_seed(0)
     model = dyntune.tune(host, "adapter:init=noah,bottleneck=64").eval()
     for unit in model.backbone.units("mlp"):
-        adapter = unit.after["adapter"]
+        adapter = unit.sequential["adapter"]
         assert adapter.down_proj.bias.abs().max() == adapter.up_proj.bias.abs().max() == 0
         for projection in (adapter.down_proj, adapter.up_proj):
             assert projection.weight.std().item() == pytest.approx(0.02, rel=0.05)
@@ -145,7 +145,7 @@ def test_gradients_reach_adapters_and_head_alone_also_when_recomputed(make_host,
     images = images_for(model.backbone.host, 4)
     plain = gradients(model, images)
     expected = {
-        f"blocks.{block}.{unit}.after.adapter.{projection}_proj.{kind}"
+        f"blocks.{block}.{unit}.sequential.adapter.{projection}_proj.{kind}"
         for block in range(3)
         for unit in where.split("-")
         for projection in ("down", "up")
@@ -164,7 +164,7 @@ def test_published_names(make_host, images_for):
     model = filled(dyntune.tune(make_host(), "adapter"))
     state = {}
     for name, tensor in model.backbone.named_parameters():
-        name = name.removeprefix("host.").replace("mlp.after.adapter", "adapter")
+        name = name.removeprefix("host.").replace("mlp.sequential.adapter", "adapter")
         state[name.replace("down_proj", "ln1").replace("up_proj", "ln2")] = tensor.clone()
     assert {"blocks.0.adapter.ln1.weight", "blocks.2.adapter.ln2.bias", "blocks.1.mlp.fc1.weight"} < state.keys()
     other = dyntune.tune(make_host(seed=9), "adapter").eval()

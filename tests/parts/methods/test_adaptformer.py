@@ -75,7 +75,7 @@ def test_adapter_stands_beside_the_mlp_and_reads_the_stream_after_attention(make
     expected = host.norm_pre(host._pos_embed(host.patch_embed(images)))
     for unit, block in zip(model.backbone.blocks, host.blocks, strict=True):
         z = expected + block.ls1(block.attn(block.norm1(expected)))
-        adapter = unit.mlp.beside["adapter"]
+        adapter = unit.mlp.parallel["adapter"]
         bypass = 0.3 * adapter.up_proj(adapter.down_proj(z).relu())
         expected = z + block.ls2(block.mlp(block.norm2(z))) + bypass
     torch.testing.assert_close(model(images), host.head(host.norm(expected)[:, 0]), atol=1e-5, rtol=1e-5)
@@ -91,7 +91,7 @@ def test_starts_as_the_identity_with_trainable_scale(make_host, images_for):
     assert torch.equal(model(images), model.run(images, complete=True).logits)
     torch.testing.assert_close(model(images), expected, atol=1e-6, rtol=1e-5)
     for unit in model.backbone.units("mlp"):
-        adapter = unit.beside["adapter"]
+        adapter = unit.parallel["adapter"]
         assert adapter.scale.item() == 1
         assert adapter.scale.requires_grad
         assert (

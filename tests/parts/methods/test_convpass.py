@@ -145,7 +145,7 @@ def test_initialisation(make_host, images_for, init, bottleneck):
     model = dyntune.tune(host, f"convpass:init={init},bottleneck={bottleneck}").eval()
     torch.testing.assert_close(model(images), expected, atol=1e-6, rtol=1e-5)
     for unit in model.backbone.units("attn-mlp"):
-        bypass = unit.beside["convpass"]
+        bypass = unit.parallel["convpass"]
         assert not any(p.any() for p in (bypass.down.bias, bypass.conv.bias, bypass.up.weight, bypass.up.bias))
         bound = math.sqrt(6 / (32 + bottleneck))
         assert 0.8 * bound < bypass.down.weight.abs().max() <= bound
@@ -159,9 +159,9 @@ def test_initialisation(make_host, images_for, init, bottleneck):
 
 def test_dropout_acts_on_the_hidden_values_and_drop_path_on_whole_images(make_host, randomise):
     model = randomise(dyntune.tune(make_host(drop_path_rate=0.5), "convpass:dropout=0.25,bottleneck=16,scale=3"))
-    rates = [unit.beside["convpass"].drop_path.p for unit in model.backbone.units("attn-mlp")]
+    rates = [unit.parallel["convpass"].drop_path.p for unit in model.backbone.units("attn-mlp")]
     assert rates == pytest.approx([0, 0, 0.25, 0.25, 0.5, 0.5])
-    bypass = model.backbone.blocks[2].mlp.beside["convpass"]
+    bypass = model.backbone.blocks[2].mlp.parallel["convpass"]
     seen = []
     bypass.up.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     x = torch.randn(64, 17, 32, generator=torch.Generator().manual_seed(0))
@@ -181,7 +181,7 @@ def test_gradients_reach_the_bypasses_and_the_head_alone(make_host, randomise, i
     model(images_for(model.backbone.host, 2)).square().sum().backward()
     with_gradient = {name for name, p in model.backbone.named_parameters() if p.grad is not None and p.grad.any()}
     assert with_gradient == set(model.tuned_state())
-    assert {name.split(".beside.")[-1] for name in with_gradient if "beside" in name} == {
+    assert {name.split(".parallel.")[-1] for name in with_gradient if "parallel" in name} == {
         f"convpass.{layer}.{kind}" for layer in ("down", "conv", "up") for kind in ("weight", "bias")
     }
 
@@ -218,11 +218,11 @@ def test_merge_folds_the_scale_and_says_why_the_rest_stays(make_host, randomise,
     model = randomise(dyntune.tune(make_host(), "convpass:scale=0.3")).eval()
     images = images_for(model.backbone.host, 2)
     expected = model(images)
-    before = model.tuned_state()["blocks.0.mlp.beside.convpass.up.bias"].clone()
+    before = model.tuned_state()["blocks.0.mlp.parallel.convpass.up.bias"].clone()
     assert model.merge() is model
     assert "not linear" in model.unmerged["convpass:scale=0.3"]
     torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(model.backbone.blocks[0].mlp.beside["convpass"].up.bias, 0.3 * before)
+    torch.testing.assert_close(model.backbone.blocks[0].mlp.parallel["convpass"].up.bias, 0.3 * before)
 
 
 @pytest.mark.parametrize(

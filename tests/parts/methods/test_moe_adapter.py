@@ -86,7 +86,7 @@ def test_starts_as_the_identity_with_experts_of_their_own(make_host, images_for)
     torch.manual_seed(0)
     model = dyntune.tune(host, "moe-adapter:experts=3,bottleneck=4").eval()
     torch.testing.assert_close(model(images), expected, atol=1e-6, rtol=1e-5)
-    adapter = next(model.backbone.units("mlp")).beside["moe_adapter"]
+    adapter = next(model.backbone.units("mlp")).parallel["moe_adapter"]
     for zero in (adapter.up_weight, adapter.up_bias, adapter.down_bias):
         assert zero.abs().max() == 0
     assert adapter.router.bias is None

@@ -247,7 +247,7 @@ def test_all_passes_of_a_step_compute_the_same_subnet(make_host, images_for, che
     model = dyntune.tune(make_host(), "noah:dropout=0,depths=1/2/3", "dispatch").train()
     model.backbone.host.set_grad_checkpointing(checkpointing)
     used = []
-    adapter = model.backbone.blocks[0].mlp.after["noah"]
+    adapter = model.backbone.blocks[0].mlp.sequential["noah"]
     adapter.register_forward_hook(lambda module, *_: used.append(module.selection.sizes))
     for seed in range(4):
         torch.manual_seed(seed)
@@ -291,11 +291,11 @@ def test_initial_values(make_host):
     published = bounds(dyntune.tune(make_host(), "noah:prompts=40,ranks=30,bottlenecks=30,init=noah"))
     for i in range(3):
         prompts, down, up = (
-            f"blocks.{i}.entries.noah.prompts",
+            f"blocks.{i}.prompts.noah.prompts",
             f"host.blocks.{i}.attn.qkv.changes.noah.down.weight",
             f"host.blocks.{i}.attn.qkv.changes.noah.up.weight",
         )
-        adapter = f"blocks.{i}.mlp.after.noah."
+        adapter = f"blocks.{i}.mlp.sequential.noah."
         assert 0.9 < fresh[prompts] / math.sqrt(6 / (32 * 40 + 32)) <= 1
         assert 0.9 < fresh[down] * math.sqrt(32) <= 1
         assert 0.9 < fresh[adapter + "down_proj.weight"] / math.sqrt(6 / (32 + 30)) <= 1
@@ -305,7 +305,9 @@ def test_initial_values(make_host):
         for name in (down, up, adapter + "down_proj.weight", adapter + "up_proj.weight"):
             assert 0.04 < published[name] < 0.12
         assert published[adapter + "up_proj.bias"] == published[adapter + "down_proj.bias"] == 0
-    weight = dyntune.tune(make_host(), "noah:init=noah,choices=100").backbone.blocks[0].mlp.after["noah"].up_proj.weight
+    weight = (
+        dyntune.tune(make_host(), "noah:init=noah,choices=100").backbone.blocks[0].mlp.sequential["noah"].up_proj.weight
+    )
     assert weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
@@ -333,7 +335,7 @@ def test_supernet_gradients_are_those_of_the_drawn_slices(make_host, randomise, 
     dyntune.training_loss(model, images_for(model.backbone.host, 4), torch.arange(4)).total.backward()
     sizes = model.backbone.shared["noah"].sizes
     for i, block in enumerate(model.backbone.blocks):
-        adapter, prompts = block.mlp.after["noah"], block.entries["noah"].prompts
+        adapter, prompts = block.mlp.sequential["noah"], block.prompts["noah"].prompts
         p, h = sizes.prompts[i], sizes.bottlenecks[i]
         assert prompts.grad[:p].abs().sum(1).gt(0).all() and not prompts.grad[p:].any()
         assert adapter.down_proj.weight.grad[:h].any(1).all() and not adapter.down_proj.weight.grad[h:].any()
@@ -358,7 +360,7 @@ def test_dropout_acts_on_prompts_inputs_and_hidden_values(make_host, images_for)
         kept = out != 0
         assert kept.float().mean().item() == pytest.approx(0.75, abs=0.1), name
         torch.testing.assert_close(out[kept], given[kept] / 0.75)
-    prompts = seen["blocks.0.entries.noah.dropout"][1]
+    prompts = seen["blocks.0.prompts.noah.dropout"][1]
     assert not torch.equal(prompts[0] != 0, prompts[1] != 0)  # every image loses other values
 
 

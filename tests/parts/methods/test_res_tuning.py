@@ -24,7 +24,7 @@ def filled(model, seed=1):
 
 
 def tuned_by(unit, y):
-    tuner = unit.beside["res_tuning"]
+    tuner = unit.parallel["res_tuning"]
     hidden = y @ tuner.down_proj.weight.T + tuner.down_proj.bias
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
     return hidden @ tuner.up_proj.weight.T + tuner.up_proj.bias
@@ -80,7 +80,7 @@ def test_start(make_host, images_for, init):
     model = dyntune.tune(host, ResTuning(init=init)).eval()
     bound = math.sqrt(6 / (32 + 8))
     for unit in model.backbone.all_units():
-        tuner = unit.beside["res_tuning"]
+        tuner = unit.parallel["res_tuning"]
         assert 0.9 * bound < tuner.down_proj.weight.abs().max() <= bound
         assert 0 < tuner.down_proj.bias.abs().max() < 1e-5
         if init == "zero":
@@ -105,7 +105,7 @@ def test_gradients_reach_tuners_and_head_alone_also_when_recomputed(make_host, i
     images = images_for(model.backbone.host, 4)
     plain = gradients(model, images)
     expected = {
-        f"{unit.path}.beside.res_tuning.{projection}_proj.{kind}"
+        f"{unit.path}.parallel.res_tuning.{projection}_proj.{kind}"
         for unit in model.backbone.all_units()
         for projection in ("down", "up")
         for kind in ("weight", "bias")

@@ -31,7 +31,7 @@ def filled(model, seed=1):
 
 
 def prompts_of(model):
-    return [block.entries["vpt"].prompts for block in model.backbone.blocks if "vpt" in block.entries]
+    return [block.prompts["vpt"].prompts for block in model.backbone.blocks if "vpt" in block.prompts]
 
 
 def straight_line(host, prompts, images):
@@ -97,7 +97,7 @@ def test_prompts_stand_between_prefix_and_patches_and_replace_each_other(make_ho
     assert torch.equal(twice.x[1, 5:8], prompts_of(model)[1])
     assert torch.equal(torch.cat([twice.x[:, :5], twice.x[:, 8:]], dim=1), tokens.x)
     shallow = dyntune.tune(make_host("registers"), "vpt:prompts=3,deep=false")
-    assert [len(block.entries) for block in shallow.backbone.blocks] == [1, 0, 0]
+    assert [len(block.prompts) for block in shallow.backbone.blocks] == [1, 0, 0]
 
 
 @pytest.mark.parametrize("changes", [{}, {"patch_size": 4}, {"in_chans": 1}, {"embed_dim": 64}])
@@ -140,7 +140,7 @@ def test_gradients_reach_prompts_and_head_alone_also_when_recomputed(make_host, 
     images = images_for(model.backbone.host, 4)
     plain = gradients(model, images)
     blocks = range(3) if "deep" not in spec else range(1)
-    expected = {f"blocks.{block}.entries.vpt.prompts" for block in blocks}
+    expected = {f"blocks.{block}.prompts.vpt.prompts" for block in blocks}
     assert plain.keys() == expected | {"host.head.weight", "host.head.bias"} == model.tuned_state().keys()
     assert all(gradient.abs().max() > 0 for gradient in plain.values())
     model.backbone.host.set_grad_checkpointing(True)

@@ -43,7 +43,7 @@ def gamma(layer_scale):
 
 
 def adapter(unit, x):
-    weights = unit.beside["adapter"]
+    weights = unit.parallel["adapter"]
     hidden = F.relu(x @ weights.down_proj.weight.T + weights.down_proj.bias)
     return weights.scale * (hidden @ weights.up_proj.weight.T + weights.up_proj.bias)
 
@@ -114,7 +114,7 @@ def test_logits_and_gates_recorded_from_the_public_code(recorded):
         [0.22381, 0.224474, 0.028266, -0.148139], abs=1e-6
     )
     model = dyntune.tune(host, "dyt:bottleneck=8,scale=0.1").eval()
-    names = {r"\.mlp\.beside\.adapter\.": ".adaptmlp.", r"\.mlp\.dispatcher\.gate\.": ".mlp_token_select.mlp_head."}
+    names = {r"\.mlp\.parallel\.adapter\.": ".adaptmlp.", r"\.mlp\.dispatcher\.gate\.": ".mlp_token_select.mlp_head."}
     recorded.fill(model.backbone.blocks, "blocks.", names)
     assert model.run(recorded.images, complete=True).gates == ()
     for execution in ("masked", "compact"):

@@ -94,7 +94,7 @@ def test_training_forward_and_losses_recorded_from_the_public_code(recorded, sil
     output, terms = loss.output, {name: term.item() for name, term in loss.terms.items()}
     recorded.check(output.logits, ".4387 .6979 -.9806 -1.9519 .4426 | .4594 .5082 -1.2564 | 22.9410")
     assert [r.unit for r in output.reductions] == ["blocks.0", "blocks.3", "blocks.6", "blocks.9"]
-    kept = torch.stack([record.sources.present.sum(1) for record in output.reductions])
+    kept = torch.stack([record.provenance.present.sum(1) for record in output.reductions])
     assert kept.tolist() == [[196, 196], [118, 173], [118, 173], [114, 171]]
     assert output.tokens.patches.abs().sum().item() == pytest.approx(20163.04, abs=0.05)
     assert terms["task"] == pytest.approx(3.40797, abs=1e-5)
@@ -120,7 +120,7 @@ def test_whole_losses_recorded_from_the_public_code(recorded, silent, options, b
     model = recorded_model(recorded, f"dynamicvit:{options}" if options else "dynamicvit", bias).train()
     loss = dyntune.training_loss(model, recorded.images, torch.tensor([3, 7]), teacher=recorded.host())
     assert loss.total.item() == pytest.approx(total, abs=2e-5)
-    final = loss.output.reductions[-1].sources.present.sum(1).tolist()
+    final = loss.output.reductions[-1].provenance.present.sum(1).tolist()
     assert final == ([114, 171] if bias == 0.2 else [77, 135])
 
 
@@ -153,7 +153,7 @@ def keep_probability(stage, patches, present):
     return hidden.log_softmax(-1)[..., 0]
 
 
-def straight_line(model, images, decide, beside=lambda index, x, prefix, present: 0):
+def straight_line(model, images, decide, parallel=lambda index, x, prefix, present: 0):
     """Logits and what was decided at each stage.
 
     Args:
@@ -183,7 +183,7 @@ def straight_line(model, images, decide, beside=lambda index, x, prefix, present
             seen = row[:, None].expand(-1, x.shape[1], -1).clone()
             seen.diagonal(dim1=1, dim2=2).fill_(1)
         x = x + attention(block, x, seen)
-        x = x + block.ls2(block.mlp(block.norm2(x))) + beside(index, x, prefix, present)
+        x = x + block.ls2(block.mlp(block.norm2(x))) + parallel(index, x, prefix, present)
     x = host.norm(x)
     if host.global_pool == "token":
         return host.forward_head(x), decided
@@ -209,7 +209,7 @@ def test_evaluation_is_the_written_out_one(build, images_for, name):
     for how in ("masked", "compact"):
         output = model.run(images, execution=how)
         torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-5)
-    first, second = (record.sources for record in output.reductions)
+    first, second = (record.provenance for record in output.reductions)
     assert first.sizes is None and (first.owner >= 0).sum(1).tolist() == [int(0.7 * patches)] * 4
     assert torch.equal(first.owner.gather(1, decided[0]), torch.arange(int(0.7 * patches)).expand(4, -1))
     assert torch.equal(
@@ -227,9 +227,9 @@ def test_training_is_the_written_out_one(build, images_for, silent, name):
     expected, decided = straight_line(model, images, lambda _, scores: (scores.exp() >= 0.5).float())
     output = model.run(images)
     for record, present in zip(output.reductions[1:], decided, strict=True):
-        assert torch.equal(record.sources.present, present)
-    assert 0 < output.reductions[-1].sources.present.mean() < 1
-    assert (output.reductions[-1].sources.present <= output.reductions[-2].sources.present).all()
+        assert torch.equal(record.provenance.present, present)
+    assert 0 < output.reductions[-1].provenance.present.mean() < 1
+    assert (output.reductions[-1].provenance.present <= output.reductions[-2].provenance.present).all()
     torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -242,7 +242,7 @@ def test_hiding_patches_agrees_with_dropping_the_same_ones(build, images_for, si
     output = model.train().run(images)
     model.eval()
     for number, image in enumerate(images):
-        chosen = [record.sources.present[number] > 0.5 for record in output.reductions[1:]]
+        chosen = [record.provenance.present[number] > 0.5 for record in output.reductions[1:]]
         rows = [chosen[0].nonzero().T, chosen[1][chosen[0]].nonzero().T]
         assert rows[1].numel()
         expected, _ = straight_line(model, image[None], lambda stage, _, rows=rows: rows[stage])
@@ -255,8 +255,8 @@ def test_means_leave_out_hidden_patches(build, images_for, silent):
     model = build("average", SPEC, "moe-adapter:normalise=sigmoid")
     images = images_for(model.backbone.host, 4)
 
-    def beside(index, x, prefix, present):
-        adapter = model.backbone.blocks[index].mlp.beside["moe_adapter"]
+    def parallel(index, x, prefix, present):
+        adapter = model.backbone.blocks[index].mlp.parallel["moe_adapter"]
         weights = torch.cat([torch.ones(len(x), prefix), present], dim=1)[..., None]
         mean = (x * weights).sum(1) / weights.sum(1)
         shares = (mean @ adapter.router.weight.T).sigmoid()
@@ -265,10 +265,10 @@ def test_means_leave_out_hidden_patches(build, images_for, silent):
         hidden = F.relu(x @ down.mT + (shares @ adapter.down_bias)[:, None])
         return adapter.scale * (hidden @ up.mT + (shares @ adapter.up_bias)[:, None])
 
-    expected, _ = straight_line(model, images, highest(model, 16), beside)
+    expected, _ = straight_line(model, images, highest(model, 16), parallel)
     torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
     model.train()
-    expected, decided = straight_line(model, images, lambda _, scores: (scores.exp() >= 0.5).float(), beside)
+    expected, decided = straight_line(model, images, lambda _, scores: (scores.exp() >= 0.5).float(), parallel)
     assert 0 < decided[-1].mean() < 1
     torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
 
@@ -281,7 +281,7 @@ def test_nothing_is_nan_when_every_patch_is_dropped(build, images_for, silent, n
         stages(model)[0][1].score[-1].bias.copy_(torch.tensor([-9.0, 9.0]))
     host = model.backbone.host
     loss = dyntune.training_loss(model, images_for(host, 2), torch.arange(2), teacher=None)
-    assert not loss.output.reductions[-1].sources.present.any()
+    assert not loss.output.reductions[-1].provenance.present.any()
     loss.total.backward()
     assert torch.isfinite(loss.total)
     assert all(torch.isfinite(p.grad).all() for p in model.tuned_state().values() if p.grad is not None)
@@ -303,18 +303,18 @@ def test_choices_have_the_stated_probability_and_the_gradient_of_the_soft_one():
     tokens = dynamicvit.Tokens(torch.randn(200, 17, 8), 1, (4, 4))
     stage.logits = lambda _: logits
     logits = torch.full((200, 16), 0.8).requires_grad_()
-    present = stage(tokens, None)(tokens).sources.present
+    present = stage(tokens, None)(tokens).provenance.present
     assert set(present.unique().tolist()) == {0, 1}
     assert present.mean().item() == pytest.approx(torch.sigmoid(torch.tensor(0.8)).item(), abs=0.02)
     torch.manual_seed(1)
-    present = stage(tokens, None)(tokens).sources.present
+    present = stage(tokens, None)(tokens).provenance.present
     present.sum().backward()
     torch.manual_seed(1)
     soft = ((0.8 + dynamicvit.gumbel_difference(logits.detach())) / 2).sigmoid()
     assert torch.equal(soft >= 0.5, present.bool())
     torch.testing.assert_close(logits.grad, soft * (1 - soft) / 2)
     hidden = tokens.with_present(torch.zeros(200, 16))
-    assert not stage(hidden, None)(hidden).sources.present.any()
+    assert not stage(hidden, None)(hidden).provenance.present.any()
 
 
 @pytest.mark.parametrize("other", ["adaptformer", "full", "vpt", "vpt:deep=false", "dyt", "dispatch:where=mlp", "lora"])
@@ -342,7 +342,7 @@ def test_the_rate_counts_the_tokens_that_are_there(build, images_for, silent):
         if isinstance(module, Dispatcher):
             module.decide = lambda logits: (logits > 0).float()
     loss = dyntune.training_loss(model, images_for(model.backbone.host, 4), torch.arange(4))
-    present = [record.sources.present for record in loss.output.reductions]
+    present = [record.provenance.present for record in loss.output.reductions]
     rates = [(gate.values * there).sum() / there.sum() for gate, there in zip(loss.output.gates, present, strict=True)]
     assert 0 < present[-1].mean() < 1
     torch.testing.assert_close(loss.terms["rate"], 2 * (sum(rates) / 3 - 0.3) ** 2)
@@ -375,7 +375,7 @@ def test_the_ratio_loss_alone_leads_to_the_shares(build, images_for):
         ratio.backward()
         optimiser.step()
     with torch.no_grad():
-        shares = [r.sources.present.mean().item() for r in model.run(images).reductions[1:]]
+        shares = [r.provenance.present.mean().item() for r in model.run(images).reductions[1:]]
     assert shares == pytest.approx([0.7, 0.4], abs=0.1)
 
 

@@ -51,8 +51,8 @@ def straight_line(model, image, rates=(0.7, 0.6), fuse=True):
     held = [{patch} for patch in range(len(x) - prefix)]  # patches inside each token
     patches = len(held)
     for index, (unit, block) in enumerate(zip(model.backbone.blocks, host.blocks, strict=True)):
-        if "vpt" in unit.entries:
-            prompts = unit.entries["vpt"].prompts
+        if "vpt" in unit.prompts:
+            prompts = unit.prompts["vpt"].prompts
             x, prefix = torch.cat([x[:own], prompts, x[prefix:]]), own + len(prompts)
         change, scores = attention(block.attn, block.norm1(x))
         x = x + block.ls1(change)
@@ -67,8 +67,8 @@ def straight_line(model, image, rates=(0.7, 0.6), fuse=True):
                 groups.append(set().union(*(held[j] for j in order[kept:])))
             x, held = torch.stack(rows), groups
         update = block.ls2(block.mlp(block.norm2(x)))
-        if "adapter" in unit.mlp.beside:
-            adapter = unit.mlp.beside["adapter"]
+        if "adapter" in unit.mlp.parallel:
+            adapter = unit.mlp.parallel["adapter"]
             update = update + adapter.scale * adapter.up_proj(F.relu(adapter.down_proj(x)))
         x = x + update
     x = host.norm(x)
@@ -106,7 +106,7 @@ def test_logits_recorded_from_the_public_code(recorded, spec):
 def test_kept_patches_recorded_from_the_public_code(recorded):
     output = dyntune.tune(recorded.host(), "linear", "evit").eval().run(recorded.images)
     assert [reduction.unit for reduction in output.reductions] == ["blocks.3.mlp", "blocks.6.mlp", "blocks.9.mlp"]
-    first, second, third = (reduction.sources.owner[0].tolist() for reduction in output.reductions)
+    first, second, third = (reduction.provenance.owner[0].tolist() for reduction in output.reductions)
     assert [first.index(token) for token in range(6)] == [109, 136, 105, 60, 166, 6]
     assert sorted(set(first)) == list(range(139))
     assert first.count(138) == 196 - 138  # the fused token
@@ -127,8 +127,8 @@ def test_logits_and_owners_are_those_of_the_written_out_steps(make_host, randomi
     for execution in ("masked", "compact"):
         output = model.run(images, execution=execution)
         close(output.logits, torch.stack(expected))
-        assert output.tokens.sources.owner.tolist() == list(owners)
-    assert output.tokens.sources.sizes is None and output.tokens.key_bias is None
+        assert output.tokens.provenance.owner.tolist() == list(owners)
+    assert output.tokens.provenance.sizes is None and output.tokens.key_bias is None
     close(model(images[:1]), output.logits[:1])
 
 
@@ -161,8 +161,8 @@ def test_images_of_a_batch_do_not_touch_each_other(make_host, randomise, images_
     changed[1:] = images_for(model.backbone.host, 3, seed=5)
     before, after = model.run(images), model.run(changed)
     close(after.logits[0], before.logits[0])
-    assert torch.equal(after.tokens.sources.owner[0], before.tokens.sources.owner[0])
-    assert not torch.equal(after.tokens.sources.owner[1], before.tokens.sources.owner[1])
+    assert torch.equal(after.tokens.provenance.owner[0], before.tokens.provenance.owner[0])
+    assert not torch.equal(after.tokens.provenance.owner[1], before.tokens.provenance.owner[1])
 
 
 @torch.no_grad()
@@ -172,7 +172,7 @@ def test_features_share_the_fused_token_or_are_refused(make_host, randomise, ima
     features, tokens = model.features(images), model.run(images).tokens
     assert features.shape == (2, 32, 3, 5)
     for image in range(2):
-        for patch, token in enumerate(tokens.sources.owner[image].tolist()):
+        for patch, token in enumerate(tokens.provenance.owner[image].tolist()):
             close(features[image, :, patch // 5, patch % 5], tokens.patches[image, token])
     dropping = built(make_host, randomise, f"linear+{SPEC},fuse=false")
     with pytest.raises(DyntuneError, match="patches were dropped"):
@@ -193,7 +193,7 @@ def test_with_gates_masked_equals_compact_and_the_rate_is_over_the_tokens_left(
     assert [gate.values.shape[1] for gate in compact.gates] == list(left)
     assert 0 < sum(gate.values.mean() for gate in compact.gates) < 3
     last = compact.gates[-1]
-    for image, owner in enumerate(last.sources.owner.tolist()):
+    for image, owner in enumerate(last.provenance.owner.tolist()):
         expected = [last.values[image, token].item() if token >= 0 else 0.0 for token in owner]
         assert last.on_patches[image].tolist() == expected
     without_noise(model).train()
@@ -211,12 +211,12 @@ def test_the_update_of_a_module_beside_the_block_shrinks_with_the_tokens(make_ho
     images = images_for(model.backbone.host, 2)
     x = model.backbone.embed(images)
     unit = model.backbone.blocks[0]
-    beside = unit.beside_update(x)
+    parallel = unit.parallel_update(x)
     projected = unit.attn.projected(x)
     attended = x.with_x(x.x + unit.attn.change(x))
     shrink = unit.mlp.reducers["evit"](attended, projected)
     left = shrink(attended)
-    expected = left.x + unit.mlp.change(left) + shrink(x.with_x(beside)).x
+    expected = left.x + unit.mlp.change(left) + shrink(x.with_x(parallel)).x
     seen = []
     handle = model.backbone.host.blocks[1].norm1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     masked, compact = (model.run(images, execution=execution).logits for execution in ("masked", "compact"))
@@ -267,7 +267,7 @@ def test_attention_dropout_does_not_reach_the_scores(make_host, images_for):
     model = dyntune.tune(make_host(attn_drop_rate=0.5), "linear", "evit:keep=0.5,layers=0").train()
     images = images_for(model.backbone.host, 2)
     noisy, calm = model.run(images), model.eval().run(images)
-    assert torch.equal(noisy.tokens.sources.owner, calm.tokens.sources.owner)
+    assert torch.equal(noisy.tokens.provenance.owner, calm.tokens.provenance.owner)
     assert not torch.equal(noisy.logits, calm.logits)
 
 

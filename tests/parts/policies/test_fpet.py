@@ -74,7 +74,7 @@ def test_logits_recorded_from_the_public_code(recorded, spec):
     output = model.run(recorded.images)
     recorded.check(output.logits, RECORDED[spec])
     assert output.tokens.x.shape[1] == output.reductions[0].count == 99
-    assert output.tokens.sources.sizes.sum(1).tolist() == [196, 196]
+    assert output.tokens.provenance.sizes.sum(1).tolist() == [196, 196]
 
 
 def test_the_checkerboard_is_that_of_the_public_code():
@@ -156,10 +156,10 @@ def test_a_patch_whose_two_best_scores_tie_vanishes():
     for reducer.training in (False, True):
         merge = reducer(tokens, (keys, keys, keys))
         out = merge(tokens)
-        assert out.sources.owner.tolist() == [[-1, 2, 2, 0, 2, 1]]
-        assert out.sources.sizes.tolist() == [[1, 1, 3]]
+        assert out.provenance.owner.tolist() == [[-1, 2, 2, 0, 2, 1]]
+        assert out.provenance.sizes.tolist() == [[1, 1, 3]]
         assert torch.equal(out.x[0], torch.stack([x[0, 0], x[0, 4], x[0, 6], x[0, [2, 3, 5]].mean(0)]))
-        torch.testing.assert_close(out.key_bias, out.sources.sizes.log())
+        torch.testing.assert_close(out.key_bias, out.provenance.sizes.log())
         with pytest.raises(DyntuneError, match="dropped"):
             out.on_grid()
 
@@ -245,7 +245,7 @@ def test_runs_in_bf16_without_ties(make_host, randomise, images_for, whole):
         output = model.eval().run(images)
     for pass_ in (loss.output, output):
         assert pass_.logits.isfinite().all()
-        assert pass_.tokens.sources.sizes.sum(1).tolist() == [256, 256]
+        assert pass_.tokens.provenance.sizes.sum(1).tolist() == [256, 256]
     assert all(0 < p.grad.abs().max() < torch.inf for p in parameters(model).values())
 
 
@@ -255,7 +255,7 @@ def test_other_image_sizes(make_host):
     for rows, columns in ((2, 2), (1, 4), (3, 3), (5, 4)):
         output = model.run(torch.randn(2, 3, 8 * rows, 8 * columns))
         assert output.reductions[0].count == 1 + rows * columns // 2
-        assert output.tokens.sources.sizes.sum(1).tolist() == [rows * columns] * 2
+        assert output.tokens.provenance.sizes.sum(1).tolist() == [rows * columns] * 2
     with pytest.raises(BackboneError, match="1 x 3 patches"):
         model(torch.randn(1, 3, 8, 24))
 

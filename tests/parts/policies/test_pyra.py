@@ -77,7 +77,7 @@ def test_logits_recorded_from_the_public_code(recorded, spec):
     output = model.run(recorded.images)
     recorded.check(output.logits, line)
     assert output.reductions[-1].count == count
-    assert output.tokens.sources.sizes.sum(1).tolist() == [196, 196]
+    assert output.tokens.provenance.sizes.sum(1).tolist() == [196, 196]
 
 
 @torch.no_grad()
@@ -222,7 +222,7 @@ def test_runs_in_bf16(make_host, randomise, images_for, whole):
         dyntune.training_loss(model.train(), images, torch.arange(2)).total.backward()
         output = model.eval().run(images)
     assert output.logits.isfinite().all()
-    assert output.tokens.sources.sizes.sum(1).tolist() == [16, 16]
+    assert output.tokens.provenance.sizes.sum(1).tolist() == [16, 16]
     assert all(p.grad.isfinite().all() for p in parameters(model).values())
 
 

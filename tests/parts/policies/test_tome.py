@@ -69,16 +69,16 @@ def straight_line(model, image, policy):
     patches = len(held)
     schedule = policy.schedule(len(host.blocks))
     for unit, block, merges in zip(model.backbone.blocks, host.blocks, schedule, strict=True):
-        if "vpt" in unit.entries:
-            prompts = unit.entries["vpt"].prompts
+        if "vpt" in unit.prompts:
+            prompts = unit.prompts["vpt"].prompts
             x, prefix = torch.cat([x[:own], prompts, x[prefix:]]), own + len(prompts)
         sizes = torch.tensor([1.0] * prefix + [float(len(group)) for group in held])
         change, keys = attention(block.attn, block.norm1(x), sizes if policy.proportional else torch.ones(len(x)))
         x = x + block.ls1(change)
         x, held = merged(x, keys, sizes, held, prefix, merges)
         update = block.ls2(block.mlp(block.norm2(x)))
-        if "adapter" in unit.mlp.beside:
-            adapter = unit.mlp.beside["adapter"]
+        if "adapter" in unit.mlp.parallel:
+            adapter = unit.mlp.parallel["adapter"]
             update = update + adapter.scale * adapter.up_proj(F.relu(adapter.down_proj(x)))
         x = x + update
     x = host.norm(x)
@@ -137,7 +137,7 @@ def test_logits_recorded_from_the_public_code(recorded, spec):
     counts = [reduction.count for reduction in output.reductions]
     assert output.tokens.x.shape[1] == counts[-1] == count
     assert counts == COUNTS.get(spec, counts)
-    sizes = output.tokens.sources.sizes
+    sizes = output.tokens.provenance.sizes
     assert sizes.sum(1).tolist() == [196, 196]
     if spec in LARGEST:
         assert sizes[0].max() == LARGEST[spec]
@@ -151,7 +151,7 @@ def test_logits_recorded_from_the_public_code(recorded, spec):
 @torch.no_grad()
 def test_logits_with_dyt_recorded(recorded, r):
     model = dyntune.tune(recorded.host(), "dyt:bottleneck=8,scale=0.1", f"tome:r={r}").eval()
-    names = {r"\.mlp\.beside\.adapter\.": ".adaptmlp.", r"\.mlp\.dispatcher\.gate\.": ".mlp_token_select.mlp_head."}
+    names = {r"\.mlp\.parallel\.adapter\.": ".adaptmlp.", r"\.mlp\.dispatcher\.gate\.": ".mlp_token_select.mlp_head."}
     recorded.fill(model.backbone.blocks, "blocks.", names)
     for execution in ("masked", "compact"):
         output = model.run(recorded.images, execution=execution)
@@ -170,7 +170,7 @@ def test_logits_and_owners_are_those_of_the_written_out_steps(make_host, randomi
         for execution in ("masked", "compact"):
             output = model.run(images, execution=execution)
             close(output.logits, torch.stack(expected))
-        sources = output.tokens.sources
+        sources = output.tokens.provenance
         assert sources.owner.tolist() == [owners(groups) for groups in held]
         assert sources.sizes.tolist() == [[len(group) for group in groups] for groups in held]
         close(model(images[:1]), output.logits[:1])
@@ -213,7 +213,7 @@ def test_matching_keeps_every_patch_once_and_merges_at_most_half(count, prefix, 
     assert rows.shape == (3, count - merges, count)
     close(sizes.sum(1), torch.full((3,), float(count)))
     for image in range(3):
-        sources = matching.sources[image].tolist()
+        sources = matching.src[image].tolist()
         assert len(set(sources)) == merges and not set(sources) & set(others)
         for token in range(count - merges):
             inside = [patch for patch in range(count) if matching.moved[image, patch] == token]
@@ -228,8 +228,8 @@ def test_most_similar_pairs_are_merged_by_size():
         metric[0, 2 * pair + 1, pair] = 3.0  # the length does not count
         metric[0, 2 * pair + 1, (pair + 1) % 4] = 3 * distance
     matching = bipartite_matching(metric, 2, 2)
-    assert matching.sources.tolist() == [[0, 6]]
-    assert matching.partners.tolist() == [[0, 3]]
+    assert matching.src.tolist() == [[0, 6]]
+    assert matching.dst.tolist() == [[0, 3]]
     assert matching.kept.tolist() == [[2, 4]]
     assert bipartite_matching(metric, 0, 2).kept.tolist() == [[4, 2]]  # no prefix: by similarity
     assert matching.moved.tolist() == [[2, 2, 0, 3, 1, 4, 5, 5]]
@@ -249,7 +249,7 @@ def test_features_of_merged_patches_are_those_of_their_token(make_host, randomis
     features, tokens = model.features(images), model.run(images).tokens
     assert features.shape == (2, 32, rows, columns)
     for image, (row, column) in itertools.product(range(2), itertools.product(range(rows), range(columns))):
-        token = tokens.sources.owner[image, row * columns + column]
+        token = tokens.provenance.owner[image, row * columns + column]
         assert torch.equal(features[image, :, row, column], tokens.patches[image, token])
     assert not torch.equal(features, features.flip(2, 3))
 
@@ -262,8 +262,8 @@ def test_images_of_a_batch_do_not_touch_each_other(make_host, randomise, images_
     changed[1:] = images_for(model.backbone.host, 3, seed=5)
     before, after = model.run(images), model.run(changed)
     close(after.logits[0], before.logits[0])
-    assert torch.equal(after.tokens.sources.owner[0], before.tokens.sources.owner[0])
-    assert not torch.equal(after.tokens.sources.owner[1], before.tokens.sources.owner[1])
+    assert torch.equal(after.tokens.provenance.owner[0], before.tokens.provenance.owner[0])
+    assert not torch.equal(after.tokens.provenance.owner[1], before.tokens.provenance.owner[1])
 
 
 @pytest.mark.parametrize("gated", ["dispatch:where=mlp,rate=0.4", "dyt:rate=0.4"])
@@ -280,7 +280,7 @@ def test_with_gates_masked_equals_compact_and_the_rate_is_over_the_tokens_left(
     assert 0 < sum(gate.values.mean() for gate in compact.gates) < 3
     for gate in compact.gates:
         assert gate.on_patches.shape == (4, 16)
-        assert torch.equal(gate.on_patches, gate.values.gather(1, gate.sources.owner))
+        assert torch.equal(gate.on_patches, gate.values.gather(1, gate.provenance.owner))
     without_noise(model).train()
     loss = dyntune.training_loss(model, images, torch.arange(4))
     shares = torch.stack([gate.values.mean() for gate in loss.output.gates])
@@ -295,11 +295,11 @@ def test_the_update_of_a_module_beside_the_block_is_merged_with_the_tokens(make_
     images = images_for(model.backbone.host, 2)
     x = model.backbone.embed(images)
     unit = model.backbone.blocks[0]
-    beside = unit.beside_update(x)
+    parallel = unit.parallel_update(x)
     attended = x.with_x(x.x + unit.attn.change(x))
     merge = unit.mlp.reducers["tome"](attended, unit.attn.projected(x))
     left = merge(attended)
-    expected = left.x + unit.mlp.change(left) + merge(x.with_x(beside)).x
+    expected = left.x + unit.mlp.change(left) + merge(x.with_x(parallel)).x
     seen = []
     handle = model.backbone.host.blocks[1].norm1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     masked, compact = (model.run(images, execution=execution).logits for execution in ("masked", "compact"))
@@ -351,7 +351,7 @@ def test_runs_under_mixed_precision_and_in_bf16(make_host, randomise, images_for
 @torch.no_grad()
 def test_sizes_are_exact_in_bf16_beyond_256_patches(make_host, images_for):
     model = dyntune.tune(make_host(img_size=160, depth=8), "linear", "tome:r=200").eval().to(torch.bfloat16)
-    sources = model.run(images_for(model.backbone.host, 4).bfloat16()).tokens.sources
+    sources = model.run(images_for(model.backbone.host, 4).bfloat16()).tokens.provenance
     assert sources.sizes.tolist() == [owner.bincount(minlength=2).tolist() for owner in sources.owner]
     assert ((sources.sizes > 256) & (sources.sizes % 2 == 1)).any()  # bf16 has even numbers only there
 

@@ -11,14 +11,13 @@ import dyntune
 from dyntune.backbones.source import create_backbone
 from dyntune.commands.main import app
 from dyntune.core.errors import DyntuneError
-from dyntune.studies.bench.measure import Latency, Row
-from dyntune.studies.bench.picture import speed_figure
+from dyntune.core.timing import Latency, Spread
+from dyntune.studies.bench.measure import Row
 from dyntune.studies.bench.plan import Plan
+from dyntune.studies.bench.report import details, speed_figure, summary
 from dyntune.studies.bench.run import Report, bench
-from dyntune.studies.bench.table import details, summary
 from dyntune.studies.bench.worker import Measured, measure_runtime
 from dyntune.studies.pictures import save_figure
-from dyntune.training.throughput import Spread
 
 QUICK = ("--rounds", "2", "--seconds", "0", "--threads", "1", "--device", "cpu")
 

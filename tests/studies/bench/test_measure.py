@@ -6,10 +6,10 @@ from torch.utils.data import TensorDataset
 
 import dyntune
 from dyntune.core.errors import DyntuneError
-from dyntune.studies.bench.measure import Latency, Row, measure
+from dyntune.core.timing import Latency, Spread
+from dyntune.studies.bench.measure import Row, measure
 from dyntune.studies.bench.peers import candidates, untouched
 from dyntune.training.evaluate import evaluate
-from dyntune.training.throughput import Spread
 
 
 @pytest.fixture

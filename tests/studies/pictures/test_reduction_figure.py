@@ -12,7 +12,7 @@ from matplotlib.image import AxesImage
 from PIL import Image
 
 from dyntune import DyntuneError, tune
-from dyntune.core.tokens import Sources
+from dyntune.core.tokens import Provenance
 from dyntune.parts.policies.base import Gate, Output, Reduction, TokenPolicy
 from dyntune.studies.pictures import reduction_figure, save_figure
 from dyntune.studies.pictures.page import GONE, VEIL, VEIL_SHARE
@@ -22,8 +22,8 @@ MERGED = [0, 0, 1, 0, 2, 2]
 """Two tokens of several patches: the left three, and the right two of the second row."""
 
 
-def sources(*owners: Sequence[int], present: Sequence[float] | None = None) -> Sources:
-    return Sources(torch.tensor(owners), present=None if present is None else torch.tensor([present]))
+def sources(*owners: Sequence[int], present: Sequence[float] | None = None) -> Provenance:
+    return Provenance(torch.tensor(owners), present=None if present is None else torch.tensor([present]))
 
 
 def reduction(unit: str, *owners: Sequence[int], present: Sequence[float] | None = None) -> Reduction:
@@ -138,7 +138,7 @@ def test_dropped_patches_are_hatched() -> None:
 
 def test_a_gate_veils_the_tokens_that_it_skips_and_says_how_many_it_computed() -> None:
     state = sources([0, 0, 1, 2, 2, -1])
-    gate = Gate("blocks.0.mlp", torch.tensor([[1.0, 1.0, 0.0]]), TokenPolicy(), sources=state)
+    gate = Gate("blocks.0.mlp", torch.tensor([[1.0, 1.0, 0.0]]), TokenPolicy(), provenance=state)
     reduced = Reduction("blocks.0.mlp", TokenPolicy(), state, 4)
     figure = reduction_figure([picture()], output(reduced, gates=[gate]))
     expected = plain()
@@ -177,7 +177,7 @@ def test_each_image_has_its_own_tokens_and_title() -> None:
 
 
 def test_tokens_that_training_hides_count_as_dropped() -> None:
-    first = Reduction("blocks.0", TokenPolicy(), Sources(present=torch.tensor([[1.0, 0, 1, 1, 1, 1]])), 6)
+    first = Reduction("blocks.0", TokenPolicy(), Provenance(present=torch.tensor([[1.0, 0, 1, 1, 1, 1]])), 6)
     figure = reduction_figure([picture()], output(first, reduction("blocks.1", MERGED, present=[0.0, 1.0, 1.0])))
     assert np.abs(colours(figure, "image 0 block 0")[0, 1] - GONE).max() < 0.01
     assert np.abs(colours(figure, "image 0 block 1")[:, 0] - GONE).max() < 0.01
@@ -218,7 +218,7 @@ def test_at_most_two_lines_of_about_1600_pixels_in_which_nothing_overlaps(
 def test_every_word_is_on_the_page(grid: tuple[int, int]) -> None:
     patches = grid[0] * grid[1]
     state = sources([0, 0, -1, *range(1, patches - 2)])
-    gate = Gate("blocks.0", torch.zeros(1, patches - 2), TokenPolicy(), sources=state)
+    gate = Gate("blocks.0", torch.zeros(1, patches - 2), TokenPolicy(), provenance=state)
     ran = output(Reduction("blocks.0", TokenPolicy(), state, 0), gates=[gate], grid=grid)
     figure = reduction_figure([picture(grid=grid)], ran)
     width, height = figure.get_size_inches() * figure.dpi

@@ -5,8 +5,8 @@ import pytest
 
 from dyntune.parts.methods.noah import Subnet
 from dyntune.studies.noah.evolution import Candidate
-from dyntune.studies.pictures.save import save_figure
 from dyntune.studies.pictures.search import search_figure
+from dyntune.studies.pictures.style import save_figure
 
 SCORES = (
     (0, 300_000, 0.5),

@@ -12,11 +12,11 @@ from matplotlib.image import AxesImage
 from PIL import Image
 
 from dyntune import DyntuneError
-from dyntune.core.tokens import Sources
+from dyntune.core.tokens import Provenance
 from dyntune.parts.policies.base import Gate, TokenPolicy
 from dyntune.studies.pictures import save_figure, token_figure
 from dyntune.studies.pictures.page import GONE, VEIL, VEIL_SHARE
-from dyntune.studies.pictures.units import split_path
+from dyntune.studies.pictures.patches import split_path
 
 GRID = (3, 5)
 PATCHES = GRID[0] * GRID[1]
@@ -176,7 +176,9 @@ def test_gates_of_a_tuned_model_can_be_drawn(tmp_path: Path) -> None:
 
 def reduced_gate(unit: str, values: Sequence[float], owner: Sequence[int], present: Sequence[float] | None) -> Gate:
     hidden = None if present is None else torch.tensor([present])
-    return Gate(unit, torch.tensor([values]), TokenPolicy(), sources=Sources(torch.tensor([owner]), present=hidden))
+    return Gate(
+        unit, torch.tensor([values]), TokenPolicy(), provenance=Provenance(torch.tensor([owner]), present=hidden)
+    )
 
 
 @pytest.mark.parametrize("present", [None, [1.0, 1.0, 1.0, 0.0]])
@@ -226,3 +228,13 @@ def test_numbers_that_do_not_fit(images: int, titles: list[str], patches: int, c
     gates = [gate("blocks.0.mlp", torch.ones(1, patches))]
     with pytest.raises(ValueError, match=message):
         token_figure([picture()] * images, gates, GRID, titles, columns=columns)
+
+
+def test_unit_paths() -> None:
+    assert [split_path(path) for path in ("blocks.3.mlp", "blocks.11.attn", "blocks.0")] == [
+        (3, "mlp"),
+        (11, "attn"),
+        (0, "layer"),
+    ]
+    with pytest.raises(ValueError, match=r"'head' is no unit's path: expected blocks\.3"):
+        split_path("head")

@@ -9,9 +9,9 @@ import pytest
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.data.drawn.vtab_mini import write_vtab_mini
 from dyntune.studies.vtab.folders import find_folders
-from dyntune.studies.vtab.locate import open_benchmark
 from dyntune.studies.vtab.plan import Plan
 from dyntune.studies.vtab.recipes import RECIPES
+from dyntune.studies.vtab.tasks import open_benchmark
 
 
 @pytest.fixture(scope="session")

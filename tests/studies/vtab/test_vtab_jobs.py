@@ -16,12 +16,11 @@ from rich.console import Console
 import dyntune
 from dyntune.core.errors import TrainingError
 from dyntune.model.saved import WEIGHTS
-from dyntune.studies.vtab.display import JobDisplay, remaining_seconds
-from dyntune.studies.vtab.images import ResizedImages
+from dyntune.studies.vtab.folders import ResizedImages
 from dyntune.studies.vtab.jobs import LOCK, run_job
 from dyntune.studies.vtab.plan import Job
 from dyntune.studies.vtab.results import TRACEBACK, JobResult, finished, read_failure, read_result
-from dyntune.studies.vtab.run import failure_report, run_benchmark
+from dyntune.studies.vtab.run import JobDisplay, failure_report, remaining_seconds, run_benchmark
 from dyntune.studies.vtab.train import with_scale
 from dyntune.training.interrupt import TrainingInterrupted
 from dyntune.training.state import STATE

@@ -7,8 +7,7 @@ from PIL import Image
 
 from dyntune.core.errors import DataError
 from dyntune.studies.vtab.folders import find_folders, load_task
-from dyntune.studies.vtab.locate import open_benchmark
-from dyntune.studies.vtab.tasks import VTAB_1K, Benchmark, Task
+from dyntune.studies.vtab.tasks import VTAB_1K, Benchmark, Task, open_benchmark
 
 SMALL = Benchmark(
     "small",

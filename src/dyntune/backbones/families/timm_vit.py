@@ -1,7 +1,7 @@
 """timm's VisionTransformer with the standard pre-norm Block, behind the backbone interface."""
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from timm.layers import GELU, GELUTanh, GluMlp, LayerScale, QuickGELU, SwiGLU
@@ -12,17 +12,11 @@ from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from dyntune.backbones.base import Backbone
 from dyntune.backbones.sites import Changed, QueriesApart, Site, SiteKind
+from dyntune.backbones.timm_models import TimmBackbone
 from dyntune.backbones.units import Attention, Block, Mlp, MlpActivation, MlpParts
 from dyntune.core.errors import BackboneError
-from dyntune.core.tokens import Sources, Tokens
-
-SUPPORTED = (
-    "timm's VisionTransformer with its standard pre-norm Block, such as "
-    "ViT Ti/S/B/L/H, DeiT, AugReg, DINO, DINOv2, CLIP and SigLIP"
-)
-
+from dyntune.core.tokens import Provenance, Tokens
 
 _BLOCK_SITES: tuple[tuple[SiteKind, str, str], ...] = (
     ("norm1", "", "norm1"),
@@ -52,17 +46,17 @@ class _HostedAttention(Attention):
     def drop_path_rate(self) -> float:
         return float(getattr(self.host.drop_path1, "drop_prob", 0.0))
 
-    def project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.host.attn
-        qkv = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+        qkv = attn.qkv(self.normed(tokens)).unflatten(-1, (3, attn.num_heads, attn.head_dim))
         q, k, v = qkv.unbind(-3)
         return attn.q_norm(q), attn.k_norm(k), v
 
     def split_queries(self) -> None:
         self.host.attn.qkv = QueriesApart(self.host.attn.qkv)
 
-    def project_first(self, normed: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        attn = self.host.attn
+    def project_first(self, tokens: Tokens, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        attn, normed = self.host.attn, self.normed(tokens)
         q = attn.qkv.queries(normed[:, :count]).unflatten(-1, (attn.num_heads, attn.head_dim))
         k, v = attn.qkv.keys_values(normed).unflatten(-1, (2, attn.num_heads, attn.head_dim)).unbind(-3)
         return attn.q_norm(q), attn.k_norm(k), v
@@ -118,24 +112,22 @@ def _activation(module: nn.Module) -> MlpActivation | None:
     return names.get(type(module))
 
 
-class TimmViT(Backbone):
+class TimmViT(TimmBackbone):
     """A timm VisionTransformer as a backbone.
 
     Args:
         host: the model; used as it is, its parameters stay where they are.
 
-    Raises:
-        BackboneError: the model is not a VisionTransformer, or its blocks are not the standard pre-norm Block.
     """
 
     host: VisionTransformer
+    supported: ClassVar[str] = (
+        "timm's VisionTransformer with its standard pre-norm Block, such as "
+        "ViT Ti/S/B/L/H, DeiT, AugReg, DINO, DINOv2, CLIP and SigLIP"
+    )
 
     def __init__(self, host: nn.Module) -> None:
-        super().__init__()
-        refusal = _refusal(host)
-        if refusal:
-            raise BackboneError(f"{type(host).__name__} is not supported: {refusal}. Supported: {SUPPORTED}.")
-        self.host = cast(VisionTransformer, host)
+        super().__init__(host)
         width = self.host.embed_dim
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
             Block(
@@ -145,6 +137,30 @@ class TimmViT(Backbone):
             )
             for index, block in enumerate(self.host.blocks)
         )
+
+    @classmethod
+    def knows(cls, host: nn.Module) -> bool:
+        return isinstance(host, VisionTransformer)
+
+    @classmethod
+    def refusal(cls, host: nn.Module) -> str | None:
+        assert isinstance(host, VisionTransformer)
+        if type(host).forward_features is not VisionTransformer.forward_features:
+            return "it overrides forward_features"
+        if not isinstance(host.patch_drop, nn.Identity):
+            return "it drops patches at random (patch_drop_rate); build it with patch_drop_rate=0"
+        if any(isinstance(module, Changed) for module in host.modules()):
+            return "another tuned model has changed its modules; build a backbone for each"
+        for index, block in enumerate(host.blocks):
+            if type(block) is not TimmBlock:
+                return f"blocks.{index} is a {type(block).__name__}"
+            if type(block.attn) is not TimmAttention:
+                return f"blocks.{index}.attn is a {type(block.attn).__name__}"
+            if getattr(block.attn, "gate", None) is not None:
+                return f"blocks.{index}.attn is gated"
+            if not isinstance(block.mlp, TimmMlp | GluMlp | SwiGLU):
+                return f"blocks.{index}.mlp is a {type(block.mlp).__name__}"
+        return None
 
     def embed(self, images: Tensor) -> Tokens:
         host = self.host
@@ -160,7 +176,7 @@ class TimmViT(Backbone):
         grid = tuple(embedded.shape[1:3]) if host.dynamic_img_size else host.patch_embed.grid_size
         x = host.norm_pre(host._pos_embed(embedded))
         # Sources are given, not left to the default, which torch.compile cannot trace.
-        return Tokens(x, host.num_prefix_tokens, (int(grid[0]), int(grid[1])), sources=Sources())
+        return Tokens(x, host.num_prefix_tokens, (int(grid[0]), int(grid[1])), provenance=Provenance())
 
     def finish(self, tokens: Tokens) -> Tokens:
         # The norm sees the prompts too, as in the published models, whose MACs are counted so.
@@ -168,9 +184,9 @@ class TimmViT(Backbone):
 
     def readout(self, tokens: Tokens) -> Tensor:
         host = self.host
-        if not host.global_pool and tokens.sources.owner is not None:  # the head reads every patch
+        if not host.global_pool and tokens.provenance.owner is not None:  # the head reads every patch
             tokens = tokens.with_x(torch.cat([tokens.x[:, : tokens.prefix], tokens.on_grid().flatten(2).mT], dim=1))
-        weights = tokens.sources.weights
+        weights = tokens.provenance.weights
         if weights is None or host.global_pool in ("", "token"):
             return host.forward_head(tokens.x)
         return host.head(host.head_drop(host.fc_norm(self._pooled(tokens, weights))))
@@ -220,12 +236,7 @@ class TimmViT(Backbone):
     def class_token(self) -> bool:
         return self.host.cls_token is not None
 
-    def sites(self, *kinds: SiteKind) -> Iterator[Site]:
-        for site in self._all_sites():
-            if (not kinds or site.kind in kinds) and not isinstance(site.module, nn.Identity):
-                yield site
-
-    def _all_sites(self) -> Iterator[Site]:
+    def all_sites(self) -> Iterator[Site]:
         host = self.host
         yield Site("patch", None, "patch_embed.proj", host.patch_embed, "proj")
         for index, block in enumerate(host.blocks):
@@ -245,7 +256,7 @@ class TimmViT(Backbone):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         height, width = self.host.patch_embed.img_size or self.host.pretrained_cfg["input_size"][1:]
-        return self.host.patch_embed.proj.in_channels, height, width
+        return self.host.in_chans, height, width
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -257,25 +268,3 @@ class TimmViT(Backbone):
 
     def switch_gradient_checkpointing(self, on: bool) -> None:
         self.host.set_grad_checkpointing(on)
-
-
-def _refusal(host: nn.Module) -> str | None:
-    """Why ``host`` cannot be run through the interface, or None if it can."""
-    if not isinstance(host, VisionTransformer):
-        return "it is not a timm VisionTransformer"
-    if type(host).forward_features is not VisionTransformer.forward_features:
-        return "it overrides forward_features"
-    if not isinstance(host.patch_drop, nn.Identity):
-        return "it drops patches at random (patch_drop_rate); build it with patch_drop_rate=0"
-    if any(isinstance(module, Changed) for module in host.modules()):
-        return "another tuned model has changed its modules; build a backbone for each"
-    for index, block in enumerate(host.blocks):
-        if type(block) is not TimmBlock:
-            return f"blocks.{index} is a {type(block).__name__}"
-        if type(block.attn) is not TimmAttention:
-            return f"blocks.{index}.attn is a {type(block.attn).__name__}"
-        if getattr(block.attn, "gate", None) is not None:
-            return f"blocks.{index}.attn is gated"
-        if not isinstance(block.mlp, TimmMlp | GluMlp | SwiGLU):
-            return f"blocks.{index}.mlp is a {type(block.mlp).__name__}"
-    return None

@@ -5,11 +5,10 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dyntune.data.drawn.outlines import OUTLINES
 from dyntune.data.drawn.procedural import Random, contrasting, degrade, power_law_noise, to_uint8
-from dyntune.data.sources.shapes import MARGIN, OVERSAMPLING, RADIUS, Pose, draw_pose, pose_corners
-from dyntune.data.sources.shapes import SIDE as POSE_SIDE
-from dyntune.data.sources.shapes import TASKS as POSE_TASKS
+from dyntune.data.drawn.shapes import MARGIN, OUTLINES, OVERSAMPLING, RADIUS, Pose, draw_pose, pose_corners
+from dyntune.data.drawn.shapes import SIDE as POSE_SIDE
+from dyntune.data.drawn.shapes import TASKS as POSE_TASKS
 
 SIDE = 32
 ZOOM = 4  # drawn this many times larger and averaged down

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dyntune.data.drawn.procedural import Random, contrasting, degrade, render, to_uint8
-from dyntune.data.sources.digits import load_digits
+from dyntune.data.load import load_data
 from dyntune.data.splits import stratified_take
 
 SIDE = 32
@@ -69,7 +69,7 @@ class Place(NamedTuple):
 @cache
 def _digit_pool(seed: int, split: str) -> tuple[tuple[Image.Image, ...], ...]:
     """The digits of a split by class; no digit is in two splits."""
-    data = load_digits()
+    data = load_data("digits")
     parts = [part for part in (data.train, data.val, data.test) if part is not None]
     every = [part[index] for part in parts for index in range(len(part))]
     rest = list(range(len(every)))

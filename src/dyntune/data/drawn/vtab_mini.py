@@ -24,7 +24,7 @@ from dyntune.data.drawn.mini_drawn import (
 )
 from dyntune.data.drawn.mini_natural import MATERIALS, Place, draw_digit, draw_material
 from dyntune.data.drawn.procedural import Random
-from dyntune.data.sources.vtab import load_vtab_task
+from dyntune.data.vtab import load_vtab_task
 
 NAME = "vtab-mini"
 VERSION = 1  # counts up when an image of any task changes

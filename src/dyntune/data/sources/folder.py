@@ -5,9 +5,10 @@ from pathlib import Path
 
 from dyntune.core.errors import DataError
 from dyntune.data.base import DataSplits, LabelledImages
-from dyntune.data.files import FileImages
-from dyntune.data.listing import list_images
-from dyntune.data.splits import assemble, split_off
+from dyntune.data.datasets import FileImages
+from dyntune.data.images import list_images
+from dyntune.data.sources.base import Request, Source
+from dyntune.data.splits import split_off
 
 VAL_NAMES = ("val", "valid", "validation")
 TEST_FRACTION = 0.2
@@ -52,8 +53,8 @@ def _read_evaluation(path: Path, train: Path, classes: Sequence[str]) -> FileIma
     return _read_classes(path, classes)
 
 
-def load_folder(path: Path, *, seed: int = 0, val_fraction: float = 0.2, name: str | None = None) -> DataSplits:
-    """Load an image folder; class names sorted by code point give the labels, as in torchvision.
+class Folder(Source):
+    """An image folder; class names sorted by code point give the labels, as in torchvision.
 
     With ``path/train``, the validation images are those of ``path/val`` (or ``valid`` or ``validation``), the test
     images those of ``path/test``; both must have the class folders of ``train``. Without a validation folder
@@ -63,39 +64,39 @@ def load_folder(path: Path, *, seed: int = 0, val_fraction: float = 0.2, name: s
     With class folders only, 20% of the images become the test split and ``val_fraction`` of the others the validation
     split, both stratified. That test split does not depend on ``seed``, so that no run can be tested on images
     that a run with another seed was trained on.
-
-    Args:
-        path: the folder.
-        seed: chooses the validation images where they must be split off.
-        val_fraction: share of the images left for training, between 0 and 1.
-        name: what to call the data set; its path by default.
-
-    Raises:
-        DataError: there is no such folder, it has neither layout, or classes are empty or differ between splits.
     """
-    name = str(path) if name is None else name
-    if not path.is_dir():
-        raise DataError(f"no folder {path}. {LAYOUT} Check the spelling.")
-    found = _subfolders(path)
-    vals = [alias for alias in VAL_NAMES if alias in found]
-    if len(vals) > 1:
-        raise DataError(
-            f"{path} has {' and '.join(vals)}: expected one validation folder; rename or remove the others."
-        )
 
-    val: LabelledImages | None = None
-    test: LabelledImages | None = None
-    if "train" in found:
-        train: LabelledImages
-        train, classes = _read_training(path / "train")
-        if vals:
-            val = _read_evaluation(path / vals[0], path / "train", classes)
-        if "test" in found:
-            test = _read_evaluation(path / "test", path / "train", classes)
-    else:
-        held_out = [*vals, *(["test"] if "test" in found else [])]
-        if held_out:
-            raise DataError(f"{path} has {' and '.join(held_out)} but no train folder. {LAYOUT}")
-        data, classes = _read_training(path)
-        train, test = split_off(data, TEST_FRACTION, key="test")
-    return assemble(name, train, val, test, classes, seed=seed, val_fraction=val_fraction)
+    prefix = "folder:"
+    form = "folder:PATH or the PATH of an image folder"
+    order = 1  # any folder may be one of images: it is one where no other source knows it
+
+    def recognises(self, path: Path) -> bool:
+        return path.is_dir()
+
+    def load(self, request: Request) -> DataSplits:
+        path = request.path
+        if not path.is_dir():
+            raise DataError(f"no folder {path}. {LAYOUT} Check the spelling.")
+        found = _subfolders(path)
+        vals = [alias for alias in VAL_NAMES if alias in found]
+        if len(vals) > 1:
+            raise DataError(
+                f"{path} has {' and '.join(vals)}: expected one validation folder; rename or remove the others."
+            )
+
+        val: LabelledImages | None = None
+        test: LabelledImages | None = None
+        if "train" in found:
+            train: LabelledImages
+            train, classes = _read_training(path / "train")
+            if vals:
+                val = _read_evaluation(path / vals[0], path / "train", classes)
+            if "test" in found:
+                test = _read_evaluation(path / "test", path / "train", classes)
+        else:
+            held_out = [*vals, *(["test"] if "test" in found else [])]
+            if held_out:
+                raise DataError(f"{path} has {' and '.join(held_out)} but no train folder. {LAYOUT}")
+            data, classes = _read_training(path)
+            train, test = split_off(data, TEST_FRACTION, key="test")
+        return request.splits(train, val, test, classes)

@@ -87,8 +87,10 @@ def check(
         DataLoader(prepared(data, before.preprocessing), batch_size) if isinstance(data, Dataset) else data
     )
     seeing = with_masks or after
-    images = most = same = right_before = right_after = 0
-    difference = largest = 0.0
+    task, outputs = before.task, before.backbone.classes
+    scores_before, scores_after = task.metric(outputs), task.metric(outputs)
+    images = most = 0
+    same = difference = largest = 0.0
     gates: dict[str, float] = {}
     training, weight = before.training, next(before.parameters())
     before.eval()
@@ -103,12 +105,11 @@ def check(
                         f"{images + len(batch) - 1}, so there is nothing to compare. Look for NaN or infinite weights, "
                         "or take --precision fp32."
                     )
-            old, new = expected.argmax(-1), logits.argmax(-1)
             images += len(batch)
             most = max(most, len(batch))
-            same += int((old == new).sum())
-            right_before += int((old == labels).sum())
-            right_after += int((new == labels).sum())
+            same += float(task.agreement(expected, logits).sum())
+            scores_before.update(expected, labels)
+            scores_after.update(logits, labels)
             difference = max(difference, float((expected - logits).abs().max()))
             largest = max(largest, float(expected.abs().max()))
             masks = seeing.run(own)[1] if seeing.gates else None
@@ -124,8 +125,8 @@ def check(
     return Check(
         images=images,
         batch_size=most,
-        accuracy_before=right_before / images,
-        accuracy_after=right_after / images,
+        accuracy_before=scores_before.figures()[task.merit],
+        accuracy_after=scores_after.figures()[task.merit],
         agreement=same / images,
         largest_difference=difference,
         largest_logit=largest,

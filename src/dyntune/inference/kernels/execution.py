@@ -16,7 +16,8 @@ from dyntune.inference.kernels import ops
 from dyntune.inference.kernels.launch import DTYPES, unavailable
 from dyntune.inference.kernels.ops import Products
 from dyntune.model.executions import Execution
-from dyntune.parts.policies.base import Gate, TokenPolicy
+from dyntune.parts.policies.base import Gate
+from dyntune.parts.policies.gating import GatingPolicy
 
 
 class JointProducts(Protocol):
@@ -55,7 +56,7 @@ class DeviceCounts(Execution):
         self.joints = dict(joints or {})
         self.products = products
 
-    def gated(self, unit: Unit, tokens: Tokens, policy: TokenPolicy) -> tuple[Tokens, Gate]:
+    def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
         if unit.training:
             raise DyntuneError(
                 f'{unit.path} is in train mode, which needs gradients; use eval(), or execution="masked".'
@@ -74,10 +75,10 @@ class DeviceCounts(Execution):
             gate = policy.gate_from(unit, tokens, values[:, tokens.prefix :])
         tokens = unit.prepare(tokens)
         if out is None:
-            beside = unit.beside_update(tokens)
+            parallel = unit.parallel_update(tokens)
             # What leaves a patch embedding is a transposed view, and the kernels need one token behind the other.
             copied = tokens.x.clone(memory_format=torch.contiguous_format)
-            out = copied if beside is None else copied.add_(beside)
+            out = copied if parallel is None else copied.add_(parallel)
         parts = _parts(unit)
         if supports(unit) is None and parts is not None:
             reason = supports(unit, self.products)
@@ -149,7 +150,7 @@ def _learns(unit: Unit, tokens: Tokens, joint: JointProducts | None) -> bool:
 
 def _parts(unit: Unit) -> MlpParts | None:
     """The layers that make the unit's whole update, if they are known."""
-    return unit.parts if isinstance(unit, Mlp) and not unit.after else None
+    return unit.parts if isinstance(unit, Mlp) and not unit.sequential else None
 
 
 def _active_keys(tokens: Tokens, gate: Gate) -> Tokens:

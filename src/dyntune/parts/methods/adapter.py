@@ -73,8 +73,8 @@ class Adapter(TuningMethod):
     source: ClassVar[str] = "Houlsby et al., ICML 2019, arXiv 1902.00751; for ViT as in NOAH, arXiv 2206.04673"
     stays: ClassVar[str | None] = "an adapter is not linear"
     published: ClassVar[dict[str, str]] = {
-        r"^blocks\.(\d+)\.adapter\.ln1\.": r"blocks.\1.mlp.after.adapter.down_proj.",
-        r"^blocks\.(\d+)\.adapter\.ln2\.": r"blocks.\1.mlp.after.adapter.up_proj.",
+        r"^blocks\.(\d+)\.adapter\.ln1\.": r"blocks.\1.mlp.sequential.adapter.down_proj.",
+        r"^blocks\.(\d+)\.adapter\.ln2\.": r"blocks.\1.mlp.sequential.adapter.up_proj.",
     }
 
     bottleneck: int = 8
@@ -89,4 +89,6 @@ class Adapter(TuningMethod):
 
     def install(self, backbone: Backbone) -> None:
         for unit in backbone.units(self.where):
-            unit.add_after("adapter", Bottleneck(unit.width, self.bottleneck, self.activation, self.dropout, self.init))
+            unit.add_sequential(
+                "adapter", Bottleneck(unit.width, self.bottleneck, self.activation, self.dropout, self.init)
+            )

@@ -69,7 +69,7 @@ class AdaptFormer(TuningMethod):
 
     source: ClassVar[str] = "Chen et al., NeurIPS 2022, arXiv 2205.13535"
     stays: ClassVar[str | None] = "an adapter is not linear; its scale is folded into the up-projection"
-    published: ClassVar[dict[str, str]] = {r"^blocks\.(\d+)\.adaptmlp\.": r"blocks.\1.mlp.beside.adapter."}
+    published: ClassVar[dict[str, str]] = {r"^blocks\.(\d+)\.adaptmlp\.": r"blocks.\1.mlp.parallel.adapter."}
 
     bottleneck: int = 8
     scale: float | Literal["learnable"] = 0.1
@@ -83,4 +83,4 @@ class AdaptFormer(TuningMethod):
 
     def install(self, backbone: Backbone) -> None:
         for unit in backbone.units(self.where):
-            unit.add_beside("adapter", Adapter(unit.width, self.bottleneck, self.scale, self.dropout, self.bias))
+            unit.add_parallel("adapter", Adapter(unit.width, self.bottleneck, self.scale, self.dropout, self.bias))

@@ -90,7 +90,7 @@ class ConvPass(TuningMethod):
     source: ClassVar[str] = "Jie and Deng, 2022, arXiv 2207.07039"
     stays: ClassVar[str | None] = "a bypass is not linear; its scale is folded into the up-projection"
     published: ClassVar[dict[str, str]] = {
-        r"^blocks\.(\d+)\.adapter_(attn|mlp)\.adapter_(down|conv|up)\.": r"blocks.\1.\2.beside.convpass.\3."
+        r"^blocks\.(\d+)\.adapter_(attn|mlp)\.adapter_(down|conv|up)\.": r"blocks.\1.\2.parallel.convpass.\3."
     }
 
     bottleneck: int = 8
@@ -107,4 +107,4 @@ class ConvPass(TuningMethod):
         for unit in backbone.units(self.where):
             drop_path = cast(SubLayer, unit).drop_path_rate
             bypass = ConvBypass(unit.width, self.bottleneck, self.scale, self.dropout, self.init, drop_path)
-            unit.add_beside("convpass", bypass)
+            unit.add_parallel("convpass", bypass)

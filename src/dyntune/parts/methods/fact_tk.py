@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.sites import Change, SiteKind
+from dyntune.backbones.sites import Change, Site, SiteKind
 from dyntune.parts.methods.base import TuningMethod
 
 Order = Literal["interleaved", "contiguous"]
@@ -75,7 +75,7 @@ class Tucker(Change):
     def matrices(self) -> tuple[Tensor, ...]:
         """The matrices G, ``(chunks read * r, chunks given * r)``, whose outputs stand one after the other."""
         f = self.factors.slots(self.first, self.inputs * self.outputs)
-        if self.kind in ("qkv", "proj"):
+        if self.kind not in ("fc1", "fc2"):
             return f.unbind(-1)
         if self.order == "interleaved":
             return (f.flatten(1) if self.kind == "fc1" else f.flatten(1).T,)
@@ -90,14 +90,14 @@ class Tucker(Change):
         return factors.v(hidden.unflatten(-1, (-1, factors.v.in_features))).flatten(-2)
 
     @torch.no_grad()
-    def fold(self, base: nn.Module) -> None:
+    def fold(self, site: Site) -> None:
         u, v = self.factors.u.weight, self.factors.v.weight
         rank = len(u)
         changes = []
         for matrix in self.matrices():
             g = matrix.unflatten(1, (-1, rank)).unflatten(0, (-1, rank))
             changes.append(torch.einsum("op,aqbp,qi->boai", v, g, u).flatten(2).flatten(0, 1))
-        base.weight.add_(torch.cat(changes), alpha=self.scale)  # type: ignore[operator]
+        site.weight.add_(torch.cat(changes), alpha=self.scale)
 
 
 @dataclass(frozen=True)

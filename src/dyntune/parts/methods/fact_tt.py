@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.sites import Change
+from dyntune.backbones.sites import Change, Site
 from dyntune.parts.methods.base import TuningMethod
 
 
@@ -57,14 +57,14 @@ class TensorTrain(Change):
         return self.factors.v(hidden.unflatten(-1, (outputs, -1))).flatten(-2)
 
     @torch.no_grad()
-    def fold(self, base: nn.Module) -> None:
+    def fold(self, site: Site) -> None:
         inputs, outputs = self.chunks
         u, v = self.factors.u.weight, self.factors.v.weight
         changes = []
         for core in self.cores.values():
             s = cast(nn.Linear, core).weight.unflatten(1, (inputs, -1)).unflatten(0, (outputs, -1))
             changes.append(torch.einsum("op,bpaq,qi->boai", v, s, u).flatten(2).flatten(0, 1))
-        base.weight.add_(torch.cat(changes), alpha=self.scale)  # type: ignore[operator]
+        site.weight.add_(torch.cat(changes), alpha=self.scale)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,6 @@ class FactTT(TuningMethod):
         factors = Factors(width, self.rank)
         for site in backbone.sites("qkv", "proj", "fc1", "fc2"):
             inputs, outputs = site.slots(width)
-            maps = ("q", "k", "v") if site.kind == "qkv" else (site.attribute,)
-            change = TensorTrain(factors, maps, inputs, outputs // len(maps), self.scale, self.dropout)
+            change = TensorTrain(factors, site.parts, inputs, outputs // len(site.parts), self.scale, self.dropout)
             site.add("fact_tt", change)
         backbone.shared[self.name()] = factors

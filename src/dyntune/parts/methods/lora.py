@@ -2,32 +2,21 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.sites import Change, SiteKind
+from dyntune.backbones.sites import Change, Site
 from dyntune.core.errors import BackboneError
 from dyntune.parts.methods.base import TuningMethod
 
 Target = Literal["qkv", "q", "k", "v", "proj", "fc1", "fc2"]
-_THIRDS = ("q", "k", "v")
-_SITES: dict[Target, SiteKind] = {
-    "qkv": "qkv",
-    "q": "qkv",
-    "k": "qkv",
-    "v": "qkv",
-    "proj": "proj",
-    "fc1": "fc1",
-    "fc2": "fc2",
-}
 
 
 class LowRank(Change):
-    """``y + s * B A x``, on all output channels of a linear map or on some of them.
+    """``y + s * B A x``.
 
     Args:
         inputs: channels of x.
@@ -36,7 +25,6 @@ class LowRank(Change):
         scale: the factor s.
         dropout: probability of dropping a value while training.
         dropout_on: whether x or A x is dropped from.
-        rows: first and last (exclusive) output channel that is changed.
     """
 
     def __init__(
@@ -47,24 +35,20 @@ class LowRank(Change):
         scale: float,
         dropout: float,
         dropout_on: Literal["input", "hidden"],
-        rows: tuple[int, int],
     ) -> None:
         super().__init__()
         self.down = nn.Linear(inputs, rank, bias=False)
-        self.up = nn.Linear(rank, rows[1] - rows[0], bias=False)
+        self.up = nn.Linear(rank, outputs, bias=False)
         self.input_dropout = nn.Dropout(dropout if dropout_on == "input" else 0.0)
         self.hidden_dropout = nn.Dropout(dropout if dropout_on == "hidden" else 0.0)
         self.scale = scale
-        self.rows = rows
-        self.margins = (rows[0], outputs - rows[1])
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        update = self.up(self.hidden_dropout(self.down(self.input_dropout(x)))) * self.scale
-        return y + (F.pad(update, self.margins) if any(self.margins) else update)
+        return y + self.up(self.hidden_dropout(self.down(self.input_dropout(x)))) * self.scale
 
     @torch.no_grad()
-    def fold(self, base: nn.Module) -> None:
-        cast(Tensor, base.weight)[slice(*self.rows)] += self.scale * self.up.weight @ self.down.weight
+    def fold(self, site: Site) -> None:
+        site.weight.add_(self.scale * self.up.weight @ self.down.weight)
 
 
 @dataclass(frozen=True)
@@ -72,7 +56,8 @@ class LoRA(TuningMethod):
     """Adds a low-rank update to linear maps: ``W x + b + s * B (A x)``; by default to the fused query-key-value map.
 
     With ``targets=qkv`` queries, keys and values share one A, which is the row of the VTAB-1K tables (NOAH's code);
-    ``targets=q/v,dropout_on=hidden`` has an A of its own for each, as PETL-ViT's code. Both have ``4 D r`` parameters
+    ``targets=q/v,dropout_on=hidden`` has an A of its own for each, as PETL-ViT's code; so has ``qkv`` on backbones with
+    separate maps. The first two have ``4 D r`` parameters
     per block of width D. ``s`` is 1 in the first; PEFT's ``lora_alpha`` is ``s * r``. It folds into the weights; until
     then it costs as many MACs per token as it has parameters.
 
@@ -107,19 +92,14 @@ class LoRA(TuningMethod):
 
     def install(self, backbone: Backbone) -> None:
         for target in self.targets:
-            for site in backbone.sites(_SITES[target]):
-                linear = site.module
-                if not isinstance(linear, nn.Linear):
-                    raise BackboneError(f"lora updates Linear layers, but {site.path} is a {type(linear).__name__}.")
-                name, rows = "lora", (0, linear.out_features)
-                if target in _THIRDS:
-                    size = linear.out_features // 3
-                    name, rows = f"lora_{target}", (_THIRDS.index(target) * size, (_THIRDS.index(target) + 1) * size)
-                change = LowRank(
-                    linear.in_features, linear.out_features, self.rank, self.scale, self.dropout, self.dropout_on, rows
-                )
+            for site in backbone.sites(target):
+                if not isinstance(site.module, nn.Linear):
+                    raise BackboneError(
+                        f"lora updates Linear layers, but {site.path} is a {type(site.module).__name__}."
+                    )
+                change = LowRank(site.inputs, site.channels, self.rank, self.scale, self.dropout, self.dropout_on)
                 self._initialise(change)
-                site.add(name, change)
+                site.add("lora", change)
 
     def _initialise(self, change: LowRank) -> None:
         if self.init == "noah":

@@ -132,4 +132,4 @@ class MoeAdapter(TuningMethod):
             adapter = MixedAdapter(
                 unit.width, self.bottleneck, self.experts, self.scale, self.dropout, self.normalise, self.mix
             )
-            unit.add_beside("moe_adapter", adapter)
+            unit.add_parallel("moe_adapter", adapter)

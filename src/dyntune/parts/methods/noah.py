@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.sites import Change
+from dyntune.backbones.sites import Change, Site
 from dyntune.core.errors import BackboneError, SpecError
 from dyntune.core.tokens import Tokens
 from dyntune.parts.methods.base import TuningMethod, quick_gelu
@@ -195,9 +195,9 @@ class ElasticLowRank(Change):
         return y + F.linear(F.linear(self.dropout(x), down), up)
 
     @torch.no_grad()
-    def fold(self, base: nn.Module) -> None:
+    def fold(self, site: Site) -> None:
         down, up = self._sliced(self.selection.subnet)
-        cast(Tensor, base.weight).add_(up @ down)
+        site.weight.add_(up @ down)
 
     def _sliced(self, sizes: Subnet) -> tuple[Tensor, Tensor]:
         rank = sizes.ranks[self.block]
@@ -339,17 +339,16 @@ class Noah(TuningMethod):
                 rows = PUBLISHED_WIDTH if self.init == "noah" else count
                 bound = math.sqrt(6 / (rows * block.width + block.width))
                 prompts = ElasticPrompts(block.index, count, block.width, bound, self.dropout, selection)
-                block.add_entry("noah", prompts)
+                block.add_prompts("noah", prompts)
             if size:
                 adapter = ElasticAdapter(block.index, block.width, size, self.dropout, self.init, selection)
-                block.mlp.add_after("noah", adapter)
+                block.mlp.add_sequential("noah", adapter)
         for site in backbone.sites("qkv"):
             index = cast(int, site.block)
             if rank := stored.ranks[index]:
-                inputs = int(cast(Tensor, site.module.weight).shape[1])
                 site.add(
                     "noah",
-                    ElasticLowRank(index, inputs, site.channels, rank, self.dropout, self.init, selection),
+                    ElasticLowRank(index, site.inputs, site.channels, rank, self.dropout, self.init, selection),
                 )
 
     def from_published(self, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
@@ -360,7 +359,7 @@ class Noah(TuningMethod):
             return None
         block, kind = int(match.group(1)), match.group(2)
         if "prompt" in kind:
-            return _if_any({f"blocks.{block}.entries.noah.prompts": tensor[0, : self._size(self.prompts, block)]})
+            return _if_any({f"blocks.{block}.prompts.noah.prompts": tensor[0, : self._size(self.prompts, block)]})
         if "LoRA" in kind:
             rank = self._size(self.ranks, block)
             down = "LoRA_a" in kind
@@ -370,8 +369,8 @@ class Noah(TuningMethod):
         if not size:
             return {}
         if "ln1" in kind:
-            return {f"blocks.{block}.mlp.after.noah.down_proj.{which}": tensor[:size]}
-        return {f"blocks.{block}.mlp.after.noah.up_proj.{which}": tensor[:, :size] if tensor.ndim == 2 else tensor}
+            return {f"blocks.{block}.mlp.sequential.noah.down_proj.{which}": tensor[:size]}
+        return {f"blocks.{block}.mlp.sequential.noah.up_proj.{which}": tensor[:, :size] if tensor.ndim == 2 else tensor}
 
     def _size(self, sizes: tuple[int, ...], block: int) -> int:
         """The size of a block's module of one kind; 0 beyond the last block."""

@@ -68,4 +68,4 @@ class ResTuning(TuningMethod):
     def install(self, backbone: Backbone) -> None:
         for block in backbone.blocks:
             for unit, reads_normed in ((block.attn, True), (block.mlp, True), (block, False)):
-                unit.add_beside("res_tuning", Tuner(unit.width, self.bottleneck, reads_normed, self.init))
+                unit.add_parallel("res_tuning", Tuner(unit.width, self.bottleneck, reads_normed, self.init))

@@ -1,13 +1,13 @@
 """SSF: a trained scale and shift per channel behind every linear map, convolution and norm."""
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.sites import Change
+from dyntune.backbones.sites import Change, Site
 from dyntune.core.errors import BackboneError
 from dyntune.parts.methods.base import TuningMethod
 
@@ -33,14 +33,10 @@ class ScaleShift(Change):
         return y * self.scale + self.shift
 
     @torch.no_grad()
-    def fold(self, base: nn.Module) -> None:
-        weight, bias = cast(Tensor, base.weight), cast("Tensor | None", base.bias)
+    def fold(self, site: Site) -> None:
+        weight, bias = site.weight, site.bias
         weight.mul_(self.scale.view(-1, *[1] * (weight.ndim - 1)))
-        shift = self.shift.clone() if bias is None else bias * self.scale + self.shift
-        if bias is None:
-            base.bias = nn.Parameter(shift, requires_grad=False)
-        else:
-            bias.copy_(shift)
+        site.set_bias(self.shift if bias is None else bias * self.scale + self.shift)
 
 
 @dataclass(frozen=True)

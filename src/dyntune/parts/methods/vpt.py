@@ -68,7 +68,7 @@ class Vpt(TuningMethod):
         patch = next(backbone.sites("patch"))
         bound = math.sqrt(6 / (patch.module.weight[0].numel() + patch.channels))  # type: ignore[index]
         for block in backbone.blocks if self.deep else backbone.blocks[:1]:
-            block.add_entry("vpt", Prompts(self.prompts, block.width, bound, self.dropout))
+            block.add_prompts("vpt", Prompts(self.prompts, block.width, bound, self.dropout))
 
     def from_published(self, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
         if name.startswith("head.last_layer."):
@@ -77,4 +77,4 @@ class Vpt(TuningMethod):
         if match is None:
             return None
         first = 1 if match.group(1) else 0
-        return {f"blocks.{block}.entries.vpt.prompts": prompts for block, prompts in enumerate(tensor, first)}
+        return {f"blocks.{block}.prompts.vpt.prompts": prompts for block, prompts in enumerate(tensor, first)}

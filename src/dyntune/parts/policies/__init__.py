@@ -1,0 +1,4 @@
+"""Token policies, one file each: what gates derives from ``gating.py``, what reduces from ``reducing.py``."""
+
+BASES = ("base", "gating", "reducing")
+"""Modules that hold no policy."""

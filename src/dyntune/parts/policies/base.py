@@ -1,17 +1,15 @@
-"""What every token policy offers: which tokens each unit computes, and what training adds to the loss."""
+"""What every token policy offers, and what a forward pass records of its decisions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.units import Unit
-from dyntune.core.errors import BackboneError
-from dyntune.core.tokens import EVERY_PATCH, Sources, Tokens
+from dyntune.core.tokens import EVERY_PATCH, Provenance, Tokens
 from dyntune.parts.spec import Part
 
 
@@ -25,7 +23,7 @@ class Gate:
             straight-through gradient.
         policy: who decided.
         logits: ``(B, P)``, what the decision was made from before noise, where a policy has that.
-        sources: which image patches the P tokens stand for.
+        provenance: which image patches the P tokens stand for.
         target: share of active patches that this pass is trained towards, where it changes from step to step.
     """
 
@@ -33,21 +31,21 @@ class Gate:
     values: Tensor
     policy: TokenPolicy
     logits: Tensor | None = None
-    sources: Sources = EVERY_PATCH
+    provenance: Provenance = EVERY_PATCH
     target: float | None = None
 
     @property
     def there(self) -> Tensor:
         """The values of the tokens that are there: all of them, or, where training hides some, the others, flat."""
-        if self.sources.present is None:
+        if self.provenance.present is None:
             return self.values
-        there = self.values[self.sources.present > 0.5]
+        there = self.values[self.provenance.present > 0.5]
         return there if there.numel() else self.values  # a mean over nothing would be NaN
 
     @property
     def on_patches(self) -> Tensor:
         """``(B, patches of the image)``: merged patches have the value of their token, dropped ones 0."""
-        return self.sources.of_patches(self.values)
+        return self.provenance.of_patches(self.values)
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,13 @@ class Reduction:
     Args:
         unit: path of the unit, for instance ``blocks.3.mlp``.
         policy: who decided.
-        sources: which image patches the tokens stand for afterwards.
+        provenance: which image patches the tokens stand for afterwards.
         count: tokens of an image afterwards, prefix tokens included.
     """
 
     unit: str
     policy: TokenPolicy
-    sources: Sources
+    provenance: Provenance
     count: int
 
 
@@ -121,45 +119,13 @@ class CompletePass:
         )
 
 
-class Trial(Protocol):
-    """The model that is to be, but for one policy: what that policy can find its settings on before anything is built.
-
-    Args:
-        dense_macs: MACs per image of the untouched backbone without its head.
-    """
-
-    dense_macs: int
-
-    @property
-    def depth(self) -> int:
-        """Blocks of the backbone."""
-        ...
-
-    @property
-    def patches(self) -> int:
-        """Patches of an image."""
-        ...
-
-    def macs(self, spec: str) -> int:
-        """MACs per image, without the head, of the model with ``spec`` in the policy's place."""
-        ...
-
-
 @dataclass(frozen=True)
 class TokenPolicy(Part):
     """A configuration whose ``install`` adds modules to a backbone, and which is asked during a forward pass.
 
-    A policy *gates* units, so that skipped tokens get no update, or it *reduces* the tokens in front of units, so that
-    fewer go on.
+    A policy *gates* units, so that skipped tokens get no update (``GatingPolicy``), or it *reduces* the tokens in front
+    of units, so that fewer go on (``ReducingPolicy``).
     """
-
-    def settle(self, trial: Trial) -> str | None:
-        """The spec of what is to be installed in this policy's place; None for the policy itself.
-
-        Raises:
-            SpecError: what is asked for cannot be had on this backbone.
-        """
-        return None
 
     def install(self, backbone: Backbone) -> None:
         """Adds the modules that decide to ``backbone`` in place.
@@ -173,60 +139,12 @@ class TokenPolicy(Part):
         """Whether this policy decides which patches ``unit`` computes."""
         return False
 
-    def gate(self, unit: Unit, tokens: Tokens) -> Gate:
-        """Which patches a gated ``unit`` computes, with ``tokens.sources``. Skipped tokens get no update."""
-        raise NotImplementedError
-
-    def linear_gate(self, unit: Unit) -> nn.Linear | None:
-        """The linear map from a token of a gated ``unit`` to one number, where nothing else enters the decision.
-
-        Fast inference computes it together with other maps of the token and asks ``gate_from`` instead of ``gate``.
-        """
-        return None
-
-    def gate_from(self, unit: Unit, tokens: Tokens, values: Tensor) -> Gate:
-        """As ``gate``, from what ``linear_gate`` makes of the patches, ``(B, P)``."""
-        raise NotImplementedError
-
-    def target_rate(self, unit: Unit) -> float:
-        """Share of patches that a gated ``unit`` is meant to compute; what is counted when no images are given."""
-        raise NotImplementedError
-
     def reduces(self, unit: Unit) -> bool:
         """Whether this policy decides, in front of ``unit``, which tokens there are from there on.
 
         In front of a block it sees what enters the block; in front of an MLP also the block's attention.
         """
         return False
-
-    @property
-    def drops(self) -> bool:
-        """Whether some patches are dropped for good, instead of being merged into others."""
-        return False
-
-    def reduction(
-        self, unit: Unit, tokens: Tokens, projected: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Callable[[Tokens], Tokens] | None:
-        """Decides what becomes of the tokens in front of ``unit``.
-
-        Args:
-            unit: one that this policy ``reduces``.
-            tokens: what enters it.
-            projected: queries, keys and values of the block's attention, each ``(B, N, H, D)``, in front of an MLP;
-                None in front of a block.
-
-        Returns:
-            A function from tokens of this layout, whatever their features, to those that remain: prefix tokens first
-            and unchanged, made with ``Tokens.with_patches`` or ``Tokens.with_present``. None if nothing changes.
-        """
-        raise NotImplementedError
-
-    def explored(self, unit: Unit) -> float | None:
-        """Share of the patches that a gated ``unit`` skips which training computes all the same, to teach the gate.
-
-        Above 0 and at most 1; None computes every patch and multiplies by the gate.
-        """
-        return None
 
     def complete_pass(self) -> CompletePass:
         """What this policy asks of the complete model while training."""
@@ -253,100 +171,38 @@ class TokenPolicy(Part):
         return {}
 
 
-class Reducer(nn.Module):
-    """What a reducing policy puts on a unit: it decides there which tokens go on."""
+class Trial(Protocol):
+    """The model that is to be, but for one policy: what that policy can find its settings on before anything is built.
 
-    def forward(
-        self, tokens: Tokens, projected: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Callable[[Tokens], Tokens] | None:
-        """As ``TokenPolicy.reduction``."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class ReducingPolicy(TokenPolicy):
-    """A policy whose ``install`` puts a ``Reducer`` in front of units, with ``Unit.add_reducer``."""
-
-    def reduces(self, unit: Unit) -> bool:
-        return self.name() in unit.reducers
-
-    def reduction(
-        self, unit: Unit, tokens: Tokens, projected: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Callable[[Tokens], Tokens] | None:
-        return unit.reducers[self.name()](tokens, projected)
-
-
-def check_gates(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
-    """Checks that everything installed on a backbone can run under its gates.
-
-    Raises:
-        BackboneError: two gates decide about the same unit, or a gate around a block hides tokens from a module in it
-            that looks at all of them.
+    Args:
+        dense_macs: MACs per image of the untouched backbone without its head.
     """
-    for block in backbone.blocks:
-        gated = [unit for policy in policies for unit in (block, block.attn, block.mlp) if policy.gates(unit)]
-        if len(gated) != len(set(gated)) or (block in gated and len(gated) > 1):
-            paths = " and ".join(sorted({unit.path for unit in gated}))
-            raise BackboneError(
-                f"{paths}: several gates at the same time. Give one gate per unit, and either "
-                "for a whole layer or for its sub-layers; dyt contains dispatch."
-            )
-        for inner in (block.attn, block.mlp) if block in gated else ():
-            for name, module in inner.beside.items():
-                if not getattr(module, "tokenwise", True):
-                    raise BackboneError(
-                        f"{name} at {inner.path} looks at all tokens of an image, but a gate around the layer shows it "
-                        "the active ones only. Gate the sub-layers instead (where=attn, mlp or attn-mlp), or put it "
-                        "beside the whole layer if it can stand there."
-                    )
+
+    dense_macs: int
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the backbone."""
+        ...
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        ...
+
+    def macs(self, spec: str) -> int:
+        """MACs per image, without the head, of the model with ``spec`` in the policy's place."""
+        ...
 
 
-def check_reductions(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
-    """Checks that everything installed on a backbone can run where tokens are merged, dropped or hidden.
+@runtime_checkable
+class Searching(Protocol):
+    """A policy that finds its settings on a trial model before anything is installed."""
 
-    Raises:
-        BackboneError: two policies reduce tokens, a gate hides from the reducing one what it reads, or a module or
-            the head needs the whole grid of patches.
-    """
-    reducing = [policy for policy in policies if any(map(policy.reduces, backbone.all_units()))]
-    if len(reducing) > 1:
-        names = " and ".join(policy.name() for policy in reducing)
-        raise BackboneError(f"{names} would each decide which tokens there are; give one of them.")
-    for policy in reducing:
-        for block in backbone.blocks:
-            gated = next((unit for unit in (block, block.attn) if any(other.gates(unit) for other in policies)), None)
-            if gated is not None and policy.reduces(block.mlp):
-                raise BackboneError(
-                    f"{policy.name()} reads queries and keys of all tokens in {block.attn.path}, which a gate at "
-                    f"{gated.path} does not compute for skipped tokens. Gate the MLP (dispatch:where=mlp, "
-                    "dyt:dispatch=mlp)."
-                )
-        if policy.drops and backbone.head_reads_grid:
-            raise BackboneError(
-                f"{policy.name()} drops patches, but the backbone's head reads every one of them. Use a policy that "
-                "merges (tome, pyra, fpet, evit with fuse=true) or dispatch, which keeps every token."
-            )
-        for unit in backbone.all_units():
-            for name, module in unit.beside.items():
-                if getattr(module, "reads_grid", False):
-                    raise BackboneError(
-                        f"{name} at {unit.path} needs every patch in its place in the grid, which {policy.name()} "
-                        "does not leave there. Use dispatch, which keeps every token, or another method."
-                    )
+    def settle(self, trial: Trial) -> str | None:
+        """The spec of what is to be installed in this policy's place; None for the policy itself.
 
-
-def check_bypass(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
-    """Checks that nothing which a bypass cuts off waits for a gradient.
-
-    Raises:
-        BackboneError: a gate, or a trained parameter, stands before the output of the last block.
-    """
-    if backbone.bypass is None:
-        return
-    behind = {*backbone.bypass.parameters(), *(p for head in backbone.heads for p in head.parameters())}
-    trained = [name for name, p in backbone.named_parameters() if p.requires_grad and p not in behind]
-    if policies or trained:
-        raise BackboneError(
-            "a bypass reads every token behind each block and lets no gradient into the backbone, so "
-            f"{policies[0].name() if policies else trained[0]} cannot stand beside it. Give the bypass alone."
-        )
+        Raises:
+            SpecError: what is asked for cannot be had on this backbone.
+        """
+        ...

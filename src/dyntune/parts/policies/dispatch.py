@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.units import Unit, Where
-from dyntune.core.losses import gumbel_difference, rate_loss
+from dyntune.core.losses import rate_loss
 from dyntune.core.tokens import Tokens
-from dyntune.parts.policies.base import CompletePass, Gate, Output, TokenPolicy
+from dyntune.parts.policies.base import CompletePass, Gate, Output
+from dyntune.parts.policies.gating import GatingPolicy, LearnedGate, straight_through
 
 RateOf = Literal["training", "inference"]
 
@@ -56,88 +56,41 @@ def _logit(rate: float) -> float:
     return math.log(rate / (1 - rate))
 
 
-class Dispatcher(nn.Module):
-    """A gate per patch: ``l = w x + b``, active where ``l > 0``.
-
-    While training, Gumbel noise makes the decision random: with g1, g2 ~ Gumbel(0, 1) the soft decision is
-    ``S = sigmoid((l + g1 - g2) / temperature)``, the patch is active where ``S > 0.5`` (with probability
-    ``sigmoid(l)``, whatever the temperature), and the gradient is that of S (straight-through; DyT section 3.2).
+class Dispatcher(LearnedGate):
+    """A linear gate per patch: ``l = w x + b``, active where ``l > 0``.
 
     An elastic gate is trained towards a rate r that changes from step to step: then
-    ``l = w x + b + slope (logit(r) - logit(middle))`` with a learned slope. In evaluation any gate has ``shift`` added
-    instead, which decides how many patches are active; see ``TunedModel.set_rate``.
+    ``l = w x + b + slope (logit(r) - logit(middle))`` with a learned slope.
 
     Args:
         width: channels C of a token.
         temperature: of the sigmoid; it shapes the gradient only.
         bias: b at the start.
         drawn: the rates of an elastic gate, shared by all of them; None for one trained towards one rate.
-
-    Attributes:
-        shift: added to the logits, 0 as trained; infinite to compute every patch, or none.
-        rate: share of active patches that ``shift`` stands for; None as trained.
     """
 
-    shift: Tensor
     slope: nn.Parameter | None
 
     def __init__(self, width: int, temperature: float, bias: float = 0.0, drawn: DrawnRate | None = None) -> None:
-        super().__init__()
+        super().__init__(temperature)
         self.gate = nn.Linear(width, 1)
-        self.temperature = temperature
         self.drawn = drawn
         self.slope = None if drawn is None else nn.Parameter(torch.ones(()))
-        self.register_buffer("shift", torch.zeros(()), persistent=False)
-        self.rate: float | None = None
         nn.init.trunc_normal_(self.gate.weight, std=0.02)
         nn.init.constant_(self.gate.bias, bias)
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """Patches ``(B, P, C)`` to a gate ``(B, P)`` in {0, 1}, differentiable while training."""
-        return self.decide(self.logits(patches)).to(patches.dtype)
+    def scores(self, patches: Tensor) -> Tensor:
+        return self.gate(patches).squeeze(-1)
 
-    def logits(self, patches: Tensor) -> Tensor:
-        """Patches ``(B, P, C)`` to the logits ``(B, P)`` of being active, in fp32."""
-        return self.logits_from(self.gate(patches).squeeze(-1))
-
-    def logits_from(self, values: Tensor) -> Tensor:
-        """What the linear map ``gate`` makes of the patches, ``(B, P)``, as logits in fp32."""
-        logits = values.float()
-        if not self.training:
-            return logits + self.shift
-        if self.drawn is None or self.slope is None:
+    def logits_from(self, scores: Tensor) -> Tensor:
+        logits = super().logits_from(scores)
+        if not self.training or self.drawn is None or self.slope is None:
             return logits
         return logits + self.slope.float() * self.drawn.distance(self.drawn.target)
 
-    def set_rate(self, shift: float, rate: float | None) -> None:
-        """Adds ``shift`` to the logits from now on; ``rate`` is the share of active patches that this gives."""
-        self.shift.fill_(shift)  # in place: a captured CUDA graph reads it where it is
-        self.rate = rate
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dispatcher:
-        shift = self.shift
-        super()._apply(fn, recurse)
-        # In fp32 whatever the precision of the weights, as the logits that it is added to are.
-        self.shift = self.shift.float() if shift.is_meta else shift.to(self.shift.device)
-        return self
-
-    def decide(self, logits: Tensor) -> Tensor:
-        """Logits to a gate in {0, 1}: noisy and differentiable while training, a plain threshold in evaluation."""
-        if not self.training:
-            return (logits > 0).to(logits.dtype)
-        return straight_through(logits + gumbel_difference(logits), self.temperature)
-
-
-def straight_through(logits: Tensor, temperature: float) -> Tensor:
-    """1 where the logit is above 0, else 0; backward, the gradient of ``sigmoid(logits / temperature)``."""
-    soft = (logits / temperature).sigmoid()
-    hard = (soft > 0.5).to(soft.dtype)
-    # In this order the forward value is exactly 0 or 1: hard - soft + soft may miss it by a rounding error.
-    return hard + (soft - soft.detach())
-
 
 @dataclass(frozen=True)
-class Dispatch(TokenPolicy):
+class Dispatch(GatingPolicy):
     """Gates units by a learned linear dispatcher, trained towards a target activation rate (DyT).
 
     Class and register tokens are always active. Where attention is gated, active tokens attend to active tokens only,
@@ -211,23 +164,18 @@ class Dispatch(TokenPolicy):
     def gates(self, unit: Unit) -> bool:
         return unit.kind == self.where or (self.where == "attn-mlp" and unit.kind != "layer")
 
-    def gate(self, unit: Unit, tokens: Tokens) -> Gate:
-        return self._gate(unit, tokens, _dispatcher(unit).logits(tokens.patches))
-
     def linear_gate(self, unit: Unit) -> nn.Linear | None:
-        return _dispatcher(unit).gate
+        return self.learned(unit).gate
 
-    def gate_from(self, unit: Unit, tokens: Tokens, values: Tensor) -> Gate:
-        return self._gate(unit, tokens, _dispatcher(unit).logits_from(values))
+    def decision(self, unit: Unit, tokens: Tokens, logits: Tensor) -> Gate:
+        drawn = self.learned(unit).drawn
+        return replace(super().decision(unit, tokens, logits), target=None if drawn is None else drawn.target)
 
-    def _gate(self, unit: Unit, tokens: Tokens, logits: Tensor) -> Gate:
-        dispatcher = _dispatcher(unit)
-        values = dispatcher.decide(logits).to(tokens.x.dtype)
-        target = None if dispatcher.drawn is None else dispatcher.drawn.target
-        return Gate(unit.path, values, self, logits, tokens.sources, target)
+    def learned(self, unit: Unit) -> Dispatcher:
+        return cast(Dispatcher, unit.dispatcher)
 
     def target_rate(self, unit: Unit) -> float:
-        rate = _dispatcher(unit).rate
+        rate = self.learned(unit).rate
         if rate is None:
             return sum(self.rate) / 2 if isinstance(self.rate, tuple) else self.rate
         return rate
@@ -251,7 +199,3 @@ class Dispatch(TokenPolicy):
         if self.rate_of == "training" or gate.logits is None:
             return gate.there
         return replace(gate, values=straight_through(gate.logits, self.temperature)).there
-
-
-def _dispatcher(unit: Unit) -> Dispatcher:
-    return cast(Dispatcher, unit.get_submodule("dispatcher"))

@@ -16,7 +16,8 @@ from dyntune.core.errors import BackboneError
 from dyntune.core.losses import distillation_loss, gumbel_difference
 from dyntune.core.matching import taken
 from dyntune.core.tokens import Tokens
-from dyntune.parts.policies.base import Output, Reducer, ReducingPolicy
+from dyntune.parts.policies.base import Output
+from dyntune.parts.policies.reducing import Reducer, ReducingPolicy
 
 TokenLoss = Literal["mse", "kl"]
 
@@ -62,7 +63,7 @@ class Stage(Reducer):
     def logits(self, tokens: Tokens) -> Tensor:
         """The logits ``(B, P)`` of keeping each patch rather than dropping it, in fp32."""
         local, shared = self.embed(tokens.patches).chunk(2, dim=-1)
-        present = tokens.sources.present
+        present = tokens.provenance.present
         if present is None:
             mean = shared.mean(1, keepdim=True)
         else:
@@ -83,8 +84,8 @@ class Stage(Reducer):
         noisy = logits + gumbel_difference(logits)
         soft = (noisy / self.temperature).sigmoid()
         present = (noisy >= 0).to(soft.dtype) + (soft - soft.detach())
-        if tokens.sources.present is not None:
-            present = present * tokens.sources.present
+        if tokens.provenance.present is not None:
+            present = present * tokens.provenance.present
         return lambda tokens: tokens.with_present(present)
 
     def dropping(self, tokens: Tokens) -> Callable[[Tokens], Tokens] | None:
@@ -98,7 +99,7 @@ class Stage(Reducer):
         moved.scatter_(1, kept, torch.arange(count, device=kept.device).expand(images, -1))
 
         def drop(tokens: Tokens) -> Tokens:
-            return tokens.with_patches(taken(tokens.patches, kept), moved)
+            return tokens.with_patches(taken(tokens.patches, kept), moved, kept)
 
         return drop
 
@@ -196,9 +197,9 @@ class DynamicViT(ReducingPolicy):
     def loss_terms(self, output: Output, teacher: Output | None) -> dict[str, Tensor]:
         stages = {f"blocks.{layer}" for layer in self.layers}
         decisions = [
-            record.sources.present
+            record.provenance.present
             for record in output.reductions
-            if record.policy is self and record.unit in stages and record.sources.present is not None
+            if record.policy is self and record.unit in stages and record.provenance.present is not None
         ]
         if not decisions:  # in eval mode, where the shares are met exactly
             return {}

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
 from dyntune.core.errors import BackboneError, TrainingError
 from dyntune.core.matching import taken
 from dyntune.core.tokens import Tokens
-from dyntune.parts.policies.base import Reducer, ReducingPolicy
+from dyntune.parts.policies.reducing import Reducer, ReducingPolicy
 
 
 class KeepSchedule(nn.Module):
@@ -85,6 +86,7 @@ class Shrinking(Reducer):
         place = torch.arange(count, device=order.device)
         place = place.clamp_max(kept) if self.fuse else place.masked_fill(place >= kept, -1)
         moved = torch.zeros_like(order).scatter(1, order, place.expand_as(order))
+        places = F.pad(order[:, :kept], (0, int(self.fuse)), value=-1)  # the fused token lies nowhere
 
         def shrink(tokens: Tokens) -> Tokens:
             ordered = taken(tokens.patches, order)
@@ -92,7 +94,7 @@ class Shrinking(Reducer):
             if self.fuse:
                 fused = (ordered[:, kept:] * weights).sum(1, keepdim=True)
                 patches = torch.cat([patches, fused.to(patches.dtype)], dim=1)
-            return tokens.with_patches(patches, moved)
+            return tokens.with_patches(patches, moved, places)
 
         return shrink
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dyntune.backbones.base import Backbone
 from dyntune.core.errors import BackboneError
 from dyntune.core.tokens import Tokens
-from dyntune.parts.policies.base import Reducer, ReducingPolicy
+from dyntune.parts.policies.reducing import Reducer, ReducingPolicy
 
 _FEWEST = 4
 """Patches of an image, so that each has two others to be merged into."""
@@ -126,7 +126,8 @@ class Halving(Reducer):
 
         def merge(tokens: Tokens) -> Tokens:
             merged = total(tokens.patches) / sizes
-            return tokens.with_patches(merged, moved, sizes.squeeze(-1), sizes.squeeze(-1).log())
+            places = others.expand(merged.shape[0], -1)
+            return tokens.with_patches(merged, moved, places, sizes.squeeze(-1), sizes.squeeze(-1).log())
 
         return merge
 

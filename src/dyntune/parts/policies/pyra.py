@@ -15,7 +15,7 @@ from dyntune.backbones.base import Backbone
 from dyntune.core.errors import BackboneError
 from dyntune.core.matching import bipartite_matching, taken
 from dyntune.core.tokens import Tokens
-from dyntune.parts.policies.base import Reducer, ReducingPolicy
+from dyntune.parts.policies.reducing import Reducer, ReducingPolicy
 
 _SCHEDULES: dict[str, tuple[tuple[int, ...], ...]] = {
     "low": ((*[16] * 11, 10), (*[8] * 23, 6)),
@@ -51,14 +51,14 @@ class Modulation(Reducer):
         assert projected is not None  # installed in front of an MLP
         keys = projected[1][:, tokens.prefix :].detach().mean(2)
         matching = bipartite_matching(keys, tokens.prefix, len(self.a))
-        merged = 0 if matching is None else matching.sources.shape[1]
+        merged = 0 if matching is None else matching.src.shape[1]
         if matching is None or merged < len(self.a):
             raise BackboneError(
                 f"pyra has learned to merge {len(self.a)} pairs in front of {self.path}, but of the {keys.shape[1]} "
                 f"patches there only {merged} can be merged. Give images of at least the size that the model was tuned "
                 "for, or tune one for this size."
             )
-        sizes = tokens.sources.sizes
+        sizes = tokens.provenance.sizes
         if sizes is None:
             sizes = torch.ones(keys.shape[:2], device=keys.device)
         sizes = sizes.unsqueeze(-1)
@@ -68,14 +68,15 @@ class Modulation(Reducer):
 
         def merge(tokens: Tokens) -> Tokens:
             weighted = tokens.patches * sizes
-            patches = matching.sum(weighted, taken(weighted, matching.sources) * factors) / totals
-            return tokens.with_patches(patches, matching.moved, totals.squeeze(-1), totals.squeeze(-1).log())
+            patches = matching.sum(weighted, taken(weighted, matching.src) * factors) / totals
+            counts = totals.squeeze(-1)
+            return tokens.with_patches(patches, matching.moved, matching.places, counts, counts.log())
 
         return merge
 
-    def factors(self, sources: Tensor, partners: Tensor) -> Tensor:
-        """What each value of the sources is multiplied by, ``(B, r, C)``, from sources and partners of this shape."""
-        pairs = self.norm(sources + partners)
+    def factors(self, src: Tensor, dst: Tensor) -> Tensor:
+        """What each value of a source is multiplied by, ``(B, r, C)``, from sources and destinations of this shape."""
+        pairs = self.norm(src + dst)
         by_channel = 2 * torch.sigmoid(self.a.mT @ pairs)
         by_pair = 2 * torch.sigmoid(pairs @ self.b.mT) - 1
         return 1 + by_channel * by_pair
@@ -85,7 +86,7 @@ class Modulation(Reducer):
 class Pyra(ReducingPolicy):
     """Token merging in which what is merged away is first rescaled, by channel and by pair, with learned weights.
 
-    Patches are matched and merged as by ``tome``, with proportional attention: sources S and their partners T, r of
+    Patches are matched and merged as by ``tome``, with proportional attention: sources S and their destinations T, r of
     each and weighted by their sizes, the most similar pair first. What is added to T is not S but
 
         ``S + S * w1 * w2``, with ``Q = LayerNorm(S + T)``, ``w1 = 2 sigmoid(a^T Q)``, ``w2 = 2 sigmoid(Q b^T) - 1``

@@ -12,7 +12,7 @@ from torch import Tensor
 from dyntune.backbones.base import Backbone
 from dyntune.core.matching import bipartite_matching, weighted_mean
 from dyntune.core.tokens import Tokens
-from dyntune.parts.policies.base import Reducer, ReducingPolicy
+from dyntune.parts.policies.reducing import Reducer, ReducingPolicy
 
 
 class Merging(Reducer):
@@ -36,14 +36,15 @@ class Merging(Reducer):
         matching = bipartite_matching(keys, tokens.prefix, self.merges)
         if matching is None:
             return None
-        sizes = tokens.sources.sizes
+        sizes = tokens.provenance.sizes
         if sizes is None:
             # In bf16, which keys may have, counts above 256 are not exact.
             sizes = torch.ones_like(keys[..., 0], dtype=torch.float32)
 
         def merge(tokens: Tokens) -> Tokens:
             patches, merged = weighted_mean(matching, tokens.patches, sizes)
-            return tokens.with_patches(patches, matching.moved, merged, merged.log() if self.proportional else None)
+            bias = merged.log() if self.proportional else None
+            return tokens.with_patches(patches, matching.moved, matching.places, merged, bias)
 
         return merge
 

@@ -11,36 +11,13 @@ import torch
 from torch import Tensor
 
 from dyntune.core.errors import DyntuneError
+from dyntune.core.machine import peak_memory
+from dyntune.core.timing import Latency, Spread, Turns, time_in_turns
 from dyntune.model.macs import MacCounter, head_macs
 from dyntune.studies.bench.peers import DENSE, Candidate
-from dyntune.studies.bench.system import peak_memory
-from dyntune.training.throughput import Spread, Turns, time_in_turns
 
 TOLERANCE = 1e-3
 """Largest difference of an image's logits to those in eager mode, over the largest eager logit."""
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Percentiles over single calls, in seconds.
-
-    Args:
-        p50: median.
-        p90: 90 % of the calls were as quick or quicker.
-        p99: 99 % of the calls.
-        calls: how many there were; p99 says little about fewer than some hundreds.
-    """
-
-    p50: float
-    p90: float
-    p99: float
-    calls: int
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Latency:
-        """The percentiles of at least one call, interpolated linearly."""
-        cuts = statistics.quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 99
-        return cls(cuts[49], cuts[89], cuts[98], len(seconds))
 
 
 @dataclass(frozen=True)
@@ -147,7 +124,7 @@ def _row(name: str, runtime: str, images: Tensor, checked: dict[str, _Checked], 
         macs_ratio=checked[DENSE].macs / seen.macs,
         active=seen.active,
         images_per_second=own.images_per_second,
-        latency=Latency.of([second for turn in own.calls for second in turn]),
+        latency=own.latency,
         peak_memory=seen.peak_memory,
         speedups={other: own.speedup(turns[other]) for other in turns if other != name},
         skip_efficiency=1.0,

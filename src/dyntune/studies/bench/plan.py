@@ -1,12 +1,13 @@
-"""What is to be measured."""
+"""The plan of a measurement: the model, its peers, runtimes, batch sizes and rounds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from dyntune.core.errors import SpecError
+from dyntune.core.fields import Range, require_ranges
 from dyntune.parts.registry import resolve
 from dyntune.studies.bench.peers import DENSE, GATHER
 from dyntune.studies.bench.runtimes import IN_TORCH, check_runtime
@@ -21,19 +22,20 @@ class Plan:
         model: timm name of the backbone of a fresh model.
         parts: tuning methods and token policies of a fresh model; token policies on top of a run.
         weights: local weight file of the backbone.
-        pretrained: whether a fresh model gets the weights that timm knows for its name; else they are random.
-        classes: of a fresh model's head.
-        against: peers: ``dense``, ``gather``, or specs; ``dense`` is always there.
+        pretrained: whether a fresh model gets the weights that timm has for its name; else they are random.
+        classes: classes of a fresh model's head.
+        against: what the model is compared with: ``dense`` (the untouched backbone, always there), specs of fresh
+            models such as ``adaptformer`` or ``tome:r=8``, and ``gather`` (the model itself in plain torch).
         runtimes: where the models run.
         batch_sizes: images per call.
-        rate: share of the patches that gates let through; None for the target of untrained gates, and for what a run
-            has learned.
-        data: DATA argument of the timed images; None for noise.
-        threads: of each runtime; None for as many as torch takes by itself.
+        rate: share of the patches that gates let through: of a fresh model, whose target it is by default, set exactly
+            on the timed images; of a run, as ``set_rate()`` sets it, by default what it has learned.
+        data: DATA argument of the timed images, such as ``digits``; noise by default.
+        threads: threads of each runtime; by default as many as torch takes, one per core.
         device: of runtimes in torch; the others run on the CPU.
-        rounds: turns of each model.
+        rounds: turns of each model at each batch size.
         seconds: least time of a turn.
-        seed: of random weights and noise.
+        seed: decides random weights and noise.
     """
 
     run: str | None = None
@@ -41,19 +43,20 @@ class Plan:
     parts: tuple[str, ...] = ()
     weights: str | None = None
     pretrained: bool = False
-    classes: int = 100
+    classes: Annotated[int, Range(1)] = 100
     against: tuple[str, ...] = (DENSE,)
     runtimes: tuple[str, ...] = ("eager",)
     batch_sizes: tuple[int, ...] = (1,)
     rate: float | None = None
     data: str | None = None
-    threads: int | None = None
+    threads: Annotated[int | None, Range(1)] = None
     device: str = "cpu"
-    rounds: int = 15
-    seconds: float = 0.2
-    seed: int = 0
+    rounds: Annotated[int, Range(1)] = 15
+    seconds: Annotated[float, Range(0)] = 0.2
+    seed: Annotated[int, Range(0)] = 0
 
     def __post_init__(self) -> None:
+        require_ranges(self, SpecError)
         object.__setattr__(self, "against", (DENSE, *(peer for peer in self.against if peer != DENSE)))
         for name in ("runtimes", "batch_sizes", "against"):
             _require_different(name.replace("_", " "), getattr(self, name))

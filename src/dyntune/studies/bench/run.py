@@ -14,11 +14,11 @@ from typing import Any
 
 from dyntune.core.errors import DyntuneError
 from dyntune.core.files import write_json
+from dyntune.core.timing import WARM_UP
 from dyntune.studies.bench.measure import TOLERANCE, Row
 from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.runtimes import is_exact
 from dyntune.studies.bench.worker import Measured
-from dyntune.training.throughput import WARM_UP
 
 
 @dataclass(frozen=True)

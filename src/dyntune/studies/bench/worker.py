@@ -19,17 +19,15 @@ from torch import Tensor
 
 from dyntune.core.errors import DataError, DyntuneError
 from dyntune.core.files import write_json
+from dyntune.core.machine import OtherLoad, machine
 from dyntune.data import load_data
 from dyntune.model.checkpoint import load
 from dyntune.model.tuned import TunedModel
-from dyntune.studies.bench.gates import set_gates
 from dyntune.studies.bench.measure import Row, measure
-from dyntune.studies.bench.peers import GATHER, Candidate, candidates, fresh
+from dyntune.studies.bench.peers import GATHER, Candidate, candidates, fresh, set_gates
 from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.runtimes import IN_TORCH, build, is_exact
-from dyntune.studies.bench.system import OtherLoad
 from dyntune.studies.compare import first_batch
-from dyntune.studies.report import machine
 
 
 @dataclass(frozen=True)

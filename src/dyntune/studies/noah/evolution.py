@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from dyntune.core.errors import TrainingError
+from dyntune.core.fields import Range, require_ranges
 from dyntune.parts.methods.noah import PUBLISHED_WIDTH, Space, Subnet
 
 Origin = Literal["random", "mutation", "crossover"]
@@ -23,10 +24,10 @@ class SearchSettings:
 
     Args:
         limit: most trained parameters of a candidate, in millions and without the head.
-        least: fewest of them.
-        population: candidates of a generation.
-        generations: of which the first is random.
-        parents: how many of the best candidates so far have children.
+        least: fewest trained parameters, in millions.
+        population: candidates of a generation of the search.
+        generations: generations of the search; the first is random.
+        parents: best candidates so far that have children.
         mutations: children of one parent in a generation.
         crossovers: children of two parents in a generation; random candidates fill the population up.
         mutation_rate: probability that a mutation considers another depth for one kind of module.
@@ -38,20 +39,18 @@ class SearchSettings:
 
     limit: float = 0.64
     least: float = 0.0
-    population: int = 50
-    generations: int = 15
-    parents: int = 10
-    mutations: int = 25
-    crossovers: int = 25
+    population: Annotated[int, Range(1)] = 50
+    generations: Annotated[int, Range(1)] = 15
+    parents: Annotated[int, Range(1)] = 10
+    mutations: Annotated[int, Range(0)] = 25
+    crossovers: Annotated[int, Range(0)] = 25
     mutation_rate: float = 0.2
     depth_rate: float = 0.4
     count: Literal["stored", "published"] = "stored"
 
     def __post_init__(self) -> None:
-        for name in ("population", "generations", "parents"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"{name}={getattr(self, name)}: expected at least 1.")
-        if min(self.mutations, self.crossovers) < 0 or self.mutations + self.crossovers > self.population:
+        require_ranges(self, TrainingError)
+        if self.mutations + self.crossovers > self.population:
             raise TrainingError(
                 f"mutations={self.mutations}, crossovers={self.crossovers}: expected at least 0 each, and together at "
                 f"most the population of {self.population}."

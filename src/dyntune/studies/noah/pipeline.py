@@ -8,18 +8,19 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch.utils.data import DataLoader, Dataset
 
 from dyntune.core.errors import CheckpointError, TrainingError
+from dyntune.core.fields import Range
 from dyntune.core.files import write_json
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.methods.noah import Noah, Selection, Subnet
 from dyntune.studies.noah.evolution import Candidate, SearchSettings, evolve, require_possible, winner
 from dyntune.studies.noah.progress import SearchProgress, SilentSearch
-from dyntune.studies.pictures.save import save_figure
 from dyntune.studies.pictures.search import search_figure
+from dyntune.studies.pictures.style import save_figure
 from dyntune.training.evaluate import as_tensors, evaluate
 from dyntune.training.identity import identity_changes, run_identity
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
@@ -80,7 +81,7 @@ def train_noah(
     out: str | Path,
     settings: TrainSettings,
     *,
-    supernet_epochs: int = 500,
+    supernet_epochs: Annotated[int, Range(1)] = 500,
     supernet_lr: float = 5e-4,
     search: SearchSettings | None = None,
     select_on: Dataset[Any] | None = None,
@@ -102,7 +103,7 @@ def train_noah(
         out: the folder.
         settings: of the last training; the supernet's are the same but for the following two.
         supernet_epochs: passes of the supernet over its training images.
-        supernet_lr: its peak learning rate.
+        supernet_lr: peak learning rate of the supernet.
         search: sizes and limits of the search.
         select_on: what the last training picks its epoch on; without it, it keeps the last one.
         progress: makes the display of a training from its title, which is ``noah supernet`` or ``noah``.

@@ -1,4 +1,4 @@
-"""What a person sees of a search while it goes on."""
+"""The display of a search while it goes on: a bar on a terminal, lines elsewhere, or nothing."""
 
 from __future__ import annotations
 

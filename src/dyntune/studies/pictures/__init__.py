@@ -2,7 +2,7 @@
 
 from dyntune.studies.pictures.activation import activation_figure
 from dyntune.studies.pictures.reductions import reduction_figure
-from dyntune.studies.pictures.save import save_figure
+from dyntune.studies.pictures.style import save_figure
 from dyntune.studies.pictures.tokens import token_figure
 
 __all__ = ["activation_figure", "reduction_figure", "save_figure", "token_figure"]

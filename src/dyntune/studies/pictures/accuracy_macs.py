@@ -1,15 +1,30 @@
-"""The picture of a benchmark: mean accuracy over the MACs that ran, with published results behind it."""
+"""Pictures of accuracy over the MACs that ran: of a comparison, and of a benchmark with published results behind it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dyntune.core.errors import DyntuneError
-from dyntune.studies.pictures.style import COLOURS, FAINT, INK, MARKERS, RULE, SMALL_SIZE, TEXT_SIZE, new_figure
+from dyntune.studies.pictures.style import (
+    COLOURS,
+    FAINT,
+    LEGEND_LINE,
+    LONGEST_IN_TWO_COLUMNS,
+    MARKERS,
+    SMALL_SIZE,
+    frame,
+    legend,
+    new_figure,
+)
+
+if TYPE_CHECKING:
+    from dyntune.studies.compare import Row
 
 _LABEL_WIDTH, _LABEL_HEIGHT = 0.12, 0.028
 """Room that a name takes, as shares of the axes."""
@@ -72,16 +87,8 @@ def accuracy_macs_figure(points: Sequence[Point], published: Sequence[Point] = (
         )
     axes.margins(x=0.14, y=0.1)
     _name(axes, published)
-    axes.set_xlabel("MACs per image (G)", color=INK, fontsize=TEXT_SIZE)
-    axes.set_ylabel("mean of group means (%)", color=INK, fontsize=TEXT_SIZE)
-    axes.tick_params(colors=FAINT, labelsize=TEXT_SIZE)
-    axes.grid(color=RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    legend = figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=TEXT_SIZE)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    frame(axes, "MACs per image (G)", "mean of group means (%)")
+    legend(figure, "outside lower center", 2)
     return figure
 
 
@@ -105,3 +112,31 @@ def _name(axes: Axes, points: Sequence[Point]) -> None:
         words = axes.annotate(point.name, (x, height), xytext=(5 * sign, 0), textcoords="offset points", va="center")
         words.set(horizontalalignment="left" if sign > 0 else "right", fontsize=SMALL_SIZE, color=FAINT)
         words.set_parse_math(False)
+
+
+def tradeoff_figure(rows: Sequence[Row]) -> Figure:
+    """Test accuracy, or other figure of merit, (%) over MACs per image (M); dashed, the MACs of the untouched backbone.
+
+    Args:
+        rows: a row per method, with counted MACs.
+    """
+    columns = 1 if max(len(row.method) for row in rows) > LONGEST_IN_TWO_COLUMNS else 2
+    lines = math.ceil((len(rows) + 1) / columns)
+    figure = new_figure(6.4, 3.2 + LEGEND_LINE * lines, layout="constrained")
+    axes = figure.add_subplot()
+    for index, row in enumerate(rows):
+        axes.scatter(
+            (row.test.macs or 0) / 1e6,
+            100 * row.test.score,
+            s=60,
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index // len(COLOURS) % len(MARKERS)],
+            zorder=3,
+            label=row.method,
+        )
+    dense = rows[0].dense_macs / 1e6
+    axes.axvline(dense, color=FAINT, linestyle="--", linewidth=1, label="MACs of the untouched backbone")
+    axes.set_xlim(0, max([dense, *((row.test.macs or 0) / 1e6 for row in rows)]) * 1.08)
+    frame(axes, "MACs per image (M)", f"test {rows[0].test.merit} (%)")
+    legend(figure, "outside lower left", columns)
+    return figure

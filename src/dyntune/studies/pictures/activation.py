@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from dyntune.core.errors import DyntuneError
+from dyntune.studies.pictures.patches import KINDS, split_path
 from dyntune.studies.pictures.style import (
     COLOURS,
     FAINT,
@@ -24,7 +25,6 @@ from dyntune.studies.pictures.style import (
     new_figure,
     percent,
 )
-from dyntune.studies.pictures.units import KINDS, split_path
 
 _MOST_LABELLED_BARS = 16
 _WIDEST = 11.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,8 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dyntune.core.tokens import Sources
+from dyntune.core.tokens import Provenance
 from dyntune.parts.policies.base import Gate
+
+KINDS = {"attn": "attention", "mlp": "MLP", "layer": "whole block"}
+"""Kinds of units and how pictures name them, in the order in which a block computes them."""
+_PATH = re.compile(r"(?:^|\.)blocks\.(\d+)(?:\.(attn|mlp))?$")
 
 
 @dataclass(frozen=True)
@@ -60,20 +65,20 @@ def states_at_gate(gate: Gate, images: int, grid: tuple[int, int]) -> list[Patch
         ValueError: the gate is not one of that many images and patches.
     """
     what = f"the gate of {gate.unit}"
-    owner = _owner(gate.sources, gate.values, what, images, grid)
+    owner = _owner(gate.provenance, gate.values, what, images, grid)
     active = _of_grid(gate.on_patches.detach().float() > 0.5, what, images, grid)
     return [PatchState(*state) for state in zip(owner, active & (owner >= 0), strict=True)]
 
 
-def states_after(sources: Sources, unit: str, images: int, grid: tuple[int, int]) -> list[PatchState]:
+def states_after(provenance: Provenance, unit: str, images: int, grid: tuple[int, int]) -> list[PatchState]:
     """The state of each image's patches behind the reduction at ``unit``; every token counts as active.
 
     Raises:
         ValueError: the reduction is not one of that many images and patches.
     """
-    tokens = sources.present if sources.owner is None else sources.owner
+    tokens = provenance.present if provenance.owner is None else provenance.owner
     assert tokens is not None  # a reduction has changed something
-    owner = _owner(sources, tokens, f"the reduction at {unit}", images, grid)
+    owner = _owner(provenance, tokens, f"the reduction at {unit}", images, grid)
     return [PatchState(numbers, np.ones(grid, dtype=bool)) for numbers in owner]
 
 
@@ -90,13 +95,13 @@ def mean_colours(pixels: np.ndarray, owner: np.ndarray) -> np.ndarray:
     return (np.stack(sums, axis=-1) / sizes[:, None])[place].reshape(*owner.shape, 3)
 
 
-def _owner(sources: Sources, tokens: Tensor, what: str, images: int, grid: tuple[int, int]) -> np.ndarray:
+def _owner(provenance: Provenance, tokens: Tensor, what: str, images: int, grid: tuple[int, int]) -> np.ndarray:
     """``(B, rows, columns)``, with -1 also for tokens that training hides; ``tokens`` has one column per token."""
-    owner = sources.owner
+    owner = provenance.owner
     if owner is None:
         owner = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-    if sources.present is not None:
-        owner = owner.where(sources.of_patches(sources.present) > 0.5, -1)
+    if provenance.present is not None:
+        owner = owner.where(provenance.of_patches(provenance.present) > 0.5, -1)
     return _of_grid(owner, what, images, grid)
 
 
@@ -106,3 +111,15 @@ def _of_grid(values: Tensor, what: str, images: int, grid: Sequence[int]) -> np.
     if tuple(values.shape) != expected:
         raise ValueError(f"{what} has shape {tuple(values.shape)}: expected (images, patches) = {expected}.")
     return values.cpu().numpy().reshape(images, *grid)
+
+
+def split_path(path: str) -> tuple[int, str]:
+    """``blocks.3.mlp`` to ``(3, "mlp")``, ``blocks.3`` to ``(3, "layer")``.
+
+    Raises:
+        ValueError: the path is not that of a block or of a block's sub-layer.
+    """
+    match = _PATH.search(path)
+    if match is None:
+        raise ValueError(f"{path!r} is no unit's path: expected blocks.3, blocks.3.attn or blocks.3.mlp.")
+    return int(match[1]), match[2] or "layer"

@@ -11,11 +11,9 @@ from PIL import Image
 
 from dyntune.core.errors import DyntuneError
 from dyntune.parts.policies.base import Output
-from dyntune.studies.pictures.page import LINE, Box, Page, wrap
-from dyntune.studies.pictures.patches import PatchState, mean_colours, states_after, states_at_gate
+from dyntune.studies.pictures.page import LINE, Box, Page, TokensLayout, check_numbers, wrap
+from dyntune.studies.pictures.patches import KINDS, PatchState, mean_colours, split_path, states_after, states_at_gate
 from dyntune.studies.pictures.style import FAINT, INK, TITLE_SIZE, percent
-from dyntune.studies.pictures.tokens_layout import TokensLayout, check_numbers
-from dyntune.studies.pictures.units import KINDS, split_path
 
 _NOTE = (
     "A panel shows the tokens behind the reduction in front of its block or MLP; a block without a panel leaves them "
@@ -111,7 +109,7 @@ def _states(output: Output, images: int) -> tuple[str | None, dict[int, list[Pat
     """The kind of units whose gates are shown, if any, and by block number the state of each image's patches."""
     states = {}
     for reduction in output.reductions:
-        states[split_path(reduction.unit)[0]] = states_after(reduction.sources, reduction.unit, images, output.grid)
+        states[split_path(reduction.unit)[0]] = states_after(reduction.provenance, reduction.unit, images, output.grid)
     places = [(*split_path(gate.unit), gate) for gate in output.gates]
     kind = next((kind for kind in _GATED if any(kind == its_kind for _, its_kind, _ in places)), None)
     for block, its_kind, gate in places:

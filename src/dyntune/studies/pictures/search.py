@@ -7,11 +7,10 @@ from itertools import accumulate
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dyntune.studies.pictures.style import COLOURS, FAINT, INK, RULE, TEXT_SIZE, new_figure
+from dyntune.studies.pictures.style import COLOURS, FAINT, INK, TEXT_SIZE, frame, new_figure
 
 if TYPE_CHECKING:
     from dyntune.studies.noah.evolution import Candidate
@@ -51,8 +50,7 @@ def search_figure(candidates: Sequence[Candidate], limit: float, least: float = 
     shown = [bound for bound in (least, limit) if min(millions) / 1.5 <= bound <= max(millions) * 1.5]
     for number, bound in enumerate(shown):
         by_size.axvline(bound, color=FAINT, linestyle="--", linewidth=1, label=None if number else "limit")
-    _frame(by_size, "trained parameters without head (M)")
-    by_size.set_ylabel("validation accuracy (%)", color=INK, fontsize=TEXT_SIZE)
+    frame(by_size, "trained parameters without head (M)", "validation accuracy (%)")
     by_size.set_title("every candidate, coloured by its generation", color=INK, fontsize=TEXT_SIZE)
 
     # Side by side within a generation, because the scores of a small validation split often coincide.
@@ -61,17 +59,8 @@ def search_figure(candidates: Sequence[Candidate], limit: float, least: float = 
     by_generation.plot(list(own), [fmean(scores) for scores in own.values()], color=INK, linewidth=1.2, label="mean")
     rising = list(accumulate((max(scores) for scores in own.values()), max))
     by_generation.plot(list(own), rising, color=COLOURS[1], marker="s", markersize=3.5, label="best so far", zorder=4)
-    _frame(by_generation, "generation")
+    frame(by_generation, "generation")
     by_generation.set_xlim(min(own) - 0.6, max(own) + 0.6)
     by_generation.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=TEXT_SIZE, labelcolor=INK)
     return figure
-
-
-def _frame(axes: Axes, label: str) -> None:
-    axes.set_xlabel(label, color=INK, fontsize=TEXT_SIZE)
-    axes.tick_params(colors=FAINT, labelsize=TEXT_SIZE)
-    axes.grid(color=RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)

@@ -10,11 +10,9 @@ from PIL import Image
 
 from dyntune.core.errors import DyntuneError
 from dyntune.parts.policies.base import Gate
-from dyntune.studies.pictures.page import LINE, Page, wrap
-from dyntune.studies.pictures.patches import PatchState, states_at_gate
+from dyntune.studies.pictures.page import LINE, Page, Row, TokensLayout, check_numbers, wrap
+from dyntune.studies.pictures.patches import KINDS, PatchState, split_path, states_at_gate
 from dyntune.studies.pictures.style import FAINT, SMALL_SIZE, TITLE_SIZE, percent
-from dyntune.studies.pictures.tokens_layout import Row, TokensLayout, check_numbers
-from dyntune.studies.pictures.units import KINDS, split_path
 
 _NOTE = "Skipped patches are veiled in pale blue. Under each panel: share of {} that were active."
 _MERGED = "Merged patches are computed or skipped together."

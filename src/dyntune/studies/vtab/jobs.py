@@ -1,13 +1,23 @@
-"""Running one job: claimed so that nobody else does, and recorded whether it finishes or fails."""
+"""Jobs, run in this process or in workers that survive one another: claimed, and recorded however they end."""
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
 import shutil
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
+import torch
 from filelock import FileLock, Timeout
 
+from dyntune.core.errors import TrainingError
 from dyntune.studies.vtab.plan import Job, Plan
 from dyntune.studies.vtab.results import FAILURE, finished, read_failure, write_failure
 from dyntune.studies.vtab.search import search_job
@@ -63,3 +73,156 @@ def forget_failure(job: Job, out: Path) -> None:
     if failure.kind == "CheckpointError":
         shutil.rmtree(folder / "run", ignore_errors=True)
     (folder / FAILURE).unlink(missing_ok=True)
+
+
+class Watcher(Protocol):
+    """Told what happens to jobs."""
+
+    def begun(self, job: Job) -> None:
+        """A worker has been given the job."""
+
+    def share(self, job: Job, done: float) -> None:
+        """How much of the job is done, between 0 and 1."""
+
+    def ended(self, job: Job, outcome: Outcome) -> None:
+        """The job ended, or another command is at it."""
+
+
+def run_jobs(jobs: Sequence[Job], plan: Plan, workers: int, watcher: Watcher) -> None:
+    """Runs every job once, in this process or in ``workers`` others.
+
+    Raises:
+        TrainingInterrupted: Ctrl-C or SIGTERM; every running job has saved its state.
+    """
+    with _interruptible():
+        if workers == 1:
+            for job in jobs:
+                watcher.begun(job)
+                watcher.ended(job, run_job(job, plan, lambda done, job=job: watcher.share(job, done)))  # type: ignore[misc]
+        elif jobs:
+            _Pool(jobs, plan, min(workers, len(jobs)), watcher).run()
+
+
+def threads_each(workers: int) -> int:
+    """Threads per worker: its share of the processors, at least one."""
+    return max(1, (os.cpu_count() or 1) // workers)
+
+
+class _Worker:
+    """A process, and the parent's end of the pipe to it."""
+
+    def __init__(self, plan: Plan, index: int, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.index = index
+        self.job: Job | None = None
+        self.process = context.Process(target=_serve, args=(theirs, plan, index, threads), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+
+
+class _Pool:
+    """Keeps workers busy until no job is left."""
+
+    def __init__(self, jobs: Sequence[Job], plan: Plan, workers: int, watcher: Watcher) -> None:
+        self.waiting, self.plan, self.watcher = deque(jobs), plan, watcher
+        self.threads = min(threads_each(workers), torch.get_num_threads())
+        self.workers = [_Worker(plan, index, self.threads) for index in range(workers)]
+
+    def run(self) -> None:
+        try:
+            for worker in self.workers:
+                self._hand_out(worker)
+            while busy := {w.connection: w for w in self.workers if w.job is not None}:
+                for connection in wait(list(busy)):
+                    self._listen(busy[connection])  # type: ignore[index]
+        finally:
+            # Workers that train save their state; a second Ctrl-C, which lands here, does not wait for that.
+            for worker in self.workers:
+                worker.process.terminate()
+            for worker in self.workers:
+                worker.process.join()
+
+    def _hand_out(self, worker: _Worker) -> None:
+        worker.job = self.waiting.popleft() if self.waiting else None
+        if worker.job is not None:
+            self.watcher.begun(worker.job)
+            with contextlib.suppress(OSError):  # a worker that died is noticed when it is listened to
+                worker.connection.send(worker.job)
+
+    def _listen(self, worker: _Worker) -> None:
+        job = worker.job
+        assert job is not None  # only busy workers are listened to
+        try:
+            kind, value = worker.connection.recv()
+        except (EOFError, OSError):
+            self._replace(worker, job)
+            return
+        if kind == "share":
+            self.watcher.share(job, value)
+        elif kind == "interrupted":
+            raise TrainingInterrupted(value)
+        else:
+            self.watcher.ended(job, value)
+            self._hand_out(worker)
+
+    def _replace(self, worker: _Worker, job: Job) -> None:
+        """Records the job of a worker that died, and puts a new one in its place if there is work for it."""
+        worker.process.join()
+        outcome: Outcome = "done" if finished(job, self.plan.out) else "failed"
+        if outcome == "failed":
+            code = worker.process.exitcode
+            how = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit status {code}"
+            error = TrainingError(
+                f"the worker process ended by {how} during the job. The system ends processes that need too much "
+                "memory; use fewer workers and --retry-failed, or smaller batches in another --out."
+            )
+            write_failure(job.folder(self.plan.out), error)
+        self.watcher.ended(job, outcome)
+        self.workers.remove(worker)
+        if self.waiting:
+            fresh = _Worker(self.plan, worker.index, self.threads)
+            self.workers.append(fresh)
+            self._hand_out(fresh)
+
+
+def _serve(connection: Connection, plan: Plan, index: int, threads: int) -> None:
+    """A worker's life: one job after another until the parent stops it or ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then stops its workers in turn
+    torch.set_num_threads(threads)
+    if torch.cuda.device_count() > 1:
+        torch.cuda.set_device(index % torch.cuda.device_count())
+
+    def send(kind: str, value: Any) -> None:
+        with contextlib.suppress(OSError):  # the parent was killed; the job at hand is still worth finishing
+            connection.send((kind, value))
+
+    while True:
+        try:
+            job = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            send("ended", run_job(job, plan, lambda done: send("share", done)))
+        except TrainingInterrupted as stopped:
+            send("interrupted", str(stopped))
+            return
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turns Ctrl-C and SIGTERM outside a running training into TrainingInterrupted as well."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise TrainingInterrupted("stopped; what was running has saved its state.") from None
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""What a benchmark run consists of: its jobs, and what must stay the same when it is continued."""
+"""The plan of a benchmark run: its jobs, and what must stay the same when it is continued."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from dyntune.core.errors import TrainingError
+from dyntune.core.fields import Range, require_ranges
 from dyntune.core.files import write_json
-from dyntune.studies.compare import folder_name
-from dyntune.studies.vtab.fingerprint import file_digest, lists_digest
+from dyntune.data.vtab import LISTS
+from dyntune.parts.spec_list import folder_name
 from dyntune.studies.vtab.recipes import Recipe
 from dyntune.studies.vtab.tasks import Benchmark, Task
 
 PLAN = "plan.json"
+_PIECES, _PIECE = 64, 1 << 16
+_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,9 @@ class Plan:
         recipe: how every job is trained.
         specs: the methods.
         seeds: of the trainings; a seed decides head, order and noise.
-        search: trials per method and task, 0 for none.
-        storage: address of the search's database; a file in ``out`` by default.
+        search: trials of learning rate and adapter scale per method and task, on val200; 0 for none.
+        storage: Optuna database URL of the search, which several machines may share; a file in the benchmark's folder
+            by default.
     """
 
     out: Path
@@ -67,8 +71,11 @@ class Plan:
     recipe: Recipe
     specs: tuple[str, ...]
     seeds: tuple[int, ...]
-    search: int = 0
+    search: Annotated[int, Range(0)] = 0
     storage: str | None = None
+
+    def __post_init__(self) -> None:
+        require_ranges(self, TrainingError)
 
     def task(self, name: str) -> Task:
         """The task whose folder is called ``name``."""
@@ -132,3 +139,27 @@ class Plan:
             )
         if not lists.keys() <= known.keys():
             write_json(file, {**options, "tasks": known | lists})
+
+
+def lists_digest(folder: Path) -> str:
+    """Of a task's four lists: names of images and labels. The images themselves are not read."""
+    digest = hashlib.sha256()
+    for name in LISTS:
+        content = (folder / f"{name}.txt").read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:_DIGITS]
+
+
+def file_digest(file: Path) -> str:
+    """Size, and a digest of 64 pieces of 64 KiB from the first byte to the last; of all bytes up to 4 MiB.
+
+    The end of ``.npz`` and ``.pth`` files holds checksums of everything in them.
+    """
+    size = file.stat().st_size
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        for index in range(_PIECES):
+            # Above 4 MiB pieces have gaps between them, below they overlap.
+            opened.seek(max(0, size - _PIECE) * index // (_PIECES - 1))
+            digest.update(opened.read(_PIECE))
+    return f"{size} bytes, digest {digest.hexdigest()[:_DIGITS]}"

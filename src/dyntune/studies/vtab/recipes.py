@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from dyntune.core.errors import TrainingError, unknown_name
+from dyntune.core.fields import Range, require_ranges
 from dyntune.studies.noah import SearchSettings
 from dyntune.training.inputs import Interpolation, Normalisation
 from dyntune.training.settings import Precision, TrainSettings
@@ -24,9 +25,9 @@ class Recipe:
         checkpoint: the weights that this code starts from; they are no part of the recipe, but of ``--weights``.
         published_select: the split that the code picks the reported epoch on; ``settings.select`` is what is done here.
         settings: of the training loop.
-        drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
-        normalisation: of the pixels.
-        interpolation: of the resize.
+        drop_path: stochastic depth rate of the last block, rising linearly from 0 at the first.
+        normalisation: of the pixels: the backbone's own, 0.5/0.5, ImageNet's statistics, or none.
+        interpolation: how images are resized.
         full_lr: factor on the learning rate of jobs that train every weight; the DyT paper takes a tenth for them.
         supernet: epochs and learning rate of noah's supernet, each a factor on those of the job (500 to 100, and 5e-4
             to 1e-3, in NOAH's code).
@@ -39,7 +40,7 @@ class Recipe:
     checkpoint: str
     published_select: str
     settings: TrainSettings
-    drop_path: float = 0.0
+    drop_path: Annotated[float, Range(0, 0.99)] = 0.0
     normalisation: Normalisation = "backbone"
     interpolation: Interpolation = "bicubic"
     full_lr: float = 0.1
@@ -48,6 +49,7 @@ class Recipe:
     note: str = ""
 
     def __post_init__(self) -> None:
+        require_ranges(self, TrainingError)
         if not (self.full_lr > 0 and math.isfinite(self.full_lr)):
             raise TrainingError(f"full_lr={self.full_lr}: expected a number above 0, such as 0.1 for a tenth.")
 

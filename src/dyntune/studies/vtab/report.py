@@ -1,19 +1,25 @@
-"""The files that a benchmark leaves in its folder, from what is finished so far."""
+"""The tables and the picture that a benchmark leaves in its folder, and what they say its figures were trained with."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from dyntune.core.files import write_text
+from dyntune.core.machine import machine
 from dyntune.studies.pictures.accuracy_macs import Point, accuracy_macs_figure
-from dyntune.studies.pictures.save import save_figure
-from dyntune.studies.report import machine
-from dyntune.studies.vtab.averages import MethodRow, method_row
-from dyntune.studies.vtab.describe import describe
+from dyntune.studies.pictures.style import save_figure
 from dyntune.studies.vtab.plan import Plan
 from dyntune.studies.vtab.published import comparable, published_rows
+from dyntune.studies.vtab.recipes import RECIPES, Recipe
 from dyntune.studies.vtab.results import read_result
-from dyntune.studies.vtab.table import to_csv, to_latex, to_markdown
+from dyntune.studies.vtab.table import MethodRow, method_row, to_csv, to_latex, to_markdown
 
 FIGURE = "accuracy_over_macs"
+_SELECT = {
+    "last": "trained on train800val200, last epoch",
+    "val": "trained on train800, epoch picked on val200",
+    "test": "trained on train800val200, epoch picked on the test images that it is reported on",
+}
 
 
 def summarise(plan: Plan) -> list[MethodRow]:
@@ -42,3 +48,38 @@ def _published(plan: Plan) -> list[Point]:
     if not comparable(plan.benchmark, plan.model):
         return []
     return [Point(row.name, row.gflops * 1e9, row.mean / 100) for row in published_rows()]
+
+
+def describe(plan: Plan) -> str:
+    """Recipe and what differs from it, the images that train and pick the epoch, backbone weights, and search."""
+    weights = f"from the file {plan.weights.name}" if plan.weights else f"of {plan.model}"
+    search = f"learning rate and any adapter scale searched in {plan.search} trials per method and task on val200"
+    pieces = [
+        f"Recipe {plan.recipe.name}{_differences(plan.recipe)}",
+        _SELECT[plan.recipe.settings.select],
+        f"backbone weights {weights}",
+        search if plan.search else "no search",
+    ]
+    return f"{'; '.join(pieces)}."
+
+
+def _differences(recipe: Recipe) -> str:
+    """The options that are not the preset's; all of them for a recipe that is no preset."""
+    preset = _options(RECIPES[recipe.name]) if recipe.name in RECIPES else {}
+    changed = [
+        f"{name} {_text(value)}" + (f" (preset {_text(preset[name])})" if name in preset else "")
+        for name, value in _options(recipe).items()
+        if name not in preset or preset[name] != value
+    ]
+    return f" with {', '.join(changed)}" if changed else ""
+
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    options = recipe.identity()
+    noah = {f"noah {name}": value for name, value in options.pop("noah").items()}
+    del options["select"]  # said in words of its own
+    return {**options, **noah}
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""What a job leaves behind: its result or its failure, each a file that is there only when it is complete."""
+"""The records of a job: its result or its failure, each a file that is there only when it is complete."""
 
 from __future__ import annotations
 

@@ -1,11 +1,15 @@
-"""What a benchmark consists of: tasks in groups, and how many images each has. VTAB-1K is the one with 19 tasks."""
+"""Tasks in groups, and the benchmarks that consist of them: VTAB-1K, vtab-mini, or what a folder describes."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from dyntune.core.errors import DataError, unknown_name
+from dyntune.data.datasets import data_root
+from dyntune.data.drawn.vtab_mini import INDEX, NAME, write_vtab_mini
 
 
 @dataclass(frozen=True)
@@ -119,3 +123,29 @@ VTAB_1K = Benchmark(
     ),
 )
 """The 19 tasks of VTAB-1K (Zhai et al., 2019, arXiv:1910.04867); folder names as the public exporter writes them."""
+
+
+def open_benchmark(root: str) -> tuple[Benchmark, Path]:
+    """The benchmark that ``root`` names or holds, and its folder.
+
+    ``vtab-mini`` is written below the folder of data sets unless it is there; a folder with ``vtab-mini.json`` holds
+    it too; any other folder is taken for VTAB-1K's.
+
+    Raises:
+        DataError: the description in the folder is damaged, or vtab-mini cannot be written.
+    """
+    folder = write_vtab_mini(data_root() / NAME) if root == NAME else Path(root).expanduser()
+    return (_described(folder / INDEX) if (folder / INDEX).is_file() else VTAB_1K), folder
+
+
+def _described(file: Path) -> Benchmark:
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        sizes = index["sizes"]
+        tasks = tuple(
+            Task(t["folder"], t["title"], t["group"].capitalize(), len(t["classes"]), (sizes["test"],))
+            for t in index["tasks"]
+        )
+        return Benchmark(index["name"], tasks, sizes["train800"], sizes["val200"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file} is damaged ({error!r}). Remove {file.parent} and have it written again.") from error

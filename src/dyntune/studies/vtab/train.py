@@ -19,8 +19,7 @@ from dyntune.parts.methods.noah import Noah
 from dyntune.parts.registry import expand, resolve
 from dyntune.parts.spec import Part, format_spec
 from dyntune.studies.noah import train_noah
-from dyntune.studies.vtab.folders import TrainList, load_task
-from dyntune.studies.vtab.images import ResizedImages
+from dyntune.studies.vtab.folders import ResizedImages, TrainList, load_task
 from dyntune.studies.vtab.plan import Job, Plan
 from dyntune.studies.vtab.recipes import Recipe
 from dyntune.studies.vtab.results import JobResult, read_search

@@ -1,0 +1,114 @@
+"""Labelled images from image files, from memory, and from several data sets; and the folder where data sets lie."""
+
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dyntune.core.errors import DataError
+from dyntune.data.base import LabelledImages
+from dyntune.data.images import read_image
+
+
+def data_root(root: Path | None = None) -> Path:
+    """The folder for data sets that are downloaded: ``root``, else ``$DYNTUNE_DATA``, else a cache folder."""
+    return Path(root or os.environ.get("DYNTUNE_DATA") or "~/.cache/dyntune/data").expanduser()
+
+
+class FileImages(LabelledImages):
+    """Image files, decoded when they are read.
+
+    Args:
+        paths: one image file for each label.
+        targets: zero-based labels.
+        origins: for each image the list-file line that names it, for errors; ``None`` where there is no list.
+    """
+
+    reads_files = True
+
+    def __init__(
+        self, paths: Sequence[str | os.PathLike[str]], targets: Sequence[int], origins: Sequence[str] | None = None
+    ) -> None:
+        super().__init__(targets)
+        if len(paths) != len(self.targets) or (origins is not None and len(origins) != len(paths)):
+            raise DataError(
+                f"{len(paths)} image paths do not go with {len(self.targets)} labels: expected one for one."
+            )
+        self.paths = tuple(os.fspath(path) for path in paths)
+        self.origins = None if origins is None else tuple(origins)
+
+    def read(self, index: int) -> Image.Image:
+        return read_image(self.paths[index], self.source(index))
+
+    def source(self, index: int) -> str:
+        return self.paths[index] if self.origins is None else f"{self.paths[index]} ({self.origins[index]})"
+
+
+class ArrayImages(LabelledImages):
+    """Images held in memory as arrays.
+
+    Args:
+        pixels: (N, H, W) for grey or (N, H, W, 3) for RGB images, uint8.
+        targets: N zero-based labels.
+        name: what to call the data set in messages.
+    """
+
+    def __init__(self, pixels: np.ndarray, targets: Sequence[int], name: str) -> None:
+        super().__init__(targets)
+        self.pixels, self.name = pixels, name
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index]).convert("RGB")
+
+    def source(self, index: int) -> str:
+        return f"{self.name} image {index}"
+
+
+class EncodedImages(LabelledImages):
+    """Images held in memory as the bytes of image files.
+
+    Args:
+        files: one image file for each label.
+        targets: zero-based labels.
+        name: what to call the data set in messages.
+        skipped: where the images came from that were left out.
+    """
+
+    def __init__(self, files: Sequence[bytes], targets: Sequence[int], name: str, skipped: Sequence[str]) -> None:
+        super().__init__(targets, skipped=skipped)
+        self.files, self.name = tuple(files), name
+
+    def read(self, index: int) -> Image.Image:
+        return read_image(self.files[index], self.source(index))
+
+    def source(self, index: int) -> str:
+        return f"{self.name} image {index}"
+
+
+class JoinedImages(LabelledImages):
+    """The images of several data sets with the same classes, in order; without the transforms that those may have."""
+
+    def __init__(self, parts: Sequence[LabelledImages]) -> None:
+        super().__init__(
+            [target for part in parts for target in part.targets],
+            skipped=[source for part in parts for source in part.skipped],
+        )
+        self.parts = tuple(parts)
+        self.starts = (0, *accumulate(len(part) for part in parts))
+        self.reads_files = any(part.reads_files for part in parts)
+        self.classes = parts[0].classes
+
+    def read(self, index: int) -> Image.Image:
+        part, position = self._place(index)
+        return part.read(position)
+
+    def source(self, index: int) -> str:
+        part, position = self._place(index)
+        return part.source(position)
+
+    def _place(self, index: int) -> tuple[LabelledImages, int]:
+        number = max(number for number, start in enumerate(self.starts[:-1]) if start <= index % len(self))
+        return self.parts[number], index % len(self) - self.starts[number]

@@ -1,0 +1,96 @@
+"""What a source of data sets is: which DATA arguments are its own, and how it loads what they name."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from dyntune.data.base import DataSplits, LabelledImages
+from dyntune.data.datasets import data_root
+from dyntune.data.splits import assemble
+
+
+@dataclass(frozen=True)
+class Request:
+    """A DATA argument, and what :func:`dyntune.data.load_data` was told beside it.
+
+    Args:
+        name: the argument as it was written, which errors and the data set's name repeat.
+        given: the argument without the source's prefix.
+        seed: chooses the validation images where they must be split off, and the pictures of procedural sets.
+        val_fraction: share of the training images to split off where there is no validation split, between 0 and 1.
+        root: folder for downloads, where one was named.
+        on_corrupt: with ``"skip"`` images that are missing or cannot be read are left to be dropped.
+    """
+
+    name: str
+    given: str
+    seed: int = 0
+    val_fraction: float = 0.2
+    root: Path | None = None
+    on_corrupt: Literal["error", "skip"] = "error"
+
+    @property
+    def path(self) -> Path:
+        """``given`` as a path."""
+        return Path(self.given).expanduser()
+
+    @property
+    def data_root(self) -> Path:
+        """The folder that data sets are looked for in and downloaded to."""
+        return data_root(self.root)
+
+    def splits(
+        self,
+        train: LabelledImages,
+        val: LabelledImages | None = None,
+        test: LabelledImages | None = None,
+        classes: Sequence[str] = (),
+    ) -> DataSplits:
+        """What ``load`` returns: the splits, with validation images split off ``train`` where ``val`` is None.
+
+        Args:
+            train: the images to train on.
+            val: the images to choose by.
+            test: the images to report on.
+            classes: class names in label order; further labels that occur are named by their number.
+
+        Raises:
+            DataError: a label is negative, or a split has no images.
+        """
+        return assemble(self.name, train, val, test, classes, seed=self.seed, val_fraction=self.val_fraction)
+
+
+class Source:
+    """A kind of data source; found by being the one such class of a module here, or by an entry point.
+
+    Other distributions add theirs with entry points of the group ``dyntune.sources``. Libraries that only ``load``
+    needs are imported there, because help and errors import every source.
+
+    Attributes:
+        names: DATA arguments that it takes as they stand, such as ``digits``.
+        prefix: what all its other DATA arguments begin with, such as ``folder:`` or ``torch/``.
+        form: how those are written, for help and errors, such as ``torch/NAME``; names need none.
+        order: of several sources that take an argument the one with the lowest loads it.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ()
+    prefix: ClassVar[str] = ""
+    form: ClassVar[str] = ""
+    order: ClassVar[int] = 0
+
+    def takes(self, name: str) -> bool:
+        """Whether a DATA argument is one of the names or has the prefix."""
+        return name in self.names or (self.prefix != "" and name.startswith(self.prefix))
+
+    def recognises(self, path: Path) -> bool:
+        """Whether a path that was given without a prefix is a data set of this kind."""
+        return False
+
+    def load(self, request: Request) -> DataSplits:
+        """The data set that a DATA argument names, giving PIL RGB images.
+
+        Raises:
+            DataError: there is no such data set, or it is malformed, or it can neither be found nor downloaded.
+        """
+        raise NotImplementedError

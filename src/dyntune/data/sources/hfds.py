@@ -1,0 +1,108 @@
+"""Data sets of the Hugging Face hub, read by index through timm's data set factory."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from dyntune.core.errors import DataError
+from dyntune.data.base import DataSplits, LabelledImages
+from dyntune.data.images import read_image
+from dyntune.data.sources.base import Request, Source
+
+VAL_SPLITS = ("validation", "val", "valid", "dev")
+
+
+class ReaderImages(LabelledImages):
+    """A data set of timm with a reader that opens image files by index (Hugging Face data sets)."""
+
+    reads_files = True
+
+    def __init__(self, reader: Any, targets: Sequence[int], name: str) -> None:
+        super().__init__(targets)
+        self.reader, self.name = reader, name
+
+    def read(self, index: int) -> Image.Image:
+        # timm's own data set would put the next image in place of a bad one, and would ignore the EXIF orientation.
+        try:
+            file = self.reader[index][0]
+        except Exception as error:
+            raise DataError(
+                f"{self.source(index)}: cannot be opened ({error}). Expected an image; restore it, or load the data "
+                "set with on_corrupt='skip' (--on-corrupt skip)."
+            ) from error
+        with file:
+            return read_image(file, self.source(index))
+
+    def source(self, index: int) -> str:
+        name = None
+        with contextlib.suppress(Exception):
+            name = self.reader.filename(index)
+        return f"{self.name} image {index}" + (f" ({name})" if name else "")
+
+
+def _hub_columns(features: Mapping[str, Any]) -> tuple[str, str]:
+    """The image and label columns: ``image`` and ``label`` where there are such, else by their types."""
+    images = [column for column, feature in features.items() if type(feature).__name__ == "Image"]
+    labels = [column for column, feature in features.items() if type(feature).__name__ == "ClassLabel"]
+    image = "image" if "image" in images else next(iter(images), None)
+    # Of fine and coarse labels (as in CIFAR-100) the one with more classes is the task.
+    by_type = max(labels, key=lambda column: features[column].num_classes, default=None)
+    label = "label" if "label" in features else by_type
+    if image is None or label is None:
+        raise ValueError(f"its columns are {', '.join(features)}, of which none holds images or none holds labels")
+    return image, label
+
+
+class Hfds(Source):
+    """A data set of the Hugging Face hub or a local folder of one, with its cache at the root.
+
+    A test split whose labels are all -1 counts as none. Loading scripts are never run.
+    """
+
+    prefix = "hfds/"
+    form = "hfds/NAME"
+
+    def load(self, request: Request) -> DataSplits:
+        name, short, root = request.name, request.given, request.data_root
+        try:
+            import datasets
+        except ImportError as error:
+            raise DataError(f"{name} needs the datasets library: install dyntune[hfds].") from error
+        from timm.data import create_dataset
+
+        # Releases before 4 could run a data set's own Python code; some did so without being asked.
+        if hasattr(datasets.config, "HF_DATASETS_TRUST_REMOTE_CODE"):
+            datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False
+        try:
+            builder = datasets.load_dataset_builder(short, cache_dir=str(root))
+            available = [str(split) for split in builder.info.splits or datasets.get_dataset_split_names(short)]
+            if "train" not in available:
+                raise ValueError(f"it has no split named 'train', only {', '.join(available)}")
+            # The columns of a folder of files are known only once it is loaded; timm finds it in the cache after that.
+            features = datasets.load_dataset(short, split="train", cache_dir=str(root)).features
+            image, label = _hub_columns(features)
+            wanted = [split for split in ("train", "test", *VAL_SPLITS) if split in available]
+            readers = {
+                split: create_dataset(name, root=str(root), split=split, input_key=image, target_key=label).reader
+                for split in wanted
+            }
+            # The column alone, because reading whole rows would decode any further images in them.
+            sets = {
+                split: ReaderImages(reader, reader.dataset.select_columns([label])[label], f"{name} {split}")
+                for split, reader in readers.items()
+            }
+        except Exception as error:
+            raise DataError(
+                f"{name}: cannot be loaded ({type(error).__name__}: {error}). Expected a data set with an image and "
+                f"a label column that is at hand in {root} or can be downloaded; without a network, put its files "
+                "(parquet, or an image folder) into a folder and give hfds/ and that folder's path."
+            ) from error
+        val = next((sets[split] for split in VAL_SPLITS if split in sets), None)
+        test = sets.get("test")
+        if test is not None and set(test.targets) == {-1}:
+            test = None
+        # Not the reader's: in older releases of timm it knows none for a column that is not called "label".
+        classes = list(getattr(features[label], "names", ()))
+        return request.splits(sets["train"], val, test, classes)

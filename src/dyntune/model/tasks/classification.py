@@ -1,0 +1,88 @@
+"""Classification: one logit per class, of which the highest is predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.data.mixup import mixup_target
+from torch import Tensor
+
+from dyntune.core.losses import distillation_loss
+from dyntune.model.tasks.base import Metric, TargetSettings, Task
+
+
+class ClassificationMetric(Metric):
+    """``accuracy``, the share of images whose highest logit is the right class; ``loss``, the mean cross-entropy."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        correct = int((outputs.argmax(-1) == targets).sum())
+        loss = float(F.cross_entropy(outputs, targets, reduction="sum"))
+        self.sums += torch.tensor([len(outputs), correct, loss], dtype=self.sums.dtype)
+
+    def figures(self) -> dict[str, float]:
+        images, correct, loss = self.sums.tolist()
+        return {"accuracy": correct / images, "loss": loss / images}
+
+
+class Classification(Task):
+    """Outputs are logits ``(B, classes)``, targets class indices ``(B,)``; mixed, class shares ``(B, classes)``."""
+
+    name = "image-classification"
+    merit = "accuracy"
+
+    def mix(self, images: Tensor, targets: Tensor, outputs: int, settings: TargetSettings) -> tuple[Tensor, Tensor]:
+        """Mixes each image with its mirror in the batch, by timm; of an odd number, the last image stays as it is."""
+        if not settings.mixup and not settings.cutmix:
+            return images, targets
+        smoothing = settings.label_smoothing
+        mixup = Mixup(settings.mixup, settings.cutmix, label_smoothing=smoothing, num_classes=outputs)
+        even = len(images) - len(images) % 2
+        parts = [mixup(images[:even], targets[:even])] if even else []
+        if even < len(images):
+            parts.append((images[even:], mixup_target(targets[even:], outputs, 1.0, smoothing)))
+        return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+    def loss(self, outputs: Tensor, targets: Tensor, settings: TargetSettings | None = None) -> Tensor:
+        """Cross-entropy. Targets that are mixed are smoothed already."""
+        if settings is None or settings.mixup or settings.cutmix:
+            return F.cross_entropy(outputs, targets)
+        return F.cross_entropy(outputs, targets, label_smoothing=settings.label_smoothing)
+
+    def distillation(self, outputs: Tensor, taught: Tensor) -> Tensor:
+        return distillation_loss(outputs, taught)
+
+    def metric(self, outputs: int) -> ClassificationMetric:
+        return ClassificationMetric()
+
+    def score(self, outputs: Tensor, targets: Tensor) -> float:
+        """The accuracy, without the loss, which training has computed already."""
+        return float((outputs.argmax(-1) == targets).float().mean())
+
+    def predictions(self, outputs: Tensor, names: Sequence[str] | None, most: int) -> list[dict[str, Any]]:
+        """``top``: the classes with their labels and probabilities, the most probable first."""
+        probabilities, labels = outputs.softmax(-1).topk(min(most, outputs.shape[-1]))
+        return [
+            {
+                "top": [
+                    {"class": names[label] if names else str(label), "label": label, "probability": probability}
+                    for probability, label in zip(ps, ls, strict=True)
+                ]
+            }
+            for ps, ls in zip(probabilities.tolist(), labels.tolist(), strict=True)
+        ]
+
+    def cells(self, prediction: dict[str, Any]) -> dict[str, str]:
+        return {
+            f"top {place}": f"{top['class']} {top['probability']:.1%}" for place, top in enumerate(prediction["top"], 1)
+        }
+
+    def agreement(self, outputs: Tensor, others: Tensor) -> Tensor:
+        """1 where both put the image into the same class."""
+        return (outputs.argmax(-1) == others.argmax(-1)).float()

@@ -1,0 +1,198 @@
+"""What holds for every family of hosts: any part trains on it, skips tokens, is saved, loaded, merged and counted.
+
+Every part meets the three hosts of another distribution (rotary embeddings, separate maps to queries, keys and values,
+attention that the host computes as a whole); of timm's kinds of ViT, each part meets a few.
+"""
+
+import re
+import zlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dyntune
+from dyntune.parts.policies.gating import LearnedGate
+from dyntune.parts.registry import registered
+
+OUTSIDE = ("rotary", "apart", "windows")
+TIMM = ("plain", "deit3", "clip", "siglip", "average", "qk_norm", "swiglu", "swiglu_packed", "oblong", "distilled")
+GATES = ("mlp", "attn", "attn-mlp", "layer")
+OPTIONS = {
+    "evit": "evit:layers=0/1",
+    "dynamicvit": "dynamicvit:keep=0.8/0.5,layers=1/2",
+    "pyra": "pyra:r=3",
+    "auto": "auto:budget=0.8",
+}
+"""Parts whose defaults are for deeper hosts."""
+REFUSED = {
+    ("evit", "siglip"): "no class token",
+    ("evit", "windows"): "no class token",
+    **{(part, "windows"): "computed by the host as a whole" for part in ("tome", "pyra", "fpet", "dynamicvit", "auto")},
+    **{(part, "windows"): "among the image patches in their places" for part in ("vpt", "noah")},
+    **{(part, "swiglu"): "whole slots" for part in ("fact-tk", "fact-tt")},
+}
+"""Pairings that are not defined, and what the error says."""
+UNREACHED = r"^blocks\.2\.mlp\.reducers\.pyra\."
+"""What a head that reads the class token alone does not read any more."""
+
+
+def pairs():
+    for part in registered():
+        yield from ((host, part) for host in OUTSIDE)
+        start = zlib.crc32(part.encode())
+        yield from ((TIMM[(start + step) % len(TIMM)], part) for step in (0, 3, 7))
+
+
+@pytest.fixture
+def build(make_host, randomise, outside):
+    """``build(name)``: a host of any family with equal weights each time."""
+
+    def make(name):
+        if name not in OUTSIDE:
+            return make_host(name)
+        from dyntune.backbones.source import create_backbone
+
+        return randomise(create_backbone(f"{name}:tiny", num_classes=5)).eval()
+
+    return make
+
+
+def trained(model, images_for, steps=2):
+    torch.manual_seed(1)
+    model.train()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(steps):
+        loss = dyntune.training_loss(model, images_for(model.backbone.host, 8, step), torch.arange(8) % 5)
+        optimiser.zero_grad()
+        loss.total.backward()
+        optimiser.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def half_open(model):
+    """A few training steps may have opened or closed every gate."""
+    for module in model.modules():
+        if isinstance(module, LearnedGate):
+            module.gate.weight.normal_()
+            module.gate.bias.zero_()
+    return model
+
+
+@torch.no_grad()
+def check(model, again, images, tmp_path):
+    """Masked equals compact, what is counted is what runs, and the saved, the merged and the optimised model agree."""
+    masked, compact = (model.run(images, execution=how) for how in ("masked", "compact"))
+    torch.testing.assert_close(masked.logits, compact.logits, atol=1e-5, rtol=1e-5)
+    with dyntune.MacCounter() as counter:
+        model.run(images[:1], complete=True)
+    cost = dyntune.cost(model)
+    assert cost.macs <= counter.macs - cost.head_macs
+    if not compact.gates and not compact.reductions:
+        assert cost.macs == counter.macs - cost.head_macs
+    loaded = dyntune.load(model.save(tmp_path / "adapter"), backbone=again)
+    assert torch.equal(loaded(images), compact.logits)
+    torch.testing.assert_close(dyntune.optimize(model)(images), compact.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.merge()(images), compact.logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("host", "part"), pairs())
+def test_a_part_on_a_host(build, images_for, tmp_path, host, part):
+    spec = OPTIONS.get(part, part)
+    reason = REFUSED.get((part, host))
+    if reason:
+        with pytest.raises(dyntune.DyntuneError, match=reason):
+            dyntune.tune(build(host), spec)
+        return
+    torch.manual_seed(0)
+    model = dyntune.tune(build(host), spec)
+    before = {name: p.detach().clone() for name, p in model.backbone.named_parameters()}
+    trainable = {name for name, p in model.backbone.named_parameters() if p.requires_grad}
+    trained(model, images_for, steps=8 if part == "noah" else 2)  # each step draws one size of noah's modules
+    moved = {name for name, p in model.backbone.named_parameters() if not torch.equal(p, before[name])}
+    still = trainable - moved - {name for name in trainable if re.search(UNREACHED, name)}
+    # Softmax does not see a bias of the keys.
+    assert moved <= trainable and not [name for name in still if not re.search(r"k_bias|attn\.qkv\.bias", name)]
+    check(half_open(model), build(host), images_for(model.backbone.host, 4, seed=9), tmp_path)
+
+
+@pytest.mark.parametrize("where", GATES)
+@pytest.mark.parametrize("host", OUTSIDE)
+def test_a_gate_on_a_host(build, images_for, tmp_path, host, where):
+    if host == "windows" and where != "mlp":
+        with pytest.raises(dyntune.DyntuneError, match="computes as a whole"):
+            dyntune.tune(build(host), "lora", f"dispatch:where={where}")
+        return
+    torch.manual_seed(0)
+    model = half_open(trained(dyntune.tune(build(host), "lora:targets=q/v", f"dispatch:where={where}"), images_for))
+    images = images_for(model.backbone.host, 4, seed=9)
+    rates = [gate.values.mean().item() for gate in model.run(images).gates]
+    assert 0 < sum(rates) / len(rates) < 1
+    check(model, build(host), images, tmp_path)
+
+
+@torch.no_grad()
+def test_the_interface_computes_what_the_host_computes(build, images_for):
+    for name in OUTSIDE:
+        host = build(name)
+        images = images_for(host, 3)
+        expected = host(images)
+        torch.testing.assert_close(dyntune.tune(host, "linear").eval()(images), expected, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_tokens_keep_their_positions_when_others_are_skipped(build, images_for):
+    """Attention among the active tokens alone rotates each by where it lies: the straight-line computation agrees."""
+    host = build("rotary")
+    model = dyntune.tune(host, "dispatch:where=attn").eval()
+    images = images_for(host, 1)
+    for block in model.backbone.blocks:
+        block.attn.dispatcher.gate.weight.normal_()
+        block.attn.dispatcher.gate.bias.zero_()
+    x = host.tokens(images)
+    for block, hosted in zip(host.blocks, model.backbone.blocks, strict=True):
+        logits = hosted.attn.dispatcher.gate(x[:, 1:]).squeeze(-1)[0]
+        active = torch.cat([torch.ones(1, dtype=torch.bool), logits > 0]).nonzero().squeeze(1)
+        q, k, v = block.attn.projected(block.norm1(x[:, active]))
+        angles = host.angles(active - 1)
+        cos, sin = angles
+        first, second = q.chunk(2, dim=-1)
+        q = q * cos + torch.cat([-second, first], dim=-1) * sin
+        first, second = k.chunk(2, dim=-1)
+        k = k * cos + torch.cat([-second, first], dim=-1) * sin
+        attended = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).flatten(2)
+        x = x.index_add(1, active, block.attn.proj(attended))
+        x = x + block.mlp(block.norm2(x))
+    torch.testing.assert_close(model(images), host.head(host.norm(x)[:, 0]), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_merged_tokens_lie_where_their_destination_lies(build, images_for):
+    model = dyntune.tune(build("rotary"), "tome:r=3").eval()
+    output = model.run(images_for(model.backbone.host, 2))
+    tokens = output.tokens
+    assert tokens.positions.shape == tokens.patches.shape[:2]
+    for image in range(2):
+        for token, place in enumerate(tokens.positions[image].tolist()):
+            assert tokens.provenance.owner[image, place] == token
+
+
+def test_a_policy_that_says_no_place_is_refused_where_positions_count(build, images_for):
+    from dyntune.core.tokens import Tokens
+
+    tokens = Tokens(torch.zeros(1, 3, 2), 1, (1, 2), positions=torch.tensor([[0, 1]]))
+    with pytest.raises(dyntune.DyntuneError, match="does not say where its tokens lie"):
+        tokens.with_patches(torch.zeros(1, 1, 2), torch.zeros(1, 2, dtype=torch.long))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("host", ["rotary", "apart"])
+def test_biases_beside_the_maps_are_scaled_with_them(build, images_for, randomise, host):
+    model = dyntune.tune(build(host), "ssf").eval()
+    randomise(model.backbone)
+    images = images_for(model.backbone.host, 2)
+    expected = model(images)
+    merged = model.merge()
+    torch.testing.assert_close(merged(images), expected, atol=1e-5, rtol=1e-5)
+    assert all(getattr(block.attn, "v_bias", None) is None for block in merged.blocks)

@@ -1,0 +1,90 @@
+"""The main job with what another distribution adds: it is trained, saved, loaded, asked, counted and exported.
+
+CONTRIBUTING.md walks through the files in ``tests/outside``.
+"""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dyntune
+from dyntune.commands.main import app
+from dyntune.parts.registry import registered
+
+QUICK = ("--epochs", "1", "--batch-size", "18", "--workers", "0", "--device", "cpu")
+
+
+def dyntune_says(*arguments):
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [
+        ("vit_mini_patch4_32.dyntune", "shift"),
+        ("vit_mini_patch4_32.dyntune", "adaptformer+norm-gate:rate=0.4"),
+        ("vit_mini_patch4_32.dyntune", "adaptformer+thinning"),
+        ("rotary:tiny", "dyt:rate=0.5"),
+    ],
+)
+def test_it_does_the_main_job(outside, photos, tmp_path, model, method):
+    run = tmp_path / "run"
+    cost = dyntune_says("cost", "--model", model, "--method", method)
+    trained = dyntune_says("train", photos, "--model", model, "--method", method, "--out", run, *QUICK)
+    assert trained["macs"] == cost["macs"]
+    assert trained["trainable_params"] == cost["trainable_params"]
+    evaluated = dyntune_says("eval", run, photos)
+    assert evaluated["images"] == 12
+    photo = next((photos / "test").rglob("*.png"))
+    predicted = dyntune_says("predict", run, photo)["predictions"][0]["top"]
+    dyntune_says("export", run, "--runtime", "torch", "--out", tmp_path / "exported")
+    exported = dyntune_says("predict", tmp_path / "exported", photo, "--trust")["predictions"][0]["top"]
+    assert [top["class"] for top in exported] == [top["class"] for top in predicted]
+    for ours, theirs in zip(predicted, exported, strict=True):
+        assert theirs["probability"] == pytest.approx(ours["probability"], abs=1e-5)
+
+
+@torch.no_grad()
+def test_what_it_does_is_what_it_says(outside, make_host, images_for):
+    images = images_for(make_host(), 2)
+    shifted = dyntune.tune(make_host(), "shift").eval()
+    for block in shifted.backbone.blocks:
+        block.mlp.parallel["shift"].value.normal_()
+    assert not torch.allclose(shifted(images), make_host()(images))
+    gated = dyntune.tune(make_host(), "norm-gate").eval().run(images)
+    assert [gate.unit for gate in gated.gates] == ["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp"]
+    thinned = dyntune.tune(make_host(), "thinning").eval().run(images)
+    assert [reduction.count for reduction in thinned.reductions] == [1 + 8]
+
+
+def test_a_gate_from_outside_takes_other_rates(outside, make_host, images_for):
+    """Rates are calibrated on any gate with logits."""
+    model = dyntune.tune(make_host(), "norm-gate").eval()
+    images = images_for(model.backbone.host, 16)
+    model.set_rate(0.25, images)
+    shares = [gate.values.mean().item() for gate in model.run(images).gates]
+    assert sum(shares) / len(shares) == pytest.approx(0.25, abs=0.05)
+
+
+def test_what_cannot_be_loaded_is_left_out_with_a_warning(tmp_path, monkeypatch, caplog, outside):
+    (tmp_path / "broken-1.0.dist-info").mkdir()
+    (tmp_path / "broken-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (tmp_path / "broken-1.0.dist-info/entry_points.txt").write_text("[dyntune.parts]\nbroken = broken_module:Part\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    registered.cache_clear()
+    assert {"shift", "lora"} <= set(registered())
+    assert "broken = broken_module:Part of the group dyntune.parts is left out: No module named" in caplog.text
+
+
+def test_its_parts_are_known_as_long_as_it_is_installed(outside, monkeypatch):
+    assert {"shift", "norm-gate", "thinning"} <= set(registered())
+    assert list(registered())[-1] == "dyt"
+    with pytest.raises(dyntune.DyntuneError, match="norm-gate"):
+        dyntune.tune(torch.nn.Linear(1, 1), "norm-gat")
+    monkeypatch.undo()
+    registered.cache_clear()
+    assert not {"shift", "norm-gate", "thinning"} & set(registered())
