@@ -4,7 +4,10 @@ VENV := .venv
 STAMP := $(VENV)/installed
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest lint clean
+# Files stay whole on a worker, which makes what a file's tests share once, and begin in the order of their names.
+TESTS := pytest -n auto --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-quick test-oldest lint clean
 
 demo: $(STAMP)  ## the main job on real images with the built-in backbone
 	$(VENV)/bin/dyntune demo --out demo
@@ -13,10 +16,14 @@ test: $(STAMP)  ## style, types and all tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n auto
+	OMP_NUM_THREADS=1 $(VENV)/bin/$(TESTS)
+	@echo 'make test-quick leaves out style, types and the slow tests: killed processes, pools, whole studies.'
+
+test-quick: $(STAMP)  ## the tests that are not slow
+	OMP_NUM_THREADS=1 $(VENV)/bin/$(TESTS) -m 'not slow'
 
 test-oldest: $(OLDEST)/installed  ## all tests with the lowest versions that pyproject.toml admits
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n auto
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/$(TESTS)
 
 lint: $(STAMP)  ## put the code into shape
 	$(VENV)/bin/ruff format .

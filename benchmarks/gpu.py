@@ -41,7 +41,6 @@ import dyntune
 from dyntune.core.timing import time_queued
 from dyntune.inference.joint import joined, key
 from dyntune.inference.kernels import DeviceCounts, capture, supports
-from dyntune.model.folding import fold
 from dyntune.studies.bench.peers import set_gates
 
 Forward = Callable[[Tensor], Tensor]
@@ -159,7 +158,7 @@ class Models:
             self.exact[kind] = model.to(device).eval().requires_grad_(False)
         for parameter in (p for n, p in self.exact["gated"].named_parameters() if "up_proj" in n):
             parameter.normal_(std=0.02)  # an untrained adapter adds nothing, and an error in it would not be seen
-        fold(self.exact["gated"])
+        self.exact["gated"].fold()
         self.timed = {kind: copy.deepcopy(model).to(dtype) for kind, model in self.exact.items()}
         self.own = copy.deepcopy(self.timed["gated"])
         self.joints = joined(self.own.backbone, self.own.policies, None)

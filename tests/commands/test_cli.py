@@ -1,13 +1,17 @@
-"""The command line, through real processes."""
+"""The command line from its arguments to what it prints and its exit status."""
 
+import io
 import json
-import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+
+from dyntune.commands.main import main
 
 COMMANDS = (
     "methods",
@@ -27,14 +31,19 @@ COMMANDS = (
 )
 
 
-def dyntune(*arguments: object, status: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    """Runs the program and checks its exit status."""
-    command = [sys.executable, "-m", "dyntune.commands.main", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=cwd)
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+def dyntune(*arguments: object, status: int = 0) -> SimpleNamespace:
+    """Runs the program in this process, checks its exit status, and gives ``stdout`` and ``stderr``."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(out),
+        redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        patch.setattr(sys, "argv", ["dyntune", *map(str, arguments)])
+        main()
+    assert (ended.value.code or 0) == status, out.getvalue() + err.getvalue()
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +152,20 @@ def test_methods_lists_every_part_and_the_options_of_one():
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else None,
 )
-def test_a_mistake_gets_one_clear_message_and_status_1(arguments, words, tmp_path):
-    done = dyntune(*arguments, status=1, cwd=tmp_path)
+def test_a_mistake_gets_one_clear_message_and_status_1(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = dyntune(*arguments, status=1)
     assert done.stderr.startswith("error:")
     for word in words:
         assert word in done.stderr.replace("\n", " ")
     assert not (tmp_path / "never").exists()
+
+
+def test_a_process_ends_with_the_message_and_the_status():
+    command = [sys.executable, "-m", "dyntune.commands.main", "cost", "--method", "adaptfomer"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error:") and "adaptformer" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_wrong_usage_gets_status_2():

@@ -9,6 +9,7 @@ from dyntune.inference.export.candidate import Candidate
 from dyntune.inference.export.choose import choose
 from dyntune.inference.export.folder import open_export
 from dyntune.inference.export.registry import every
+from dyntune.inference.export.runtimes.onnx import Onnx
 from dyntune.inference.export.runtimes.openvino import OpenVino
 
 
@@ -33,6 +34,7 @@ def test_without_any_candidate_every_reason_is_given(export, some_images, tmp_pa
         raise ExportError("1 large products stayed in fp32")
 
     pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(Onnx, "write", lambda *_: None)
     monkeypatch.setattr("dyntune.inference.export.runtimes.onnx.quantize_onnx", fail)
     with pytest.raises(ExportError) as error:
         choose(export, tmp_path, some_images[:1], every({}), precision="int8", threads=1)

@@ -12,6 +12,7 @@ import pytest
 FILES = [Path(__file__).with_name(f"test_{name}.py") for name in ("tiles", "products", "execution")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 def test_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *map(str, FILES)]

@@ -10,27 +10,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from dyntune.commands.main import app
 from dyntune.training.logs import read_log
 from dyntune.training.state import STATE, RunState
 
+pytestmark = pytest.mark.slow
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "dyntune.commands.main"]
 
-def _train(photos: Path, out: Path, batch_size: int, launcher: tuple[str, ...]) -> str:
+
+def _arguments(photos: Path, out: Path, batch_size: int) -> list[str]:
     arguments = ["train", str(photos), "--out", str(out), "--method", "linear", "--epochs", "1", "--lr", "0.01"]
-    arguments += ["--batch-size", str(batch_size), "--device", "cpu", "--warmup-epochs", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *launcher, "dyntune.commands.main", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return [*arguments, "--batch-size", str(batch_size), "--device", "cpu", "--warmup-epochs", "0"]
 
 
 def test_two_processes_train_like_one_with_twice_the_batch(photos, tmp_path):
     photos = Path(shutil.copytree(photos, tmp_path / "photos"))
     (photos / "val" / "red" / "0.png").unlink()
-    _train(photos, tmp_path / "one", 12, ())
-    printed = _train(photos, tmp_path / "two", 6, ("torch.distributed.run", "--nproc_per_node", "2", "-m"))
-    assert printed.count("saved epoch") == 1, "only the main process speaks"
+    alone = CliRunner().invoke(app, _arguments(photos, tmp_path / "one", 12))
+    assert alone.exit_code == 0, (alone.output, alone.exception)
+    command = [*LAUNCHER, *_arguments(photos, tmp_path / "two", 6)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("saved epoch") == 1, "only the main process speaks"
     one, two = (RunState.read(tmp_path / name) for name in ("one", "two"))
     assert {entry["step"].item() for entry in two.optimizer["state"].values()} == {3.0}
     for name, tensor in one.tensors.items():
@@ -59,9 +63,8 @@ def _workers(out: Path) -> list[int]:
 def test_a_signal_to_one_process_stops_all_of_them_with_the_state_saved(photos, tmp_path):
     out = tmp_path / "run"
     arguments = ["train", str(photos), "--out", str(out), "--method", "dyt", "--epochs", "200", "--batch-size", "4"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "dyntune.commands.main"]
     process = subprocess.Popen(
-        [*launcher, *arguments, "--device", "cpu"],
+        [*LAUNCHER, *arguments, "--device", "cpu"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,

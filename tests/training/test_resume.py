@@ -9,18 +9,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from dyntune.commands.main import app
 from dyntune.model.saved import WEIGHTS
 from dyntune.training.state import STATE, RunState
 
 EPOCHS = 3
 
+pytestmark = pytest.mark.slow
 
-def _start(photos: Path, out: Path, *more: str) -> subprocess.Popen:
+
+def _arguments(photos: Path, out: Path) -> list[str]:
     arguments = ["train", str(photos), "--out", str(out), "--method", "dyt:scale=1", "--epochs", str(EPOCHS)]
-    arguments += ["--batch-size", "4", "--lr", "0.01", "--device", "cpu", *more]
+    return [*arguments, "--batch-size", "4", "--lr", "0.01", "--device", "cpu"]
+
+
+def _finish(photos: Path, out: Path, *more: str) -> None:
+    """Trains to the end in this process, where nothing is sent that would stop it."""
+    done = CliRunner().invoke(app, [*_arguments(photos, out), *more])
+    assert done.exit_code == 0, (done.output, done.exception)
+
+
+def _start(photos: Path, out: Path) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "dyntune.commands.main", *arguments]
+    command = [sys.executable, "-m", "dyntune.commands.main", *_arguments(photos, out)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -40,9 +53,7 @@ def _wait_for_epoch(process: subprocess.Popen, out: Path, epoch: int) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(photos, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
-    process = _start(photos, out)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, output + errors
+    _finish(photos, out)
     return out
 
 
@@ -62,9 +73,7 @@ def test_a_killed_run_continues_to_the_same_bits(photos, uninterrupted, tmp_path
     process.kill()
     process.communicate()
     assert RunState.read(out).epoch < EPOCHS
-    process = _start(photos, out, "--resume")
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, output + errors
+    _finish(photos, out, "--resume")
     _assert_same_bits(uninterrupted, out)
 
 
@@ -79,7 +88,5 @@ def test_ctrl_c_saves_inside_the_epoch_says_how_to_go_on_and_loses_nothing(photo
     assert "--resume" in errors and "Traceback" not in errors
     state = RunState.read(out)
     assert state.epoch >= 1 and state.step > 0, "the state was saved in the middle of an epoch"
-    process = _start(photos, out, "--resume")
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, output + errors
+    _finish(photos, out, "--resume")
     _assert_same_bits(uninterrupted, out)

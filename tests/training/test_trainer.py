@@ -213,23 +213,36 @@ class _CtrlC(Silent):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("at", [1, 2, 4, 5])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"accumulate": 2}, {"accumulate": 3}, {"mixup": 0.8, "cutmix": 1.0}, {"precision": "bf16"}, {"workers": 1}],
+@pytest.fixture(
+    scope="module",
+    params=[
+        {},
+        {"accumulate": 2},
+        {"accumulate": 3},
+        {"mixup": 0.8, "cutmix": 1.0},
+        {"precision": "bf16"},
+        {"workers": 1},
+    ],
     ids=str,
 )
-def test_an_interrupted_run_resumes_to_the_same_bits(make_host, colours, tmp_path, options, at):
-    """Three steps of 25, 25 and 10 images: windows of accumulated steps and the last batch are ragged."""
-    options = SHORT | {"batch_size": 25} | options
-    whole, parts = _model(make_host), _model(make_host)
+def uninterrupted(request, make_host, colours):
+    """Options, and what a run with them ends with: of its steps of 25, 25 and 10 images, the last is ragged."""
+    options = SHORT | {"batch_size": 25} | request.param
+    whole = _model(make_host)
     fit(whole, *colours, **options)
+    return options, whole.tuned_state()
+
+
+@pytest.mark.parametrize("at", [1, 2, 4, 5])
+def test_an_interrupted_run_resumes_to_the_same_bits(make_host, colours, uninterrupted, tmp_path, at):
+    options, expected = uninterrupted
+    parts = _model(make_host)
     with pytest.raises(TrainingInterrupted, match="resume"):
         fit(parts, *colours, out=tmp_path / "run", progress=_CtrlC(at), **options)
     assert RunState.read(tmp_path / "run").epoch * 3 + RunState.read(tmp_path / "run").step >= at
     resumed = _model(make_host)
     fit(resumed, *colours, out=tmp_path / "run", resume=True, **options)
-    assert all(torch.equal(p, resumed.tuned_state()[name]) for name, p in whole.tuned_state().items())
+    assert all(torch.equal(p, resumed.tuned_state()[name]) for name, p in expected.items())
 
 
 def test_an_update_that_spoils_the_weights_is_not_saved(make_host, colours, tmp_path, monkeypatch):

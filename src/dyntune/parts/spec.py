@@ -133,8 +133,14 @@ def split_spec(text: str) -> list[tuple[str, dict[str, str]]]:
     return parts
 
 
+_HINTS: dict[type[Part], dict[str, Any]] = {}
+
+
 def _hints(cls: type[Part]) -> dict[str, Any]:
-    return get_type_hints(cls)
+    """The types of a class's fields, found once: finding them takes longer than the rest of making a part."""
+    if cls not in _HINTS:
+        _HINTS[cls] = get_type_hints(cls)
+    return _HINTS[cls]
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -41,6 +41,7 @@ def run(tmp_path_factory):
     return model.save(tmp_path_factory.mktemp("runs") / "digits")
 
 
+@pytest.mark.slow
 def test_a_fresh_model_beside_its_peers(tmp_path):
     report = json.loads(
         run_bench(

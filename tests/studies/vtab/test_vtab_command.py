@@ -58,6 +58,7 @@ def test_a_dry_run_lists_jobs_and_makes_nothing(mini_root, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_all_tasks_run_and_failures_are_named_at_the_end(mini_root, tmp_path):
     run = tmp_path / "run"
     arguments = (

@@ -51,6 +51,20 @@ def one_worker(make_plan, tmp_path_factory):
     return plan
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures(one_worker, monkeypatch):
+    """Only the first run draws: pictures take longer than a job."""
+    monkeypatch.setattr("dyntune.studies.vtab.report.save_figure", lambda figure, path: path)
+
+
+@pytest.fixture
+def quick_processes(monkeypatch):
+    """Has workers begin as copies of one process that has imported everything, which each would do for seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dyntune.studies.vtab.run"])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+
+
 def test_a_run_leaves_results_tables_and_adapters(one_worker):
     names = {path.name for path in one_worker.out.iterdir()}
     assert names == {
@@ -72,7 +86,8 @@ def test_finished_jobs_are_not_run_again(one_worker, monkeypatch):
     assert not run_benchmark(one_worker, console=QUIET).failures
 
 
-def test_two_workers_survive_a_kill_and_come_to_the_same_bits(one_worker, make_plan, tmp_path):
+@pytest.mark.slow
+def test_two_workers_survive_a_kill_and_come_to_the_same_bits(one_worker, make_plan, quick_processes, tmp_path):
     plan = make_plan(tmp_path / "run", SPECS[::-1])  # so that jobs are left for the worker that takes over
     jobs = [job.folder(plan.out) / "run" for job in plan.jobs() if job.spec == SPECS[1]]
     killed = []
@@ -122,6 +137,7 @@ def test_an_interrupted_job_goes_on_from_its_state(one_worker, make_plan, tmp_pa
     assert before.accuracy == now.accuracy and before.macs == now.macs
 
 
+@pytest.mark.slow
 def test_sigterm_stops_the_workers_and_says_how_to_go_on(make_plan, tmp_path):
     plan = make_plan(tmp_path / "run", SPECS[1:], options={"epochs": 200})
     runs = [job.folder(plan.out) / "run" / STATE for job in plan.jobs()]

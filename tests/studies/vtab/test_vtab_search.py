@@ -29,6 +29,7 @@ def trials(plan):
     return [trial for study in storage.get_all_studies() for trial in storage.get_all_trials(study._study_id)]
 
 
+@pytest.mark.slow
 def test_the_best_values_are_trained_with(make_plan, tmp_path):
     plan = make_plan(tmp_path / "run", ("adaptformer",), ("digits",), search=3, options={"epochs": 1})
     assert not run_benchmark(plan, console=QUIET).failures

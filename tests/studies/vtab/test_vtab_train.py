@@ -9,7 +9,7 @@ from dyntune.parts.registry import resolve
 from dyntune.studies.noah import SearchSettings
 from dyntune.studies.vtab.plan import Job
 from dyntune.studies.vtab.run import check_methods
-from dyntune.studies.vtab.train import train_job
+from dyntune.studies.vtab.train import base_settings, train_job
 
 SMALL = SearchSettings(population=3, generations=2, parents=2, mutations=1, crossovers=1)
 
@@ -21,14 +21,15 @@ def trained(make_plan, out, spec, **options):
 
 
 def test_full_tuning_takes_a_tenth_of_the_learning_rate(make_plan, tmp_path):
-    result, _ = trained(make_plan, tmp_path / "a", "full", lr=0.02)
+    result, _ = trained(make_plan, tmp_path, "full", lr=0.02)
     assert result.lr == pytest.approx(0.002)
-    result, _ = trained(make_plan, tmp_path / "b", "full", lr=0.02, full_lr=1.0)
-    assert result.lr == pytest.approx(0.02)
-    result, _ = trained(make_plan, tmp_path / "c", "linear", lr=0.02)
-    assert result.lr == pytest.approx(0.02)
+    recipe = make_plan(tmp_path, options={"lr": 0.02}).recipe
+    assert base_settings("full", recipe).lr == pytest.approx(0.002)
+    assert base_settings("linear", recipe).lr == pytest.approx(0.02)
+    assert base_settings("full", recipe.changed(full_lr=1.0)).lr == pytest.approx(0.02)
 
 
+@pytest.mark.slow
 def test_noah_is_searched_and_trained_with_what_was_found(make_plan, tmp_path):
     options = {"noah": SMALL, "supernet": (1.0, 0.5)}
     result, shares = trained(make_plan, tmp_path, "noah:choices=1/2+dispatch:rate=0.5", **options)
