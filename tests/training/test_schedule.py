@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 import dyntune
 from dyntune.core.errors import TrainingError
 from dyntune.data.transforms import Preprocessing
-from dyntune.training.inputs import prepared_as
+from dyntune.training.inputs import with_pixels_as
 from dyntune.training.optimizer import make_optimizer
 from dyntune.training.settings import TrainSettings
 from dyntune.training.trainer import fit
@@ -97,7 +97,7 @@ def test_drop_last_and_eval_every_change_steps_and_choice(make_host):
 
 def test_preprocessing_takes_other_statistics():
     own = Preprocessing((32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic")
-    assert prepared_as(own, "backbone", "backbone") == own
-    none = prepared_as(own, "none", "bilinear")
+    assert with_pixels_as(own, "backbone", "backbone") == own
+    none = with_pixels_as(own, "none", "bilinear")
     assert none.mean == (0, 0, 0) and none.std == (1, 1, 1) and none.interpolation == "bilinear"
-    assert prepared_as(own, "imagenet", "backbone").mean == (0.485, 0.456, 0.406)
+    assert with_pixels_as(own, "imagenet", "backbone").mean == (0.485, 0.456, 0.406)

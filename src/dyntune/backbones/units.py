@@ -96,13 +96,13 @@ class Unit(nn.Module, abc.ABC):
         return update
 
     def parallel_update(self, tokens: Tokens) -> Tensor | None:
-        """The sum of the modules beside this unit, or None where there is none; ``tokens`` as ``prepare`` left them."""
+        """The sum of the modules parallel to this unit, or None without any; ``tokens`` as ``with_norm`` left them."""
         total: Tensor | None = None
         for module in self.parallel.values():
             total = module(tokens) if total is None else total + module(tokens)
         return total
 
-    def prepare(self, tokens: Tokens) -> Tokens:
+    def with_norm(self, tokens: Tokens) -> Tokens:
         """The tokens with what the host and the modules beside it share: the norm's output, where one of them reads it.
 
         Call it before ``parallel_update`` and ``update``.
@@ -111,7 +111,7 @@ class Unit(nn.Module, abc.ABC):
 
     def change(self, tokens: Tokens) -> Tensor:
         """Everything that this unit adds to the residual stream."""
-        tokens = self.prepare(tokens)
+        tokens = self.with_norm(tokens)
         parallel = self.parallel_update(tokens)
         update = self.update(tokens)
         return update if parallel is None else update + parallel
@@ -129,13 +129,13 @@ class SubLayer(Unit):
     def drop_path_rate(self) -> float:
         """Probability with which the host drops this unit's whole update while training."""
 
-    def prepare(self, tokens: Tokens) -> Tokens:
+    def with_norm(self, tokens: Tokens) -> Tokens:
         if tokens.normed is None and any(getattr(module, "reads_normed", False) for module in self.parallel.values()):
             return tokens.with_normed(self.norm(tokens.x))
         return tokens
 
     def normed(self, tokens: Tokens) -> Tensor:
-        """The norm's output, computed unless ``prepare`` has done so."""
+        """The norm's output, computed unless ``with_norm`` has done so."""
         return self.norm(tokens.x) if tokens.normed is None else tokens.normed
 
 
@@ -219,24 +219,24 @@ class OpaqueAttention(Attention):
         return 0.0
 
 
-MlpActivation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+Nonlinearity = Literal["gelu", "gelu_tanh", "quick_gelu"]
 """GELU, its tanh form, and ``x sigmoid(1.702 x)``."""
 
 
 @dataclass(frozen=True)
 class MlpParts:
-    """An MLP as ``second(activation(first(norm(x))))``, in evaluation.
+    """An MLP as ``second(nonlinearity(first(norm(x))))``, in evaluation.
 
     Args:
         norm: with weight and bias.
         first: ``C -> H``.
-        activation: of the hidden layer.
+        nonlinearity: of the hidden layer.
         second: ``H -> C``.
     """
 
     norm: nn.LayerNorm
     first: nn.Linear
-    activation: MlpActivation
+    nonlinearity: Nonlinearity
     second: nn.Linear
 
 

@@ -35,7 +35,7 @@ from dyntune.parts.methods.noah import Noah
 from dyntune.parts.registry import resolve
 from dyntune.studies.noah import SearchSettings, train_noah
 from dyntune.studies.noah.progress import SearchBar
-from dyntune.training.inputs import prepared_as
+from dyntune.training.inputs import with_pixels_as
 from dyntune.training.progress import ProgressBar
 from dyntune.training.settings import TrainSettings
 
@@ -109,7 +109,7 @@ def command(
     def build(part: Noah) -> TunedModel:
         sized = [part if other is supernets[0] else other for other in parts]
         tuned = build_tuned(model, *sized, classes=splits.classes, weights=weights, drop_path_rate=drop_path)
-        tuned.preprocessing = prepared_as(tuned.preprocessing, normalisation, interpolation)
+        tuned.preprocessing = with_pixels_as(tuned.preprocessing, normalisation, interpolation)
         return tuned
 
     result = train_noah(

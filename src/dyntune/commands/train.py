@@ -44,7 +44,7 @@ from dyntune.model.saved import read_config, write_calibration
 from dyntune.model.tuned import TunedModel, build_tuned
 from dyntune.parts.registry import resolve
 from dyntune.parts.spec import Part
-from dyntune.training.inputs import prepared_as
+from dyntune.training.inputs import with_pixels_as
 from dyntune.training.progress import ProgressBar
 from dyntune.training.settings import TrainSettings
 from dyntune.training.trainer import fit
@@ -97,7 +97,7 @@ def command(
     arguments: dict[str, Any] = {"drop_path_rate": drop_path, **({} if img_size is None else {"img_size": img_size})}
     given = with_rate(parts(method, policy), rate)
     tuned = build_tuned(model, *given, classes=splits.classes, weights=weights, **arguments)
-    tuned.preprocessing = prepared_as(tuned.preprocessing, normalisation, interpolation)
+    tuned.preprocessing = with_pixels_as(tuned.preprocessing, normalisation, interpolation)
     bar = ProgressBar(tuned.spec)
     result = fit(
         tuned, splits.train, chosen, out=run, resume=resume, progress=bar, settings=settings, teacher=taught_by

@@ -138,7 +138,7 @@ def build_transform(
     return plain
 
 
-def prepared(dataset: Dataset[Any], preprocessing: Preprocessing) -> Dataset[Any]:
+def preprocessed(dataset: Dataset[Any], preprocessing: Preprocessing) -> Dataset[Any]:
     """Labelled PIL images with the preprocessing put on; any other data set as it is."""
     if isinstance(dataset, LabelledImages) and dataset.transform is None:
         return dataset.with_transform(build_transform(preprocessing))

@@ -29,7 +29,7 @@ class Masked(Execution):
 
     def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
         gate = policy.gate(unit, tokens)
-        tokens = unit.prepare(tokens)
+        tokens = unit.with_norm(tokens)
         mask = tokens.cover_prefix(gate.values)
         update = unit.update(tokens.with_keys(mask)) * mask.unsqueeze(-1)
         parallel = unit.parallel_update(tokens)
@@ -51,7 +51,7 @@ class Sampled(Masked):
         if share is None or not isinstance(unit, Mlp) or unit.drop_path_rate:
             return super().gated(unit, tokens, policy)
         gate = policy.gate(unit, tokens)
-        tokens = unit.prepare(tokens)
+        tokens = unit.with_norm(tokens)
         mask = tokens.cover_prefix(gate.values).flatten()
         explored = mask < 0.5
         active = (~explored).nonzero().squeeze(1)
@@ -90,7 +90,7 @@ class Compact(Execution):
         index, counts = self.select(unit, tokens, gate)
         every = not torch.compiler.is_compiling() and len(index) == batch * count
         if out is None:
-            tokens = unit.prepare(tokens)
+            tokens = unit.with_norm(tokens)
             parallel = unit.parallel_update(tokens)
             if every:
                 update = unit.update(tokens)

@@ -96,7 +96,7 @@ def _step(
     projected = None
     if any(policy.reduces(unit.mlp) for policy in policies):
         # Computed here once, for the attention and for the policy that reads them.
-        projected = unit.attn.projected(tokens := unit.attn.prepare(tokens))
+        projected = unit.attn.projected(tokens := unit.attn.with_norm(tokens))
         tokens = tokens.with_projected(projected)
     tokens, decided = _step(unit.attn, tokens, policies, execution)
     if tokens.only_read and parallel is not None:

@@ -18,7 +18,7 @@ from dyntune.backbones.base import Backbone
 from dyntune.backbones.units import Unit
 from dyntune.core.errors import CheckpointError, DataError, SpecError
 from dyntune.core.tokens import Tokens
-from dyntune.data.transforms import Preprocessing, prepared
+from dyntune.data.transforms import Preprocessing, preprocessed
 from dyntune.model.executions import Compact
 from dyntune.parts.policies.base import Gate, Output
 from dyntune.parts.policies.gating import GatingPolicy, LearnedGate
@@ -335,7 +335,7 @@ def _batches(model: Calibrated, data: Dataset[Any] | Tensor, images: int, batch_
             )
         return list(data[places].split(batch_size))
     # With a generator of its own the loader draws nothing from the caller's.
-    subset = Subset(prepared(data, model.preprocessing), places.tolist())
+    subset = Subset(preprocessed(data, model.preprocessing), places.tolist())
     loader = DataLoader(subset, batch_size, generator=torch.Generator())
     return [batch[0] if isinstance(batch, list | tuple) else batch for batch in loader]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dyntune.core.errors import DataError
-from dyntune.data.transforms import prepared
+from dyntune.data.transforms import preprocessed
 from dyntune.model.macs import MacCounter, head_macs
 from dyntune.model.tasks import Classification, Metric
 from dyntune.model.tuned import ExecutionName, TunedModel
@@ -65,7 +65,7 @@ class Evaluation:
 
 def as_tensors(dataset: Dataset[Any], model: TunedModel) -> Dataset[Any]:
     """Labelled PIL images with the model's preprocessing put on; any other data set as it is."""
-    return prepared(dataset, model.preprocessing)
+    return preprocessed(dataset, model.preprocessing)
 
 
 @torch.no_grad()

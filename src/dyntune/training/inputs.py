@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dyntune.core.errors import TrainingError
 from dyntune.data.base import LabelledImages
-from dyntune.data.transforms import Preprocessing, build_transform, prepared
+from dyntune.data.transforms import Preprocessing, build_transform, preprocessed
 from dyntune.model.tuned import TunedModel
 from dyntune.training.settings import TrainSettings
 
@@ -24,7 +24,7 @@ STATISTICS = {
 """Mean and standard deviation of each normalisation, on a scale of 0 to 1."""
 
 
-def prepared_as(
+def with_pixels_as(
     preprocessing: Preprocessing, normalisation: Normalisation, interpolation: Interpolation
 ) -> Preprocessing:
     """A backbone's preprocessing with other statistics or another resize; ``backbone`` leaves either as it is."""
@@ -62,4 +62,4 @@ def training_images(dataset: Dataset[Any], model: TunedModel, settings: TrainSet
 
 def first_batch(dataset: LabelledImages, model: TunedModel, batch_size: int) -> Tensor:
     """The first images of a data set, preprocessed: ``(at most batch_size, 3, height, width)``."""
-    return next(iter(DataLoader(prepared(dataset, model.preprocessing), batch_size)))[0]
+    return next(iter(DataLoader(preprocessed(dataset, model.preprocessing), batch_size)))[0]

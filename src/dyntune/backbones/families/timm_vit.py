@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones.sites import Changed, QueriesApart, Site, SiteKind
 from dyntune.backbones.timm_models import TimmBackbone
-from dyntune.backbones.units import Attention, Block, Mlp, MlpActivation, MlpParts
+from dyntune.backbones.units import Attention, Block, Mlp, MlpParts, Nonlinearity
 from dyntune.core.errors import BackboneError
 from dyntune.core.tokens import Provenance, Tokens
 
@@ -93,22 +93,22 @@ class _HostedMlp(Mlp):
         host, mlp = self.host, self.host.mlp
         if type(mlp) is not TimmMlp or not isinstance(host.ls2, nn.Identity) or not isinstance(mlp.norm, nn.Identity):
             return None
-        activation = _activation(mlp.act)
+        nonlinearity = _nonlinearity(mlp.act)
         linear = type(mlp.fc1) is nn.Linear and type(mlp.fc2) is nn.Linear
-        if not linear or activation is None or not isinstance(host.norm2, nn.LayerNorm):
+        if not linear or nonlinearity is None or not isinstance(host.norm2, nn.LayerNorm):
             return None
-        return MlpParts(host.norm2, mlp.fc1, activation, mlp.fc2)
+        return MlpParts(host.norm2, mlp.fc1, nonlinearity, mlp.fc2)
 
     def transform(self, normed: Tensor) -> Tensor:
         host = self.host
         return host.drop_path2(host.ls2(host.mlp(normed)))
 
 
-def _activation(module: nn.Module) -> MlpActivation | None:
-    """The name of an MLP's activation, if it has one."""
+def _nonlinearity(module: nn.Module) -> Nonlinearity | None:
+    """The name of an MLP's nonlinearity, if it has one."""
     if isinstance(module, nn.GELU):
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    names: dict[type[nn.Module], MlpActivation] = {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
+    names: dict[type[nn.Module], Nonlinearity] = {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
     return names.get(type(module))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dyntune.core.errors import DataError, ExportError
-from dyntune.data.transforms import prepared
+from dyntune.data.transforms import preprocessed
 from dyntune.inference.export.folder import OpenedModel
 from dyntune.model.tuned import TunedModel
 
@@ -84,7 +84,7 @@ def check(
         ExportError: logits are not finite.
     """
     batches: Iterable[tuple[Tensor, Tensor]] = (
-        DataLoader(prepared(data, before.preprocessing), batch_size) if isinstance(data, Dataset) else data
+        DataLoader(preprocessed(data, before.preprocessing), batch_size) if isinstance(data, Dataset) else data
     )
     seeing = with_masks or after
     task, outputs = before.task, before.backbone.classes

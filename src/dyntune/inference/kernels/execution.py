@@ -73,7 +73,7 @@ class DeviceCounts(Execution):
         else:
             values, out = ops.joint(tokens.x, joint.read.weight, joint.read.bias, joint.write)
             gate = policy.gate_from(unit, tokens, values[:, tokens.prefix :])
-        tokens = unit.prepare(tokens)
+        tokens = unit.with_norm(tokens)
         if out is None:
             parallel = unit.parallel_update(tokens)
             # What leaves a patch embedding is a transposed view, and the kernels need one token behind the other.
@@ -104,7 +104,7 @@ class DeviceCounts(Execution):
             first.bias,
             second.weight,
             second.bias,
-            parts.activation,
+            parts.nonlinearity,
             self.products,
         )
 

@@ -25,7 +25,7 @@ from dyntune.studies.vtab.recipes import Recipe
 from dyntune.studies.vtab.results import JobResult, read_search
 from dyntune.studies.vtab.tasks import Task
 from dyntune.training.evaluate import Evaluation, evaluate
-from dyntune.training.inputs import prepared_as
+from dyntune.training.inputs import with_pixels_as
 from dyntune.training.progress import Progress
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE
@@ -84,7 +84,7 @@ def train_one(
 def _build(parts: Sequence[str | Part], data: DataSplits, plan: Plan) -> TunedModel:
     recipe = plan.recipe
     model = build_tuned(plan.model, *parts, classes=data.classes, weights=plan.weights, drop_path_rate=recipe.drop_path)
-    model.preprocessing = prepared_as(model.preprocessing, recipe.normalisation, recipe.interpolation)
+    model.preprocessing = with_pixels_as(model.preprocessing, recipe.normalisation, recipe.interpolation)
     return model
 
 
