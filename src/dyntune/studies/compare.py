@@ -17,6 +17,7 @@ from dyntune.core.timing import Throughput, measure_throughput
 from dyntune.data.base import DataSplits
 from dyntune.model.cost import cost
 from dyntune.model.tuned import TunedModel, build_tuned
+from dyntune.parts.policies.base import learners
 from dyntune.parts.spec_list import folder_name
 from dyntune.training.evaluate import Evaluation, evaluate
 from dyntune.training.inputs import first_batch
@@ -103,7 +104,7 @@ def compare(
             resume=resume,
             settings=settings,
             progress=progress(spec) if progress else None,
-            teacher=teacher if any(policy.distills() for policy in models[spec].policies) else None,
+            teacher=teacher if learners(models[spec].policies) else None,
         )
         seconds[spec] = result.seconds
     evaluations = {spec: evaluate(m, data.test, batch_size=settings.batch_size) for spec, m in models.items()}

@@ -15,7 +15,7 @@ from dyntune.backbones.source import wrap
 from dyntune.model.executions import Masked
 from dyntune.model.forward import run
 from dyntune.model.tuned import TunedModel
-from dyntune.parts.policies.base import CompletePass, Output
+from dyntune.parts.policies.base import CompletePass, Output, learners
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """Outputs, such as logits ``(B, classes)``, and targets to a scalar loss."""
@@ -73,7 +73,7 @@ def training_loss(
 
     add("task", criterion(output.logits, targets))
     taught = None
-    if teacher is not None and any(policy.distills() for policy in model.policies):
+    if teacher is not None and learners(model.policies):
         taught = dense_output(teacher, images)
     for policy in model.policies:
         for name, term in policy.loss_terms(output, taught).items():

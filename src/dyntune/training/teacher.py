@@ -11,6 +11,7 @@ from dyntune.backbones.origin import fingerprint
 from dyntune.backbones.source import wrap
 from dyntune.core.errors import TrainingError
 from dyntune.model.tuned import TunedModel
+from dyntune.parts.policies.base import learners
 
 log = logging.getLogger("dyntune")
 
@@ -26,7 +27,7 @@ def ready_teacher(model: TunedModel, teacher: nn.Module | None, device: torch.de
     """
     if teacher is not None and not isinstance(teacher, nn.Module):
         raise TrainingError(f"teacher={teacher!r} is no model; give one, for instance teacher=dyntune.load(folder).")
-    if teacher is None or not any(policy.distills() for policy in model.policies):
+    if teacher is None or not learners(model.policies):
         return None
     backbone = teacher.backbone if isinstance(teacher, TunedModel) else wrap(teacher)
     if {*teacher.parameters()} & {*model.parameters()}:
@@ -52,14 +53,14 @@ def ready_teacher(model: TunedModel, teacher: nn.Module | None, device: torch.de
                     f"the teacher was trained with {what} {taught}, the model has {own}. Give a teacher that was "
                     "trained on the same data with the same preprocessing."
                 )
-    for policy in model.policies:
+    for policy in learners(model.policies):
         policy.check_teacher(model.backbone, backbone)
     return (teacher if isinstance(teacher, TunedModel) else backbone).to(device).eval()
 
 
 def warn_about_teacher(model: TunedModel, teacher: nn.Module | None) -> None:
     """Logs a warning where policies learn from a teacher and there is none, or the other way round."""
-    lacking = [policy.name() for policy in model.policies if policy.distills()]
+    lacking = [policy.name() for policy in learners(model.policies)]
     if teacher is not None and not lacking:
         log.warning("the teacher is not used: %s has no token policy that learns from one (dynamicvit).", model.spec)
     if teacher is None and lacking:

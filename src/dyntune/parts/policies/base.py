@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -150,17 +151,6 @@ class TokenPolicy(Part):
         """What this policy asks of the complete model while training."""
         return CompletePass()
 
-    def distills(self) -> bool:
-        """Whether this policy's loss has terms that need a teacher."""
-        return False
-
-    def check_teacher(self, backbone: Backbone, teacher: Backbone) -> None:
-        """Checks that this policy can learn from a teacher with that backbone.
-
-        Raises:
-            BackboneError: it cannot.
-        """
-
     def loss_terms(self, output: Output, teacher: Output | None) -> dict[str, Tensor]:
         """Weighted terms that this policy adds to the training loss for the decisions of a training pass.
 
@@ -206,3 +196,28 @@ class Searching(Protocol):
             SpecError: what is asked for cannot be had on this backbone.
         """
         ...
+
+
+@runtime_checkable
+class Distilling(Protocol):
+    """A policy whose loss may have terms that need a teacher."""
+
+    @classmethod
+    def name(cls) -> str: ...
+
+    def distills(self) -> bool:
+        """Whether its loss, as it is configured, has such terms."""
+        ...
+
+    def check_teacher(self, backbone: Backbone, teacher: Backbone) -> None:
+        """Checks that this policy can learn from a teacher with that backbone.
+
+        Raises:
+            BackboneError: it cannot.
+        """
+        ...
+
+
+def learners(policies: Iterable[TokenPolicy]) -> list[Distilling]:
+    """Those of some policies that learn from a teacher."""
+    return [policy for policy in policies if isinstance(policy, Distilling) and policy.distills()]
