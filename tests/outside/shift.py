@@ -6,10 +6,11 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from dyntune.backbones.units import Parallel
 from dyntune.parts.methods.base import TuningMethod
 
 
-class Vector(nn.Module):
+class Vector(Parallel):
     def __init__(self, width):
         super().__init__()
         self.value = nn.Parameter(torch.zeros(width))

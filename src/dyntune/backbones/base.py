@@ -10,7 +10,7 @@ import abc
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -32,6 +32,15 @@ class Bypass(nn.Module, abc.ABC):
     @abc.abstractmethod
     def step(self, block: int, stream: Tensor, x: Tensor) -> Tensor:
         """The stream after block number ``block``, from itself and what left that block, both ``(B, N, C)``."""
+
+
+@runtime_checkable
+class Stepping(Protocol):
+    """A module in ``Backbone.shared`` that is told when a training step begins."""
+
+    def begin_step(self, epoch: float | None = None) -> None:
+        """See ``Backbone.begin_step``."""
+        ...
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -210,9 +219,8 @@ class Backbone(nn.Module, abc.ABC):
             epoch: epochs done, with the fraction of the running one; None where nobody counts them.
         """
         for module in self.shared.values():
-            begin = getattr(module, "begin_step", None)
-            if begin is not None:
-                begin(epoch)
+            if isinstance(module, Stepping):
+                module.begin_step(epoch)
 
     def all_units(self) -> Iterator[Unit]:
         """Every block and its sub-layers, from the first block to the last."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
@@ -14,6 +15,24 @@ from dyntune.core.tokens import Tokens
 
 Where = Literal["mlp", "attn", "attn-mlp", "layer"]
 """Units that a module or a gate is put on: each MLP, each attention, both separately, or the whole block."""
+
+
+class Parallel(nn.Module, abc.ABC):
+    """A module parallel to a unit: it reads the unit's input, sees every token, and its output is added."""
+
+    tokenwise: bool = True
+    """Whether the update of a token depends on that token alone."""
+    reads_normed: bool = False
+    """Whether it reads the output of the unit's norm, ``tokens.normed``."""
+    reads_grid: bool = False
+    """Whether it needs every patch of the grid in its place."""
+
+    @abc.abstractmethod
+    def forward(self, tokens: Tokens) -> Tensor:
+        """An update of the shape of ``tokens.x``."""
+
+    def fold_scale(self) -> None:
+        """Writes a fixed factor on the output, where there is one, into the weights before it."""
 
 
 class Unit(nn.Module, abc.ABC):
@@ -38,18 +57,13 @@ class Unit(nn.Module, abc.ABC):
         self.dispatcher: nn.Module | None = None
         """The learned gate that lets tokens through this unit or not, for the policy that gates it."""
 
-    def add_parallel(self, name: str, module: nn.Module) -> None:
-        """Puts a module beside this unit: it reads the unit's input, sees every token, and its output is added.
-
-        Args:
-            module: maps Tokens to an update of the shape of ``tokens.x``. If it is not token-wise it has an attribute
-                ``tokenwise = False``; if it reads the output of the unit's norm, ``tokens.normed``, an attribute
-                ``reads_normed = True``; if it needs every patch of the grid in its place, ``reads_grid = True``.
+    def add_parallel(self, name: str, module: Parallel) -> None:
+        """Puts a module beside this unit, which sees the tokens that skip the unit too.
 
         Raises:
             BackboneError: a module of that name is there already, or it reads a norm that the unit does not have.
         """
-        if getattr(module, "reads_normed", False) and not isinstance(self, SubLayer):
+        if module.reads_normed and not isinstance(self, SubLayer):
             raise BackboneError(f"{name} reads the output of a norm, which {self.path}, a whole block, does not have.")
         _add(self.parallel, name, module, self.path)
 
@@ -95,6 +109,10 @@ class Unit(nn.Module, abc.ABC):
             update = module(update)
         return update
 
+    def beside(self) -> Iterator[Parallel]:
+        """The modules parallel to this unit."""
+        return (cast(Parallel, module) for module in self.parallel.values())
+
     def parallel_update(self, tokens: Tokens) -> Tensor | None:
         """The sum of the modules parallel to this unit, or None without any; ``tokens`` as ``with_norm`` left them."""
         total: Tensor | None = None
@@ -130,7 +148,7 @@ class SubLayer(Unit):
         """Probability with which the host drops this unit's whole update while training."""
 
     def with_norm(self, tokens: Tokens) -> Tokens:
-        if tokens.normed is None and any(getattr(module, "reads_normed", False) for module in self.parallel.values()):
+        if tokens.normed is None and any(module.reads_normed for module in self.beside()):
             return tokens.with_normed(self.norm(tokens.x))
         return tokens
 

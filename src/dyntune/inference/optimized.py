@@ -197,5 +197,5 @@ def _ending(backbone: Backbone, policies: Sequence[TokenPolicy], notes: list[str
 
 def _looks_around(unit: Unit) -> str | None:
     """Which module beside a unit needs all tokens of an image, if there is one."""
-    names = (name for name, module in unit.parallel.items() if not getattr(module, "tokenwise", True))
+    names = (name for name, module in zip(unit.parallel, unit.beside(), strict=True) if not module.tokenwise)
     return next((f"{name} at {unit.path} looks at all tokens" for name in names), None)

@@ -21,10 +21,9 @@ def fold(backbone: Backbone, parts: Iterable[Part]) -> dict[str, str]:
         What has to stay, by its spec, with the reason.
     """
     stays = backbone.fold()
-    for module in list(backbone.modules()):
-        fold_scale = getattr(module, "fold_scale", None)
-        if fold_scale is not None:
-            fold_scale()
+    for unit in backbone.all_units():
+        for module in unit.beside():
+            module.fold_scale()
     unmerged = dict(stays)
     for part in expand(parts):
         if isinstance(part, TuningMethod):

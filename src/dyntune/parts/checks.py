@@ -32,8 +32,8 @@ def check_gates(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
                     "among all tokens in their places. Gate the MLP (dispatch:where=mlp, dyt:dispatch=mlp)."
                 )
         for inner in (block.attn, block.mlp) if block in gated else ():
-            for name, module in inner.parallel.items():
-                if not getattr(module, "tokenwise", True):
+            for name, module in zip(inner.parallel, inner.beside(), strict=True):
+                if not module.tokenwise:
                     raise BackboneError(
                         f"{name} at {inner.path} looks at all tokens of an image, but a gate around the layer shows it "
                         "the active ones only. Gate the sub-layers instead (where=attn, mlp or attn-mlp), or put it "
@@ -76,8 +76,8 @@ def check_reductions(backbone: Backbone, policies: Sequence[TokenPolicy]) -> Non
                 "merges (tome, pyra, fpet, evit with fuse=true) or dispatch, which keeps every token."
             )
         for unit in backbone.all_units():
-            for name, module in unit.parallel.items():
-                if getattr(module, "reads_grid", False):
+            for name, module in zip(unit.parallel, unit.beside(), strict=True):
+                if module.reads_grid:
                     raise BackboneError(
                         f"{name} at {unit.path} needs every patch in its place in the grid, which {policy.name()} "
                         "does not leave there. Use dispatch, which keeps every token, or another method."

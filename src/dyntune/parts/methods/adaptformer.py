@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.units import Where
+from dyntune.backbones.units import Parallel, Where
 from dyntune.core.tokens import Tokens
 from dyntune.parts.methods.base import TuningMethod
 
 
-class Adapter(nn.Module):
+class Adapter(Parallel):
     """``s * (W_up drop(relu(W_down x + b_down)) + b_up)`` for each token x; zero at the start.
 
     Args:

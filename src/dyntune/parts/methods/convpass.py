@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.units import SubLayer
+from dyntune.backbones.units import Parallel, SubLayer
 from dyntune.core.tokens import Tokens
 from dyntune.parts.methods.base import TuningMethod, quick_gelu
 
 Init = Literal["xavier", "identity"]
 
 
-class ConvBypass(nn.Module):
+class ConvBypass(Parallel):
     """``s * droppath(W_up drop(g(conv(g(W_down y + b_down)))) + b_up)`` with g the QuickGELU; zero at the start.
 
     y is the output of the unit's norm. The 3 x 3 convolution runs over the grid of patches; every prefix token (class,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.units import Where
+from dyntune.backbones.units import Parallel, Where
 from dyntune.core.tokens import Tokens
 from dyntune.parts.methods.base import TuningMethod
 
@@ -17,7 +17,7 @@ Normalise = Literal["softmax", "sigmoid", "none"]
 Mix = Literal["weights", "outputs"]
 
 
-class MixedAdapter(nn.Module):
+class MixedAdapter(Parallel):
     """``s * (W_up* drop(relu(W_down* x + b_down*)) + b_up*)`` with ``W* = sum_e alpha_e W_e``, one alpha per image.
 
     ``alpha = normalise(W_r mean_n(x_n))``, the mean taken over all tokens of the image. With ``mix="outputs"`` the

@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
+from dyntune.backbones.units import Parallel
 from dyntune.core.tokens import Tokens
 from dyntune.parts.methods.base import TuningMethod
 
 Init = Literal["zero", "xavier"]
 
 
-class Tuner(nn.Module):
+class Tuner(Parallel):
     """``W_up gelu(W_down y + b_down) + b_up`` for each token, with y what the operation beside it reads.
 
     Args:
