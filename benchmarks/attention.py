@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dyntune.core.timing import Turns, time_in_turns
 from dyntune.inference.export.bundle import Export
-from dyntune.inference.export.candidate import Candidate
+from dyntune.inference.export.process import Candidate
 from dyntune.inference.export.registry import configured
 
 OPERATOR, PARTS, OLD = "one operator", "written out", "opset 18"

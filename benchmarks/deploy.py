@@ -26,7 +26,7 @@ import dyntune
 from dyntune.core.machine import machine
 from dyntune.core.timing import Turns, time_in_turns
 from dyntune.inference.export.bundle import Export
-from dyntune.inference.export.candidate import Candidate
+from dyntune.inference.export.process import Candidate
 from dyntune.inference.export.registry import lookup
 from dyntune.model.macs import head_macs
 from dyntune.studies.bench.peers import set_gates

@@ -16,7 +16,7 @@ from pathlib import Path
 import timm
 import torch
 
-from dyntune.backbones.source import wrap
+from dyntune.backbones.hosts import wrap
 from dyntune.core.errors import BackboneError
 from dyntune.model.assembly import install
 from dyntune.parts.registry import resolve

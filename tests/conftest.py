@@ -14,7 +14,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from dyntune.backbones.source import families
+from dyntune.backbones.hosts import families
 from dyntune.parts.registry import registered
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 5}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from dyntune.core.errors import DyntuneError
 from dyntune.core.version import VERSION as __version__
 from dyntune.inference.optimized import OptimizedModel, optimize
-from dyntune.model.checkpoint import load
 from dyntune.model.cost import Cost, cost
+from dyntune.model.load import load
 from dyntune.model.macs import MacCounter
 from dyntune.model.published import load_published
 from dyntune.model.rates import Calibration, calibrate

@@ -13,11 +13,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import dyntune
+from dyntune.backbones.hosts import create_backbone
 from dyntune.backbones.peft import TYPES, PeftBackbone
 from dyntune.backbones.sites import Change
-from dyntune.backbones.source import create_backbone
 from dyntune.core.errors import BackboneError, CheckpointError
-from dyntune.model.saved import CONFIG
+from dyntune.model.adapter_folder import CONFIG
 
 LAYERS = {"target_modules": ["qkv", "fc1"], "modules_to_save": ["head"]}
 OPTIONS = {

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import dyntune
+from dyntune.backbones.hosts import wrap
 from dyntune.backbones.sites import Change, Changed
-from dyntune.backbones.source import wrap
 from dyntune.core.errors import BackboneError
 
 PER_BLOCK = ["norm1", "qkv", "proj", "norm2", "fc1", "fc2"]

@@ -19,8 +19,8 @@ from timm.models.vision_transformer import (
 )
 
 import dyntune
+from dyntune.backbones.hosts import create_backbone, rebuild, wrap
 from dyntune.backbones.origin import BackboneSource, fingerprint
-from dyntune.backbones.source import create_backbone, rebuild, wrap
 from dyntune.backbones.timm_models import load_weights
 from dyntune.core.errors import BackboneError
 

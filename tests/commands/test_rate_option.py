@@ -11,7 +11,7 @@ from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.commands.main import app
 from dyntune.commands.train import with_rate
 from dyntune.core.errors import SpecError
-from dyntune.model.saved import CONFIG
+from dyntune.model.adapter_folder import CONFIG
 from dyntune.model.tuned import build_tuned
 from dyntune.parts.registry import resolve
 

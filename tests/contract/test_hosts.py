@@ -51,7 +51,7 @@ def build(make_host, randomise, outside):
     def make(name):
         if name not in OUTSIDE:
             return make_host(name)
-        from dyntune.backbones.source import create_backbone
+        from dyntune.backbones.hosts import create_backbone
 
         return randomise(create_backbone(f"{name}:tiny", num_classes=5)).eval()
 

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import dyntune
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
-from dyntune.backbones.source import create_backbone
+from dyntune.backbones.hosts import create_backbone
 from dyntune.model.tuned import build_tuned
 
 default_cfgs = generate_default_cfgs({"vit_two_blocks": {"input_size": (3, 32, 32), "classifier": "head"}})

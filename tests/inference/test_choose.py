@@ -5,9 +5,9 @@ import pytest
 
 from dyntune.core.errors import ExportError
 from dyntune.inference.export import candidate
-from dyntune.inference.export.candidate import Candidate
 from dyntune.inference.export.choose import choose
 from dyntune.inference.export.folder import open_export
+from dyntune.inference.export.process import Candidate
 from dyntune.inference.export.registry import every
 from dyntune.inference.export.runtimes.onnx import Onnx
 from dyntune.inference.export.runtimes.openvino import OpenVino

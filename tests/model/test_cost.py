@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dyntune
-from dyntune.backbones.source import wrap
+from dyntune.backbones.hosts import wrap
 from dyntune.model.macs import MacCounter, trace
 from dyntune.parts.registry import resolve
 

@@ -10,8 +10,8 @@ from torch.utils.data import TensorDataset
 
 import dyntune
 from dyntune.core.errors import CheckpointError, DataError, SpecError
+from dyntune.model.adapter_folder import CONFIG, write_calibration
 from dyntune.model.rates import Calibration, dispatchers
-from dyntune.model.saved import CONFIG, write_calibration
 
 VARIANTS = ("mlp", "attn", "attn-mlp", "layer")
 SIZE = {"img_size": 64}

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from dyntune.commands.main import app
-from dyntune.model.saved import WEIGHTS
+from dyntune.model.adapter_folder import WEIGHTS
 from dyntune.training.state import STATE, RunState
 
 EPOCHS = 3

@@ -79,7 +79,7 @@ class Backbone(nn.Module, abc.ABC):
     def create(
         cls, name: str, *, weights: str | Path | None = None, pretrained: bool = True, **arguments: Any
     ) -> nn.Module:
-        """A host model by name; see ``dyntune.backbones.source.create_backbone``."""
+        """A host model by name; see ``dyntune.backbones.hosts.create_backbone``."""
         raise BackboneError(f"no model can be built from the name {name!r}; build it yourself, and give the model.")
 
     def origin(self) -> BackboneSource:

@@ -23,10 +23,10 @@ from dyntune.commands.common import (
 )
 from dyntune.core.errors import SpecError
 from dyntune.data import load_data
-from dyntune.model.checkpoint import load
+from dyntune.model.adapter_folder import write_calibration
 from dyntune.model.cost import cost
+from dyntune.model.load import load
 from dyntune.model.rates import IMAGES, RATES, calibrate
-from dyntune.model.saved import write_calibration
 from dyntune.parts.spec import format_value
 
 EXAMPLES = (

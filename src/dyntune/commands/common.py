@@ -18,7 +18,7 @@ from dyntune.commands.options import option
 from dyntune.core.errors import DataError, SpecError, TrainingError
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.load import forms
-from dyntune.model.checkpoint import load
+from dyntune.model.load import load
 from dyntune.model.tuned import TunedModel
 from dyntune.studies.vtab.recipes import Recipe
 from dyntune.training.inputs import Interpolation, Normalisation

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from dyntune.backbones.source import create_backbone
+from dyntune.backbones.hosts import create_backbone
 from dyntune.commands.common import (
     DEFAULT_MODEL,
     JsonOption,

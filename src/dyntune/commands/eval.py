@@ -27,7 +27,7 @@ from dyntune.commands.common import (
 )
 from dyntune.core.errors import DataError
 from dyntune.data import load_data
-from dyntune.model.checkpoint import load
+from dyntune.model.load import load
 from dyntune.studies.compare import DENSE, compare_speed
 from dyntune.training.evaluate import evaluate
 from dyntune.training.inputs import first_batch

@@ -41,7 +41,7 @@ from dyntune.inference.export.registry import (
     require_precision,
 )
 from dyntune.inference.export.runtimes.base import FP32, Runtime
-from dyntune.model.checkpoint import load
+from dyntune.model.load import load
 from dyntune.model.tuned import TunedModel
 from dyntune.studies.compare import first_batch
 

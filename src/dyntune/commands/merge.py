@@ -9,11 +9,11 @@ import safetensors.torch
 import torch
 import typer
 
-from dyntune.backbones.source import rebuild
+from dyntune.backbones.hosts import rebuild
 from dyntune.commands.common import RunArgument, WeightsOption, out
 from dyntune.core.errors import CheckpointError
 from dyntune.core.files import write_atomically
-from dyntune.model.checkpoint import load
+from dyntune.model.load import load
 
 EXAMPLES = (
     "dyntune merge runs/flowers --out flowers.safetensors",

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.padding import Padding
 
-from dyntune.backbones.source import create_backbone
+from dyntune.backbones.hosts import create_backbone
 from dyntune.commands.common import JsonOption, err, millions, out, print_json, print_table
 from dyntune.model.cost import cost
 from dyntune.model.tuned import tune

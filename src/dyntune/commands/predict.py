@@ -26,7 +26,7 @@ from dyntune.core.errors import ExportError
 from dyntune.data import build_transform, expand_images, read_image
 from dyntune.inference.export.folder import OpenedModel, is_exported, open_export
 from dyntune.inference.export.registry import registered
-from dyntune.model.checkpoint import load
+from dyntune.model.load import load
 from dyntune.model.tasks import Classification, Task
 from dyntune.model.tuned import TunedModel
 

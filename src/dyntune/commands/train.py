@@ -38,9 +38,9 @@ from dyntune.commands.options import Options, with_options
 from dyntune.core.errors import DataError, SpecError
 from dyntune.data import load_data
 from dyntune.data.base import DataSplits
+from dyntune.model.adapter_folder import read_config, write_calibration
 from dyntune.model.cost import cost
 from dyntune.model.rates import Calibration, calibrate, dispatchers
-from dyntune.model.saved import read_config, write_calibration
 from dyntune.model.tuned import TunedModel, build_tuned
 from dyntune.parts.registry import resolve
 from dyntune.parts.spec import Part

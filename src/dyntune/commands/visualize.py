@@ -22,8 +22,8 @@ from dyntune.commands.common import (
 )
 from dyntune.core.errors import DyntuneError
 from dyntune.data import build_transform, expand_images, read_image
-from dyntune.model.checkpoint import load
 from dyntune.model.forward import activation_rates
+from dyntune.model.load import load
 from dyntune.studies.pictures import activation_figure, reduction_figure, save_figure, token_figure
 
 EXAMPLES = ('dyntune visualize runs/flowers "photos/*.jpg" --out pictures',)

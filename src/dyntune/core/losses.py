@@ -1,4 +1,4 @@
-"""Loss terms and the noise of decisions: pure functions of gates and logits."""
+"""Rate loss, distillation loss, and the noise of decisions: pure functions of gates and logits; a task has its own."""
 
 from collections.abc import Sequence
 

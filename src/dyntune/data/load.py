@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
+from dyntune.core.discovery import discover
 from dyntune.core.errors import DataError
-from dyntune.core.rooms import discover
 from dyntune.data.base import DataSplits, ImageSubset, LabelledImages
 from dyntune.data.sources.base import Request, Source
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.units import Unit
 from dyntune.core.errors import DyntuneError
-from dyntune.inference.fast import Ending, Fast, Shared
+from dyntune.inference.execution import Ending, Fast, Shared
 from dyntune.inference.joint import joined, key
 from dyntune.inference.kernels import DeviceCounts, supports
 from dyntune.inference.kernels.execution import JointProducts

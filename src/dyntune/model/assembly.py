@@ -1,4 +1,4 @@
-"""Putting parts on a backbone, and before that, on a copy without weights, finding what is yet to be found."""
+"""Installing parts on a backbone; before that, a policy that searches its settings finds them on an empty copy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.source import wrap
+from dyntune.backbones.hosts import wrap
 from dyntune.model.macs import trace, traced_macs
 from dyntune.parts.checks import check_bypass, check_gates, check_reductions
 from dyntune.parts.methods.base import TuningMethod

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dyntune.backbones.base import Backbone
+from dyntune.backbones.hosts import create_backbone, wrap
 from dyntune.backbones.origin import BackboneSource, fingerprint
-from dyntune.backbones.source import create_backbone, wrap
 from dyntune.core.errors import CheckpointError, SpecError
 from dyntune.data.transforms import Preprocessing
+from dyntune.model.adapter_folder import write_adapter
 from dyntune.model.assembly import install, settled
 from dyntune.model.executions import Compact, Execution, Masked, Sampled
 from dyntune.model.folding import fold
 from dyntune.model.forward import run
 from dyntune.model.macs import trace
 from dyntune.model.rates import Calibration, set_rate
-from dyntune.model.saved import write_adapter
 from dyntune.model.tasks import Classification, Task
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import Output

@@ -9,8 +9,8 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+from dyntune.core.discovery import discover
 from dyntune.core.errors import SpecError, unknown_name
-from dyntune.core.rooms import discover
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import TokenPolicy
 from dyntune.parts.presets.base import Preset

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 
 from torch import Tensor
 
+from dyntune.core.discovery import named
 from dyntune.core.errors import SpecError, unknown_name
 from dyntune.core.fields import descriptions
-from dyntune.core.rooms import named
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyntune.backbones.source import rebuild
+from dyntune.backbones.hosts import rebuild
 from dyntune.core.errors import DataError
 from dyntune.core.timing import Throughput, measure_throughput
 from dyntune.data.base import DataSplits

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dyntune.backbones.source import create_backbone
+from dyntune.backbones.hosts import create_backbone
 from dyntune.model.cost import Cost, cost
 from dyntune.model.tuned import tune
 

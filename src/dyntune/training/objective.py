@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.source import wrap
+from dyntune.backbones.hosts import wrap
 from dyntune.model.executions import Masked
 from dyntune.model.forward import run
 from dyntune.model.tuned import TunedModel

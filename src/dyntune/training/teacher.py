@@ -7,8 +7,8 @@ import logging
 import torch
 from torch import nn
 
+from dyntune.backbones.hosts import wrap
 from dyntune.backbones.origin import fingerprint
-from dyntune.backbones.source import wrap
 from dyntune.core.errors import TrainingError
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.policies.base import learners

@@ -8,7 +8,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dyntune
-from dyntune.backbones.source import create_backbone
+from dyntune.backbones.hosts import create_backbone
 from dyntune.commands.main import app
 from dyntune.core.errors import DyntuneError
 from dyntune.core.timing import Latency, Spread

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import dyntune
 from dyntune.commands.main import app
 from dyntune.core.errors import CheckpointError, TrainingError
-from dyntune.model.saved import WEIGHTS
+from dyntune.model.adapter_folder import WEIGHTS
 from dyntune.parts.methods.noah import Noah
 from dyntune.studies.noah import SearchSettings, search_noah, train_noah
 from dyntune.studies.noah.pipeline import SEARCH, SUPERNET

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import dyntune
 from dyntune.core.errors import TrainingError
-from dyntune.model.saved import WEIGHTS
+from dyntune.model.adapter_folder import WEIGHTS
 from dyntune.studies.vtab.folders import ResizedImages
 from dyntune.studies.vtab.jobs import LOCK, run_job
 from dyntune.studies.vtab.plan import Job

@@ -1,1 +1,1 @@
-"""Families of host models behind the backbone interface, one file each."""
+"""Families of host models, one file each, that implement the interface in ``backbones/base.py``."""

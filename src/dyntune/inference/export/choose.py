@@ -14,7 +14,7 @@ from torch import Tensor
 from dyntune.core.errors import DyntuneError, ExportError
 from dyntune.core.timing import Spread, time_in_turns
 from dyntune.inference.export.bundle import Export
-from dyntune.inference.export.candidate import Candidate
+from dyntune.inference.export.process import Candidate
 from dyntune.inference.export.runtimes.base import FP32, Runtime
 
 ROUNDS = 9

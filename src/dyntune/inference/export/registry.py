@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dyntune.core.discovery import discover
 from dyntune.core.errors import ExportError, unknown_name
-from dyntune.core.rooms import discover
 from dyntune.inference.export.runtimes.base import FP32, Runtime
 
 GROUP = "dyntune.runtimes"

@@ -1,4 +1,4 @@
-"""Classification: one logit per class, of which the highest is predicted."""
+"""Image classification: its loss, accuracy, mixing of targets, and predictions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token dispatch: a learned gate per unit lets informative tokens through; the others skip the unit."""
+"""Token dispatch (DyT): a linear gate per unit lets informative tokens through; the others skip the unit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Policies that gate: a learned gate on a unit lets some tokens through, and the others skip the unit."""
+"""The base of policies that gate, and of their gates: noise, thresholds and decisions, whatever the score is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Policies that reduce: in front of a unit some tokens are merged, dropped, or hidden while training."""
+"""The base of policies that reduce: in front of a unit some tokens are merged, dropped, or hidden while training."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dyntune.backbones.source import create_backbone
+from dyntune.backbones.hosts import create_backbone
 from dyntune.backbones.units import Unit
 from dyntune.core.errors import DyntuneError, SpecError
 from dyntune.core.tokens import Tokens

@@ -21,7 +21,7 @@ from dyntune.core.errors import DataError, DyntuneError
 from dyntune.core.files import write_json
 from dyntune.core.machine import OtherLoad, machine
 from dyntune.data import load_data
-from dyntune.model.checkpoint import load
+from dyntune.model.load import load
 from dyntune.model.tuned import TunedModel
 from dyntune.studies.bench.measure import Row, measure
 from dyntune.studies.bench.peers import GATHER, Candidate, candidates, fresh, set_gates

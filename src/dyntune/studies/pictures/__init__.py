@@ -1,6 +1,6 @@
 """Pictures of what a tuned model does with its tokens: how many each block computes, and which. Needs matplotlib."""
 
-from dyntune.studies.pictures.activation import activation_figure
+from dyntune.studies.pictures.activation_rates import activation_figure
 from dyntune.studies.pictures.reductions import reduction_figure
 from dyntune.studies.pictures.style import save_figure
 from dyntune.studies.pictures.tokens import token_figure

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from dyntune.backbones.source import create_backbone
+from dyntune.backbones.hosts import create_backbone
 from dyntune.core.errors import BackboneError, SpecError, TrainingError
 from dyntune.model.tuned import tune
 from dyntune.studies.vtab.jobs import Outcome, forget_failure, run_jobs

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from dyntune.core.discovery import named
 from dyntune.core.errors import ExportError, in_one_line
-from dyntune.core.rooms import named
 from dyntune.inference.export.linears import BackboneLinears
 
 FP32 = "fp32"

@@ -1,6 +1,6 @@
 """A process with one exported model in it.
 
-``python -m dyntune.inference.export.candidate FOLDER IMAGES.npy [THREADS]`` runs the model once for each line that it
+``python -m dyntune.inference.export.process FOLDER IMAGES.npy [THREADS]`` runs the model once for each line that it
 reads, and answers with a line. Thread pools of torch, ONNX Runtime and OpenVINO would disturb each other in a process.
 """
 

@@ -13,10 +13,10 @@ import timm
 import torch
 
 import dyntune
-from dyntune.backbones.source import create_backbone
+from dyntune.backbones.hosts import create_backbone
 from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError
 from dyntune.core.files import write_atomically
-from dyntune.model.saved import CARD, CONFIG, PREVIOUS, WEIGHTS
+from dyntune.model.adapter_folder import CARD, CONFIG, PREVIOUS, WEIGHTS
 
 TINY = {"img_size": 32, "num_classes": 3}
 
@@ -432,7 +432,7 @@ def test_two_kills_in_a_row_leave_the_adapter_that_the_configuration_names(make_
     first.save(folder)
     for seed in (1, 2):
         with monkeypatch.context() as patch:
-            patch.setattr("dyntune.model.saved.write_json", lambda *_: (_ for _ in ()).throw(_Killed()))
+            patch.setattr("dyntune.model.adapter_folder.write_json", lambda *_: (_ for _ in ()).throw(_Killed()))
             patch.setattr(Path, "replace", _no_way_back(Path.replace))
             with pytest.raises(_Killed):
                 torch.manual_seed(seed)

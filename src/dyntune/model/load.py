@@ -1,4 +1,4 @@
-"""From the folder of a saved adapter to the model: the backbone is built, and the adapter put on it."""
+"""Loading a model from the folder of its adapter: the backbone is built, and the adapter put on it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyntune.backbones.hosts import check_arguments, rebuild
 from dyntune.backbones.origin import BackboneSource
-from dyntune.backbones.source import check_arguments, rebuild
 from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError, SpecError
 from dyntune.data.transforms import Preprocessing
+from dyntune.model.adapter_folder import CONFIG, read_config, read_weights
 from dyntune.model.rates import Calibration, dispatchers
-from dyntune.model.saved import CONFIG, read_config, read_weights
 from dyntune.model.tasks import Task, saved_task
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.registry import expand, part_from_dict, resolve

@@ -11,8 +11,8 @@ from torch import nn
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.families.timm_vit import TimmViT
 from dyntune.backbones.origin import BackboneSource
+from dyntune.core.discovery import discover
 from dyntune.core.errors import BackboneError
-from dyntune.core.rooms import discover
 
 GROUP = "dyntune.families"
 

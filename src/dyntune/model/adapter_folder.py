@@ -1,4 +1,4 @@
-"""The folder that an adapter is saved in: JSON, safetensors and a model card, written atomically and read strictly.
+"""Writing and reading the folder of an adapter: JSON, safetensors and a model card, atomically and strictly.
 
 ``adapter_model.safetensors`` holds the trained tensors (adapters, dispatchers, head), ``adapter_config.json`` all that
 is needed to put them on the same backbone again. Nothing is unpickled.
