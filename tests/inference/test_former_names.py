@@ -8,7 +8,6 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import dyntune
-import dyntune.inference
 from dyntune.commands import export
 from dyntune.commands.main import app
 
@@ -26,7 +25,7 @@ def test_deploy_is_optimize(make_host, images_for):
 
 def test_what_the_readme_of_an_older_folder_says_works(exported, some_images):
     with pytest.warns(DeprecationWarning, match=r"dyntune\.open_export"):
-        former = dyntune.inference.open_runtime
+        from dyntune.deployment import open_runtime as former
     model = former(exported("torch"), trust=True)
     assert torch.equal(model(some_images), dyntune.open_export(exported("torch"), trust=True)(some_images))
 

@@ -1,5 +1,7 @@
 """From a tuned model to one that runs fast: exact optimisations in this process, and files for other runtimes."""
 
+import sys
+import types
 import warnings
 from typing import Any
 
@@ -8,13 +10,18 @@ from dyntune.inference.optimized import OptimizedModel, folded_copy, optimize
 __all__ = ["OptimizedModel", "folded_copy", "optimize"]
 
 
-def __getattr__(name: str) -> Any:
-    """``open_runtime`` is what the README of a folder of Dyntune 0.1 says."""
-    if name == "open_runtime":
-        from dyntune.inference.export.folder import open_export
+def _former(name: str) -> Any:
+    """``from dyntune.deployment import open_runtime`` is what the README of every folder says that was written before."""
+    if name != "open_runtime":
+        raise AttributeError(f"module 'dyntune.deployment' has no attribute {name!r}; it is dyntune.inference now")
+    from dyntune.inference.export.folder import open_export
 
-        warnings.warn(
-            "dyntune.inference.open_runtime is now called dyntune.open_export.", DeprecationWarning, stacklevel=2
-        )
-        return open_export
-    raise AttributeError(f"module 'dyntune.inference' has no attribute {name!r}")
+    warnings.warn(
+        "dyntune.deployment.open_runtime is now called dyntune.open_export.", DeprecationWarning, stacklevel=2
+    )
+    return open_export
+
+
+_deployment = types.ModuleType("dyntune.deployment")
+_deployment.__getattr__ = _former  # type: ignore[method-assign]
+sys.modules[_deployment.__name__] = _deployment
