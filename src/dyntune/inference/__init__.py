@@ -11,7 +11,7 @@ __all__ = ["OptimizedModel", "folded_copy", "optimize"]
 
 
 def _former(name: str) -> Any:
-    """``from dyntune.deployment import open_runtime`` is what the README of every folder says that was written before."""
+    """What the README of a folder says that was written before: ``from dyntune.deployment import open_runtime``."""
     if name != "open_runtime":
         raise AttributeError(f"module 'dyntune.deployment' has no attribute {name!r}; it is dyntune.inference now")
     from dyntune.inference.export.folder import open_export
