@@ -22,6 +22,6 @@ def test_each_is_taken_or_refused_as_the_table_says(share):
 
 def test_the_table_is_of_this_timm_or_an_older_one():
     written = MODELS["read"]()
-    assert len(set(MODELS["architectures"]()) & set(written)) > 200
+    assert len(set(MODELS["architectures"]()) & set(written)) > 150
     assert sum(answer == "yes" for answer in written.values()) > 150
     assert all(answer for answer in written.values())

@@ -82,7 +82,8 @@ def load(
         host = _with_peft(host, config["peft"], folder)
     extra = resolve([policy]) if policy else ()
     model = TunedModel(host, (*parts, *extra))
-    untrained = model.tuned_state().keys() - tensors.keys() if extra else set()
+    tuned = model.tuned_state() if extra else {}
+    untrained = {name for name in tuned if model.backbone.saved_name(name) not in tensors}
     if any(name.partition(".")[0] in ("blocks", "shared") for name in untrained):
         raise SpecError(
             f"{policy} has parameters, which the adapter in {folder} was not trained with. Train it with this policy, "

@@ -325,7 +325,7 @@ def test_gradients_reach_exactly_what_is_trained(make_host, randomise, images_fo
     reached = {name for name, p in model.backbone.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached == set(model.tuned_state())
     modules = {name.rpartition(".noah.")[0] for name in reached if "noah" in name}
-    expected = {"blocks.0.entries", "blocks.2.entries", "blocks.1.mlp.after", "blocks.2.mlp.after"}
+    expected = {"blocks.0.prompts", "blocks.2.prompts", "blocks.1.mlp.sequential", "blocks.2.mlp.sequential"}
     assert modules == expected | {f"host.blocks.{i}.attn.qkv.changes" for i in (0, 1)}
 
 
