@@ -113,7 +113,7 @@ def test_cost_prints_the_published_numbers():
             "vit_base_patch16_224",
             "--method",
             "adaptformer",
-            "--tokens",
+            "--policy",
             "dispatch:rate=0.5",
             "--json",
         ).stdout

@@ -16,7 +16,7 @@ def cost(*arguments, status=0):
 
 
 def test_json_has_every_block():
-    report = json.loads(cost("--method", "dyt:rate=0.5", "--tokens", "tome:r=4", "--json"))
+    report = json.loads(cost("--method", "dyt:rate=0.5", "--policy", "tome:r=4", "--json"))
     blocks = report["blocks"]
     assert report["embedding_macs"] + sum(block["macs"] for block in blocks) + report["norm_macs"] == report["macs"]
     assert [block["mlp_tokens"] for block in blocks] == [65 - 4 * (index + 1) for index in range(12)]
@@ -25,9 +25,9 @@ def test_json_has_every_block():
 
 
 def test_per_block_prints_tokens_and_shares():
-    without = cost("--method", "dyt:rate=0.5", "--tokens", "tome:r=4")
+    without = cost("--method", "dyt:rate=0.5", "--policy", "tome:r=4")
     assert "largest activation" in without and "blocks.11" not in without
-    text = cost("--method", "dyt:rate=0.5", "--tokens", "tome:r=4", "--per-block")
+    text = cost("--method", "dyt:rate=0.5", "--policy", "tome:r=4", "--per-block")
     for words in ("tokens in attention", "31 of 61", "blocks.11", "embedding", "norm", "total"):
         assert words in text
 
@@ -44,6 +44,6 @@ def test_table5_prints_ours_beside_the_published(monkeypatch):
     assert report[1]["published"] == {"params_m": 0.16, "gmacs": 13.29}
 
 
-@pytest.mark.parametrize("option", [("--per-block",), ("--model", "vit_base_patch16_224"), ("--tokens", "tome")])
+@pytest.mark.parametrize("option", [("--per-block",), ("--model", "vit_base_patch16_224"), ("--policy", "tome")])
 def test_table5_takes_no_other_option(option):
     assert "--json" in cost("--table5", *option, status=2)

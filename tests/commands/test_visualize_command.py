@@ -48,7 +48,7 @@ def test_a_policy_is_put_on_a_run_that_was_trained_without(photos, tmp_path, com
     run = build_tuned(BUILTIN_BACKBONE, "linear", classes=("blue", "green", "red")).save(tmp_path / "run")
     red = str(photos / "test" / "red")
     rest = {"eval": [f"folder:{photos}"], "predict": [red], "visualize": [red, "--out", str(tmp_path / "out")]}[command]
-    arguments = [command, str(run), *rest, "--tokens", "tome:r=4", "--device", "cpu"]
+    arguments = [command, str(run), *rest, "--policy", "tome:r=4", "--device", "cpu"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     if command == "visualize":

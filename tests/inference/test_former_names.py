@@ -44,3 +44,10 @@ def test_the_command_deploy_is_export(tmp_path, monkeypatch):
     assert (seen[0]["opset"], seen[0]["masks"], seen[0]["precision"]) == (18, False, "fp32")
     listed = CliRunner().invoke(app, ["--help"]).output
     assert "export" in listed and "deploy" not in listed
+
+
+def test_a_policy_was_called_tokens(make_host, tmp_path):
+    folder = dyntune.tune(make_host(), "adaptformer").save(tmp_path)
+    with pytest.warns(DeprecationWarning, match=r"load\(policy="):
+        former = dyntune.load(folder, backbone=make_host(), tokens="tome:r=3")
+    assert former.spec == dyntune.load(folder, backbone=make_host(), policy="tome:r=3").spec == "adaptformer+tome:r=3"

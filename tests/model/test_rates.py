@@ -280,7 +280,7 @@ def test_save_and_load(calibrated, make_host, tmp_path):
     for model in (loaded, calibrated):
         model.set_rate(0.35)
     assert torch.equal(loaded(batch), calibrated(batch))
-    merged = dyntune.load(tmp_path, backbone=make_host(**SIZE), tokens="tome:r=4")
+    merged = dyntune.load(tmp_path, backbone=make_host(**SIZE), policy="tome:r=4")
     assert merged.calibration is None, "with other tokens the gates decide otherwise"
 
 

@@ -32,9 +32,12 @@ WeightsOption = Annotated[
     Path | None, typer.Option(help="Local weight file (.npz, .pth, .safetensors) of the backbone.")
 ]
 MethodOption = Annotated[str, typer.Option(help="Tuning method, name or name:key=value,key=value.")]
-TokensOption = Annotated[str | None, typer.Option(help="Token policy on top, written like a method.")]
-TopTokensOption = Annotated[
-    str | None, typer.Option("--tokens", help="Token policy without parameters to put on the run, such as tome:r=8.")
+PolicyOption = Annotated[
+    str | None, typer.Option("--policy", "--tokens", help="Token policy on top, written like a method.")
+]
+TopPolicyOption = Annotated[
+    str | None,
+    typer.Option("--policy", "--tokens", help="Token policy without parameters to put on the run, such as tome:r=8."),
 ]
 RateOption = Annotated[
     float | None,
@@ -64,9 +67,9 @@ out = Console(width=_PIPED_WIDTH)
 err = Console(stderr=True)
 
 
-def parts(method: str, tokens: str | None) -> list[str]:
-    """The parts that ``--method`` and ``--tokens`` give, in the order in which they are installed."""
-    return [method] if tokens is None else [method, tokens]
+def parts(method: str, policy: str | None) -> list[str]:
+    """The parts that ``--method`` and ``--policy`` give, in the order in which they are installed."""
+    return [method] if policy is None else [method, policy]
 
 
 def train_settings(*, lr: float, min_lr: float = TrainSettings.min_lr, **others: Any) -> TrainSettings:
@@ -79,11 +82,11 @@ def calibration_images(data: DataSplits) -> LabelledImages:
     return data.train if data.val is None else data.val
 
 
-def apply_rate(model: TunedModel, rate: float | None, tokens: str | None) -> None:
+def apply_rate(model: TunedModel, rate: float | None, policy: str | None) -> None:
     """Sets the rate that ``--rate`` gives; raises SpecError beside a policy that it is not calibrated for."""
-    if rate is not None and tokens is not None and 0 < rate < 1:
+    if rate is not None and policy is not None and 0 < rate < 1:
         raise SpecError(
-            f"--rate {rate:g} beside --tokens {tokens}: the gates were calibrated without that policy, which shows "
+            f"--rate {rate:g} beside --policy {policy}: the gates were calibrated without that policy, which shows "
             "them other tokens. Give one of the two, or calibrate in Python: model.set_rate(rate, images)."
         )
     model.set_rate(rate)

@@ -14,7 +14,7 @@ from dyntune.commands.common import (
     JsonOption,
     MethodOption,
     ModelOption,
-    TokensOption,
+    PolicyOption,
     err,
     kilobytes,
     millions,
@@ -29,8 +29,8 @@ from dyntune.studies.table5 import CLASSES, MODEL, ROWS, SOURCE, WIDTHS
 
 EXAMPLES = (
     "dyntune cost --model vit_base_patch16_224 --method dyt:rate=0.5",
-    "dyntune cost --model vit_base_patch16_224 --method adaptformer --tokens dispatch:where=mlp,rate=0.5 --json",
-    "dyntune cost --model vit_base_patch16_224 --method adaptformer --tokens tome:r=8 --per-block",
+    "dyntune cost --model vit_base_patch16_224 --method adaptformer --policy dispatch:where=mlp,rate=0.5 --json",
+    "dyntune cost --model vit_base_patch16_224 --method adaptformer --policy tome:r=8 --per-block",
     "dyntune cost --table5",
 )
 
@@ -39,7 +39,7 @@ def command(
     context: typer.Context,
     model: ModelOption = DEFAULT_MODEL,
     method: MethodOption = "dyt",
-    tokens: TokensOption = None,
+    policy: PolicyOption = None,
     classes: Annotated[
         int | None, typer.Option(min=0, help="Classes of the head; the backbone's own by default.")
     ] = None,
@@ -67,8 +67,8 @@ def command(
     arguments: dict[str, Any] = {"num_classes": classes, "img_size": img_size}
     given_arguments = {key: value for key, value in arguments.items() if value is not None}
     with torch.device("meta"):
-        figures = cost(tune(create_backbone(model, pretrained=False, **given_arguments), *parts(method, tokens)))
-    figures = replace(figures, model=model, method=method, tokens=tokens)  # as the user wrote them
+        figures = cost(tune(create_backbone(model, pretrained=False, **given_arguments), *parts(method, policy)))
+    figures = replace(figures, model=model, method=method, tokens=policy)  # as the user wrote them
     if json:
         print_json(figures.to_dict())
         return

@@ -13,7 +13,7 @@ from dyntune.commands.common import (
     JsonOption,
     RateOption,
     RunArgument,
-    TopTokensOption,
+    TopPolicyOption,
     WeightsOption,
     WorkersOption,
     apply_rate,
@@ -42,7 +42,7 @@ def command(
     val_fraction: Annotated[
         float, typer.Option(help="As given to train, where val is split off the training images.")
     ] = 0.2,
-    tokens: TopTokensOption = None,
+    policy: TopPolicyOption = None,
     rate: RateOption = None,
     weights: WeightsOption = None,
     batch_size: BatchOption = 64,
@@ -54,8 +54,8 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """Accuracy, activation rate per block, MACs really executed, and images per second beside the dense backbone."""
-    model = load(run, weights=weights, device=pick_device(device), tokens=tokens)
-    apply_rate(model, rate, tokens)
+    model = load(run, weights=weights, device=pick_device(device), policy=policy)
+    apply_rate(model, rate, policy)
     splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(splits)
     require_classes(model, splits)

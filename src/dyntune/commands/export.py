@@ -15,7 +15,7 @@ from dyntune.commands.common import (
     JsonOption,
     RateOption,
     RunArgument,
-    TopTokensOption,
+    TopPolicyOption,
     WeightsOption,
     apply_rate,
     err,
@@ -112,7 +112,7 @@ def command(
     ] = None,
     rate: RateOption = None,
     masks: Annotated[bool, typer.Option("--masks", help="The model also gives which patches were computed.")] = False,
-    tokens: TopTokensOption = None,
+    policy: TopPolicyOption = None,
     weights: WeightsOption = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="With --runtime auto or --check: images per forward pass; 1 if not given.")
@@ -138,8 +138,8 @@ def command(
     _require("--calibrate-on", calibrate_on, images_used, f"{_calibrated()}, or --runtime {AUTO} with that precision")
     batch_size = batch_size or 1
     with place_for(folder) as room:
-        model = load(run, weights=weights, tokens=tokens)
-        apply_rate(model, rate, tokens)
+        model = load(run, weights=weights, policy=policy)
+        apply_rate(model, rate, policy)
         data = None if check_on is None else _load(check_on, model)
         calibration = None if calibrate_on is None else _some(_load(calibrate_on, model).train, model)
         if runtime != AUTO:

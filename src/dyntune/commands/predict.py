@@ -15,7 +15,7 @@ from dyntune.commands.common import (
     JsonOption,
     RateOption,
     RunArgument,
-    TopTokensOption,
+    TopPolicyOption,
     WeightsOption,
     apply_rate,
     pick_device,
@@ -43,7 +43,7 @@ def command(
     run: RunArgument,
     images: ImagesArgument,
     top_k: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 5,
-    tokens: TopTokensOption = None,
+    policy: TopPolicyOption = None,
     rate: RateOption = None,
     weights: WeightsOption = None,
     batch_size: BatchOption = 32,
@@ -56,7 +56,7 @@ def command(
 ) -> None:
     """The most probable classes of image files, folders of images, or globs, from a run or an exported model."""
     paths = expand_images(images)
-    model = _model(run, weights=weights, device=device, tokens=tokens, rate=rate, trust=trust)
+    model = _model(run, weights=weights, device=device, policy=policy, rate=rate, trust=trust)
     predictions = [
         row for i in range(0, len(paths), batch_size) for row in predict(model, paths[i : i + batch_size], top_k)
     ]
@@ -68,16 +68,16 @@ def command(
 
 
 def _model(
-    run: Path, *, tokens: str | None, rate: float | None, weights: Path | None, device: str, trust: bool
+    run: Path, *, policy: str | None, rate: float | None, weights: Path | None, device: str, trust: bool
 ) -> TunedModel | OpenedModel:
     """What is in the folder: a run, or a model that ``dyntune export`` wrote."""
     if not is_exported(run):
-        model = load(run, tokens=tokens, weights=weights, device=pick_device(device))
-        apply_rate(model, rate, tokens)
+        model = load(run, policy=policy, weights=weights, device=pick_device(device))
+        apply_rate(model, rate, policy)
         return model
-    if tokens is not None or rate is not None or weights is not None:
+    if policy is not None or rate is not None or weights is not None:
         raise ExportError(
-            f"{run} is an exported model, whose weights, rate and token policy are fixed. Give --rate, --tokens or "
+            f"{run} is an exported model, whose weights, rate and token policy are fixed. Give --rate, --policy or "
             "--weights to dyntune export, or give the run."
         )
     if device not in ("auto", "cpu"):

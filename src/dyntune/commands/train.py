@@ -20,8 +20,8 @@ from dyntune.commands.common import (
     ModelOption,
     NormalisationOption,
     OnCorruptOption,
+    PolicyOption,
     TeacherOption,
-    TokensOption,
     ValFractionOption,
     WeightsOption,
     calibration_images,
@@ -53,7 +53,7 @@ EXAMPLES = (
     "dyntune train digits --method dyt:rate=0.5,scale=1 --out runs/digits",
     "dyntune train folder:flowers --model vit_base_patch16_224.orig_in21k --method dyt:rate=0.5 --out runs/flowers",
     "dyntune train folder:flowers --model vit_base_patch16_224.orig_in21k --weights ViT-B_16.npz "
-    "--method adaptformer --tokens dispatch:rate=0.7 --out runs/flowers --resume",
+    "--method adaptformer --policy dispatch:rate=0.7 --out runs/flowers --resume",
     "dyntune train digits --method dyt:scale=1 --rate 0.3..0.9 --out runs/elastic",
 )
 
@@ -66,7 +66,7 @@ def command(
     model: ModelOption = DEFAULT_MODEL,
     weights: WeightsOption = None,
     method: MethodOption = "dyt",
-    tokens: TokensOption = None,
+    policy: PolicyOption = None,
     rate: Annotated[
         str | None,
         typer.Option(help="Share of patches to train the gates towards, or a range, 0.3..0.9, for all of its rates."),
@@ -95,7 +95,7 @@ def command(
     taught_by = load_teacher(teacher, splits)
     torch.manual_seed(settings.seed)
     arguments: dict[str, Any] = {"drop_path_rate": drop_path, **({} if img_size is None else {"img_size": img_size})}
-    given = with_rate(parts(method, tokens), rate)
+    given = with_rate(parts(method, policy), rate)
     tuned = build_tuned(model, *given, classes=splits.classes, weights=weights, **arguments)
     tuned.preprocessing = prepared_as(tuned.preprocessing, normalisation, interpolation)
     bar = ProgressBar(tuned.spec)

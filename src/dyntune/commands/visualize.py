@@ -14,7 +14,7 @@ from dyntune.commands.common import (
     ImagesArgument,
     RateOption,
     RunArgument,
-    TopTokensOption,
+    TopPolicyOption,
     WeightsOption,
     apply_rate,
     out,
@@ -33,7 +33,7 @@ def command(
     run: RunArgument,
     images: ImagesArgument,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")],
-    tokens: TopTokensOption = None,
+    policy: TopPolicyOption = None,
     rate: RateOption = None,
     weights: WeightsOption = None,
     per_figure: Annotated[int, typer.Option(min=1, help="Images in one picture.")] = 6,
@@ -42,8 +42,8 @@ def command(
 ) -> None:
     """Draw over the images which tokens each block computes, merges or drops, and the activation rate per block."""
     paths = expand_images(images)
-    model = load(run, weights=weights, device=pick_device(device), tokens=tokens)
-    apply_rate(model, rate, tokens)
+    model = load(run, weights=weights, device=pick_device(device), policy=policy)
+    apply_rate(model, rate, policy)
     if not model.policies:
         raise DyntuneError(
             f"{model.spec} in {run} has no token policy: every token is computed, so there is nothing to show."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ def load(
     weights: str | Path | None = None,
     device: str | torch.device = "cpu",
     check_backbone: bool = True,
-    tokens: str | None = None,
+    policy: str | None = None,
     task: Task | None = None,
+    tokens: str | None = None,
 ) -> TunedModel:
     """Builds the backbone of a saved adapter and puts the adapter on; the model comes in eval mode.
 
@@ -38,15 +40,19 @@ def load(
         weights: local weight file of the backbone, instead of the source that was recorded.
         device: where the model goes.
         check_backbone: refuse a backbone whose weights differ from those that the adapter was trained on.
-        tokens: a token policy without parameters to put on top, for instance ``"tome:r=8"``. The gates then see other
+        policy: a token policy without parameters to put on top, for instance ``"tome:r=8"``. The gates then see other
             tokens than they were calibrated on, so a saved calibration is left out.
         task: what the outputs mean, for an adapter that was trained for another task than classification.
+        tokens: the former name of ``policy``.
 
     Raises:
         CheckpointError: the folder is incomplete, damaged or of a newer format, or does not fit the backbone.
-        BackboneError: the backbone cannot be built, or ``tokens`` is not defined on the model.
-        SpecError: ``tokens`` has parameters, which nobody has trained.
+        BackboneError: the backbone cannot be built, or ``policy`` is not defined on the model.
+        SpecError: ``policy`` has parameters, which nobody has trained.
     """
+    if tokens is not None:
+        warnings.warn("load(tokens=...) is now called load(policy=...).", DeprecationWarning, stacklevel=2)
+        policy = policy or tokens
     folder = Path(folder)
     if isinstance(backbone, TunedModel):
         raise CheckpointError("backbone is a tuned model already; give the plain timm model, one for each adapter.")
@@ -74,12 +80,12 @@ def load(
     host = (backbone or rebuild(origin, pretrained=not complete)).to(dtype)
     if config.get("peft") is not None:
         host = _with_peft(host, config["peft"], folder)
-    extra = resolve([tokens]) if tokens else ()
+    extra = resolve([policy]) if policy else ()
     model = TunedModel(host, (*parts, *extra))
     untrained = model.tuned_state().keys() - tensors.keys() if extra else set()
     if any(name.partition(".")[0] in ("blocks", "shared") for name in untrained):
         raise SpecError(
-            f"{tokens} has parameters, which the adapter in {folder} was not trained with. Train it with this policy, "
+            f"{policy} has parameters, which the adapter in {folder} was not trained with. Train it with this policy, "
             "or put on one without parameters (tome, evit)."
         )
     _require_fit(model, tensors, folder)

@@ -483,7 +483,7 @@ def test_heads_of_dense_tasks_refuse_policies_that_drop(make_host, images_for, s
 
 def test_a_model_that_is_trained_takes_it_when_it_is_loaded(make_host, images_for, tmp_path):
     saved = dyntune.tune(make_host(), "adaptformer").eval()
-    loaded = dyntune.load(saved.save(tmp_path), backbone=make_host(), tokens="tome:r=3")
+    loaded = dyntune.load(saved.save(tmp_path), backbone=make_host(), policy="tome:r=3")
     assert loaded.spec == "adaptformer+tome:r=3"
     images = images_for(loaded.backbone.host, 2)
     together = dyntune.tune(make_host(), "adaptformer", "tome:r=3").eval()
@@ -491,4 +491,4 @@ def test_a_model_that_is_trained_takes_it_when_it_is_loaded(make_host, images_fo
     torch.testing.assert_close(loaded(images), together(images))
     assert [r.count for r in loaded.run(images).reductions] == [14, 11, 8]
     with pytest.raises(SpecError, match="was not trained with"):
-        dyntune.load(tmp_path, backbone=make_host(), tokens="pyra:r=2")
+        dyntune.load(tmp_path, backbone=make_host(), policy="pyra:r=2")

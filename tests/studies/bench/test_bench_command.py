@@ -45,7 +45,7 @@ def run(tmp_path_factory):
 def test_a_fresh_model_beside_its_peers(tmp_path):
     report = json.loads(
         run_bench(
-            *("--method", "dyt:rate=0.25", "--tokens", "tome:r=2", "--against", "adaptformer,tome:r=8,gather"),
+            *("--method", "dyt:rate=0.25", "--policy", "tome:r=2", "--against", "adaptformer,tome:r=8,gather"),
             *("--batch-size", "2,1", "--runtime", "eager,fast", "--plot", tmp_path / "speed.png"),
             *("--out", tmp_path / "out", "--json", *QUICK),
         )

@@ -118,8 +118,8 @@ def measure_runtime(plan: Plan, runtime: str, folder: Path) -> Measured:
 def _subject(plan: Plan) -> tuple[TunedModel, list[str]]:
     """The model, and what must be said about its weights."""
     if plan.run is not None:
-        tokens = "+".join(plan.parts) or None
-        return load(plan.run, weights=plan.weights, tokens=tokens), []
+        policy = "+".join(plan.parts) or None
+        return load(plan.run, weights=plan.weights, policy=policy), []
     model = fresh(plan.model, plan.parts, classes=plan.classes, weights=plan.weights, pretrained=plan.pretrained)
     given = plan.pretrained or plan.weights is not None
     return model, ["methods untrained" if given else "random weights, methods untrained"]
