@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones.hosts import families
 from dyntune.parts.registry import registered
+from dyntune.studies import compare
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 5}
 HOSTS = {
@@ -64,6 +65,14 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
     """What tests write need not survive a power failure, and waiting for that took longer than many a training."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_timing() -> Iterator[None]:
+    """Speeds beside the dense model, which commands report for seconds of timing, come from one call of each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "measure_throughput", partial(compare.measure_throughput, rounds=1, seconds=0))
         yield
 
 

@@ -1,7 +1,6 @@
 """``--teacher`` and ``--backbone-lr`` of ``dyntune train`` and ``dyntune compare``."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from typer.testing import CliRunner
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.commands.main import app
 from dyntune.core.errors import DataError
-from dyntune.core.timing import measure_throughput
 from dyntune.model.tuned import build_tuned
 
 SPEC = "dynamicvit:keep=0.7/0.5,layers=1/2"
@@ -28,9 +26,8 @@ def teacher_of(folder, classes):
 
 
 def test_train_and_compare_take_a_teacher_and_a_factor_for_the_backbone(photos, tmp_path, monkeypatch):
-    # Neither the pictures of the page nor steady speeds matter here, and both take long.
+    # The pictures of the page do not matter here, and take long.
     monkeypatch.setattr("dyntune.commands.compare.write_report", lambda folder, *_: folder / "index.html")
-    monkeypatch.setattr("dyntune.studies.compare.measure_throughput", partial(measure_throughput, rounds=1, seconds=0))
     teacher = teacher_of(tmp_path / "teacher", ("blue", "green", "red"))
     options = (*SHORT, "--teacher", teacher, "--backbone-lr", "0.5")
     done = invoke("train", photos, "--method", SPEC, "--out", tmp_path / "run", *options, "--json")

@@ -3,7 +3,6 @@
 import json
 import runpy
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from typer.testing import CliRunner
 from dyntune.commands import common
 from dyntune.commands.main import app
 from dyntune.core.errors import DataError
-from dyntune.core.timing import measure_throughput
 from dyntune.data import load_data
 from dyntune.data.datasets import FileImages
 from dyntune.data.load import sources
@@ -38,14 +36,12 @@ def report(*arguments):
 
 
 @pytest.mark.usefixtures("stripes")
-def test_it_is_loaded_trained_on_evaluated_and_predicted(tmp_path, monkeypatch):
+def test_it_is_loaded_trained_on_evaluated_and_predicted(tmp_path):
     splits = load_data("stripes", seed=3, val_fraction=0.25)
     assert (splits.name, splits.classes) == ("stripes", ("red", "blue"))
     assert [len(part) for part in (splits.train, splits.val, splits.test)] == [18, 6, 8]
     assert load_data("stripes", seed=4).test[0][0].tobytes() != splits.test[0][0].tobytes()
 
-    # Steady speeds do not matter here, and take long.
-    monkeypatch.setattr("dyntune.studies.compare.measure_throughput", partial(measure_throughput, rounds=1, seconds=0))
     run = tmp_path / "run"
     options = ("--method", "linear", "--epochs", 1, "--batch-size", 4, "--lr", 0.1, "--warmup-epochs", 0)
     report("train", "stripes", "--out", run, *options)

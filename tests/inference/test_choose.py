@@ -13,6 +13,7 @@ from dyntune.inference.export.runtimes.onnx import Onnx
 from dyntune.inference.export.runtimes.openvino import OpenVino
 
 
+@pytest.mark.slow
 def test_the_one_with_the_most_images_per_second_is_taken(export, some_images, tmp_path, monkeypatch):
     def missing(self, program, path, spec):
         raise ExportError("OpenVINO is not installed: pip install 'dyntune[openvino]'.")

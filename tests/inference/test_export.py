@@ -115,7 +115,7 @@ def gated(request, make_host, images_for):
     model.requires_grad_(False)
     for block, bias in zip(model.backbone.blocks, (-1e4, 1e4, None), strict=True):
         for unit in (block.attn, block.mlp, block):
-            if hasattr(unit, "dispatcher"):
+            if unit.dispatcher is not None:
                 logits = next(gate.logits for gate in model.run(images).gates if gate.unit == unit.path)
                 unit.dispatcher.gate.bias += between(logits) if bias is None else bias
     rates = active(model.run(images)).float().mean((0, 2)).unflatten(0, (3, -1)).mean(1)
