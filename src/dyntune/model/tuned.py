@@ -190,6 +190,7 @@ class TunedModel(nn.Module):
                 "save the whole model with safetensors.torch.save_model(model.backbone.host, FILE)."
             )
         folder, tensors = Path(folder), self.saved_state()
+        every = {self.backbone.saved_name(name) for name, _ in self.backbone.named_parameters()}
         about = {
             "spec": self.spec,
             "parts": [part.to_dict() for part in expand(self.parts)],
