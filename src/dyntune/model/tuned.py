@@ -198,8 +198,7 @@ class TunedModel(nn.Module):
                 **self.origin.to_dict(),
                 "fingerprint": self.fingerprint,
                 "dtype": str(next(self.backbone.parameters()).dtype).removeprefix("torch."),
-                "complete": tensors.keys()
-                == {self.backbone.saved_name(n) for n, _ in self.backbone.named_parameters()},
+                "complete": tensors.keys() == every,
             },
             "peft": self.backbone.recipe(),
             "preprocessing": self.preprocessing.to_dict(),
