@@ -4,6 +4,7 @@ CONTRIBUTING.md walks through the files in ``tests/outside``.
 """
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def dyntune_says(*arguments):
         ("vit_mini_patch4_32.dyntune", "shift"),
         ("vit_mini_patch4_32.dyntune", "adaptformer+norm-gate:rate=0.4"),
         ("vit_mini_patch4_32.dyntune", "adaptformer+thinning"),
-        ("rotary:tiny", "dyt:rate=0.5"),
+        ("rotary:tiny", "dyt:rate=0.5,dispatch=attn-mlp"),
     ],
 )
 def test_it_does_the_main_job(outside, photos, tmp_path, model, method):
@@ -41,7 +42,8 @@ def test_it_does_the_main_job(outside, photos, tmp_path, model, method):
     assert evaluated["images"] == 12
     photo = next((photos / "test").rglob("*.png"))
     predicted = dyntune_says("predict", run, photo)["predictions"][0]["top"]
-    dyntune_says("export", run, "--runtime", "torch", "--out", tmp_path / "exported")
+    runtime = "onnx" if model.startswith("rotary") and find_spec("onnxscript") else "torch"
+    dyntune_says("export", run, "--runtime", runtime, "--out", tmp_path / "exported")
     exported = dyntune_says("predict", tmp_path / "exported", photo, "--trust")["predictions"][0]["top"]
     assert [top["class"] for top in exported] == [top["class"] for top in predicted]
     for ours, theirs in zip(predicted, exported, strict=True):

@@ -101,7 +101,7 @@ def test_every_part_exports_and_agrees(make_host, images_for, seen, tmp_path, na
 
 @pytest.fixture(
     scope="module",
-    params=[("siglip", "mlp"), ("plain", "attn-mlp"), ("registers", "layer")],
+    params=[("siglip", "attn-mlp"), ("plain", "attn-mlp"), ("registers", "layer")],
     ids="-".join,
 )
 def gated(request, make_host, images_for):

@@ -50,3 +50,16 @@ def test_a_policy_was_called_tokens(make_host, tmp_path):
     with pytest.warns(DeprecationWarning, match=r"load\(policy="):
         former = dyntune.load(folder, backbone=make_host(), tokens="tome:r=3")
     assert former.spec == dyntune.load(folder, backbone=make_host(), policy="tome:r=3").spec == "adaptformer+tome:r=3"
+
+
+def test_the_option_tokens_is_policy(capsys):
+    done = CliRunner().invoke(app, ["cost", "--method", "linear", "--tokens=tome:r=4", "--json"])
+    assert done.exit_code == 0 and '"tokens": "tome:r=4"' in done.stdout
+    assert "--tokens is now called --policy" in capsys.readouterr().err + done.output
+    assert "--tokens" not in CliRunner().invoke(app, ["cost", "--help"]).stdout
+
+
+def test_the_error_of_exports_had_another_name():
+    with pytest.warns(DeprecationWarning, match="ExportError"):
+        from dyntune.core.errors import DeploymentError
+    assert DeploymentError is dyntune.core.errors.ExportError

@@ -16,7 +16,7 @@ import dyntune
 from dyntune.backbones.hosts import create_backbone
 from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError
 from dyntune.core.files import write_atomically
-from dyntune.model.adapter_folder import CARD, CONFIG, PREVIOUS, WEIGHTS
+from dyntune.model.adapter_folder import CARD, CONFIG, PREVIOUS, WEIGHTS, read_config
 
 TINY = {"img_size": 32, "num_classes": 3}
 
@@ -456,3 +456,16 @@ def test_a_tuned_model_is_no_backbone(build, tmp_path):
     folder = build().save(tmp_path / "adapter")
     with pytest.raises(CheckpointError, match="give the plain timm model"):
         dyntune.load(folder, backbone=build())
+
+
+def test_tensors_have_the_order_that_states_of_unfinished_runs_know(make_host):
+    """An optimiser's state knows tensors by their number: what places have in common, the host, the blocks."""
+    names = list(dyntune.tune(make_host(), "fact-tt+adaptformer").tuned_state())
+    first = [name.partition(".")[0] for name in names]
+    assert first == sorted(first, key=("shared", "host", "blocks").index)
+
+
+def test_every_weight_and_an_adapter_beside_them_are_complete(make_host, tmp_path):
+    model = dyntune.tune(make_host(), "full+adaptformer").eval()
+    folder = model.save(tmp_path)
+    assert read_config(folder)["backbone"]["complete"]

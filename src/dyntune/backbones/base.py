@@ -57,9 +57,10 @@ class Backbone(nn.Module, abc.ABC):
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
-        self.host = host
         self.shared = nn.ModuleDict()
         """Modules that a method's places have in common, under the method's name."""
+        # Behind them: the state of an unfinished run knows tensors by their order.
+        self.host = host
         self.bypass: Bypass | None = None
         """What the head reads instead of the blocks' output, if anything."""
         self.adopted: tuple[nn.Parameter, ...] = ()

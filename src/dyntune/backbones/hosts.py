@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.families.timm_vit import TimmViT
 from dyntune.backbones.origin import BackboneSource
 from dyntune.core.discovery import discover
 from dyntune.core.errors import BackboneError
@@ -20,7 +19,7 @@ GROUP = "dyntune.families"
 @functools.cache
 def families() -> dict[str, type[Backbone]]:
     """Every family of host models by name: those of the package, then those of other distributions."""
-    return discover("dyntune.backbones.families", Backbone, GROUP)  # type: ignore[type-abstract]
+    return discover({"dyntune.backbones.families": Backbone}, GROUP)  # type: ignore[type-abstract]
 
 
 def wrap(host: nn.Module) -> Backbone:
@@ -39,16 +38,16 @@ def wrap(host: nn.Module) -> Backbone:
 
 def wrap_plain(host: nn.Module) -> Backbone:
     """As ``wrap``, of a host in which no other library's layers are looked for."""
+    refusals = []
     for family in families().values():
         if family.knows(host):
             refusal = family.refusal(host)
-            if refusal:
-                raise BackboneError(
-                    f"{type(host).__name__} is not supported: {refusal}. Supported: {family.supported}."
-                )
-            return family(host)
+            if refusal is None:
+                return family(host)
+            refusals.append(f"{refusal}. Supported: {family.supported}.")
     supported = "; ".join(family.supported for family in families().values())
-    raise BackboneError(f"{type(host).__name__} is not supported: it is of no known family. Supported: {supported}.")
+    reason = refusals[0] if refusals else f"it is of no known family. Supported: {supported}."
+    raise BackboneError(f"{type(host).__name__} is not supported: {reason}")
 
 
 def create_backbone(
@@ -65,7 +64,7 @@ def create_backbone(
     Raises:
         BackboneError: unknown name, no weights to be had, or weights that do not fit.
     """
-    return _builder(name).create(name, weights=weights, pretrained=pretrained, **arguments)
+    return _builders(name)[0].create(name, weights=weights, pretrained=pretrained, **arguments)
 
 
 def rebuild(source: BackboneSource, *, weights: str | Path | None = None, pretrained: bool = True) -> nn.Module:
@@ -97,7 +96,7 @@ def check_arguments(name: str | None, arguments: Any) -> dict[str, Any]:
     Raises:
         BackboneError: another argument, or a value that is no plain number, text or list of numbers.
     """
-    known = set(_builder(name or "").arguments)
+    known = {argument for family in _builders(name or "") for argument in family.arguments}
     if not isinstance(arguments, dict) or not set(arguments) <= known:
         raise BackboneError(f"backbone arguments {arguments!r}: expected only {', '.join(sorted(known))}.")
     for key, value in arguments.items():
@@ -107,7 +106,8 @@ def check_arguments(name: str | None, arguments: Any) -> dict[str, Any]:
     return arguments
 
 
-def _builder(name: str) -> type[Backbone]:
-    """The family that builds the model of this name: that of its prefix, or timm's."""
-    prefixed = (family for family in families().values() if family.prefix and name.startswith(family.prefix))
-    return next(prefixed, TimmViT)
+def _builders(name: str) -> list[type[Backbone]]:
+    """The families that build models of such names: that of the name's prefix, or those of timm's names."""
+    every = list(families().values())
+    prefixed = [family for family in every if family.prefix and name.startswith(family.prefix)]
+    return prefixed or [family for family in every if not family.prefix]

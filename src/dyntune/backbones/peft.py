@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from enum import Enum
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Self
 
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -128,6 +128,10 @@ class PeftBackbone(Backbone):
     @property
     def _configs(self) -> dict[str, Any]:
         return {name: self.peft.peft_config[name] for name in self.peft.active_adapters}
+
+    def train(self, mode: bool = True) -> Self:
+        self.inner.train(mode)
+        return super().train(mode)
 
     def embed(self, images: Tensor) -> Tokens:
         return self.inner.embed(images)

@@ -114,6 +114,7 @@ class Site:
         rows: first and last (exclusive) output channel, where it is a part of a map; None for the whole module.
         biases: names of the parameters of ``owner`` that are the map's bias, in the order of its output channels, where
             they stand beside it; one that is None, or missing, is zero.
+        sizes: output channels of queries, keys and values in a map to all of them, where they are not thirds.
     """
 
     kind: SiteKind
@@ -123,6 +124,7 @@ class Site:
     attribute: str
     rows: tuple[int, int] | None = None
     biases: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
 
     @property
     def module(self) -> nn.Module:
@@ -162,14 +164,15 @@ class Site:
     @property
     def bias(self) -> Tensor | None:
         """The bias, of a part its channels; a view, or where it stands beside the map, a copy. None without one."""
-        whole = cast("Tensor | None", self.module.bias) if not self.biases else self._beside()
+        own = cast("Tensor | None", self.module.bias)
+        whole = self._beside() if own is None else own
         return None if whole is None else whole[slice(*self.rows or (None,))]
 
     @torch.no_grad()
     def set_bias(self, bias: Tensor) -> None:
         """Gives the site's channels this bias, ``(channels,)``, in the map itself, whether it had one or not."""
         module, own = self.module, slice(*self.rows or (None,))
-        if module.bias is not None and not self.biases:
+        if module.bias is not None:
             cast(Tensor, module.bias)[own] = bias
             return
         weight = cast(Tensor, module.weight)
@@ -198,10 +201,17 @@ class Site:
         return (self.kind,) if self.kind in ("q", "k", "v") else (self.attribute,)
 
     def part(self, kind: SiteKind) -> Site:
-        """The queries', keys' or values' third of a map to all of them."""
-        size = len(self.weight) // 3
-        first = self.parts.index(kind) * size
-        return replace(self, kind=kind, rows=(first, first + size))
+        """The queries', keys' or values' part of a map to all of them.
+
+        Raises:
+            BackboneError: the map is not made of three equal parts, and the host does not say of which.
+        """
+        outputs = len(self.weight)
+        sizes = self.sizes or (outputs // 3,) * 3
+        if sum(sizes) != outputs:
+            raise BackboneError(f"{self.path} gives {outputs} channels, which are not {sizes} for q, k and v.")
+        place = self.parts.index(kind)
+        return replace(self, kind=kind, rows=(sum(sizes[:place]), sum(sizes[: place + 1])))
 
     @property
     def channels(self) -> int:

@@ -171,8 +171,13 @@ class Attention(SubLayer):
         A host with rotary embeddings rotates them here by ``tokens.positions``.
         """
 
-    def split_queries(self) -> None:
-        """Takes the queries' projection apart from that of keys and values, so that ``project_first`` saves it."""
+    def split_queries(self) -> bool:
+        """Takes the queries' projection apart from that of keys and values, so that ``project_first`` saves it.
+
+        Returns:
+            Whether it does.
+        """
+        return False
 
     def project_first(self, tokens: Tokens, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """As ``project``, with queries ``(B, count, H, D)`` of the first tokens alone; ``split_queries`` comes before.

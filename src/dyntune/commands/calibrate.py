@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -11,7 +11,9 @@ from dyntune.commands.common import (
     DataArgument,
     DeviceOption,
     JsonOption,
+    OnCorruptOption,
     RunArgument,
+    TrainedValFractionOption,
     WeightsOption,
     calibration_images,
     err,
@@ -42,15 +44,11 @@ def command(
         RATES
     ),
     images: Annotated[int, typer.Option(min=1, help="Images to use.")] = IMAGES,
-    val_fraction: Annotated[
-        float, typer.Option(help="As given to train, where val is split off the training images.")
-    ] = 0.2,
+    val_fraction: TrainedValFractionOption = 0.2,
     weights: WeightsOption = None,
     batch_size: BatchOption = 32,
     device: DeviceOption = "auto",
-    on_corrupt: Annotated[
-        Literal["error", "skip"], typer.Option(help="What to do with images that cannot be read.")
-    ] = "error",
+    on_corrupt: OnCorruptOption = "error",
     json: JsonOption = False,
 ) -> None:
     """Calibrate a run on validation images, or training images, for --rate of eval, predict and visualize.

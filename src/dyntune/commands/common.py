@@ -32,12 +32,10 @@ WeightsOption = Annotated[
     Path | None, typer.Option(help="Local weight file (.npz, .pth, .safetensors) of the backbone.")
 ]
 MethodOption = Annotated[str, typer.Option(help="Tuning method, name or name:key=value,key=value.")]
-PolicyOption = Annotated[
-    str | None, typer.Option("--policy", "--tokens", help="Token policy on top, written like a method.")
-]
+PolicyOption = Annotated[str | None, typer.Option("--policy", help="Token policy on top, written like a method.")]
 TopPolicyOption = Annotated[
     str | None,
-    typer.Option("--policy", "--tokens", help="Token policy without parameters to put on the run, such as tome:r=8."),
+    typer.Option("--policy", help="Token policy without parameters to put on the run, such as tome:r=8."),
 ]
 RateOption = Annotated[
     float | None,
@@ -56,6 +54,9 @@ ValFractionOption = Annotated[
     float, typer.Option(help="Split off the training images where there is no validation split.")
 ]
 OnCorruptOption = Annotated[Literal["error", "skip"], typer.Option(help="What to do with images that cannot be read.")]
+TrainedValFractionOption = Annotated[
+    float, typer.Option(help="As given to train, where val is split off the training images.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]

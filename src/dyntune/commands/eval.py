@@ -11,9 +11,11 @@ from dyntune.commands.common import (
     DataArgument,
     DeviceOption,
     JsonOption,
+    OnCorruptOption,
     RateOption,
     RunArgument,
     TopPolicyOption,
+    TrainedValFractionOption,
     WeightsOption,
     WorkersOption,
     apply_rate,
@@ -39,18 +41,14 @@ def command(
     run: RunArgument,
     data: DataArgument,
     split: Annotated[Literal["test", "val", "train"], typer.Option(help="Which images.")] = "test",
-    val_fraction: Annotated[
-        float, typer.Option(help="As given to train, where val is split off the training images.")
-    ] = 0.2,
+    val_fraction: TrainedValFractionOption = 0.2,
     policy: TopPolicyOption = None,
     rate: RateOption = None,
     weights: WeightsOption = None,
     batch_size: BatchOption = 64,
     workers: WorkersOption = 0,
     device: DeviceOption = "auto",
-    on_corrupt: Annotated[
-        Literal["error", "skip"], typer.Option(help="What to do with images that cannot be read.")
-    ] = "error",
+    on_corrupt: OnCorruptOption = "error",
     json: JsonOption = False,
 ) -> None:
     """Accuracy, activation rate per block, MACs really executed, and images per second beside the dense backbone."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from dyntune import commands
 from dyntune.commands.common import err
@@ -30,11 +32,22 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
+class _Renaming(TyperCommand):
+    """A command that still knows an option's former name, and says the new one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if any(argument.partition("=")[0] == "--tokens" for argument in args):
+            err.print("--tokens is now called --policy", highlight=False)
+            args = [re.sub(r"^--tokens(?==|$)", "--policy", argument) for argument in args]
+        return super().parse_args(ctx, args)
+
+
 for _info in pkgutil.iter_modules(commands.__path__):
     if _info.name not in ("common", "main", "options"):
         _module = importlib.import_module(f"{commands.__name__}.{_info.name}")
         _epilog = "\n\n".join(("Examples:", *_module.EXAMPLES))
-        app.command(name=_info.name, epilog=_epilog, hidden=getattr(_module, "HIDDEN", False))(_module.command)
+        _hidden = getattr(_module, "HIDDEN", False)
+        app.command(name=_info.name, cls=_Renaming, epilog=_epilog, hidden=_hidden)(_module.command)
 
 
 def main() -> None:

@@ -45,18 +45,6 @@ EXAMPLES = (
 )
 
 
-def _search_settings(
-    *, population: int, mutations: int | None, crossovers: int | None, **others: Any
-) -> SearchSettings:
-    half = population // 2
-    return SearchSettings(
-        population=population,
-        mutations=half if mutations is None else mutations,
-        crossovers=half if crossovers is None else crossovers,
-        **others,
-    )
-
-
 @with_options
 def command(
     data: DataArgument,
@@ -73,7 +61,7 @@ def command(
             SearchSettings,
             only=("limit", "least", "count", "population", "generations", "parents", "mutations", "crossovers"),
             unset=dict.fromkeys(("mutations", "crossovers"), "half of the population"),
-            make=_search_settings,
+            make=SearchSettings.of_halves,
         ),
     ],
     supernet: Annotated[dict[str, Any], Options(train_noah, only=("supernet_epochs", "supernet_lr"), make=dict)],
@@ -83,6 +71,10 @@ def command(
             TrainSettings,
             only=("epochs", "lr", "batch_size", "weight_decay", "decay_1d", "precision", "device", "workers", "seed"),
             defaults={"epochs": 100, "decay_1d": False},
+            helps={
+                "epochs": "Passes of what was found over all images.",
+                "lr": "Peak learning rate of what was found.",
+            },
             make=functools.partial(train_settings, select="last"),
         ),
     ],

@@ -24,6 +24,7 @@ class Options:
         only: which of them, in this order; all by default.
         names: field -> what the option is called instead, with underscores.
         defaults: field -> the option's own default.
+        helps: field -> what the help says instead of its description, where the command gives it another meaning.
         unset: field that is None unless its option is given -> what None stands for, which the help shows.
         make: what the parameter gets, from the values by field; ``of`` by default.
     """
@@ -32,6 +33,7 @@ class Options:
     only: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    helps: Mapping[str, str] = field(default_factory=dict)
     unset: Mapping[str, str] = field(default_factory=dict)
     make: Callable[..., Any] | None = None
 
@@ -49,6 +51,7 @@ class Options:
             # Of a bool without flags typer makes a pair, --x and --no-x, which only what is on by itself needs.
             flags = (f"--{called.replace('_', '-')}",) if hint is bool and own[name].default is False else ()
             info = option(self.of, name, *flags, unset=self.unset.get(name))
+            info.help = self.helps.get(name, info.help)
             if name in self.unset:
                 hint, default = hint | None, None
             kind = inspect.Parameter.KEYWORD_ONLY

@@ -99,5 +99,14 @@ def predict(model: TunedModel | OpenedModel, paths: list[Path], top_k: int) -> l
 
 
 def task_of(model: TunedModel | OpenedModel) -> Task:
-    """The task of a model; exported folders hold classifiers."""
-    return model.task if isinstance(model, TunedModel) else Classification()
+    """The task of a model; of exported ones, classification alone is known by name.
+
+    Raises:
+        ExportError: the model was exported for another task.
+    """
+    if isinstance(model, TunedModel):
+        return model.task
+    name = model.config.get("task", Classification.name)
+    if name != Classification.name:
+        raise ExportError(f"the model was exported for {name}; predict reads classifiers. Use dyntune.open_export.")
+    return Classification()

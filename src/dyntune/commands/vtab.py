@@ -44,11 +44,6 @@ EXAMPLES = (
 _RECIPES_OWN = "the recipe's"
 
 
-def _search_settings(*, population: int, generations: int) -> SearchSettings:
-    children = population // 2
-    return SearchSettings(population=population, generations=generations, mutations=children, crossovers=children)
-
-
 @with_options
 def command(
     root: Annotated[str, typer.Argument(help="Folder that holds the task folders, or vtab-mini, which is drawn.")],
@@ -100,7 +95,18 @@ def command(
         ),
     ],
     trials: Annotated[dict[str, Any], Options(Plan, only=("search", "storage"), make=dict)],
-    noah: Annotated[SearchSettings, Options(SearchSettings, only=("population", "generations"), make=_search_settings)],
+    noah: Annotated[
+        SearchSettings,
+        Options(
+            SearchSettings,
+            only=("population", "generations"),
+            helps={
+                "population": "Candidates of a generation of noah's search.",
+                "generations": "Generations of noah's search.",
+            },
+            make=SearchSettings.of_halves,
+        ),
+    ],
     workers: Annotated[int, typer.Option(min=1, help="Jobs at a time, each in a process of its own.")] = 1,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed jobs again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check data and methods, list the jobs, stop.")] = False,

@@ -2,7 +2,9 @@
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable
+from typing import Any
 
 _LONGEST = 300
 """Characters of a library's message that are quoted."""
@@ -60,3 +62,11 @@ def unknown_name(kind: str, given: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(given, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"unknown {kind} {given!r}.{hint} Known: {', '.join(names)}."
+
+
+def __getattr__(name: str) -> Any:
+    """``ExportError`` had another name before."""
+    if name == "DeploymentError":
+        warnings.warn("DeploymentError is now called ExportError.", DeprecationWarning, stacklevel=2)
+        return ExportError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

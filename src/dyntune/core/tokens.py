@@ -130,6 +130,7 @@ class Tokens:
         self,
         patches: Tensor,
         moved: Tensor,
+        *,
         places: Tensor | None = None,
         sizes: Tensor | None = None,
         key_bias: Tensor | None = None,

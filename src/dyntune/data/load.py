@@ -18,7 +18,7 @@ GROUP = "dyntune.sources"
 @functools.cache
 def sources() -> tuple[Source, ...]:
     """Every source: those of the package in the order of the alphabet, then those of other distributions."""
-    return tuple(source() for source in discover("dyntune.data.sources", Source, GROUP).values())
+    return tuple(source() for source in discover({"dyntune.data.sources": Source}, GROUP).values())
 
 
 def forms() -> str:

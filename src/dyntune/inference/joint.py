@@ -38,7 +38,8 @@ class Joint(nn.Module):
             self.read.weight[:1] = gate.weight
             self.read.weight[1:-1] = down.weight
             self.read.bias.zero_()
-            self.read.bias[0] = gate.bias[0]
+            if gate.bias is not None:
+                self.read.bias[0] = gate.bias[0]
             self.read.bias[-1] = 1
             if down.bias is not None:
                 self.read.bias[1:-1] = down.bias

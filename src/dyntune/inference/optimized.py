@@ -188,8 +188,8 @@ def _ending(backbone: Backbone, policies: Sequence[TokenPolicy], notes: list[str
     else:
         reason = _looks_around(block.attn)
     if reason is None:
-        block.attn.split_queries()
-        notes.append(f"the last block computes {only} alone")
+        queries = "" if block.attn.split_queries() else ", and queries of all tokens"
+        notes.append(f"the last block computes {only} alone{queries}")
     else:
         notes.append(f"the last MLP computes {only} alone, the attention before it every token: {reason}")
     return Ending(block.attn.path, count, reason is None)

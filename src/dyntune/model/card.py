@@ -14,7 +14,8 @@ def model_card(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         config: what ``adapter_config.json`` holds.
         tensors: the saved tensors.
     """
-    backbone = config["backbone"]["name"] or "a custom VisionTransformer"
+    name = config["backbone"]["name"]
+    backbone = name or "a custom model"
     count = sum(t.numel() for t in tensors.values())
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     results = "".join(f"| {name} | {value} |\n" for name, value in sorted(config["results"].items()))
@@ -23,7 +24,7 @@ def model_card(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     metadata = [
         "---",
         "library_name: dyntune",
-        *([f"base_model: timm/{name}"] if (name := config["backbone"]["name"]) not in (None, BUILTIN_BACKBONE) else []),
+        *([f"base_model: timm/{name}"] if name and name != BUILTIN_BACKBONE and ":" not in name else []),
         f"pipeline_tag: {config['task']}",
         "tags: [dyntune, parameter-efficient-fine-tuning, token-skipping]",
         "---",

@@ -28,11 +28,12 @@ def load_published(model: TunedModel, state: Mapping[str, Tensor]) -> None:
     own = dict(model.backbone.named_parameters())
     # A module that is changed by a method, or wrapped by PEFT, stands deeper than in the plain host.
     plain = {model.backbone.saved_name(name.replace(".base.", ".")): name for name in own if name.startswith("host.")}
+    saved = {model.backbone.saved_name(name): name for name in own}
     parts = expand(model.parts)
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         mine = (ours for part in parts if (ours := part.from_published(name, tensor)) is not None)
-        for own_name, value in next(mine, {plain.get(f"host.{name}", name): tensor}).items():
+        for own_name, value in next(mine, {plain.get(f"host.{name}", saved.get(name, name)): tensor}).items():
             if own_name not in own:
                 raise CheckpointError(
                     f"{name!r} of the checkpoint has no place in {model.spec}; are the methods the same?"

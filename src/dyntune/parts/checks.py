@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dyntune.backbones.base import Backbone
 from dyntune.core.errors import BackboneError
 from dyntune.parts.policies.base import TokenPolicy
+from dyntune.parts.policies.gating import GatingPolicy
 from dyntune.parts.policies.reducing import ReducingPolicy
 
 
@@ -17,6 +18,10 @@ def check_gates(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
         BackboneError: two gates decide about the same unit, or a gate around a block hides tokens from a module in it
             that looks at all of them.
     """
+    for policy in policies:
+        for kind, hook in ((GatingPolicy, "gates"), (ReducingPolicy, "reduces")):
+            if getattr(type(policy), hook) is not getattr(TokenPolicy, hook) and not isinstance(policy, kind):
+                raise BackboneError(f"{policy.name()} has {hook}() but does not derive from {kind.__name__}.")
     for block in backbone.blocks:
         gated = [unit for policy in policies for unit in (block, block.attn, block.mlp) if policy.gates(unit)]
         if len(gated) != len(set(gated)) or (block in gated and len(gated) > 1):

@@ -23,11 +23,7 @@ GROUP = "dyntune.parts"
 def registered() -> dict[str, type[Part]]:
     """Every part by name: tuning methods, then token policies, then presets; of each, those of the package first."""
     bases: dict[str, type[Part]] = {"methods": TuningMethod, "policies": TokenPolicy, "presets": Preset}
-    return {
-        name: part
-        for room, base in bases.items()
-        for name, part in discover(f"dyntune.parts.{room}", base, GROUP).items()
-    }
+    return discover({f"dyntune.parts.{room}": base for room, base in bases.items()}, GROUP)
 
 
 def lookup(name: str) -> type[Part]:

@@ -52,8 +52,9 @@ class _HostedAttention(Attention):
         q, k, v = qkv.unbind(-3)
         return attn.q_norm(q), attn.k_norm(k), v
 
-    def split_queries(self) -> None:
+    def split_queries(self) -> bool:
         self.host.attn.qkv = QueriesApart(self.host.attn.qkv)
+        return True
 
     def project_first(self, tokens: Tokens, count: int) -> tuple[Tensor, Tensor, Tensor]:
         attn, normed = self.host.attn, self.normed(tokens)
@@ -116,8 +117,7 @@ class TimmViT(TimmBackbone):
     """A timm VisionTransformer as a backbone.
 
     Args:
-        host: the model; used as it is, its parameters stay where they are.
-
+        host: the model, one that ``refusal`` has nothing against; used as it is, its parameters stay where they are.
     """
 
     host: VisionTransformer

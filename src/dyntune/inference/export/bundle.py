@@ -82,6 +82,7 @@ class Export:
             "macs": costs.macs,
             "dense_macs": costs.dense_macs,
             "preprocessing": self.model.preprocessing.to_dict(),
+            "task": self.model.task.name,
             "classes": self.model.classes,
             "versions": _versions(("torch", "timm", *runtime.runs_with)),
             "files": digests(folder),

@@ -22,7 +22,7 @@ GROUP = "dyntune.runtimes"
 @functools.cache
 def registered() -> dict[str, type[Runtime]]:
     """Every runtime by name, those of the package first."""
-    return discover("dyntune.inference.export.runtimes", Runtime, GROUP)  # type: ignore[type-abstract]
+    return discover({"dyntune.inference.export.runtimes": Runtime}, GROUP)  # type: ignore[type-abstract]
 
 
 def lookup(name: str) -> type[Runtime]:

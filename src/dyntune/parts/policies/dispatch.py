@@ -66,18 +66,22 @@ class Dispatcher(LearnedGate):
         width: channels C of a token.
         temperature: of the sigmoid; it shapes the gradient only.
         bias: b at the start.
-        drawn: the rates of an elastic gate, shared by all of them; None for one trained towards one rate.
     """
 
     slope: nn.Parameter | None
 
-    def __init__(self, width: int, temperature: float, bias: float = 0.0, drawn: DrawnRate | None = None) -> None:
+    def __init__(self, width: int, temperature: float, bias: float = 0.0) -> None:
         super().__init__(temperature)
         self.gate = nn.Linear(width, 1)
-        self.drawn = drawn
-        self.slope = None if drawn is None else nn.Parameter(torch.ones(()))
+        self.drawn: DrawnRate | None = None
+        self.slope = None
         nn.init.trunc_normal_(self.gate.weight, std=0.02)
         nn.init.constant_(self.gate.bias, bias)
+
+    def follow(self, drawn: DrawnRate) -> None:
+        """Makes the gate elastic: it follows the rates that are drawn for all gates."""
+        self.drawn = drawn
+        self.slope = nn.Parameter(torch.ones(()))
 
     def scores(self, patches: Tensor) -> Tensor:
         return self.gate(patches).squeeze(-1)
@@ -154,12 +158,15 @@ class Dispatch(GatingPolicy):
         self.require(0 < self.complete_share <= 1, "complete_share above 0 and at most 1")
 
     def install(self, backbone: Backbone) -> None:
-        drawn = None
+        super().install(backbone)
         if isinstance(self.rate, tuple):
             # Named by its units, because several dispatches may stand on different ones.
             backbone.shared[f"{self.name()}-{self.where}"] = drawn = DrawnRate(*self.rate)
-        for unit in backbone.units(self.where):
-            unit.dispatcher = Dispatcher(unit.width, self.temperature, self.bias, drawn)
+            for unit in filter(self.gates, backbone.all_units()):
+                self.learned(unit).follow(drawn)
+
+    def make_gate(self, unit: Unit) -> Dispatcher:
+        return Dispatcher(unit.width, self.temperature, self.bias)
 
     def gates(self, unit: Unit) -> bool:
         return unit.kind == self.where or (self.where == "attn-mlp" and unit.kind != "layer")

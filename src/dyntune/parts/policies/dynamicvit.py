@@ -99,7 +99,7 @@ class Stage(Reducer):
         moved.scatter_(1, kept, torch.arange(count, device=kept.device).expand(images, -1))
 
         def drop(tokens: Tokens) -> Tokens:
-            return tokens.with_patches(taken(tokens.patches, kept), moved, kept)
+            return tokens.with_patches(taken(tokens.patches, kept), moved, places=kept)
 
         return drop
 

@@ -94,7 +94,7 @@ class Shrinking(Reducer):
             if self.fuse:
                 fused = (ordered[:, kept:] * weights).sum(1, keepdim=True)
                 patches = torch.cat([patches, fused.to(patches.dtype)], dim=1)
-            return tokens.with_patches(patches, moved, places)
+            return tokens.with_patches(patches, moved, places=places)
 
         return shrink
 

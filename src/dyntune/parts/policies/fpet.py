@@ -127,7 +127,9 @@ class Halving(Reducer):
         def merge(tokens: Tokens) -> Tokens:
             merged = total(tokens.patches) / sizes
             places = others.expand(merged.shape[0], -1)
-            return tokens.with_patches(merged, moved, places, sizes.squeeze(-1), sizes.squeeze(-1).log())
+            return tokens.with_patches(
+                merged, moved, places=places, sizes=sizes.squeeze(-1), key_bias=sizes.squeeze(-1).log()
+            )
 
         return merge
 

@@ -70,7 +70,9 @@ class Modulation(Reducer):
             weighted = tokens.patches * sizes
             patches = matching.sum(weighted, taken(weighted, matching.src) * factors) / totals
             counts = totals.squeeze(-1)
-            return tokens.with_patches(patches, matching.moved, matching.places, counts, counts.log())
+            return tokens.with_patches(
+                patches, matching.moved, places=matching.places, sizes=counts, key_bias=counts.log()
+            )
 
         return merge
 

@@ -44,7 +44,7 @@ class Merging(Reducer):
         def merge(tokens: Tokens) -> Tokens:
             patches, merged = weighted_mean(matching, tokens.patches, sizes)
             bias = merged.log() if self.proportional else None
-            return tokens.with_patches(patches, matching.moved, matching.places, merged, bias)
+            return tokens.with_patches(patches, matching.moved, places=matching.places, sizes=merged, key_bias=bias)
 
         return merge
 

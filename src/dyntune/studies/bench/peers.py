@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones.hosts import create_backbone
 from dyntune.backbones.units import Unit
-from dyntune.core.errors import DyntuneError, SpecError
+from dyntune.core.errors import SpecError
 from dyntune.core.tokens import Tokens
 from dyntune.model.executions import Compact
 from dyntune.model.rates import threshold
@@ -125,16 +125,19 @@ class _Setting(Compact):
         self.rate = rate
 
     def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
-        linear, logits = policy.linear_gate(unit), policy.gate(unit, tokens).logits
-        if linear is None or linear.bias is None or logits is None:
-            raise DyntuneError(f"{policy.name()} at {unit.path} has no linear gate with a bias that could be set.")
-        linear.bias.sub_(threshold(logits, policy.target_rate(unit) if self.rate is None else self.rate))
+        linear, gate = policy.linear_gate(unit), policy.learned(unit)
+        logits = gate.logits(tokens.patches)
+        between = threshold(logits, policy.target_rate(unit) if self.rate is None else self.rate)
+        if linear is not None and linear.bias is not None:
+            linear.bias.sub_(between)
+        else:
+            gate.set_rate(gate.shift.item() - between.item(), gate.rate)
         return super().gated(unit, tokens, policy)
 
 
 @torch.no_grad()
 def set_gates(model: TunedModel, images: Tensor, rate: float | None = None) -> None:
-    """Sets every gate's bias so that it lets the given share of the patches of these images through.
+    """Sets every gate, by bias or threshold, so that it lets the given share of the patches of these images through.
 
     The share is met exactly, up to whole patches, unless patches have equal logits. It is that of the whole batch:
     images in it may differ.
@@ -143,8 +146,5 @@ def set_gates(model: TunedModel, images: Tensor, rate: float | None = None) -> N
         model: changed in place; put in eval mode.
         images: ``(B, 3, height, width)``.
         rate: share of the patches, between 0 and 1; None for the target that each gate was built with.
-
-    Raises:
-        DyntuneError: a gate is not linear.
     """
     model.eval().run(images, execution=_Setting(rate))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from dyntune.core.errors import TrainingError
 from dyntune.core.fields import Range, require_ranges
@@ -47,6 +47,19 @@ class SearchSettings:
     mutation_rate: float = 0.2
     depth_rate: float = 0.4
     count: Literal["stored", "published"] = "stored"
+
+    @classmethod
+    def of_halves(
+        cls, *, population: int, mutations: int | None = None, crossovers: int | None = None, **others: Any
+    ) -> Self:
+        """Settings in which half of a generation have one parent, and half two, where no number is given."""
+        half = population // 2
+        return cls(
+            population=population,
+            mutations=half if mutations is None else mutations,
+            crossovers=half if crossovers is None else crossovers,
+            **others,
+        )
 
     def __post_init__(self) -> None:
         require_ranges(self, TrainingError)
