@@ -18,14 +18,15 @@ from dyntune.core.errors import BackboneError, SpecError
 from dyntune.core.tokens import Tokens
 from dyntune.model.executions import Compact, Masked
 from dyntune.model.forward import activation_rates, run
-from dyntune.parts.policies.base import Gate, TokenPolicy
+from dyntune.parts.policies.base import Gate
+from dyntune.parts.policies.gating import GatingPolicy
 
 VARIANTS = ("mlp", "attn", "attn-mlp", "layer")
 DTYPES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
-class GivenMasks(TokenPolicy):
+class GivenMasks(GatingPolicy):
     """Gates the units whose path is a key by the mask that is its value."""
 
     masks: dict

@@ -15,7 +15,8 @@ from dyntune.core.errors import SpecError, TrainingError
 from dyntune.model import forward
 from dyntune.model.executions import Masked, Sampled
 from dyntune.model.forward import run
-from dyntune.parts.policies.base import CompletePass, Gate, TokenPolicy
+from dyntune.parts.policies.base import CompletePass, Gate
+from dyntune.parts.policies.gating import GatingPolicy
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import RunState
 
@@ -25,7 +26,7 @@ BARE = "dispatch:complete_weight=0,distill_weight=0,rate_weight=0"
 
 
 @dataclass(frozen=True)
-class GivenGates(TokenPolicy):
+class GivenGates(GatingPolicy):
     """Gates the MLPs with given values, which the test asks for the gradient of."""
 
     values: tuple

@@ -5,6 +5,7 @@ unit is computed.
 """
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -115,9 +116,9 @@ def _reduce(
 ) -> tuple[Tokens, Tensor | None, tuple[Reduction, ...]]:
     """The tokens that go on into ``unit``, and the update ``parallel`` to them that is yet to be added, for those."""
     for policy in policies:
-        if not isinstance(policy, ReducingPolicy) or not policy.reduces(unit):
+        if not policy.reduces(unit):
             continue
-        apply = policy.reduction(unit, tokens, projected)
+        apply = cast(ReducingPolicy, policy).reduction(unit, tokens, projected)
         if apply is not None:
             parallel = None if parallel is None else apply(tokens.with_x(parallel)).x
             tokens = apply(tokens)

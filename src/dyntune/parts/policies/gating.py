@@ -140,6 +140,6 @@ class GatingPolicy(TokenPolicy):
 def gating(policies: Sequence[TokenPolicy], unit: Unit) -> GatingPolicy | None:
     """The policy that decides which tokens go through ``unit``, if one does."""
     for policy in policies:  # not next(), whose default torch.compile of PyTorch 2.8 cannot trace
-        if isinstance(policy, GatingPolicy) and policy.gates(unit):
-            return policy
+        if policy.gates(unit):
+            return cast(GatingPolicy, policy)  # the check at its installation has seen to that
     return None
