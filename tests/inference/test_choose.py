@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dyntune.core.errors import ExportError
-from dyntune.inference.export import candidate
+from dyntune.inference.export import process
 from dyntune.inference.export.choose import choose
 from dyntune.inference.export.folder import open_export
 from dyntune.inference.export.process import Candidate
@@ -44,7 +44,7 @@ def test_without_any_candidate_every_reason_is_given(export, some_images, tmp_pa
 
 
 def test_a_candidate_that_takes_too_long_is_ended(exported, some_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(candidate, "_PATIENCE", 0.01)  # less than an interpreter takes to start
+    monkeypatch.setattr(process, "_PATIENCE", 0.01)  # less than an interpreter takes to start
     np.save(tmp_path / "images.npy", some_images[:1].numpy())
     with (
         Candidate(exported("torch"), tmp_path / "images.npy", 1) as slow,
