@@ -38,7 +38,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import dyntune
-from dyntune.core.timing import time_queued
+from dyntune.core.timing import Spread, time_queued
 from dyntune.inference.joint import joined, key
 from dyntune.inference.kernels import DeviceCounts, capture, supports
 from dyntune.studies.bench.peers import set_gates
@@ -265,15 +265,15 @@ def rows_of(
     times = time_queued(right, images, rounds=options.rounds, seconds=options.milliseconds / 1000)
     for name, own in times.items():
         row, checked = checks[name]
-        low, middle, high = statistics.quantiles([1000 * second for second in own.seconds], n=4)
+        turn = Spread.of([1000 * second for second in own.seconds])
         reference = times.get(f"dense {name.split()[1]}")
         speedup = own.speedup(reference).median if reference else None
         ratio = counted["dense"] / counted[models.kind(name)]
         yield row(
-            milliseconds=middle,
-            milliseconds_low=low,
-            milliseconds_high=high,
-            images_per_second=1000 * len(images) / middle,
+            milliseconds=turn.median,
+            milliseconds_low=turn.low,
+            milliseconds_high=turn.high,
+            images_per_second=1000 * len(images) / turn.median,
             speedup=speedup,
             macs_ratio=ratio,
             skip_efficiency=speedup / ratio if speedup else None,
