@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dyntune
-from dyntune.core.errors import BackboneError, DyntuneError, SpecError
+from dyntune.core.errors import BackboneError, SpecError
 from dyntune.studies.bench.peers import candidates, fresh, set_gates, untouched
 
 
@@ -92,9 +92,10 @@ def test_gates_are_trained_on_afterwards(make_host, images_for):
     assert not model.training
 
 
-def test_a_gate_without_a_bias_is_refused(make_host, images_for):
-    host = make_host()
-    model = dyntune.tune(host, "dyt")
-    model.backbone.blocks[1].mlp.dispatcher.gate.bias = None
-    with pytest.raises(DyntuneError, match=r"dispatch at blocks\.1\.mlp"):
-        set_gates(model, images_for(host, 1))
+def test_a_gate_without_a_bias_is_set_by_its_threshold(make_host, randomise, images_for):
+    model = randomise(dyntune.tune(make_host(), "dyt"))
+    for unit in model.backbone.units("mlp"):
+        unit.dispatcher.gate.bias = None
+    images = images_for(model.backbone.host, 2)
+    set_gates(model, images, 0.25)
+    assert [gate.values.mean().item() for gate in model.run(images).gates] == [0.25] * 3
