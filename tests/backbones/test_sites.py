@@ -6,7 +6,7 @@ from torch import nn
 
 import dyntune
 from dyntune.backbones.hosts import wrap
-from dyntune.backbones.sites import Change, Changed
+from dyntune.backbones.sites import Change, Changed, Site
 from dyntune.core.errors import BackboneError
 
 PER_BLOCK = ["norm1", "qkv", "proj", "norm2", "fc1", "fc2"]
@@ -110,3 +110,13 @@ def test_a_refused_part_takes_its_changes_off_again(make_host):
 def test_nothing_stands_behind_a_whole_block(make_host):
     with pytest.raises(BackboneError, match=r"cannot stand behind blocks\.0, a whole block"):
         wrap(make_host()).blocks[0].add_sequential("double", nn.Identity())
+
+
+def test_the_parts_of_a_map_are_thirds_or_what_the_family_says():
+    owner = torch.nn.Module()
+    owner.qkv = torch.nn.Linear(4, 8)
+    site = Site("qkv", 0, "blocks.0.attn.qkv", owner, "qkv", sizes=(4, 2, 2))
+    assert [site.part(kind).rows for kind in ("q", "k", "v")] == [(0, 4), (4, 6), (6, 8)]
+    assert torch.equal(site.part("k").weight, owner.qkv.weight[4:6])
+    with pytest.raises(BackboneError, match="gives 8 channels"):
+        Site("qkv", 0, "blocks.0.attn.qkv", owner, "qkv").part("q")

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import dyntune
 from dyntune.commands.main import app
+from dyntune.parts.policies.base import TokenPolicy
 from dyntune.parts.registry import registered
 
 QUICK = ("--epochs", "1", "--batch-size", "18", "--workers", "0", "--device", "cpu")
@@ -75,11 +76,16 @@ def test_a_gate_from_outside_takes_other_rates(outside, make_host, images_for):
 def test_what_cannot_be_loaded_is_left_out_with_a_warning(tmp_path, monkeypatch, caplog, outside):
     (tmp_path / "broken-1.0.dist-info").mkdir()
     (tmp_path / "broken-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
-    (tmp_path / "broken-1.0.dist-info/entry_points.txt").write_text("[dyntune.parts]\nbroken = broken_module:Part\n")
+    (tmp_path / "broken-1.0.dist-info/entry_points.txt").write_text(
+        "[dyntune.parts]\nbroken = broken_module:Part\nstrange = collections:OrderedDict\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     registered.cache_clear()
     assert {"shift", "lora"} <= set(registered())
-    assert "broken = broken_module:Part of the group dyntune.parts is left out: No module named" in caplog.text
+    assert caplog.text.count("broken = broken_module:Part of the group dyntune.parts is left out: No module named") == 1
+    assert (
+        "strange = collections:OrderedDict of the group dyntune.parts is left out: it is no TuningMethod" in caplog.text
+    )
 
 
 def test_its_parts_are_known_as_long_as_it_is_installed(outside, monkeypatch):
@@ -90,3 +96,15 @@ def test_its_parts_are_known_as_long_as_it_is_installed(outside, monkeypatch):
     monkeypatch.undo()
     registered.cache_clear()
     assert not {"shift", "norm-gate", "thinning"} & set(registered())
+
+
+def test_a_policy_with_half_of_the_hooks_is_refused(make_host):
+    class Half(TokenPolicy):
+        def install(self, backbone):
+            pass
+
+        def gates(self, unit):
+            return unit.kind == "mlp"
+
+    with pytest.raises(dyntune.DyntuneError, match=r"gates\(\) but does not derive from GatingPolicy"):
+        dyntune.tune(make_host(), Half())

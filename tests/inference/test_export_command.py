@@ -1,6 +1,7 @@
 """``dyntune export`` on a saved run, and ``dyntune predict`` on what it has written."""
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -56,6 +57,15 @@ def test_predict_reads_an_exported_folder(written, run, photos):
     assert "fixed" in dyntune("predict", written[0], images, "--rate", 0.3, error=ExportError)
     assert "runs on the CPU" in dyntune("predict", written[0], images, "--device", "cuda", error=ExportError)
     assert "over the whole batch" in (written[0] / "README.md").read_text()
+
+
+def test_predict_reads_classifiers_alone(exported, photos, tmp_path):
+    folder = shutil.copytree(exported("torch"), tmp_path / "other")
+    config = json.loads((folder / "deploy.json").read_text())
+    assert config["task"] == "image-classification"
+    (folder / "deploy.json").write_text(json.dumps(config | {"task": "depth-estimation"}))
+    images = photos / "test" / "red"
+    assert "exported for depth-estimation" in dyntune("predict", folder, images, "--trust", error=ExportError)
 
 
 def test_nothing_is_written_where_too_few_predictions_agree(run, photos, tmp_path, monkeypatch):

@@ -209,7 +209,10 @@ class Site:
         outputs = len(self.weight)
         sizes = self.sizes or (outputs // 3,) * 3
         if sum(sizes) != outputs:
-            raise BackboneError(f"{self.path} gives {outputs} channels, which are not {sizes} for q, k and v.")
+            raise BackboneError(
+                f"{self.path} gives {outputs} channels, which are not {sizes} for q, k and v. Change the map as a "
+                "whole (targets=qkv); its family may say the sizes (Site(sizes=...))."
+            )
         place = self.parts.index(kind)
         return replace(self, kind=kind, rows=(sum(sizes[:place]), sum(sizes[: place + 1])))
 

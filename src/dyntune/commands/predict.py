@@ -108,5 +108,7 @@ def task_of(model: TunedModel | OpenedModel) -> Task:
         return model.task
     name = model.config.get("task", Classification.name)
     if name != Classification.name:
-        raise ExportError(f"the model was exported for {name}; predict reads classifiers. Use dyntune.open_export.")
+        raise ExportError(
+            f"the model was exported for {name}; predict reads classifiers. Use dyntune.open_export in Python."
+        )
     return Classification()

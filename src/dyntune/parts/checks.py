@@ -21,7 +21,10 @@ def check_gates(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
     for policy in policies:
         for kind, hook in ((GatingPolicy, "gates"), (ReducingPolicy, "reduces")):
             if getattr(type(policy), hook) is not getattr(TokenPolicy, hook) and not isinstance(policy, kind):
-                raise BackboneError(f"{policy.name()} has {hook}() but does not derive from {kind.__name__}.")
+                raise BackboneError(
+                    f"{policy.name()} has {hook}() but does not derive from {kind.__name__}, whose other hooks a "
+                    "forward pass asks. Derive from it."
+                )
     for block in backbone.blocks:
         gated = [unit for policy in policies for unit in (block, block.attn, block.mlp) if policy.gates(unit)]
         if len(gated) != len(set(gated)) or (block in gated and len(gated) > 1):
