@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import dyntune
 from dyntune.backbones.hosts import wrap
+from dyntune.core.shapes import shapes_only
 from dyntune.model.macs import FusedAttention, MacCounter, Watch, trace
 from dyntune.parts.registry import resolve
 
@@ -35,7 +36,7 @@ TABLE = {
 
 
 def on_meta(name, **options):
-    with torch.device("meta"):
+    with shapes_only():
         return timm.create_model(name, **options)
 
 
@@ -315,7 +316,7 @@ def traced():
     def with_policy(spec):
         backbone, (policy,) = wrap(host), resolve([spec])
         policy = policy.from_strings({}) if isinstance(policy, type) else policy
-        with torch.device("meta"):
+        with shapes_only():
             policy.install(backbone)
         return trace(backbone, (policy,))
 

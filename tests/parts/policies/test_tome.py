@@ -11,6 +11,7 @@ from written_out import built, close, without_noise
 import dyntune
 from dyntune.core.errors import BackboneError, SpecError
 from dyntune.core.matching import bipartite_matching, weighted_mean
+from dyntune.core.shapes import shapes_only
 from dyntune.parts.policies.tome import ToMe
 from dyntune.parts.registry import resolve
 
@@ -436,7 +437,7 @@ def closed_form(schedule, bottleneck=0):
 
 
 def vit_base(*parts):
-    with torch.device("meta"):
+    with shapes_only():
         return dyntune.tune(timm.create_model("vit_base_patch16_224", num_classes=100), *parts)
 
 
