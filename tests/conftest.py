@@ -1,5 +1,6 @@
 """Tiny random hosts that every test file shares: one per kind of timm ViT that is supported."""
 
+import gc
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -71,6 +72,13 @@ def _images_for(host: VisionTransformer, batch: int, seed: int = 0) -> Tensor:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_are_no_garbage() -> None:
+    """Each full collection went through a million objects of libraries, which stay until the end anyway."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
