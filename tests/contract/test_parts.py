@@ -11,7 +11,7 @@ import torch
 import dyntune
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import TokenPolicy
-from dyntune.parts.policies.dispatch import Dispatcher
+from dyntune.parts.policies.dispatcher import Dispatcher
 from dyntune.parts.policies.reducing import ReducingPolicy
 from dyntune.parts.presets.base import Preset
 from dyntune.parts.registry import expand, part_from_dict, registered, resolve

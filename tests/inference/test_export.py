@@ -17,7 +17,7 @@ from dyntune.inference.export.registry import lookup
 from dyntune.inference.export.runtimes.onnx import OLDEST_OPSET, OPSET, Onnx, newest_opset
 from dyntune.inference.export.runtimes.openvino import OpenVino
 from dyntune.parts.methods.base import TuningMethod
-from dyntune.parts.policies.dispatch import Dispatcher
+from dyntune.parts.policies.dispatcher import Dispatcher
 from dyntune.parts.registry import registered
 
 RUNTIMES = ("torch", "onnx", "openvino")
