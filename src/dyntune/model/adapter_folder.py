@@ -1,7 +1,8 @@
 """Writing and reading the folder of an adapter: JSON, safetensors and a model card, atomically and strictly.
 
-``adapter_model.safetensors`` holds the trained tensors (adapters, dispatchers, head), ``adapter_config.json`` all that
-is needed to put them on the same backbone again. Nothing is unpickled.
+``dyntune.safetensors`` holds the trained tensors (adapters, dispatchers, head), ``dyntune.json`` all that is needed to
+put them on the same backbone again. Nothing is unpickled. Other libraries read files called ``adapter_config.json`` and
+fail on one that is not theirs; folders of earlier versions, which have that name, are read as before.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from dyntune.model.card import model_card
 from dyntune.model.rates import Calibration
 
 FORMAT = 1
-CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-PREVIOUS = ".adapter_model.previous.safetensors"
+CONFIG, WEIGHTS, CARD = "dyntune.json", "dyntune.safetensors", "README.md"
+PREVIOUS = ".dyntune.previous.safetensors"
+FORMER_CONFIG = "adapter_config.json"
+FORMER_WEIGHTS = ("adapter_model.safetensors", ".adapter_model.previous.safetensors")
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -54,6 +57,9 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any
         "weights_sha256": hashlib.sha256(payload).hexdigest(),
     }
     _replace(folder, payload, config)
+    if _is_ours(folder / FORMER_CONFIG):
+        for name in (FORMER_CONFIG, *FORMER_WEIGHTS):
+            (folder / name).unlink(missing_ok=True)
     write_text(folder / CARD, model_card(config, tensors))
 
 
@@ -88,14 +94,22 @@ def _belongs(payload: bytes, folder: Path) -> bool:
         return False
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a file is the configuration of an adapter of Dyntune."""
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))["library"] == "dyntune")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of a saved adapter.
 
     Raises:
         CheckpointError: there is none, or it is not one of Dyntune's in a format that this version knows.
     """
-    path = Path(folder) / CONFIG
-    if not path.is_file():
+    path = next((path for path in (Path(folder) / CONFIG, Path(folder) / FORMER_CONFIG) if path.is_file()), None)
+    if path is None:
         raise CheckpointError(
             f"no saved adapter in {folder}: {CONFIG} is missing. Give the folder that save() or train wrote."
         )
@@ -104,7 +118,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}.") from error
     if not isinstance(config, dict) or config.get("library") != "dyntune":
-        raise CheckpointError(f"{path} was not written by Dyntune (a PEFT adapter has the same file names).")
+        other = " (it may be an adapter of PEFT, which peft.PeftModel.from_pretrained reads)"
+        raise CheckpointError(f"{path} was not written by Dyntune{other if path.name == FORMER_CONFIG else ''}.")
     if not isinstance(config.get("format"), int) or config["format"] > FORMAT:
         raise CheckpointError(
             f"{path} has format {config.get('format')!r}; this Dyntune reads up to {FORMAT}. Upgrade Dyntune."
@@ -118,10 +133,11 @@ def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there are none.
     """
-    path = folder / WEIGHTS
-    if not path.is_file():
+    files = [folder / name for name in (WEIGHTS, PREVIOUS, *FORMER_WEIGHTS)]
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
         raise CheckpointError(f"{folder} is incomplete: {WEIGHTS} is missing.")
-    payloads = [file.read_bytes() for file in (path, folder / PREVIOUS) if file.is_file()]
+    payloads = (file.read_bytes() for file in files if file.is_file())
     payload = next((p for p in payloads if hashlib.sha256(p).hexdigest() == config.get("weights_sha256")), None)
     if payload is None:
         raise CheckpointError(

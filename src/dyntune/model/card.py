@@ -11,7 +11,7 @@ def model_card(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """Markdown with the metadata that model hubs read.
 
     Args:
-        config: what ``adapter_config.json`` holds.
+        config: what ``dyntune.json`` holds.
         tensors: the saved tensors.
     """
     name = config["backbone"]["name"]
