@@ -126,6 +126,10 @@ class Site:
     biases: tuple[str, ...] = ()
     sizes: tuple[int, ...] = ()
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the host's module makes of ``x``, with whatever is put on it and the bias that stands beside it."""
+        return mapped(getattr(self.owner, self.attribute), x, self._beside() if self.biases else None)
+
     @property
     def module(self) -> nn.Module:
         """The host's own module, whatever is put on it."""
@@ -185,11 +189,10 @@ class Site:
 
     def _beside(self) -> Tensor | None:
         """The bias of the whole map that its owner keeps, ``(outputs,)``."""
-        outputs = len(cast(Tensor, self.module.weight))
         parts = [getattr(self.owner, name, None) for name in self.biases]
         if all(part is None for part in parts):
             return None
-        size = outputs // len(parts)
+        size = len(cast(Tensor, self.module.weight)) // len(parts)
         like = next(part for part in parts if part is not None)
         return torch.cat([like.new_zeros(size) if part is None else part for part in parts])
 
