@@ -38,6 +38,8 @@ def wrap(host: nn.Module) -> Backbone:
 
 def wrap_plain(host: nn.Module) -> Backbone:
     """As ``wrap``, of a host in which no other library's layers are looked for."""
+    if type(host).__module__.startswith("transformers.models.timm_wrapper."):
+        host = host.timm_model  # type: ignore[assignment]
     refusals = []
     for family in families().values():
         if family.knows(host):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyntune.backbones.hosts import check_arguments, rebuild
+from dyntune.backbones.hosts import check_arguments, rebuild, wrap_plain
 from dyntune.backbones.origin import BackboneSource
 from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError, SpecError
 from dyntune.data.transforms import Preprocessing
@@ -130,7 +130,7 @@ def _with_peft(host: nn.Module, recipe: Any, folder: Path) -> nn.Module:
             f"({error}). Install it: pip install 'dyntune[peft]'."
         ) from error
     try:
-        return with_layers(host, recipe)
+        return with_layers(host, recipe, wrap_plain)
     except BackboneError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
 

@@ -70,7 +70,7 @@ class TunedModel(nn.Module):
         self.origin: BackboneSource = plain.origin()
         self.preprocessing: Preprocessing = plain.preprocessing()
         self.task: Task = Classification()
-        self.classes: tuple[str, ...] | None = None
+        self.classes: tuple[str, ...] | None = plain.class_names
         self.parts = settled(host, parts, self.dense_macs)
         self.methods = tuple(part for part in expand(self.parts) if isinstance(part, TuningMethod))
         self.policies = install(self.backbone, self.parts)
@@ -190,7 +190,9 @@ class TunedModel(nn.Module):
                 "save the whole model with safetensors.torch.save_model(model.backbone.host, FILE)."
             )
         folder, tensors = Path(folder), self.saved_state()
-        every = {self.backbone.saved_name(name) for name, _ in self.backbone.named_parameters()}
+        idle = {id(parameter) for parameter in self.backbone.plain().idle}
+        named = self.backbone.named_parameters()
+        every = {self.backbone.saved_name(name) for name, p in named if id(p) not in idle}
         about = {
             "spec": self.spec,
             "parts": [part.to_dict() for part in expand(self.parts)],
@@ -270,6 +272,7 @@ def build_tuned(
 
 def _fingerprint(backbone: Backbone, adopted: Sequence[nn.Parameter]) -> str | None:
     """Digest of the weights that are the same for every adapter: without the head, and what was trained before."""
-    left_out = backbone.head_parameters() | {n for n, p in backbone.named_parameters() if any(p is a for a in adopted)}
-    weights = [(name, p) for name, p in backbone.named_parameters() if name not in left_out]
+    trained = backbone.head_parameters() | {n for n, p in backbone.named_parameters() if any(p is a for a in adopted)}
+    left_out = {backbone.saved_name(name) for name in trained}
+    weights = [(name, p) for name, p in backbone.weights() if name not in left_out]
     return None if any(p.is_meta for _, p in weights) else fingerprint(weights)
