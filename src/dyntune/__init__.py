@@ -13,11 +13,11 @@ from dyntune.inference.optimized import OptimizedModel, optimize
 from dyntune.model.cost import Cost, cost
 from dyntune.model.load import load
 from dyntune.model.macs import MacCounter
+from dyntune.model.objective import Loss, training_loss
 from dyntune.model.published import load_published
 from dyntune.model.rates import Calibration, calibrate
 from dyntune.model.tuned import TunedModel, tune
 from dyntune.parts.registry import registered
-from dyntune.training.objective import Loss, training_loss
 
 if TYPE_CHECKING:
     from dyntune.inference.export.bundle import export

@@ -3,6 +3,8 @@
 ``dyntune.safetensors`` holds the trained tensors (adapters, dispatchers, head), ``dyntune.json`` all that is needed to
 put them on the same backbone again. Nothing is unpickled. Other libraries read files called ``adapter_config.json`` and
 fail on one that is not theirs; folders of earlier versions, which have that name, are read as before.
+
+``transformers.Trainer`` writes a file of what ``state_dict`` gives, ``model.safetensors``; a tensor in it is the JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from dyntune.model.rates import Calibration
 FORMAT = 1
 CONFIG, WEIGHTS, CARD = "dyntune.json", "dyntune.safetensors", "README.md"
 PREVIOUS = ".dyntune.previous.safetensors"
+TRAINER_WEIGHTS = "model.safetensors"
+DESCRIPTION = "dyntune.json"
+"""The name of the tensor with the bytes of the JSON among those that a Trainer has saved."""
 FORMER_CONFIG = "adapter_config.json"
 FORMER_WEIGHTS = ("adapter_model.safetensors", ".adapter_model.previous.safetensors")
 
@@ -48,19 +53,18 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any
     payload = safetensors.torch.save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"}
     )
-    config = {
-        "library": "dyntune",
-        "format": FORMAT,
-        "dyntune_version": VERSION,
-        "torch_version": torch.__version__,
-        **about,
-        "weights_sha256": hashlib.sha256(payload).hexdigest(),
-    }
+    config = versioned(about) | {"weights_sha256": hashlib.sha256(payload).hexdigest()}
     _replace(folder, payload, config)
     if _is_ours(folder / FORMER_CONFIG):
         for name in (FORMER_CONFIG, *FORMER_WEIGHTS):
             (folder / name).unlink(missing_ok=True)
     write_text(folder / CARD, model_card(config, tensors))
+
+
+def versioned(about: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of an adapter, but for the digest of its weights: by whom it is written, and what it says."""
+    versions = {"dyntune_version": VERSION, "torch_version": torch.__version__}
+    return {"library": "dyntune", "format": FORMAT, **versions, **about}
 
 
 def write_calibration(folder: Path, calibration: Calibration) -> None:
@@ -108,14 +112,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, or it is not one of Dyntune's in a format that this version knows.
     """
-    path = next((path for path in (Path(folder) / CONFIG, Path(folder) / FORMER_CONFIG) if path.is_file()), None)
+    names = (CONFIG, FORMER_CONFIG, TRAINER_WEIGHTS)
+    path = next((path for name in names if (path := Path(folder) / name).is_file()), None)
     if path is None:
         raise CheckpointError(
             f"no saved adapter in {folder}: {CONFIG} is missing. Give the folder that save() or train wrote."
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        text = _description(path) if path.name == TRAINER_WEIGHTS else path.read_text(encoding="utf-8")
+        config = json.loads(text)
+    except (ValueError, OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}.") from error
     if not isinstance(config, dict) or config.get("library") != "dyntune":
         other = " (it may be an adapter of PEFT, which peft.PeftModel.from_pretrained reads)"
@@ -127,12 +133,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _description(path: Path) -> str:
+    """The JSON in a file of tensors that a Trainer has written; empty without any."""
+    with safetensors.safe_open(path, "pt") as file:
+        if DESCRIPTION not in file.keys():  # noqa: SIM118  it is no mapping
+            return "{}"
+        return bytes(file.get_tensor(DESCRIPTION).tolist()).decode()
+
+
 def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of a saved adapter that belong to its configuration.
 
     Raises:
         CheckpointError: there are none.
     """
+    if "weights_sha256" not in config and (folder / TRAINER_WEIGHTS).is_file():
+        tensors = safetensors.torch.load_file(folder / TRAINER_WEIGHTS)
+        return {name: tensor for name, tensor in tensors.items() if name != DESCRIPTION}
     files = [folder / name for name in (WEIGHTS, PREVIOUS, *FORMER_WEIGHTS)]
     path = next((file for file in files if file.is_file()), None)
     if path is None:

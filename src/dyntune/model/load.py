@@ -11,9 +11,18 @@ from torch import Tensor, nn
 
 from dyntune.backbones.hosts import check_arguments, rebuild, wrap_plain
 from dyntune.backbones.origin import BackboneSource
-from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError, SpecError
+from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError, SpecError, in_one_line
 from dyntune.data.transforms import Preprocessing
-from dyntune.model.adapter_folder import CONFIG, read_config, read_weights
+from dyntune.model.adapter_folder import (
+    CARD,
+    CONFIG,
+    FORMER_CONFIG,
+    FORMER_WEIGHTS,
+    TRAINER_WEIGHTS,
+    WEIGHTS,
+    read_config,
+    read_weights,
+)
 from dyntune.model.rates import Calibration, dispatchers
 from dyntune.model.tasks import Task, saved_task
 from dyntune.model.tuned import TunedModel
@@ -106,6 +115,39 @@ def load(
     model.classes = classes
     model.calibration = _fitting(calibration, model, folder) if not extra else None
     return model.to(device).eval()
+
+
+def from_pretrained(
+    place: str | Path, *, revision: str | None = None, token: str | bool | None = None, **options: Any
+) -> TunedModel:
+    """``load`` from a folder, or from a repository of Hugging Face's hub that ``push_to_hub`` has filled.
+
+    Args:
+        place: the folder, or ``owner/name``.
+        revision: of the repository.
+        token: see ``huggingface_hub``.
+        options: as for ``load``.
+
+    Raises:
+        CheckpointError: there is no such folder, and the repository cannot be had.
+    """
+    if Path(place).is_dir():
+        return load(place, **options)
+    from huggingface_hub import snapshot_download
+
+    files = [CONFIG, WEIGHTS, CARD, FORMER_CONFIG, FORMER_WEIGHTS[0], TRAINER_WEIGHTS]
+    try:
+        folder = snapshot_download(str(place), revision=revision, token=token, allow_patterns=files)
+    except Exception as error:
+        # huggingface_hub and the network stack each have their own error types for this.
+        raise CheckpointError(
+            f"no folder {place}, and no repository of that name can be had: {in_one_line(error)}. Without a network, "
+            f"fetch {CONFIG} and {WEIGHTS} of it into a folder elsewhere, and give that."
+        ) from error
+    return load(folder, **options)
+
+
+TunedModel.from_pretrained = staticmethod(from_pretrained)
 
 
 def _fitting(calibration: Calibration | None, model: TunedModel, folder: Path) -> Calibration | None:

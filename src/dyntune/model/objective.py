@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,24 @@ from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosts import wrap
 from dyntune.model.executions import Masked
 from dyntune.model.forward import run
-from dyntune.model.tuned import TunedModel
-from dyntune.parts.policies.base import CompletePass, Output, learners
+from dyntune.model.tasks import Task
+from dyntune.parts.policies.base import CompletePass, Output, TokenPolicy, learners
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """Outputs, such as logits ``(B, classes)``, and targets to a scalar loss."""
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """What a loss must know of a tuned model."""
+
+    backbone: Backbone
+    policies: tuple[TokenPolicy, ...]
+    task: Task
+
+    def run(self, images: Tensor, *, complete: bool = False) -> Output:
+        """See ``TunedModel.run``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,7 @@ class Loss:
 
 
 def training_loss(
-    model: TunedModel,
+    model: Learner,
     images: Tensor,
     targets: Tensor,
     criterion: Criterion | None = None,
@@ -98,7 +112,7 @@ def dense_output(teacher: nn.Module, images: Tensor) -> Output:
     modes = {module: module.training for module in teacher.modules()}
     teacher.eval()
     try:
-        if isinstance(teacher, TunedModel):
+        if isinstance(teacher, Learner):
             return teacher.run(images)
         return run(teacher if isinstance(teacher, Backbone) else wrap(teacher), (), images, Masked())
     finally:
