@@ -7,6 +7,7 @@ name, for instance ``dyntune.DyT`` and ``dyntune.AdaptFormer``.
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from dyntune.backbones.huggingface_models import add_classifier
 from dyntune.core.errors import DyntuneError
 from dyntune.core.version import VERSION as __version__
 from dyntune.inference.optimized import OptimizedModel, optimize
@@ -36,6 +37,7 @@ __all__ = [
     "OptimizedModel",
     "TunedModel",
     "__version__",
+    "add_classifier",
     "calibrate",
     "cost",
     "evaluate",

@@ -476,7 +476,7 @@ def _no_way_back(replace):
 
 def test_a_tuned_model_is_no_backbone(build, tmp_path):
     folder = build().save(tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match="give the plain timm model"):
+    with pytest.raises(CheckpointError, match="give the plain model"):
         dyntune.load(folder, backbone=build())
 
 

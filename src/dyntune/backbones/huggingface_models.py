@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dyntune.core.errors import BackboneError, in_one_line
+from dyntune.core.files import write_json
 from dyntune.data.transforms import Preprocessing
 
 PREFIX = "hf:"
@@ -215,7 +216,13 @@ def _loaded(cls: Any, config: Any, place: str, weights: str | Path | None, known
     if weights is not None and Path(weights).is_file():
         state, place, known = _state(Path(weights)), None, {}  # type: ignore[assignment]
     host, info = cls.from_pretrained(
-        place, config=config, state_dict=state, ignore_mismatched_sizes=True, output_loading_info=True, **known
+        place,
+        config=config,
+        state_dict=state,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        attn_implementation="sdpa",  # a file may name another, which transformers would fetch
+        **known,
     )
     heads = ("classifier.", "cls_classifier.", "distillation_classifier.")
     left = (name if isinstance(name, str) else name[0] for name in (*info["missing_keys"], *info["mismatched_keys"]))
@@ -351,6 +358,23 @@ def preprocessing(host: Any, kind: str, size: tuple[int, int]) -> Preprocessing:
     if isinstance(resample, int) and 0 <= resample < len(_RESAMPLE):
         interpolation = _RESAMPLE[resample]
     return Preprocessing(size, mean, std, interpolation)
+
+
+def write_processor(preprocessing: Preprocessing, folder: Path) -> None:
+    """Writes the file of an image processor that resizes to the size and normalises, as it was done in training."""
+    height, width = preprocessing.size
+    values = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": _RESAMPLE.index(preprocessing.interpolation),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+    }
+    write_json(folder / _PROCESSOR, values)
 
 
 def class_names(config: Any) -> tuple[str, ...] | None:

@@ -97,13 +97,21 @@ def described(host: Any, arguments: dict[str, Any]) -> BackboneSource:
     config = getattr(host, "pretrained_cfg", None) or {}
     if not config.get("architecture"):
         return BackboneSource(None)
-    if not timm.is_model(config["architecture"]) or config.get("source") == "hf-hub":
+    if not timm.is_model(config["architecture"]):
         return BackboneSource(None)
-    name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
+    if config.get("source") == "hf-hub":
+        name = f"hf-hub:{config['hf_hub_id']}"
+    elif config.get("source") == "local-dir":
+        name = f"local-dir:{Path(config['file']).resolve()}"
+    else:
+        name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
     source = BackboneSource(name, arguments)
     # Arguments that leave no trace in these (an activation, an epsilon, a patch size) would build another model.
-    with torch.device("meta"):
-        rebuilt = create(name, pretrained=False, **arguments)
+    try:
+        with torch.device("meta"):
+            rebuilt = create(name, pretrained=False, **arguments)
+    except BackboneError:  # the configuration of a model on the hub is not there any more
+        return BackboneSource(None)
     return source if _structure(rebuilt) == _structure(host) else BackboneSource(None)
 
 

@@ -45,8 +45,9 @@ def load(
 
     Args:
         folder: what ``save`` wrote.
-        backbone: the pretrained model, if it shall not be built from its timm name; it is adapted in place.
-        weights: local weight file of the backbone, instead of the source that was recorded.
+        backbone: the pretrained model, if it shall not be built from its name; it is adapted in place.
+        weights: local weight file of the backbone, for models of transformers or its folder, instead of the source that
+            was recorded.
         device: where the model goes.
         check_backbone: refuse a backbone whose weights differ from those that the adapter was trained on.
         policy: a token policy without parameters to put on top, for instance ``"tome:r=8"``. The gates then see other
@@ -64,7 +65,7 @@ def load(
         policy = policy or tokens
     folder = Path(folder)
     if isinstance(backbone, TunedModel):
-        raise CheckpointError("backbone is a tuned model already; give the plain timm model, one for each adapter.")
+        raise CheckpointError("backbone is a tuned model already; give the plain model, one for each adapter.")
     config = read_config(folder)
     tensors = read_weights(folder, config)
     try:
