@@ -360,8 +360,10 @@ def preprocessing(host: Any, kind: str, size: tuple[int, int]) -> Preprocessing:
     return Preprocessing(size, mean, std, interpolation)
 
 
-def write_processor(preprocessing: Preprocessing, folder: Path) -> None:
-    """Writes the file of an image processor that resizes to the size and normalises, as it was done in training."""
+def write(host: Any, preprocessing: Preprocessing, folder: Path) -> None:
+    """Writes a model as ``from_pretrained`` reads it, with an image processor that does what was done in training."""
+    with _quiet(library()):
+        host.save_pretrained(folder)
     height, width = preprocessing.size
     values = {
         "image_processor_type": "ViTImageProcessor",

@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 import typer
 
+from dyntune.backbones import huggingface_models
 from dyntune.backbones.hosts import rebuild
-from dyntune.backbones.huggingface_models import write_processor
 from dyntune.commands.common import RunArgument, WeightsOption, out
 from dyntune.core.errors import CheckpointError
 from dyntune.core.files import write_atomically
@@ -52,8 +52,7 @@ def command(
             "merge in Python: model.merge() returns the module."
         )
     if folder:
-        merged.save_pretrained(file)
-        write_processor(model.preprocessing, file)
+        huggingface_models.write(merged, model.preprocessing, file)
         out.print(f"wrote {file}: the whole model, as dense as its backbone", highlight=False)
         out.print(f'next: {type(merged).__name__}.from_pretrained("{file}")', highlight=False, soft_wrap=True)
         return
