@@ -183,12 +183,12 @@ def test_logits_and_gates_are_those_of_a_straight_line_reading(make_hf, kind, sp
 
 
 FIGURES = {
-    "vit": (85_798_656, 102_912, 205_824, 17_581_972_224, 12_059_247_360, 8_745_523_968),
-    "dinov2": (85_725_696 - 768, 102_912, 205_824, 23_185_899_264, 15_972_499_200, 11_432_034_048),
-    "siglip": (85_797_120, 102_912, 205_824, 17_489_697_792, 11_966_825_472, 8_656_714_752),
-    "siglip-tower": (92_884_224, 110_592, 205_824, 17_727_111_936, 12_204_239_616, 8_894_128_896),
+    "vit": (85_798_656, 102_912, 205_824, 17_581_972_224, 12_059_247_360, 8_745_523_968, 17_640_069_888),
+    "dinov2": (85_725_696 - 768, 102_912, 205_824, 23_185_899_264, 15_972_499_200, 11_432_034_048, 23_261_691_648),
+    "siglip": (85_797_120, 102_912, 205_824, 17_489_697_792, 11_966_825_472, 8_656_714_752, 17_547_500_544),
+    "siglip-tower": (92_884_224, 110_592, 205_824, 17_727_111_936, 12_204_239_616, 8_894_128_896, 17_784_914_688),
 }
-"""Parameters that take part, trained ones of BitFit and SSF, MACs dense and of DyT on MLPs and on layers."""
+"""Parameters that take part, trained ones of BitFit and SSF, MACs dense, of DyT on MLPs and on layers, of LoRA."""
 
 
 @pytest.mark.parametrize("kind", FIGURES)
@@ -211,7 +211,7 @@ def test_costs_of_base_sized_towers(kind):
             model = dyntune.tune(host(), spec)
         return dyntune.cost(model), model
 
-    parameters, bitfit, ssf, dense, mlp, layer = FIGURES[kind]
+    parameters, bitfit, ssf, dense, mlp, layer, lora = FIGURES[kind]
     figures, model = cost("dyt:bottleneck=8")
     added = figures.trainable_params + figures.head_params + sum(p.numel() for p in model.backbone.idle)
     assert figures.total_params - added == parameters
@@ -220,6 +220,44 @@ def test_costs_of_base_sized_towers(kind):
     assert cost("dyt:dispatch=layer,bottleneck=8")[0].macs == layer
     assert cost("bitfit")[0].trainable_params == bitfit
     assert cost("ssf")[0].trainable_params == ssf
+    for targets in ("qkv", "q/v"):
+        figures = cost(f"lora:targets={targets}")[0]
+        assert (figures.macs, figures.trainable_params) == (lora, 294_912)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["dyt", "lora", "lora:targets=q/v+dispatch", "ssf+lora", "fact-tt", "noah"])
+def test_an_adapter_of_timms_twin_fits_and_gives_the_same_logits(make_hf, make_host, randomise, tmp_path, spec):
+    """Three maps or one to queries, keys and values: parts have the same tensors, under the same names."""
+    timm_host, host = make_host("plain"), make_hf("vit", layer_norm_eps=1e-6)
+    theirs = timm_host.state_dict()
+    backbone = wrap(host)
+    for name, parameter in backbone.named_parameters():
+        name = backbone.saved_name(name).removeprefix("host.")
+        values = {
+            "embeddings.cls_token": "cls_token",
+            "embeddings.position_embeddings": "pos_embed",
+            "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
+            "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
+        }
+        part = re.fullmatch(r"(blocks\.\d+\.attn)\.([qkv])\.(.*)", name)
+        if part:
+            whole = theirs[f"{part[1]}.qkv.{part[3]}"]
+            parameter.copy_(whole.chunk(3)["qkv".index(part[2])])
+        else:
+            parameter.copy_(theirs[values.get(name, name)])
+    torch.manual_seed(0)
+    model = tuned(timm_host, spec)
+    for tensor in model.saved_state().values():
+        tensor += 0.1 * torch.randn_like(tensor)
+    images = torch.randn(4, 3, 32, 32)
+    twin = dyntune.load(model.save(tmp_path), backbone=host, check_backbone=False)
+    expected = model.run(images)
+    torch.testing.assert_close(twin(images), expected.logits, atol=1e-5, rtol=1e-5)
+    merged, own = twin.merge(), model.merge()
+    expected = own(images)
+    found = merged(images)
+    torch.testing.assert_close(getattr(found, "logits", found), expected, atol=1e-5, rtol=1e-5)
 
 
 def holder(**children):

@@ -10,7 +10,7 @@ import torch
 from timm.layers import GELU, GELUTanh, QuickGELU
 from torch import Tensor, nn
 
-from dyntune.backbones.sites import QueriesApart, Site
+from dyntune.backbones.sites import JointSite, QueriesApart, Site
 from dyntune.backbones.units import Attention, Block, Mlp, MlpParts, Nonlinearity
 from dyntune.core.tokens import Tokens
 
@@ -123,6 +123,7 @@ class HostedAttention(Attention):
         self._head_width = head_width
         self.norm_site = norm
         self.maps = tuple(maps)
+        self.qkv = self.maps[0] if len(self.maps) == 1 else JointSite.of(self.maps)
         self.chain = tuple(chain)
         self.out = out
         self.q_norm = q_norm
@@ -143,30 +144,29 @@ class HostedAttention(Attention):
 
     def project(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         normed = self.normed(tokens)
-        if len(self.maps) == 1:
-            q, k, v = self.maps[0](normed).unflatten(-1, (3, -1, self._head_width)).unbind(-3)
+        if isinstance(self.qkv, JointSite):
+            q, k, v = (y.unflatten(-1, (-1, self._head_width)) for y in self.qkv.outputs((normed,) * 3))
         else:
-            q, k, v = (site(normed).unflatten(-1, (-1, self._head_width)) for site in self.maps)
+            q, k, v = self.qkv(normed).unflatten(-1, (3, -1, self._head_width)).unbind(-3)
         return self._head_norms(q, k, v)
 
     def _head_norms(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return q if self.q_norm is None else self.q_norm(q), k if self.k_norm is None else self.k_norm(k), v
 
     def split_queries(self) -> bool:
-        if len(self.maps) == 1:
-            site = self.maps[0]
-            setattr(site.owner, site.attribute, QueriesApart(cast(nn.Linear, site.module)))
+        if not isinstance(self.qkv, JointSite):
+            setattr(self.qkv.owner, self.qkv.attribute, QueriesApart(cast(nn.Linear, self.qkv.module)))
         return True
 
     def project_first(self, tokens: Tokens, count: int) -> tuple[Tensor, Tensor, Tensor]:
         normed, width = self.normed(tokens), self._head_width
-        if len(self.maps) == 1:
-            apart = _live(self.maps[0])
+        if not isinstance(self.qkv, JointSite):
+            apart = _live(self.qkv)
             q = apart.queries(normed[:, :count]).unflatten(-1, (-1, width))
             k, v = apart.keys_values(normed).unflatten(-1, (2, -1, width)).unbind(-3)
         else:
-            inputs = (normed[:, :count], normed, normed)
-            q, k, v = (site(x).unflatten(-1, (-1, width)) for site, x in zip(self.maps, inputs, strict=True))
+            outputs = self.qkv.outputs((normed[:, :count], normed, normed))
+            q, k, v = (y.unflatten(-1, (-1, width)) for y in outputs)
         return self._head_norms(q, k, v)
 
     def combine(self, attended: Tensor) -> Tensor:
@@ -261,10 +261,10 @@ def _nonlinearity(module: Any) -> Nonlinearity | None:
 def block_sites(block: Block) -> Iterator[Site]:
     """The sites of a block of hosted sub-layers, in the order of a forward pass, but for norms that stand behind."""
     attn, mlp = cast(HostedAttention, block.attn), cast(HostedMlp, block.mlp)
-    for part in (attn, mlp):
+    for part, maps in ((attn, (attn.qkv,)), (mlp, mlp.maps)):
         behind = [link for link in part.chain if isinstance(link, Site) and link.kind in ("norm1", "norm2")]
         yield from (() if part.norm_site is None else (part.norm_site,))
-        yield from (*part.maps, part.out, *behind)
+        yield from (*maps, part.out, *behind)
 
 
 def fold_factors(blocks: Sequence[Block]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from enum import Enum
 from importlib.metadata import version
 from typing import Any, Self
@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.sites import Changed, Site
+from dyntune.backbones.sites import Changed, JointSite, Site
 from dyntune.core.errors import BackboneError
 from dyntune.core.tokens import Tokens
 
@@ -181,7 +181,7 @@ class PeftBackbone(Backbone):
 
     def all_sites(self) -> Iterator[Site]:
         for site in self.inner.all_sites():
-            yield _PeftSite(**vars(site) | {"owner": _active(site.owner)})
+            yield _wrapped(site)
 
     def plain(self) -> Backbone:
         return self.wrap(_stripped(self.host))
@@ -299,6 +299,13 @@ class PeftBackbone(Backbone):
     def _inactive(self, name: str) -> bool:
         """Whether a tensor of one of PEFT's layers belongs to an adapter that is not active."""
         return not set(self.peft.peft_config).difference(self.peft.active_adapters).isdisjoint(name.split("."))
+
+
+def _wrapped(site: Site) -> Site:
+    """A site of the host with PEFT's layers in it."""
+    if isinstance(site, JointSite):
+        return replace(site, owner=_active(site.owner), maps=tuple(map(_wrapped, site.maps)))
+    return _PeftSite(**vars(site) | {"owner": _active(site.owner)})
 
 
 class _PeftSite(Site):

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from timm.layers import QuickGELU
@@ -212,6 +212,7 @@ class HuggingFace(Backbone):
         self._roles[_join(path, attention)] = f"{role}.attn"
         maps = [site(kind, _join(attention, _first(attn, names)[0]), f"attn.{kind}") for kind, names in _MAPS]
         inner = getattr(attn, "attention", attn)
+        self._roles[_join(path, attention, "attention" if inner is not attn else "", "joined")] = f"{role}.attn.qkv"
         dropout = next(name for name in ("attention_dropout", "dropout_prob", "dropout") if hasattr(inner, name))
         width = int(self._config.hidden_size)
         hosted = HostedAttention(
@@ -377,8 +378,8 @@ class HuggingFace(Backbone):
         stays = super().fold()
         # A bias that a fold has given the keys is read from a file only if the configuration names it.
         if hasattr(self._config, "key_bias"):
-            maps = [site.module for site in self.sites("k")]
-            self._config.key_bias = any(getattr(module, "bias", None) is not None for module in maps)
+            keys = [cast(HostedAttention, block.attn).maps[1].module for block in self.blocks]
+            self._config.key_bias = any(getattr(module, "bias", None) is not None for module in keys)
         return stays
 
     def fold_factors(self) -> None:
