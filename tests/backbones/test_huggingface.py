@@ -483,6 +483,9 @@ def test_size_statistics_and_labels_are_those_beside_the_weights(folder):
 def test_another_image_size_is_kept_with_the_run(folder, tmp_path, kind):
     host = create_backbone(f"hf:{folder(kind)}", num_classes=3, img_size=48)
     model = tuned(host, "dyt")
+    if kind != "dinov2-registers":
+        with pytest.raises(BackboneError, match=r"images of 48 x 48 pixels; given \(32, 32\)"):
+            model(torch.randn(2, 3, 32, 32))
     assert model.backbone.grid == (6, 6) and model.preprocessing.size == (48, 48)
     images = torch.randn(2, 3, 48, 48)
     resizing = kind in ("vit", "siglip")

@@ -47,6 +47,15 @@ _MLPS = (
 _NORMS = ("layernorm", "norm", "post_layernorm")
 _HEADS = ("classifier", "cls_classifier", "distillation_classifier")
 
+_CLASSES = {
+    *(name for pair in models.MODELS.values() for name in pair if name),
+    models.TowerClassifier.__name__,
+    "DeiTForImageClassificationWithTeacher",
+    "CLIPVisionTransformer",
+    "SiglipVisionTransformer",
+    "Siglip2VisionTransformer",
+}
+"""Hosts: the last three are what two-tower models of transformers 4 call their ``vision_model``."""
 _ACTIVATIONS = nn.ModuleDict(
     {"gelu": nn.GELU(), "gelu_pytorch_tanh": nn.GELU(approximate="tanh"), "quick_gelu": QuickGELU(), "silu": nn.SiLU()}
 )
@@ -95,6 +104,9 @@ class HuggingFace(Backbone):
         assert norm is not None
         self._norm = norm
         self._roles[_join(self._path, norm)] = "norm"
+        self._layers = tuple(blocks)
+        self._resizes = "interpolate_pos_encoding" in inspect.signature(type(embeddings).forward).parameters
+        self._size = self._image_size()
 
     @property
     def tower(self) -> Any:
@@ -115,13 +127,7 @@ class HuggingFace(Backbone):
         path = _tower_path(host)
         if path is None or getattr(host.get_submodule(path).config, "model_type", None) not in models.MODELS:
             return "it is another kind of model"
-        plain = name in {*(name for pair in models.MODELS.values() for name in pair if name), "TowerClassifier"}
-        if not plain and name not in (
-            "DeiTForImageClassificationWithTeacher",
-            "CLIPVisionTransformer",
-            "SiglipVisionTransformer",
-            "Siglip2VisionTransformer",
-        ):
+        if not _CLASSES & {base.__name__ for base in type(host).__mro__}:
             return f"{name} is no image classifier and no tower; give the ...ForImageClassification of this model"
         if getattr(host, "is_quantized", False) or getattr(host, "quantization_method", None):
             return "its weights are quantised"
@@ -175,7 +181,6 @@ class HuggingFace(Backbone):
         return _join(place, self._roles.get(path, ""), rest)
 
     def host_name(self, saved: str) -> str:
-        """The name of a module of the host, given as saved names call it, without ``host.``."""
         named = {role: path for path, role in self._roles.items() if _has(self.host, path)}
         role, rest = saved, ""
         while role and role not in named:
@@ -257,14 +262,20 @@ class HuggingFace(Backbone):
         channels, height, width = self.image_shape
         if images.ndim != 4 or images.shape[1] != channels:
             raise BackboneError(f"expected images of shape (B, {channels}, {height}, {width}); given {images.shape}.")
-        rows, columns = (int(side) // patch for side, patch in zip(images.shape[2:], self._patch_size, strict=True))
+        size = tuple(images.shape[2:])
+        if size != (height, width) and not self._any_size:
+            raise BackboneError(
+                f"the backbone takes images of {height} x {width} pixels; given {size}. Resize the images, or build "
+                'the backbone for them: --img-size, or create_backbone("hf:...", img_size=...) in Python.'
+            )
+        rows, columns = (int(side) // patch for side, patch in zip(size, self._patch_size, strict=True))
         images = images.to(next(self._patch[0].parameters()).dtype)
         embeddings = self.tower.embeddings
         if self.kind.startswith("siglip2"):
-            x = embeddings(self._flattened(images), torch.tensor([[rows, columns]]).expand(len(images), -1))
-        elif "interpolate_pos_encoding" in inspect.signature(type(embeddings).forward).parameters:
-            own = _pair(self._config.image_size)
-            x = embeddings(images, interpolate_pos_encoding=tuple(images.shape[2:]) != own)
+            shape = torch.tensor([[rows, columns]], device="cpu")  # its values are looked at
+            x = embeddings(self._flattened(images), shape.expand(len(images), -1))
+        elif self._resizes:
+            x = embeddings(images, interpolate_pos_encoding=size != _pair(self._config.image_size))
         else:
             x = embeddings(images)
         if hasattr(self.tower, "pre_layrnorm"):
@@ -307,6 +318,16 @@ class HuggingFace(Backbone):
         return pool.replace("token", "probe") if self.kind.startswith("siglip") else pool
 
     @property
+    def _distilled(self) -> bool:
+        """Whether there is a classifier for the distillation token too."""
+        return hasattr(self.host, "distillation_classifier")
+
+    @property
+    def _any_size(self) -> bool:
+        """Whether the host itself takes images of any size."""
+        return self.kind.startswith("dino")
+
+    @property
     def _norm_behind(self) -> bool:
         """Whether the last norm sees the pooled output alone, or nothing, as CLIP's."""
         return self.kind.startswith("clip")
@@ -333,9 +354,8 @@ class HuggingFace(Backbone):
                 weights = weights.to(patches.dtype).unsqueeze(-1)
                 read.append((patches * weights).sum(1) / weights.sum(1))
         features = torch.cat(read, dim=1)
-        if type(self.host).__name__ == "DeiTForImageClassificationWithTeacher":
-            heads = self.host.cls_classifier, self.host.distillation_classifier
-            return (heads[0](features) + heads[1](tokens.x[:, 1])) / 2
+        if self._distilled:
+            return (self.host.cls_classifier(features) + self.host.distillation_classifier(tokens.x[:, 1])) / 2
         return self.host.classifier(features) if self.heads else features
 
     def _probe(self, tokens: Tokens) -> Tensor:
@@ -359,7 +379,7 @@ class HuggingFace(Backbone):
     def read_first(self) -> int | None:
         if self._pooled != "token":
             return None
-        return 2 if type(self.host).__name__ == "DeiTForImageClassificationWithTeacher" else 1
+        return 2 if self._distilled else 1
 
     @property
     def class_token(self) -> bool:
@@ -401,16 +421,17 @@ class HuggingFace(Backbone):
     def _patch_size(self) -> tuple[int, int]:
         return _pair(self._config.patch_size)
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        holder = getattr(self.host, "tower", self.host)
+    def _image_size(self) -> tuple[int, int]:
         size = getattr(self.host, "dyntune_image_size", None)
-        if size is None and self.kind.startswith("dino"):  # these take any size, and most are used at another
-            size = models.processor_size(holder)
+        if size is None and self._any_size:  # most of these are used at another size than that of their configuration
+            size = models.processor_size(getattr(self.host, "tower", self.host))
         if size is None and self.kind.startswith("siglip2"):
             size = (math.isqrt(self._config.num_patches) * self._patch_size[0],) * 2
-        height, width = size or _pair(self._config.image_size)
-        return int(self._config.num_channels), height, width
+        return size or _pair(self._config.image_size)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return int(self._config.num_channels), *self._size
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -420,7 +441,7 @@ class HuggingFace(Backbone):
     @property
     def gradient_checkpointing(self) -> bool:
         return torch.is_grad_enabled() and any(
-            getattr(module, "gradient_checkpointing", False) for module in self.tower.modules()
+            getattr(layer, "gradient_checkpointing", False) for layer in self._layers
         )
 
     def switch_gradient_checkpointing(self, on: bool) -> None:
