@@ -84,8 +84,12 @@ class HubModel(nn.Module, abc.ABC):
         logits = self.run(pixel_values).logits
         return self.backbone.answer(self.task.loss(logits, labels), logits)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Lets blocks be recomputed in the backward pass, to save memory; no options are needed for it."""
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Lets every block be recomputed in the backward pass, to save memory.
+
+        Args:
+            options: what the Trainer passes on, other things in each version; nothing depends on them.
+        """
         self.backbone.switch_gradient_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:
