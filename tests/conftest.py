@@ -116,6 +116,59 @@ def two_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def _make_hf(kind: str, **changes: object) -> nn.Module:
+    """A tiny model of transformers, in evaluation, with the random values that its own initialisation gives."""
+    import transformers as t
+
+    tiny = {name: value for name, value in TINY.items() if name != "intermediate_size" or "dinov2" not in kind}
+    if kind == "vit":
+        host = t.ViTForImageClassification(t.ViTConfig(**tiny, num_labels=5, **changes))
+    elif kind == "deit":
+        host = t.DeiTForImageClassification(t.DeiTConfig(**tiny, num_labels=5, **changes))
+    elif kind == "deit-distilled":
+        host = t.DeiTForImageClassificationWithTeacher(t.DeiTConfig(**tiny, num_labels=5, **changes))
+    elif kind == "dinov2":
+        host = t.Dinov2ForImageClassification(t.Dinov2Config(**tiny, num_labels=5, **changes))
+    elif kind == "dinov2-registers":
+        host = t.Dinov2WithRegistersForImageClassification(
+            t.Dinov2WithRegistersConfig(**tiny, num_labels=5, num_register_tokens=4, **changes)
+        )
+    elif kind == "dinov3":
+        gated = {"intermediate_size": 96, "use_gated_mlp": True, "hidden_act": "silu", "num_register_tokens": 4}
+        host = t.DINOv3ViTModel(t.DINOv3ViTConfig(**(tiny | gated | changes)))
+    elif kind == "clip":
+        host = t.CLIPForImageClassification(t.CLIPConfig(vision_config=tiny | changes, num_labels=5))
+    elif kind == "clip-tower":
+        host = t.CLIPVisionModel(t.CLIPVisionConfig(**tiny, **changes))
+    elif kind == "siglip":
+        host = t.SiglipForImageClassification(t.SiglipConfig(vision_config=tiny | changes, num_labels=5))
+    elif kind == "siglip-tower":
+        host = t.SiglipVisionModel(t.SiglipVisionConfig(**tiny, **changes))
+    else:
+        vision = {name: value for name, value in tiny.items() if name != "image_size"}
+        host = t.Siglip2ForImageClassification(
+            t.Siglip2Config(vision_config=vision | {"num_patches": 16} | changes, num_labels=5)
+        )
+    return host.eval()
+
+
+@pytest.fixture(scope="session")
+def make_hf() -> Callable[..., nn.Module]:
+    """``make_hf(kind, **changes)``: a tiny model of transformers; changes are of its configuration."""
+    pytest.importorskip("transformers")
+    return _make_hf
+
+
 @pytest.fixture
 def outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of another distribution, whose entry points add parts and hosts as long as the fixture lasts."""

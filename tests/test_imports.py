@@ -12,7 +12,7 @@ import dyntune
 PACKAGE = Path(dyntune.__file__).parent
 PARTS = {room: sorted((PACKAGE / "parts" / room).glob("*.py")) for room in ("methods", "policies", "presets")}
 EVERY_PART = [path for files in PARTS.values() for path in files if path.name != "__init__.py"]
-HEAVY = ("matplotlib", "sklearn", "accelerate", "typer", "dyntune.inference.export")
+HEAVY = ("matplotlib", "sklearn", "accelerate", "typer", "transformers", "dyntune.inference.export")
 
 
 def imported(path):

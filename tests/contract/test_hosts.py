@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import dyntune
 from dyntune.backbones.sites import Change
+from dyntune.core.rotation import Rotation
 from dyntune.parts.policies.gating import LearnedGate
 from dyntune.parts.registry import registered
 
@@ -96,7 +97,8 @@ def check(model, again, images, tmp_path):
     loaded = dyntune.load(model.save(tmp_path / "adapter"), backbone=again)
     assert torch.equal(loaded(images), compact.logits)
     torch.testing.assert_close(dyntune.optimize(model)(images), compact.logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(model.merge()(images), compact.logits, atol=1e-4, rtol=1e-4)
+    merged = model.merge()(images)
+    torch.testing.assert_close(getattr(merged, "logits", merged), compact.logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("host", "part"), pairs())
@@ -169,22 +171,30 @@ def test_tokens_keep_their_positions_when_others_are_skipped(build, images_for):
 
 
 @torch.no_grad()
-def test_merged_tokens_lie_where_their_destination_lies(build, images_for):
-    model = dyntune.tune(build("rotary"), "tome:r=3").eval()
-    output = model.run(images_for(model.backbone.host, 2))
-    tokens = output.tokens
-    assert tokens.positions.shape == tokens.patches.shape[:2]
+@pytest.mark.parametrize("part", ["tome:r=3", "evit:layers=0/1"])
+def test_a_token_of_several_patches_is_rotated_by_their_mean(build, images_for, part):
+    model = dyntune.tune(build("rotary"), part).eval()
+    tokens = model.run(images_for(model.backbone.host, 2)).tokens
+    rows = tokens.rotation.rows(0, tokens.prefix)
+    table = torch.cat([model.backbone.host.sin, model.backbone.host.cos], dim=1)
     for image in range(2):
-        for token, place in enumerate(tokens.positions[image].tolist()):
-            assert tokens.provenance.owner[image, place] == token
+        for token in range(tokens.patches.shape[1]):
+            mean = table[:-1][tokens.provenance.owner[image] == token].mean(0)
+            torch.testing.assert_close(rows[image, tokens.prefix + token, 0], mean)
+    assert torch.equal(rows[:, 0, 0], table[-1].expand(2, -1))  # the class token is not rotated
 
 
-def test_a_policy_that_says_no_place_is_refused_where_positions_count(build, images_for):
-    from dyntune.core.tokens import Tokens
-
-    tokens = Tokens(torch.zeros(1, 3, 2), 1, (1, 2), positions=torch.tensor([[0, 1]]))
-    with pytest.raises(dyntune.DyntuneError, match="does not say where its tokens lie"):
-        tokens.with_patches(torch.zeros(1, 1, 2), torch.zeros(1, 2, dtype=torch.long))
+@torch.no_grad()
+def test_a_token_of_no_patch_and_one_of_a_ragged_batch_have_their_own_rotation():
+    tables = torch.arange(24.0).view(1, 3, 1, 8)
+    owner = torch.tensor([[2, -1, 2], [0, 0, -1]])
+    rotation = Rotation(tables, half=False).following(owner, 3)
+    rows = rotation.rows(0, 1)
+    still = [0.0] * 4 + [1.0] * 4
+    assert rows[0, :, 0].tolist() == [still, still, still, tables[0, [0, 2], 0].mean(0).tolist()]
+    assert rows[1, :, 0].tolist() == [still, tables[0, [0, 1], 0].mean(0).tolist(), still, still]
+    index = torch.tensor([0, 3, 5])
+    assert torch.equal(rotation.taken(index).rows(0, 1), rows.flatten(0, 1)[index])
 
 
 @torch.no_grad()

@@ -112,6 +112,16 @@ class Backbone(nn.Module, abc.ABC):
         """What builds this host again, where a name does."""
         return BackboneSource(None)
 
+    @property
+    def config(self) -> Any:
+        """The configuration object of a model of transformers, as its Trainer reads it; None for other hosts."""
+        return None
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes that the host's classifier knows, in label order; None if it knows none."""
+        return None
+
     def preprocessing(self) -> Preprocessing:
         """What images go through before the host takes them; by default scaled from -1 to 1."""
         return Preprocessing(self.image_shape[1:], (0.5,) * 3, (0.5,) * 3, "bicubic")
@@ -145,6 +155,10 @@ class Backbone(nn.Module, abc.ABC):
     @abc.abstractmethod
     def readout(self, tokens: Tokens) -> Tensor:
         """Finished tokens to logits ``(B, classes)``; in a mean, tokens count by ``tokens.provenance.weights``."""
+
+    def answer(self, loss: Tensor | None, logits: Tensor) -> Any:
+        """A loss, if there is one, and logits as users of the host's library expect them."""
+        return {"loss": loss, "logits": logits}
 
     @property
     @abc.abstractmethod
@@ -216,6 +230,20 @@ class Backbone(nn.Module, abc.ABC):
     def saved_name(self, name: str) -> str:
         """The name under which a tensor of the backbone is saved."""
         return file_name(name)
+
+    def host_name(self, saved: str) -> str:
+        """What the host calls the module that is called ``saved`` in files, both without ``host.`` in front."""
+        return saved
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The host's parameters that take part, under names and in pieces that no other version of its library changes.
+
+        Two sets of weights are told apart by them.
+        """
+        unread = {id(parameter) for parameter in self.idle}
+        for name, parameter in self.named_parameters():
+            if id(parameter) not in unread:
+                yield self.saved_name(name), parameter
 
     def recipe(self) -> dict[str, Any] | None:
         """What another library needs to put its layers on a plain host again, as JSON values; None without layers."""

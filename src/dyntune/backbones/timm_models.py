@@ -5,28 +5,34 @@ from __future__ import annotations
 import difflib
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import timm
+import torch
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
 from dyntune.backbones import builtin as _builtin  # noqa: F401  registers the built-in backbone with timm
 from dyntune.backbones.base import Backbone
+from dyntune.backbones.hosted import block_sites, fold_factors
 from dyntune.backbones.origin import BackboneSource
+from dyntune.backbones.sites import Site
 from dyntune.core.errors import BackboneError
 from dyntune.core.shapes import shapes_only
+from dyntune.core.tokens import Tokens
 from dyntune.data.transforms import Preprocessing
 
 _ARGUMENTS = ("num_classes", "global_pool", "dynamic_img_size")
 
 
 class TimmBackbone(Backbone):
-    """What the families of timm's models have in common: timm builds them, and knows how images are prepared."""
+    """What the families of timm's ViTs have in common: how they are built, and the names of what is in all of them."""
 
+    host: Any
     arguments: ClassVar[tuple[str, ...]] = (*_ARGUMENTS, "in_chans", "img_size")
 
     @classmethod
@@ -46,19 +52,67 @@ class TimmBackbone(Backbone):
     def preprocessing(self) -> Preprocessing:
         return Preprocessing.from_timm(self.host)
 
+    def all_sites(self) -> Iterator[Site]:
+        host = self.host
+        yield Site("patch", None, "patch_embed.proj", host.patch_embed, "proj")
+        for block in self.blocks:
+            yield from block_sites(block)
+        yield Site("norm", None, "norm", host, "norm")
+        yield Site("norm", None, "fc_norm", host, "fc_norm")
+
+    def fold_factors(self) -> None:
+        fold_factors(self.blocks)
+
+    def finish(self, tokens: Tokens) -> Tokens:
+        # The norm sees the prompts too, as in the published models, whose MACs are counted so.
+        return tokens.with_x(self.host.norm(tokens.x)).without_prompts()
+
+    @property
+    def class_token(self) -> bool:
+        return self.host.cls_token is not None
+
+    @property
+    def heads(self) -> tuple[nn.Module, ...]:
+        head = self.host.get_classifier()
+        return tuple(head) if isinstance(head, tuple) else (head,)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        height, width = self.host.patch_embed.img_size or self.host.pretrained_cfg["input_size"][1:]
+        return self.host.in_chans, height, width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.host.patch_embed.dynamic_feat_size(self.image_shape[1:])
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self.host.grad_checkpointing and torch.is_grad_enabled()
+
+    def switch_gradient_checkpointing(self, on: bool) -> None:
+        self.host.set_grad_checkpointing(on)
+
 
 def described(host: Any, arguments: dict[str, Any]) -> BackboneSource:
     """The source of a model made by ``timm.create_model`` with these arguments, read from the model itself."""
     config = getattr(host, "pretrained_cfg", None) or {}
     if not config.get("architecture"):
         return BackboneSource(None)
-    if not timm.is_model(config["architecture"]) or config.get("source") == "hf-hub":
+    if not timm.is_model(config["architecture"]):
         return BackboneSource(None)
-    name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
+    if config.get("source") == "hf-hub":
+        name = f"hf-hub:{config['hf_hub_id']}"
+    elif config.get("source") == "local-dir":
+        name = f"local-dir:{Path(config['file']).resolve()}"
+    else:
+        name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
     source = BackboneSource(name, arguments)
     # Arguments that leave no trace in these (an activation, an epsilon, a patch size) would build another model.
-    with shapes_only():
-        rebuilt = create(name, pretrained=False, **arguments)
+    try:
+        with shapes_only():
+            rebuilt = create(name, pretrained=False, **arguments)
+    except BackboneError:  # the configuration of a model on the hub is not there any more
+        return BackboneSource(None)
     return source if _structure(rebuilt) == _structure(host) else BackboneSource(None)
 
 

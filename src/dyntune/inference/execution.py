@@ -79,6 +79,6 @@ def _asked_by(unit: Attention, tokens: Tokens, count: int) -> Tokens:
     """The first ``count`` tokens of each image behind an attention in which all tokens are keys."""
     normed = unit.normed(tokens)
     few = tokens.first(count).with_normed(normed[:, :count])
-    update = unit.behind(unit.combine(attend(*unit.project_first(tokens.with_normed(normed), count), tokens)))
+    update = unit.behind(unit.combine(attend(*unit.asked(tokens.with_normed(normed), count)[:3], tokens)))
     parallel: Tensor | None = unit.parallel_update(few)
     return few.with_x(few.x + update if parallel is None else few.x + update + parallel)

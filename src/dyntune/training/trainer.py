@@ -19,6 +19,7 @@ from dyntune.backbones.base import file_name
 from dyntune.core.errors import TrainingError
 from dyntune.core.files import write_json
 from dyntune.model.forward import activation_rates
+from dyntune.model.objective import Criterion, training_loss
 from dyntune.model.tuned import TunedModel
 from dyntune.training.accelerator import make_accelerator
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
@@ -26,7 +27,6 @@ from dyntune.training.identity import identity_changes, run_identity
 from dyntune.training.inputs import require_matching_head, training_images
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.logs import RunLog
-from dyntune.training.objective import Criterion, training_loss
 from dyntune.training.optimizer import make_optimizer, pretrained_parameters, set_learning_rate
 from dyntune.training.progress import Progress, Silent
 from dyntune.training.randomness import EpochSampler, SeededDataset, caller_randomness_kept, seed_all

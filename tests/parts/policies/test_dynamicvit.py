@@ -8,9 +8,9 @@ import torch.nn.functional as F
 import dyntune
 from dyntune.core.errors import BackboneError, SpecError
 from dyntune.core.shapes import shapes_only
+from dyntune.model.objective import dense_output
 from dyntune.parts.policies import dynamicvit
 from dyntune.parts.policies.dispatcher import Dispatcher
-from dyntune.training.objective import dense_output
 
 SPEC = "dynamicvit:keep=0.7/0.4,layers=1/2"
 HOSTS = ("plain", "deit3", "registers", "distilled", "average", "qk_norm", "swiglu", "oblong", "clip", "siglip")

@@ -1,116 +1,21 @@
 """timm's VisionTransformer with the standard pre-norm Block, behind the backbone interface."""
 
-from collections.abc import Iterator
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 import torch
-from timm.layers import GELU, GELUTanh, GluMlp, LayerScale, QuickGELU, SwiGLU
 from timm.layers import Attention as TimmAttention
+from timm.layers import GluMlp, SwiGLU
 from timm.layers import Mlp as TimmMlp
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from dyntune.backbones.sites import Changed, QueriesApart, Site, SiteKind
+from dyntune.backbones import timm_blocks
+from dyntune.backbones.sites import Changed
 from dyntune.backbones.timm_models import TimmBackbone
-from dyntune.backbones.units import Attention, Block, Mlp, MlpParts, Nonlinearity
 from dyntune.core.errors import BackboneError
 from dyntune.core.tokens import Provenance, Tokens
-
-_BLOCK_SITES: tuple[tuple[SiteKind, str, str], ...] = (
-    ("norm1", "", "norm1"),
-    ("qkv", "attn", "qkv"),
-    ("proj", "attn", "proj"),
-    ("norm2", "", "norm2"),
-    ("fc1", "mlp", "fc1"),
-    ("fc1", "mlp", "fc1_g"),
-    ("fc1", "mlp", "fc1_x"),
-    ("fc2", "mlp", "fc2"),
-)
-"""Kind, module of timm's block, and attribute of each site."""
-
-
-class _HostedAttention(Attention):
-    host: Any
-
-    def __init__(self, path: str, width: int, host: TimmBlock) -> None:
-        super().__init__(path, width)
-        # Not registered: the host owns its modules, and they must not appear twice in the state dict.
-        object.__setattr__(self, "host", host)
-
-    def norm(self, x: Tensor) -> Tensor:
-        return self.host.norm1(x)
-
-    @property
-    def drop_path_rate(self) -> float:
-        return float(getattr(self.host.drop_path1, "drop_prob", 0.0))
-
-    def project(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        attn = self.host.attn
-        qkv = attn.qkv(self.normed(tokens)).unflatten(-1, (3, attn.num_heads, attn.head_dim))
-        q, k, v = qkv.unbind(-3)
-        return attn.q_norm(q), attn.k_norm(k), v
-
-    def split_queries(self) -> bool:
-        self.host.attn.qkv = QueriesApart(self.host.attn.qkv)
-        return True
-
-    def project_first(self, tokens: Tokens, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        attn, normed = self.host.attn, self.normed(tokens)
-        q = attn.qkv.queries(normed[:, :count]).unflatten(-1, (attn.num_heads, attn.head_dim))
-        k, v = attn.qkv.keys_values(normed).unflatten(-1, (2, attn.num_heads, attn.head_dim)).unbind(-3)
-        return attn.q_norm(q), attn.k_norm(k), v
-
-    def combine(self, attended: Tensor) -> Tensor:
-        host = self.host
-        return host.drop_path1(host.ls1(host.attn.proj_drop(host.attn.proj(host.attn.norm(attended)))))
-
-    @property
-    def head_width(self) -> int:
-        return self.host.attn.head_dim
-
-    @property
-    def attention_dropout(self) -> float:
-        return self.host.attn.attn_drop.p if self.training else 0.0
-
-
-class _HostedMlp(Mlp):
-    host: Any
-
-    def __init__(self, path: str, width: int, host: TimmBlock) -> None:
-        super().__init__(path, width)
-        object.__setattr__(self, "host", host)
-
-    def norm(self, x: Tensor) -> Tensor:
-        return self.host.norm2(x)
-
-    @property
-    def drop_path_rate(self) -> float:
-        return float(getattr(self.host.drop_path2, "drop_prob", 0.0))
-
-    @property
-    def parts(self) -> MlpParts | None:
-        host, mlp = self.host, self.host.mlp
-        if type(mlp) is not TimmMlp or not isinstance(host.ls2, nn.Identity) or not isinstance(mlp.norm, nn.Identity):
-            return None
-        nonlinearity = _nonlinearity(mlp.act)
-        linear = type(mlp.fc1) is nn.Linear and type(mlp.fc2) is nn.Linear
-        if not linear or nonlinearity is None or not isinstance(host.norm2, nn.LayerNorm):
-            return None
-        return MlpParts(host.norm2, mlp.fc1, nonlinearity, mlp.fc2)
-
-    def transform(self, normed: Tensor) -> Tensor:
-        host = self.host
-        return host.drop_path2(host.ls2(host.mlp(normed)))
-
-
-def _nonlinearity(module: nn.Module) -> Nonlinearity | None:
-    """The name of an MLP's nonlinearity, if it has one."""
-    if isinstance(module, nn.GELU):
-        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    names: dict[type[nn.Module], Nonlinearity] = {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
-    return names.get(type(module))
 
 
 class TimmViT(TimmBackbone):
@@ -128,13 +33,8 @@ class TimmViT(TimmBackbone):
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__(host)
-        width = self.host.embed_dim
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
-            Block(
-                index,
-                _HostedAttention(f"blocks.{index}.attn", width, block),
-                _HostedMlp(f"blocks.{index}.mlp", width, block),
-            )
+            timm_blocks.block(index, block, self.host.embed_dim, factors=("ls1", "ls2"))
             for index, block in enumerate(self.host.blocks)
         )
 
@@ -178,10 +78,6 @@ class TimmViT(TimmBackbone):
         # Sources are given, not left to the default, which torch.compile cannot trace.
         return Tokens(x, host.num_prefix_tokens, (int(grid[0]), int(grid[1])), provenance=Provenance())
 
-    def finish(self, tokens: Tokens) -> Tokens:
-        # The norm sees the prompts too, as in the published models, whose MACs are counted so.
-        return tokens.with_x(self.host.norm(tokens.x)).without_prompts()
-
     def readout(self, tokens: Tokens) -> Tensor:
         host = self.host
         if not host.global_pool and tokens.provenance.owner is not None:  # the head reads every patch
@@ -220,51 +116,3 @@ class TimmViT(TimmBackbone):
         if type(host).forward_head is VisionTransformerDistilled.forward_head:
             return 2
         return 1 if type(host).forward_head is VisionTransformer.forward_head else None
-
-    def fold_factors(self) -> None:
-        for block in self.host.blocks:
-            for scale, linear in (("ls1", block.attn.proj), ("ls2", block.mlp.fc2)):
-                layer_scale = getattr(block, scale)
-                if isinstance(layer_scale, LayerScale) and type(linear) is nn.Linear:
-                    with torch.no_grad():
-                        linear.weight.mul_(layer_scale.gamma.unsqueeze(1))
-                        if linear.bias is not None:
-                            linear.bias.mul_(layer_scale.gamma)
-                    setattr(block, scale, nn.Identity())
-
-    @property
-    def class_token(self) -> bool:
-        return self.host.cls_token is not None
-
-    def all_sites(self) -> Iterator[Site]:
-        host = self.host
-        yield Site("patch", None, "patch_embed.proj", host.patch_embed, "proj")
-        for index, block in enumerate(host.blocks):
-            for kind, part, attribute in _BLOCK_SITES:
-                owner = cast(nn.Module, block.get_submodule(part))
-                if hasattr(owner, attribute):
-                    path = ".".join(filter(None, ("blocks", str(index), part, attribute)))
-                    yield Site(kind, index, path, owner, attribute)
-        yield Site("norm", None, "norm", host, "norm")
-        yield Site("norm", None, "fc_norm", host, "fc_norm")
-
-    @property
-    def heads(self) -> tuple[nn.Module, ...]:
-        head = self.host.get_classifier()
-        return tuple(head) if isinstance(head, tuple) else (head,)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        height, width = self.host.patch_embed.img_size or self.host.pretrained_cfg["input_size"][1:]
-        return self.host.in_chans, height, width
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.host.patch_embed.dynamic_feat_size(self.image_shape[1:])
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        return self.host.grad_checkpointing and torch.is_grad_enabled()
-
-    def switch_gradient_checkpointing(self, on: bool) -> None:
-        self.host.set_grad_checkpointing(on)

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
 from dyntune.core.errors import BackboneError, TrainingError
 from dyntune.core.matching import taken
-from dyntune.core.tokens import Tokens
+from dyntune.core.tokens import Projected, Tokens
 from dyntune.parts.policies.reducing import Reducer, ReducingPolicy
 
 
@@ -72,21 +71,18 @@ class Shrinking(Reducer):
         self.fuse = fuse
         self.schedule = schedule
 
-    def forward(
-        self, tokens: Tokens, projected: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Callable[[Tokens], Tokens] | None:
+    def forward(self, tokens: Tokens, projected: Projected | None) -> Callable[[Tokens], Tokens] | None:
         assert projected is not None  # installed in front of an MLP
         count = tokens.patches.shape[1]
         kept = math.ceil(self.schedule.rate(self.keep) * count)
         if kept >= count:
             return None
-        scores = class_attention(*projected[:2])[:, tokens.prefix :]
+        scores = class_attention(projected.q, projected.k)[:, tokens.prefix :]
         order = scores.argsort(dim=-1, descending=True, stable=True)
         weights = scores.gather(1, order[:, kept:]).unsqueeze(-1)
         place = torch.arange(count, device=order.device)
         place = place.clamp_max(kept) if self.fuse else place.masked_fill(place >= kept, -1)
         moved = torch.zeros_like(order).scatter(1, order, place.expand_as(order))
-        places = F.pad(order[:, :kept], (0, int(self.fuse)), value=-1)  # the fused token lies nowhere
 
         def shrink(tokens: Tokens) -> Tokens:
             ordered = taken(tokens.patches, order)
@@ -94,7 +90,7 @@ class Shrinking(Reducer):
             if self.fuse:
                 fused = (ordered[:, kept:] * weights).sum(1, keepdim=True)
                 patches = torch.cat([patches, fused.to(patches.dtype)], dim=1)
-            return tokens.with_patches(patches, moved, places=places)
+            return tokens.with_patches(patches, moved)
 
         return shrink
 

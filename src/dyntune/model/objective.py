@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,27 @@ from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosts import wrap
 from dyntune.model.executions import Masked
 from dyntune.model.forward import run
-from dyntune.model.tuned import TunedModel
-from dyntune.parts.policies.base import CompletePass, Output, learners
+from dyntune.model.tasks import Task
+from dyntune.parts.policies.base import CompletePass, Output, TokenPolicy, learners
+from dyntune.parts.spec import format_spec
 
 log = logging.getLogger("dyntune")
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """Outputs, such as logits ``(B, classes)``, and targets to a scalar loss."""
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """What a loss must know of a tuned model."""
+
+    backbone: Backbone
+    policies: tuple[TokenPolicy, ...]
+    task: Task
+
+    def run(self, images: Tensor, *, complete: bool = False) -> Output:
+        """See ``TunedModel.run``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,7 @@ class Loss:
 
 
 def training_loss(
-    model: TunedModel,
+    model: Learner,
     images: Tensor,
     targets: Tensor,
     criterion: Criterion | None = None,
@@ -99,10 +114,12 @@ def training_loss(
     return Loss(sum(terms.values(), start=terms["task"].new_zeros(())), terms, output)
 
 
-def _warn_without_course(model: TunedModel) -> None:
+def _warn_without_course(model: Learner) -> None:
     """Says once that gates do not know how long they are trained."""
-    if model.training and model.backbone.steps is None and any(policy.settles for policy in model.policies):
-        _without_course(model.spec)
+    if model.training and model.backbone.steps is None:
+        for policy in model.policies:
+            if policy.settles:
+                _without_course(format_spec(policy))
 
 
 @functools.cache
@@ -120,7 +137,7 @@ def dense_output(teacher: nn.Module, images: Tensor) -> Output:
     modes = {module: module.training for module in teacher.modules()}
     teacher.eval()
     try:
-        if isinstance(teacher, TunedModel):
+        if isinstance(teacher, Learner):
             return teacher.run(images)
         return run(teacher if isinstance(teacher, Backbone) else wrap(teacher), (), images, Masked())
     finally:
