@@ -23,12 +23,14 @@ from dyntune.parts.registry import registered
 if TYPE_CHECKING:
     from dyntune.inference.export.bundle import export
     from dyntune.inference.export.folder import open_export
+    from dyntune.training.callback import CourseCallback
     from dyntune.training.evaluate import Evaluation, evaluate
     from dyntune.training.trainer import FitResult, fit
 
 __all__ = [
     "Calibration",
     "Cost",
+    "CourseCallback",
     "DyntuneError",
     "Evaluation",
     "FitResult",
@@ -53,6 +55,7 @@ __all__ = [
 
 _ON_DEMAND = {
     "fit": "training.trainer",
+    "CourseCallback": "training.callback",
     "FitResult": "training.trainer",
     "evaluate": "training.evaluate",
     "Evaluation": "training.evaluate",

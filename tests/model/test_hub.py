@@ -215,3 +215,41 @@ def test_a_merged_model_is_transformers_own(fresh, tmp_path):
     plain = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(plain(images()).logits, expected, atol=1e-5, rtol=1e-5)
     assert plain.config.id2label == dict(enumerate("abcde"))
+
+
+def test_the_callback_tells_the_course_of_a_training(fresh, tmp_path):
+    seen = []
+
+    class Watching(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            gate = model.backbone.blocks[0].mlp.dispatcher
+            seen.append((model.backbone.step, model.backbone.shared["dispatch-mlp"].progress, gate.paced))
+
+    model = fresh()
+    train = trainer(model, tmp_path / "run", max_steps=3, gradient_accumulation_steps=2)
+    train.add_callback(dyntune.CourseCallback())
+    train.add_callback(Watching())
+    train.train()
+    assert seen == [
+        (2, pytest.approx(1 / 6), True),
+        (4, pytest.approx(3 / 6), True),
+        (6, pytest.approx(5 / 6), True),
+    ]
+    gate = model.backbone.blocks[0].mlp.dispatcher
+    assert not gate.paced and model.backbone.steps is None
+    loaded = dyntune.load(tmp_path / "run" / "checkpoint-3")
+    torch.testing.assert_close(loaded.backbone.blocks[0].mlp.dispatcher.gate.bias, gate.gate.bias)
+
+
+def test_a_state_goes_back_into_gates_that_are_paced(fresh):
+    model = fresh()
+    model.begin_training(10, 1e-2)
+    dyntune.training_loss(model.train(), torch.randn(4, 3, 32, 32), torch.arange(4))
+    gate = model.backbone.blocks[0].mlp.dispatcher
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = gate.linear.weight.clone()
+    with torch.no_grad():
+        gate.gate.weight.zero_()
+    model.load_state_dict(state)
+    assert gate.paced
+    torch.testing.assert_close(gate.linear.weight, before)

@@ -17,6 +17,7 @@ from dyntune.model.adapter_folder import DESCRIPTION, versioned
 from dyntune.model.objective import training_loss
 from dyntune.model.tasks import Task
 from dyntune.parts.policies.base import Output, TokenPolicy
+from dyntune.parts.policies.gating import LearnedGate
 
 
 class HubModel(nn.Module, abc.ABC):
@@ -119,6 +120,11 @@ class HubModel(nn.Module, abc.ABC):
         with torch.no_grad():
             for name in own.keys() & given.keys():
                 own[name].copy_(given[name])
+        for path, module in self.backbone.named_modules():
+            if isinstance(module, LearnedGate):
+                names = {key: self.backbone.saved_name(f"{path}.{key}") for key in module.saved()}
+                if names and given.keys() >= {*names.values()}:
+                    module.fill({key: given[name] for key, name in names.items()})
         return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
     def save_pretrained(self, save_directory: str | Path) -> Path:

@@ -33,6 +33,7 @@ class Learner(Protocol):
     backbone: Backbone
     policies: tuple[TokenPolicy, ...]
     task: Task
+    training: bool
 
     def run(self, images: Tensor, *, complete: bool = False) -> Output:
         """See ``TunedModel.run``."""

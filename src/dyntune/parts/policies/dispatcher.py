@@ -179,6 +179,12 @@ class Dispatcher(LearnedGate):
         linear = self.linear
         return {"gate.weight": linear.weight, "gate.bias": linear.bias}
 
+    @torch.no_grad()
+    def fill(self, saved: dict[str, Tensor]) -> None:
+        weight, bias = saved["gate.weight"].to(self.centre), saved["gate.bias"].to(self.centre)
+        self.gate.weight.copy_(weight / self.weight_pace)
+        self.gate.bias.copy_((bias + weight @ self.centre) / self.bias_pace)
+
     def scores(self, patches: Tensor) -> Tensor:
         if self.training and self._reach is not None:
             self._measure(patches)
@@ -221,13 +227,12 @@ class Dispatcher(LearnedGate):
     @torch.no_grad()
     def pace(self, weight: Tensor | float, bias: Tensor | float, centre: Tensor | float) -> None:
         """Changes p, q and m, and w' and b' with them, so that w and b stay."""
-        own_weight, own_bias = self._map()
+        own = dict(zip(("gate.weight", "gate.bias"), self._map(), strict=True))
         self.paced = True
         self.weight_pace.fill_(weight)
         self.bias_pace.fill_(bias)
         self.centre.copy_(torch.as_tensor(centre))
-        self.gate.weight.copy_(own_weight / self.weight_pace)
-        self.gate.bias.copy_((own_bias + own_weight @ self.centre) / self.bias_pace)
+        self.fill(own)
 
     @torch.no_grad()
     def _measure(self, patches: Tensor) -> None:
