@@ -73,13 +73,13 @@ METHODS = (
     DENSE,
     "lora",
     "adaptformer:scale=1",
-    "dyt:rate=0.5,scale=1",
-    "dyt:rate=0.7,scale=1",
-    "dyt:rate=0.5,scale=1,recipe=published",
-    "dyt:rate=0.7,scale=1,recipe=published",
+    "dyt:rate=0.5",
+    "dyt:rate=0.7",
+    "dyt:rate=0.5,recipe=published,scale=1",
+    "dyt:rate=0.7,recipe=published,scale=1",
     "adaptformer:scale=1+tome:r=3",  # about the MACs of dyt:rate=0.5
 )
-DRAWN = {"dyt:rate=0.5,scale=1": 0.5, "dyt:rate=0.7,scale=1": 0.7}
+DRAWN = {"dyt:rate=0.5": 0.5, "dyt:rate=0.7": 0.7}
 """Methods whose activation rates are drawn, and their targets."""
 SEEDS = (0, 1, 2)
 TRAINING = {"epochs": 4, "batch_size": 16, "lr": 2e-3, "select": "val", "normalisation": "backbone"}

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import timm
-import torch
 
 from dyntune.backbones.hosts import wrap
 from dyntune.core.errors import BackboneError
+from dyntune.core.shapes import shapes_only
 from dyntune.model.assembly import install
 from dyntune.parts.registry import resolve
 
@@ -35,7 +35,7 @@ def architectures() -> Iterator[str]:
 
 def verdict(name: str) -> str:
     """``yes``, or why a model is refused."""
-    with warnings.catch_warnings(), torch.device("meta"):
+    with warnings.catch_warnings(), shapes_only():
         warnings.simplefilter("ignore")
         host = timm.create_model(name)
         try:

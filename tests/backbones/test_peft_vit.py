@@ -17,6 +17,7 @@ from dyntune.backbones.hosts import create_backbone
 from dyntune.backbones.peft import TYPES, PeftBackbone
 from dyntune.backbones.sites import Change
 from dyntune.core.errors import BackboneError, CheckpointError
+from dyntune.core.shapes import shapes_only
 from dyntune.model.adapter_folder import CONFIG
 
 LAYERS = {"target_modules": ["qkv", "fc1"], "modules_to_save": ["head"]}
@@ -345,7 +346,7 @@ def test_built_again_from_its_timm_name(case, tmp_path):
 
 
 def test_costs_are_counted_without_weights():
-    with torch.device("meta"):
+    with shapes_only():
         vit = timm.create_model("vit_base_patch16_224", num_classes=100)
         config = peft.LoraConfig(r=8, target_modules=["qkv"], modules_to_save=["head"])
         model = dyntune.tune(peft.get_peft_model(vit, config), "dispatch:rate=0.5")
@@ -359,7 +360,7 @@ def test_costs_are_counted_without_weights():
 
 
 def _meta_vit():
-    with torch.device("meta"):
+    with shapes_only():
         return timm.create_model("vit_base_patch16_224", num_classes=100)
 
 

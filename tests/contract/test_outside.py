@@ -27,16 +27,17 @@ def dyntune_says(*arguments):
 @pytest.mark.parametrize(
     ("model", "method"),
     [
-        ("vit_mini_patch4_32.dyntune", "shift"),
-        ("vit_mini_patch4_32.dyntune", "adaptformer+norm-gate:rate=0.4"),
-        ("vit_mini_patch4_32.dyntune", "adaptformer+thinning"),
+        ("vit_two_blocks", "shift"),
+        ("vit_two_blocks", "adaptformer+norm-gate:rate=0.4"),
+        ("vit_two_blocks", "adaptformer+thinning"),
         ("rotary:tiny", "dyt:rate=0.5,dispatch=attn-mlp"),
     ],
 )
-def test_it_does_the_main_job(outside, photos, tmp_path, model, method):
+def test_it_does_the_main_job(outside, photos, two_blocks, tmp_path, model, method):
     run = tmp_path / "run"
+    weights = ("--weights", two_blocks) if model == "vit_two_blocks" else ()
     cost = dyntune_says("cost", "--model", model, "--method", method)
-    trained = dyntune_says("train", photos, "--model", model, "--method", method, "--out", run, *QUICK)
+    trained = dyntune_says("train", photos, "--model", model, "--method", method, "--out", run, *weights, *QUICK)
     assert trained["macs"] == cost["macs"]
     assert trained["trainable_params"] == cost["trainable_params"]
     evaluated = dyntune_says("eval", run, photos)

@@ -11,7 +11,7 @@ import torch
 import dyntune
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import TokenPolicy
-from dyntune.parts.policies.dispatch import Dispatcher
+from dyntune.parts.policies.dispatcher import Dispatcher
 from dyntune.parts.policies.reducing import ReducingPolicy
 from dyntune.parts.presets.base import Preset
 from dyntune.parts.registry import expand, part_from_dict, registered, resolve
@@ -21,8 +21,8 @@ NAMES = tuple(registered())
 METHODS = tuple(name for name, cls in registered().items() if issubclass(cls, TuningMethod))
 PRESETS = tuple(name for name, cls in registered().items() if issubclass(cls, Preset))
 REDUCING = tuple(name for name, cls in registered().items() if issubclass(cls, ReducingPolicy))
-DEEP = ("evit", "dynamicvit")
-"""Parts whose published layers a host of three blocks does not have."""
+DEEP = {"evit": "evit:layers=0/1", "dynamicvit": "dynamicvit:keep=0.8/0.5,layers=1/2"}
+"""Parts whose published layers a host of three blocks does not have, with layers that it has."""
 CHANGES_AT_ONCE = {
     "ssf": "its scales and shifts start with a deviation of 0.02, as published",
     "vpt": "prompts are attended to from the start",
@@ -53,6 +53,11 @@ UNREACHED = r"^blocks\.2\.mlp\.reducers\.pyra\."
 
 def host_for(make_host, part_name):
     return make_host("registers", depth=12) if part_name in DEEP else make_host("registers")
+
+
+def shallow(name):
+    """The part for a host of three blocks."""
+    return DEEP.get(name, name)
 
 
 @pytest.fixture(params=NAMES)
@@ -153,9 +158,9 @@ def test_dispatch_on_it_skips_and_learns(make_host, images_for, part_name, where
     reason = REFUSES_DISPATCH.get((part_name, where)) or REFUSES_DISPATCH.get((part_name, "any"))
     if reason:
         with pytest.raises(dyntune.DyntuneError, match=reason):
-            dyntune.tune(host_for(make_host, part_name), part_name, f"dispatch:where={where}")
+            dyntune.tune(make_host("registers"), shallow(part_name), f"dispatch:where={where}")
         return
-    model = dyntune.tune(host_for(make_host, part_name), part_name, f"dispatch:where={where},rate=0.4")
+    model = dyntune.tune(make_host("registers"), shallow(part_name), f"dispatch:where={where},rate=0.4")
     before = {name: p.detach().clone() for name, p in model.tuned_state().items()}
     trained(model, images_for)
     assert all(not torch.equal(p, before[name]) for name, p in model.tuned_state().items())
@@ -181,9 +186,9 @@ def test_reduction_with_it_learns(make_host, images_for, method, policy):
     torch.manual_seed(0)
     if method in REFUSES_REDUCTION:
         with pytest.raises(dyntune.DyntuneError, match=REFUSES_REDUCTION[method]):
-            dyntune.tune(host_for(make_host, policy), method, policy)
+            dyntune.tune(make_host("registers"), method, shallow(policy))
         return
-    model = dyntune.tune(host_for(make_host, policy), method, policy)
+    model = dyntune.tune(make_host("registers"), method, shallow(policy))
     before = {name: p.detach().clone() for name, p in model.tuned_state().items() if not re.search(UNREACHED, name)}
     trained(model, images_for, steps=12 if method == "noah" else 3)  # each step draws one size of noah's modules
     assert not [name for name, p in before.items() if torch.equal(p, model.tuned_state()[name])]
@@ -206,7 +211,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_host, images_for, 
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = dyntune.tune(make_host(depth=12 if name in DEEP else 3), name).train()
+        model = dyntune.tune(make_host(), shallow(name)).train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -219,16 +224,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_host, images_for, 
 
 
 @torch.no_grad()
-def test_runs_under_mixed_precision_and_compiled(images_for, fresh):
-    images = images_for(fresh.backbone.host, 4)
-    expected = fresh.eval().run(images, complete=True).logits
+def test_runs_under_mixed_precision_and_compiled(make_host, images_for, part_name):
+    torch.manual_seed(0)
+    depth = 3 if part_name in (*DEEP, "auto") else 2
+    model = dyntune.tune(make_host("registers", depth=depth), shallow(part_name)).eval()
+    images = images_for(model.backbone.host, 4)
+    expected = model.run(images, complete=True).logits
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = fresh.run(images, complete=True).logits
+        mixed = model.run(images, complete=True).logits
     assert (mixed.float() - expected).abs().max() < 0.2 * expected.abs().max()
     torch._dynamo.reset()
-    whole = not any(policy.gates(unit) for policy in fresh.policies for unit in fresh.backbone.all_units())
-    compiled = torch.compile(fresh, backend="aot_eager", fullgraph=whole)(images)
-    torch.testing.assert_close(compiled, fresh(images), atol=1e-5, rtol=1e-5)
+    whole = not any(policy.gates(unit) for policy in model.policies for unit in model.backbone.all_units())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=whole)(images)
+    torch.testing.assert_close(compiled, model(images), atol=1e-5, rtol=1e-5)
 
 
 def test_cost_adds_up(fresh):

@@ -1,11 +1,13 @@
 """Counts against the published tables and against closed forms at the numbers of tokens that really ran."""
 
 import json
+from functools import partial
 from math import ceil
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import set_fused_attn
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 import dyntune
 from dyntune.backbones.hosts import wrap
-from dyntune.model.macs import MacCounter, trace
+from dyntune.core.shapes import shapes_only
+from dyntune.model.macs import FusedAttention, MacCounter, Watch, trace
 from dyntune.parts.registry import resolve
 
 DENSE_VIT_B = 17_581_972_224
@@ -33,7 +36,7 @@ TABLE = {
 
 
 def on_meta(name, **options):
-    with torch.device("meta"):
+    with shapes_only():
         return timm.create_model(name, **options)
 
 
@@ -214,7 +217,7 @@ def test_counter_sees_the_hosts_own_forward_whatever_its_attention(images_for, m
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_masked_training_computes_every_token(make_host, randomise, images_for, variant):
-    model = randomise(dyntune.tune(make_host(), f"dyt:dispatch={variant}"), 1).train()
+    model = randomise(dyntune.tune(make_host(), f"dyt:dispatch={variant},explore=none"), 1).train()
     with MacCounter() as counter:
         model(images_for(model.backbone.host, 2))
     dispatchers = 16 * 32 * (6 if variant == "attn-mlp" else 3)
@@ -313,7 +316,7 @@ def traced():
     def with_policy(spec):
         backbone, (policy,) = wrap(host), resolve([spec])
         policy = policy.from_strings({}) if isinstance(policy, type) else policy
-        with torch.device("meta"):
+        with shapes_only():
             policy.install(backbone)
         return trace(backbone, (policy,))
 
@@ -496,3 +499,30 @@ def test_fused_attention_makes_no_matrix(make_host, name):
     assert cost.largest_activation_bytes == (1024 + prefix) * 128 * 4
     cost = dyntune.cost(dyntune.tune(make_host(name, **host), "linear", "tome:r=1"))
     assert cost.largest_activation_shape == (1, 512, 512)  # ToMe's own matching of even with odd patches
+
+
+@pytest.mark.parametrize(
+    ("call", "shapes"),
+    [
+        (F.linear, [(2, 5, 6), (7, 6), (7,)]),
+        (lambda x: F.gelu(x.transpose(1, 2)), [(2, 5, 6)]),
+        (lambda x: F.gelu(x, approximate="tanh"), [(5, 6)]),
+        (lambda x: F.layer_norm(x, (5, 6)), [(2, 5, 6)]),
+        (lambda x, weight: F.layer_norm(x.mT, (5,), weight), [(2, 5, 6), (5,)]),
+        (F.scaled_dot_product_attention, [(3, 2, 5, 4), (3, 2, 7, 4), (3, 2, 7, 6)]),
+        (F.scaled_dot_product_attention, [(1, 2, 5, 4), (3, 2, 7, 4), (3, 2, 7, 4)]),
+        (partial(F.scaled_dot_product_attention, enable_gqa=True), [(3, 4, 5, 6), (3, 2, 7, 6), (3, 2, 7, 6)]),
+        (lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask), [(5, 4), (7, 4), (7, 4), (5, 7)]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_tracing_makes_of_an_operator_is_what_it_gives(call, shapes, dtype):
+    """Layer norms, products, GELU and attention are not asked on the meta device, where PyTorch answers slowly."""
+    with torch.no_grad(), MacCounter() as counter:
+        expected = call(*(torch.randn(shape, dtype=dtype) for shape in shapes))
+    with torch.no_grad(), Watch() as watch, FusedAttention(watch):
+        found = call(*(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes))
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert watch.macs == counter.macs
+    if call is not F.scaled_dot_product_attention:  # whose strides depend on the kernel
+        assert found.stride() == expected.stride()

@@ -22,7 +22,7 @@ from dyntune.training.state import RunState
 
 TARGETS = torch.tensor([0, 3, 1, 4])
 DRAWS = 150
-BARE = "dispatch:complete_weight=0,distill_weight=0,rate_weight=0"
+BARE = "dispatch:recipe=published,complete_weight=0,distill_weight=0,rate_weight=0"
 
 
 @dataclass(frozen=True)

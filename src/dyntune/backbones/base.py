@@ -38,8 +38,29 @@ class Bypass(nn.Module, abc.ABC):
 class Stepping(Protocol):
     """A module in ``Backbone.shared`` that is told when a training step begins."""
 
-    def begin_step(self, epoch: float | None = None) -> None:
+    def begin_step(self, epoch: float | None = None, progress: float | None = None) -> None:
         """See ``Backbone.begin_step``."""
+        ...
+
+
+@runtime_checkable
+class Paced(Protocol):
+    """A module that is told how far a training goes, and may train other tensors meanwhile than it is read by."""
+
+    def begin_course(self, travel: float | None) -> None:
+        """See ``Backbone.begin_training``."""
+        ...
+
+    def end_course(self) -> None:
+        """See ``Backbone.end_training``."""
+        ...
+
+    def course_state(self) -> dict[str, Tensor]:
+        """What has to be kept of a training that is interrupted, beside the trained tensors."""
+        ...
+
+    def resume_course(self, state: dict[str, Tensor]) -> None:
+        """Takes up what ``course_state`` gave, after ``begin_course``."""
         ...
 
 
@@ -59,6 +80,10 @@ class Backbone(nn.Module, abc.ABC):
         super().__init__()
         self.shared = nn.ModuleDict()
         """Modules that a method's places have in common, under the method's name."""
+        self.steps: int | None = None
+        """Steps of the training that runs, where somebody has said so."""
+        self.step = 0
+        """Steps of it that have begun."""
         # Behind them: the state of an unfinished run knows tensors by their order.
         self.host = host
         self.bypass: Bypass | None = None
@@ -213,15 +238,52 @@ class Backbone(nn.Module, abc.ABC):
         Call it after ``fold``.
         """
 
-    def begin_step(self, epoch: float | None = None) -> None:
+    def begin_training(self, steps: int, travel: float | None) -> None:
+        """Tells modules that a training begins, and how far it goes, for what follows a course over the whole of it.
+
+        Args:
+            steps: how often ``begin_step`` will be called.
+            travel: how far the optimiser can move a number in the whole training, where that can be said.
+        """
+        self.steps, self.step = steps, 0
+        for _, module in self._paced():
+            module.begin_course(travel)
+
+    def end_training(self) -> None:
+        """Tells modules that the training is over; another one may begin."""
+        self.steps = None
+        for _, module in self._paced():
+            module.end_course()
+
+    def course_state(self) -> dict[str, Tensor]:
+        """What has to be kept of a training that is interrupted, beside the trained tensors, by name."""
+        return {f"{path}.{key}": t for path, module in self._paced() for key, t in module.course_state().items()}
+
+    def resume_course(self, state: dict[str, Tensor]) -> None:
+        """Takes up what ``course_state`` gave, after ``begin_training``."""
+        for path, module in self._paced():
+            start = f"{path}."
+            module.resume_course({k.removeprefix(start): t for k, t in state.items() if k.startswith(start)})
+
+    def _paced(self) -> Iterator[tuple[str, Paced]]:
+        for path, module in self.named_modules():
+            if module is not self and isinstance(module, Paced):
+                yield path, module
+
+    def begin_step(self, epoch: float | None = None, step: int | None = None) -> None:
         """Tells what the places have in common that a training step begins: its forward passes belong together.
 
         Args:
             epoch: epochs done, with the fraction of the running one; None where nobody counts them.
+            step: number of the step in the training, from 0; counted here where it is not given.
         """
+        progress = None
+        if self.steps is not None:
+            self.step = self.step + 1 if step is None else step + 1
+            progress = min(1.0, (self.step - 1) / self.steps)
         for module in self.shared.values():
             if isinstance(module, Stepping):
-                module.begin_step(epoch)
+                module.begin_step(epoch, progress)
 
     def all_units(self) -> Iterator[Unit]:
         """Every block and its sub-layers, from the first block to the last."""

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import timm
-import torch
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
@@ -19,6 +18,7 @@ from dyntune.backbones import builtin as _builtin  # noqa: F401  registers the b
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.origin import BackboneSource
 from dyntune.core.errors import BackboneError
+from dyntune.core.shapes import shapes_only
 from dyntune.data.transforms import Preprocessing
 
 _ARGUMENTS = ("num_classes", "global_pool", "dynamic_img_size")
@@ -57,7 +57,7 @@ def described(host: Any, arguments: dict[str, Any]) -> BackboneSource:
     name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
     source = BackboneSource(name, arguments)
     # Arguments that leave no trace in these (an activation, an epsilon, a patch size) would build another model.
-    with torch.device("meta"):
+    with shapes_only():
         rebuilt = create(name, pretrained=False, **arguments)
     return source if _structure(rebuilt) == _structure(host) else BackboneSource(None)
 

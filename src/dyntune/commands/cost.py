@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from dyntune.backbones.hosts import create_backbone
@@ -23,6 +22,7 @@ from dyntune.commands.common import (
     print_json,
     print_table,
 )
+from dyntune.core.shapes import shapes_only
 from dyntune.model.cost import Cost, cost
 from dyntune.model.tuned import tune
 from dyntune.studies.table5 import CLASSES, MODEL, ROWS, SOURCE, WIDTHS
@@ -66,7 +66,7 @@ def command(
         return
     arguments: dict[str, Any] = {"num_classes": classes, "img_size": img_size}
     given_arguments = {key: value for key, value in arguments.items() if value is not None}
-    with torch.device("meta"):
+    with shapes_only():
         figures = cost(tune(create_backbone(model, pretrained=False, **given_arguments), *parts(method, policy)))
     figures = replace(figures, model=model, method=method, tokens=policy)  # as the user wrote them
     if json:

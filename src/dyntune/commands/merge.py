@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import safetensors.torch
-import torch
 import typer
 
 from dyntune.backbones.hosts import rebuild
 from dyntune.commands.common import RunArgument, WeightsOption, out
 from dyntune.core.errors import CheckpointError
 from dyntune.core.files import write_atomically
+from dyntune.core.shapes import shapes_only
 from dyntune.model.load import load
 
 EXAMPLES = (
@@ -37,7 +37,7 @@ def command(
             f"{model.spec} does not fold into the backbone alone ({reasons}). Run it with dyntune.load({str(run)!r})."
         )
     merged = model.merge()
-    with torch.device("meta"):
+    with shapes_only():
         built = rebuild(model.origin, pretrained=False).state_dict().keys()
     extra = sorted(merged.state_dict().keys() - built)
     if extra:

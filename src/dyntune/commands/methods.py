@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.markup import escape
 from rich.padding import Padding
 
 from dyntune.backbones.hosts import create_backbone
 from dyntune.commands.common import JsonOption, err, millions, out, print_json, print_table
+from dyntune.core.shapes import shapes_only
 from dyntune.model.cost import cost
 from dyntune.model.tuned import tune
 from dyntune.parts.methods.base import TuningMethod
@@ -63,7 +63,7 @@ def command(
 
 def _row(spec: str) -> dict[str, Any]:
     (part,) = resolve([spec])
-    with torch.device("meta"):
+    with shapes_only():
         model = tune(create_backbone(MODEL, pretrained=False, num_classes=0), part)
         figures = cost(model)
     kind = "preset" if isinstance(part, Preset) else "method" if isinstance(part, TuningMethod) else "tokens"

@@ -11,11 +11,11 @@ from functools import cached_property
 from itertools import chain
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosts import wrap
+from dyntune.core.shapes import shapes_only
 from dyntune.model.macs import trace, traced_macs
 from dyntune.parts.checks import check_bypass, check_gates, check_reductions
 from dyntune.parts.methods.base import TuningMethod
@@ -133,7 +133,7 @@ class CopyTrial:
 
     def _build(self, spec: str) -> tuple[Backbone, tuple[TokenPolicy, ...]]:
         backbone = self._wrapped()
-        with torch.device("meta"):
+        with shapes_only():
             return backbone, install(backbone, self.parts(spec))
 
     def _wrapped(self) -> Backbone:

@@ -25,7 +25,7 @@ from dyntune.model.rates import Calibration, set_rate
 from dyntune.model.tasks import Classification, Task
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import Output
-from dyntune.parts.policies.gating import gating
+from dyntune.parts.policies.gating import LearnedGate, gating
 from dyntune.parts.registry import expand, resolve
 from dyntune.parts.spec import Part, format_spec
 
@@ -103,6 +103,25 @@ class TunedModel(nn.Module):
         """
         set_rate(self, rate, data)
 
+    def begin_training(self, steps: int, lr: float | None, accumulate: int = 1) -> None:
+        """Tells a training loop of your own, before its first step, to what follows the course of the whole training.
+
+        ``fit`` does so itself. Without it the gates of ``dispatch`` are trained towards their rate from the first step,
+        with noise to the last, which short trainings do not always survive.
+
+        Args:
+            steps: how often ``training_loss`` will be called in train mode.
+            lr: peak learning rate of Adam or its kin; None for others, whose steps depend on the size of gradients.
+            accumulate: calls per change of the weights.
+        """
+        if steps < 1 or accumulate < 1:
+            raise SpecError(f"expected steps and accumulate of at least 1; given {steps} and {accumulate}.")
+        self.backbone.begin_training(steps, None if lr is None else lr * max(1, steps // accumulate))
+
+    def end_training(self) -> None:
+        """Tells that the training is over, after its last step; another may begin."""
+        self.backbone.end_training()
+
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(B, 3, height, width)`` to logits ``(B, classes)``."""
         return self.run(images).logits
@@ -144,6 +163,9 @@ class TunedModel(nn.Module):
     def saved_state(self) -> dict[str, Tensor]:
         """What this model holds beyond the pretrained backbone: the trained tensors, and what belongs to them."""
         tensors = self.tuned_state() | self.backbone.companions()
+        for path, module in self.backbone.named_modules():
+            if isinstance(module, LearnedGate):
+                tensors |= {f"{path}.{name}": tensor for name, tensor in module.saved().items()}
         return {self.backbone.saved_name(name): tensor for name, tensor in tensors.items()}
 
     @property

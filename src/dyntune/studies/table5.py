@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from dyntune.backbones.hosts import create_backbone
+from dyntune.core.shapes import shapes_only
 from dyntune.model.cost import Cost, cost
 from dyntune.model.tuned import tune
 
@@ -105,6 +104,6 @@ ROWS = (
 
 
 def _cost(method: str, tokens: str | None) -> Cost:
-    with torch.device("meta"):
+    with shapes_only():
         host = create_backbone(MODEL, pretrained=False, num_classes=CLASSES)
         return cost(tune(host, method, *([tokens] if tokens else [])))

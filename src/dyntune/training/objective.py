@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from dyntune.model.executions import Masked
 from dyntune.model.forward import run
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.policies.base import CompletePass, Output, learners
+
+log = logging.getLogger("dyntune")
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """Outputs, such as logits ``(B, classes)``, and targets to a scalar loss."""
@@ -61,10 +64,12 @@ def training_loss(
             (DynamicViT); their terms are left out without it.
         epoch: epochs done, with the fraction of the running one, for what follows a schedule (EViT's keep rate).
         step: number of the step in the whole training, from 0, for a complete model that does not run in every step;
-            without it, it does. Processes that train together must give the same number.
+            without it, it does. What follows the course of a training (``TunedModel.begin_training``) counts by itself
+            then. Processes that train together must give the same number.
     """
     criterion = criterion or model.task.loss
-    model.backbone.begin_step(epoch)
+    _warn_without_course(model)
+    model.backbone.begin_step(epoch, step)
     output = model.run(images)
     terms: dict[str, Tensor] = {}
 
@@ -78,7 +83,9 @@ def training_loss(
     for policy in model.policies:
         for name, term in policy.loss_terms(output, taught).items():
             add(name, term)
-    asked = functools.reduce(CompletePass.joined, (policy.complete_pass() for policy in model.policies), CompletePass())
+    asked = functools.reduce(
+        CompletePass.joined, (policy.complete_pass(output) for policy in model.policies), CompletePass()
+    )
     if asked.wanted and (step is None or step % asked.every == 0):
         factor = 1 if step is None else asked.every
         count = math.ceil(len(images) * asked.share)
@@ -90,6 +97,21 @@ def training_loss(
         if asked.distill:
             add("distill", factor * asked.distill * model.task.distillation(output.logits[:count], complete))
     return Loss(sum(terms.values(), start=terms["task"].new_zeros(())), terms, output)
+
+
+def _warn_without_course(model: TunedModel) -> None:
+    """Says once that gates do not know how long they are trained."""
+    if model.training and model.backbone.steps is None and any(policy.settles for policy in model.policies):
+        _without_course(model.spec)
+
+
+@functools.cache
+def _without_course(spec: str) -> None:
+    log.warning(
+        "%s trains its gates by the length of the training, which nobody has told: call "
+        "model.begin_training(steps, lr) before the first step, or give recipe=published.",
+        spec,
+    )
 
 
 @torch.no_grad()

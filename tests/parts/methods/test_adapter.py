@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import dyntune
 from dyntune.core.errors import BackboneError, CheckpointError, SpecError
+from dyntune.core.shapes import shapes_only
 from dyntune.parts.methods.adapter import Adapter, Bottleneck
 
 DENSE_VIT_B = 17_581_972_224
@@ -16,7 +17,7 @@ PLACES = ("mlp", "attn", "attn-mlp")
 
 
 def vit_base():
-    with torch.device("meta"):
+    with shapes_only():
         return timm.create_model("vit_base_patch16_224", num_classes=100)
 
 

@@ -8,6 +8,7 @@ import torch
 
 import dyntune
 from dyntune.core.errors import BackboneError, SpecError
+from dyntune.core.shapes import shapes_only
 from dyntune.core.tokens import Tokens
 from dyntune.parts.methods.adaptformer import Adapter, AdaptFormer
 
@@ -15,7 +16,7 @@ DENSE_VIT_B = 17_581_972_224
 
 
 def vit_base(classes=100):
-    with torch.device("meta"):
+    with shapes_only():
         return timm.create_model("vit_base_patch16_224", num_classes=classes)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import dyntune
 from dyntune.core.errors import BackboneError, CheckpointError, SpecError
+from dyntune.core.shapes import shapes_only
 from dyntune.parts.methods.noah import Noah, Space, Subnet
 from dyntune.parts.spec import format_spec
 
@@ -19,7 +20,7 @@ DENSE_VIT_B = 17_581_972_224
 
 
 def vit_base_cost(spec):
-    with torch.device("meta"):
+    with shapes_only():
         model = dyntune.tune(timm.create_model("vit_base_patch16_224", num_classes=100), spec)
     return dyntune.cost(model)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import dyntune
 from dyntune.core.errors import BackboneError, SpecError
+from dyntune.core.shapes import shapes_only
 from dyntune.parts.methods.res_tuning_bypass import ResTuningBypass
 
 DENSE_VIT_B = 17_581_972_224
@@ -24,7 +25,7 @@ VARIANTS = (
 
 
 def vit_base():
-    with torch.device("meta"):
+    with shapes_only():
         return timm.create_model("vit_base_patch16_224", num_classes=100)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import dyntune
 from dyntune.core.errors import BackboneError, CheckpointError, SpecError
+from dyntune.core.shapes import shapes_only
 from dyntune.core.tokens import Tokens
 from dyntune.parts.methods.vpt import Prompts, Vpt
 
@@ -17,7 +18,7 @@ VARIANTS = ("vpt:prompts=3", "vpt:prompts=3,deep=false")
 
 
 def vit_base():
-    with torch.device("meta"):
+    with shapes_only():
         return timm.create_model("vit_base_patch16_224", num_classes=100)
 
 

@@ -11,6 +11,7 @@ from written_out import built, close, without_noise
 import dyntune
 from dyntune.core.errors import BackboneError, SpecError
 from dyntune.core.matching import bipartite_matching, weighted_mean
+from dyntune.core.shapes import shapes_only
 from dyntune.parts.policies.tome import ToMe
 from dyntune.parts.registry import resolve
 
@@ -266,7 +267,7 @@ def test_images_of_a_batch_do_not_touch_each_other(make_host, randomise, images_
     assert not torch.equal(after.tokens.provenance.owner[1], before.tokens.provenance.owner[1])
 
 
-@pytest.mark.parametrize("gated", ["dispatch:where=mlp,rate=0.4", "dyt:rate=0.4"])
+@pytest.mark.parametrize("gated", ["dispatch:recipe=published,rate=0.4", "dyt:recipe=published,rate=0.4"])
 @pytest.mark.parametrize("name", ["registers", "average", "siglip"])
 def test_with_gates_masked_equals_compact_and_the_rate_is_over_the_tokens_left(
     make_host, randomise, images_for, gated, name
@@ -436,7 +437,7 @@ def closed_form(schedule, bottleneck=0):
 
 
 def vit_base(*parts):
-    with torch.device("meta"):
+    with shapes_only():
         return dyntune.tune(timm.create_model("vit_base_patch16_224", num_classes=100), *parts)
 
 

@@ -33,7 +33,7 @@ class KeepSchedule(nn.Module):
         self.remaining = 0.0
         """Share of the way from 1 to the final rate that is still to go."""
 
-    def begin_step(self, epoch: float | None = None) -> None:
+    def begin_step(self, epoch: float | None = None, progress: float | None = None) -> None:
         """Moves to a training step after ``epoch`` epochs.
 
         Raises:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Self
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from dyntune.backbones.hosts import create_backbone
 from dyntune.core.errors import BackboneError, SpecError, TrainingError
+from dyntune.core.shapes import shapes_only
 from dyntune.model.tuned import tune
 from dyntune.studies.vtab.jobs import Outcome, forget_failure, run_jobs
 from dyntune.studies.vtab.plan import Job, Plan
@@ -56,7 +56,7 @@ def check_methods(plan: Plan) -> None:
             raise SpecError(
                 f"{spec} searches its own sizes, which --search cannot be part of; run it without --search."
             )
-        with torch.device("meta"):
+        with shapes_only():
             tune(create_backbone(plan.model, pretrained=False, num_classes=2, **plan.backbone_arguments), spec)
 
 
