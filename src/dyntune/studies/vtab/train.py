@@ -83,7 +83,8 @@ def train_one(
 
 def _build(parts: Sequence[str | Part], data: DataSplits, plan: Plan) -> TunedModel:
     recipe = plan.recipe
-    model = build_tuned(plan.model, *parts, classes=data.classes, weights=plan.weights, drop_path_rate=recipe.drop_path)
+    arguments = {"drop_path_rate": recipe.drop_path, **plan.backbone_arguments}
+    model = build_tuned(plan.model, *parts, classes=data.classes, weights=plan.weights, **arguments)
     model.preprocessing = with_pixels_as(model.preprocessing, recipe.normalisation, recipe.interpolation)
     return model
 
@@ -165,6 +166,7 @@ def train_job(job: Job, plan: Plan, report: Report) -> JobResult:
         epoch=fitted.best_epoch,
         train_seconds=fitted.seconds,
         seconds=fitted.seconds + time.perf_counter() - began - training,
+        activation_per_unit=evaluation.activation_per_unit,
     )
 
 
