@@ -221,7 +221,7 @@ class Site:
         """The maps to queries, keys and values that it holds, by name; else the name of its one map."""
         if self.kind == "qkv":
             return "q", "k", "v"
-        return (self.kind,) if self.kind in ("q", "k", "v") else (self.attribute,)
+        return (self.kind if self.kind in ("q", "k", "v") else self.path.rpartition(".")[2],)
 
     def part(self, kind: SiteKind) -> Site:
         """The queries', keys' or values' part of a map to all of them.
