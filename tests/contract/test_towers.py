@@ -66,7 +66,7 @@ def old_or_new(host, *names):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["vit", "dinov2-registers"])
+@pytest.mark.parametrize("kind", ["vit", "dinov2-registers", "dinov3"])
 def test_peft_on_a_tower_and_dispatch(build, tmp_path, kind):
     peft = pytest.importorskip("peft")
 

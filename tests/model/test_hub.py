@@ -88,9 +88,7 @@ def test_a_host_of_timm_answers_with_a_dictionary(make_host):
     answer = model(pixel_values=images(), labels=torch.tensor([0, 1, 2]))
     assert answer["loss"].ndim == 0 and torch.equal(answer["logits"], model(images()))
     assert not hasattr(model, "config")
-    assert model.state_dict().keys() > {
-        f"backbone.{name}" for name in model.tuned_state()
-    }  # every tensor, as of any module
+    assert model.state_dict().keys() > {f"backbone.{name}" for name in model.tuned_state()}
 
 
 @torch.no_grad()

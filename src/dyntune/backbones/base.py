@@ -133,8 +133,8 @@ class Backbone(nn.Module, abc.ABC):
     def sites(self, *kinds: SiteKind) -> Iterator[Site]:
         """The sites of these kinds, or all, in the order of a forward pass.
 
-        ``qkv`` gives the map to queries, keys and values, or where each has a map of its own, the three of them; ``q``,
-        ``k`` and ``v`` give these, or their part of the common map.
+        ``qkv`` gives the map to queries, keys and values; where each has a map of its own, the family may join them to
+        one (``JointSite``), or it gives the three of them. ``q``, ``k`` and ``v`` give these, or their part of the one.
         """
         for site in self.all_sites():
             if isinstance(site.module, nn.Identity):

@@ -9,7 +9,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import safetensors.torch
 import torch
@@ -64,6 +64,9 @@ class TowerClassifier(nn.Module):
         classes: outputs of the classifier.
         pool: what it reads, see ``Pool``.
     """
+
+    base_model_prefix: ClassVar[str] = "tower"
+    """What PEFT asks of a model that has a ``config``."""
 
     def __init__(self, tower: nn.Module, classes: int, pool: Pool = "token") -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from dyntune.core.errors import BackboneError
 SiteKind = Literal["patch", "norm1", "qkv", "q", "k", "v", "proj", "norm2", "fc1", "fc2", "norm"]
 """Patch embedding; in each block the norms, the map to queries, keys and values, the output map and the MLP's two maps;
 the last norm. A gated MLP has two sites ``fc1``. Where queries, keys and values have a map in common, each is a part of
-it; where each has a map of its own, there are three sites instead of ``qkv``."""
+it; where each has a map of its own, there are three sites instead of ``qkv``, or one ``JointSite``."""
 
 
 class Change(nn.Module):
@@ -221,7 +221,7 @@ class Site:
         """The maps to queries, keys and values that it holds, by name; else the name of its one map."""
         if self.kind == "qkv":
             return "q", "k", "v"
-        return (self.kind,) if self.kind in ("q", "k", "v") else (self.attribute,)
+        return (self.kind if self.kind in ("q", "k", "v") else self.path.rpartition(".")[2],)
 
     def part(self, kind: SiteKind) -> Site:
         """The queries', keys' or values' part of a map to all of them.

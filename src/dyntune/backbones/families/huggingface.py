@@ -86,16 +86,12 @@ class HuggingFace(Backbone):
         self._config = self.tower.config
         self.kind = str(self._config.model_type)
         embeddings = self.tower.embeddings
-        self._patch = next(
-            (owner, name)
-            for owner, name in (
-                (getattr(embeddings, "patch_embeddings", None), "projection"),
-                (embeddings, "patch_embeddings"),
-                (embeddings, "patch_embedding"),
-            )
-            if owner is not None and hasattr(owner, name)
-        )
+        patch, _ = _first(embeddings, ("patch_embeddings.projection", "patch_embeddings", "patch_embedding"))
+        parent, _, name = patch.rpartition(".")
+        self._patch = embeddings.get_submodule(parent), name
         self._roles = {self._path: "", **{name: name.replace("classifier", "head") for name in _HEADS}}
+        self._roles[_join(self._path, "embeddings", patch)] = "patch_embed.proj"
+        self._roles[_join(self._path, "head")] = "attn_pool"
         blocks_path, blocks = _first(self.tower, _BLOCKS)
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
             self._block(index, block, _join(self._path, blocks_path, str(index))) for index, block in enumerate(blocks)
@@ -407,7 +403,7 @@ class HuggingFace(Backbone):
 
     def all_sites(self) -> Iterator[Site]:
         owner, name = self._patch
-        yield Site("patch", None, "patch_embed", owner, name)
+        yield Site("patch", None, "patch_embed.proj", owner, name)
         for block in self.blocks:
             yield from block_sites(block)
         if not self._norm_behind or "token" in self._pooled:
