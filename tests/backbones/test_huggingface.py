@@ -61,7 +61,9 @@ def test_the_interface_computes_what_the_host_computes(make_hf, randomise, kind)
     host = randomise(make_hf(kind))
     images = torch.randn(2, 3, 32, 32)
     expected = own_logits(host, kind, images)
-    torch.testing.assert_close(tuned(host, "linear")(images), expected, atol=1e-5, rtol=1e-5)
+    model = tuned(host, "linear")
+    torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.backbone.host_logits(images), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
