@@ -148,9 +148,9 @@ class HuggingFace(Backbone):
             arguments["img_size"] = list(self.host.dyntune_image_size)
         if isinstance(self.host, models.TowerClassifier):
             arguments["pool"] = self.host.pool
-        commit = getattr(holder.config, "_commit_hash", None)
-        if commit and not local:
-            arguments["revision"] = commit
+        revision = models.revision_of(holder)
+        if revision and not local:
+            arguments["revision"] = revision
         return BackboneSource(f"{self.prefix}{Path(place).resolve() if local else place}", arguments)
 
     def preprocessing(self) -> Preprocessing:
