@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import zlib
 
 import pytest
@@ -61,7 +62,9 @@ def test_the_interface_computes_what_the_host_computes(make_hf, randomise, kind)
     host = randomise(make_hf(kind))
     images = torch.randn(2, 3, 32, 32)
     expected = own_logits(host, kind, images)
-    torch.testing.assert_close(tuned(host, "linear")(images), expected, atol=1e-5, rtol=1e-5)
+    model = tuned(host, "linear")
+    torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.backbone.host_logits(images), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -591,3 +594,27 @@ def test_processors_that_scale_pixels_otherwise_are_refused(folder):
     (path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | {"rescale_factor": 1 / 127.5}))
     with pytest.raises(BackboneError, match="multiplies pixels by"):
         tuned(create_backbone(f"hf:{path}"), "dyt")
+
+
+@torch.no_grad()
+def test_a_repository_in_the_cache_is_read_at_its_revision_without_a_network(folder, tmp_path, monkeypatch):
+    for module in ("huggingface_hub.constants", "huggingface_hub.file_download.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path / "cache"), raising=False)
+    commits = "0" * 40, "1" * 40
+    repository = tmp_path / "cache" / "models--me--vit"
+    (repository / "refs").mkdir(parents=True)
+    for commit, mean in zip(commits, (0.1, 0.2), strict=True):
+        snapshot = shutil.copytree(folder("vit"), repository / "snapshots" / commit)
+        (snapshot / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | {"image_mean": [mean] * 3}))
+        (repository / "refs" / "main").write_text(commit)
+    model = tuned(create_backbone("hf:me/vit", num_classes=3, revision=commits[0]), "dyt")
+    assert model.origin.arguments == {"num_classes": 3, "revision": commits[0]}
+    assert model.preprocessing.mean == (0.1, 0.1, 0.1)
+    assert create_backbone("hf:me/vit").dyntune_revision == commits[1]
+    images = torch.randn(2, 3, 32, 32)
+    run = model.save(tmp_path / "run")
+    assert torch.equal(dyntune.load(run)(images), model(images))
+    assert "base_model: me/vit" in (run / "README.md").read_text()

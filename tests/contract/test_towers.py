@@ -56,8 +56,11 @@ def test_a_gate_on_a_tower(build, tmp_path, kind, where):
 
 @torch.no_grad()
 def test_a_policy_that_needs_a_class_token_is_refused_without_one(build):
+    host = build("siglip")
+    names = [name for name, _ in host.named_modules()]
     with pytest.raises(dyntune.DyntuneError, match="no class token"):
-        dyntune.tune(build("siglip"), OPTIONS["evit"])
+        dyntune.tune(host, "lora:targets=qkv/proj", OPTIONS["evit"])
+    assert [name for name, _ in host.named_modules()] == names  # what lora had put there is gone
 
 
 def old_or_new(host, *names):

@@ -156,6 +156,10 @@ class Backbone(nn.Module, abc.ABC):
     def readout(self, tokens: Tokens) -> Tensor:
         """Finished tokens to logits ``(B, classes)``; in a mean, tokens count by ``tokens.provenance.weights``."""
 
+    def host_logits(self, images: Tensor) -> Tensor:
+        """What the host's own forward pass makes of images ``(B, 3, height, width)``: ``(B, classes)``."""
+        return self.host(images)
+
     def answer(self, loss: Tensor | None, logits: Tensor) -> Any:
         """A loss, if there is one, and logits as users of the host's library expect them."""
         return {"loss": loss, "logits": logits}

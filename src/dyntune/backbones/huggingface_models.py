@@ -200,10 +200,14 @@ def create(
         host = TowerClassifier(host, num_classes or config.num_labels, pool or "token")
     if img_size is not None:
         set_image_size(host, img_size)
-    if not hasattr(host, "name_or_path") or not host.name_or_path:
-        getattr(host, "tower", host).name_or_path = place
-    if pretrained and not Path(place).is_dir():
-        _fetch(place, known)
+    holder: Any = getattr(host, "tower", host)
+    if not holder.name_or_path:
+        holder.name_or_path = place
+    if not Path(place).is_dir():
+        if pretrained:
+            _fetch(place, known)
+        file = _cached(place, _CONFIG, revision)
+        holder.dyntune_revision = None if file is None else file.parent.name
     return host
 
 
@@ -300,17 +304,28 @@ def _fetch(repository: str, known: dict[str, str]) -> None:
         hf_hub_download(repository, _PROCESSOR, revision=known.get("revision"))
 
 
+def revision_of(host: Any) -> str | None:
+    """The commit of the repository that a model was read from, where it is known."""
+    return getattr(host, "dyntune_revision", None) or getattr(host.config, "_commit_hash", None)
+
+
+def _cached(repository: str, file: str, revision: str | None) -> Path | None:
+    """Where the cache has a file of a repository, if it has it; the folder is named by the commit."""
+    from huggingface_hub import try_to_load_from_cache
+
+    with contextlib.suppress(Exception):  # a name that is none of a repository
+        path = try_to_load_from_cache(repository, file, revision=revision)
+        return Path(path) if isinstance(path, str) else None
+    return None
+
+
 def _beside(host: Any, file: str) -> dict[str, Any]:
     """A JSON file that lies beside the weights that a model was read from, or in the cache; empty if there is none."""
     place = getattr(host, "name_or_path", "") or ""
-    path: Any = Path(place) / file
+    path: Path | None = Path(place) / file
     if place and not Path(place).is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        revision = getattr(host.config, "_commit_hash", None)
-        with contextlib.suppress(Exception):  # a name that is none of a repository
-            path = try_to_load_from_cache(place, file, revision=revision)
-    if not place or not isinstance(path, str | Path) or not Path(path).is_file():
+        path = _cached(place, file, revision_of(host))
+    if not place or path is None or not path.is_file():
         return {}
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))

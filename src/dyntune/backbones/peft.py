@@ -205,6 +205,9 @@ class PeftBackbone(Backbone):
     def config(self) -> Any:
         return self.inner.config
 
+    def host_logits(self, images: Tensor) -> Tensor:
+        return self.inner.host_logits(images)
+
     def answer(self, loss: Tensor | None, logits: Tensor) -> Any:
         return self.inner.answer(loss, logits)
 

@@ -148,9 +148,9 @@ class HuggingFace(Backbone):
             arguments["img_size"] = list(self.host.dyntune_image_size)
         if isinstance(self.host, models.TowerClassifier):
             arguments["pool"] = self.host.pool
-        commit = getattr(holder.config, "_commit_hash", None)
-        if commit and not local:
-            arguments["revision"] = commit
+        revision = models.revision_of(holder)
+        if revision and not local:
+            arguments["revision"] = revision
         return BackboneSource(f"{self.prefix}{Path(place).resolve() if local else place}", arguments)
 
     def preprocessing(self) -> Preprocessing:
@@ -264,7 +264,7 @@ class HuggingFace(Backbone):
                 f"the backbone takes images of {height} x {width} pixels; given {size}. Resize the images, or build "
                 'the backbone for them: --img-size, or create_backbone("hf:...", img_size=...) in Python.'
             )
-        rows, columns = (int(side) // patch for side, patch in zip(size, self._patch_size, strict=True))
+        rows, columns = self._grid_of(images)
         images = images.to(next(self._patch[0].parameters()).dtype)
         embeddings = self.tower.embeddings
         if self.kind.startswith("siglip2"):
@@ -283,6 +283,10 @@ class HuggingFace(Backbone):
             provenance=Provenance(),
             rotation=self._rotation(rows, columns),
         )
+
+    def _grid_of(self, images: Tensor) -> tuple[int, int]:
+        height, width = images.shape[2:]
+        return int(height) // self._patch_size[0], int(width) // self._patch_size[1]
 
     def _flattened(self, images: Tensor) -> Tensor:
         """Images as rows of patches, each flattened by row, column and channel: ``(B, P, p p 3)``."""
@@ -363,6 +367,20 @@ class HuggingFace(Backbone):
             mask = logs.repeat_interleave(head.attention.num_heads, dim=0).unsqueeze(1)
         read = head.attention(head.probe.expand(len(x), -1, -1), x, x, attn_mask=mask, need_weights=False)[0]
         return (read + head.mlp(head.layernorm(read)))[:, 0]
+
+    def host_logits(self, images: Tensor) -> Tensor:
+        inputs = {"pixel_values": images}
+        if self.kind.startswith("siglip2"):
+            patches = self._flattened(images)
+            inputs = {
+                "pixel_values": patches,
+                "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long, device=images.device),
+                "spatial_shapes": torch.tensor([self._grid_of(images)] * len(images)),
+            }
+        elif self._resizes and tuple(images.shape[2:]) != _pair(self._config.image_size):
+            inputs["interpolate_pos_encoding"] = True  # type: ignore[assignment]
+        output = self.host(**inputs)
+        return output.logits if hasattr(output, "logits") else output.pooler_output
 
     def answer(self, loss: Tensor | None, logits: Tensor) -> Any:
         return models.library().modeling_outputs.ImageClassifierOutput(loss=loss, logits=logits)
