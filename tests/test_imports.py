@@ -1,6 +1,7 @@
 """Which layer may know which, read from the syntax trees; and what ``import dyntune`` brings in."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import dyntune
 PACKAGE = Path(dyntune.__file__).parent
 PARTS = {room: sorted((PACKAGE / "parts" / room).glob("*.py")) for room in ("methods", "policies", "presets")}
 EVERY_PART = [path for files in PARTS.values() for path in files if path.name != "__init__.py"]
-HEAVY = ("matplotlib", "sklearn", "accelerate", "typer", "transformers", "dyntune.inference.export")
+HEAVY = ("matplotlib", "sklearn", "accelerate", "typer", "transformers", "peft", "dyntune.inference.export")
+KERNELS = "dyntune.inference.kernels"
 
 
 def imported(path):
@@ -56,10 +58,24 @@ def test_methods_and_policies_do_not_know_each_other(path):
     assert names == within(names, *(f"{layer}.{base}" for base in ("base", "gating", "reducing")))
 
 
-def test_importing_the_package_is_light():
-    program = f"import sys, dyntune; print(*(name for name in {HEAVY} if name in sys.modules))"
+@pytest.fixture(scope="module")
+def loaded():
+    """What a fresh process has loaded after ``import dyntune``, and what after importing the kernels' package too."""
+    program = (
+        f"import json, sys, dyntune; a = list(sys.modules); import {KERNELS}; print(json.dumps([a, [*sys.modules]]))"
+    )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == []
+    return json.loads(result.stdout)
+
+
+def test_importing_the_package_is_light(loaded):
+    assert "dyntune" in loaded[0] and not {*HEAVY} & {*loaded[0]}
+
+
+def test_no_kernel_is_imported_before_it_runs(loaded):
+    names = {name.removeprefix(f"{KERNELS}.") for name in loaded[1] if name.startswith(f"{KERNELS}.")}
+    assert "execution" in names
+    assert not names & {"arithmetic", "compaction", "gathering", "grouped", "joint", "product"}
 
 
 ROOMS = ("core", "data", "backbones", "parts", "model", "training", "inference", "studies", "commands")

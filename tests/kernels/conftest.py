@@ -17,9 +17,7 @@ RUNNABLE = (INTERPRETED or torch.cuda.is_available()) and unavailable(
 ) is None
 # These files run in the one process of test_interpreter.py.
 collect_ignore = [] if RUNNABLE else ["test_tiles.py", "test_products.py", "test_execution.py"]
-collect_ignore += (
-    ["test_interpreter.py", "test_hopper.py", "test_benchmark.py", "test_unavailable.py"] if INTERPRETED else []
-)
+collect_ignore += ["test_interpreter.py", "test_hopper.py", "test_unavailable.py"] if INTERPRETED else []
 
 
 class NothingComesBack(TorchDispatchMode):

@@ -3,20 +3,16 @@
 import argparse
 import csv
 import importlib.util
-import subprocess
+import os
+import runpy
 import sys
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
-
-
-def run(*arguments):
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True)
 
 
 def read(path):
@@ -47,13 +43,13 @@ def options():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
-def test_smoke(tmp_path):
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in the process of test_interpreter.py")
+def test_smoke(tmp_path, monkeypatch):
     from dyntune.inference.kernels.grouped import refusal
 
     out = tmp_path / "rows" / "gpu.csv"
-    result = run("--smoke", "--rates", 0.5, "--out", out)
-    assert result.returncode == 0, result.stderr[-3000:]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", "--rates", "0.5", "--out", str(out)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
     alone = [row for row in read(out) if row["batch"] == "1"]
     assert [row["candidate"] for row in alone] == ["ours graph"] and "CUDA" in alone[0]["failure"]
     rows = {row["candidate"]: row for row in read(out) if row["batch"] == "2"}
@@ -69,6 +65,15 @@ def test_smoke(tmp_path):
         assert float(row["skip_efficiency"]) == pytest.approx(efficiency)
     assert float(rows["ours eager"]["macs_ratio"]) > 1 and float(rows["dense eager"]["macs_ratio"]) == 1
     assert 0.3 < float(rows["ours eager"]["active"]) < 0.7
+
+
+def test_smoke_chooses_the_interpreter_before_anything_is_imported(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke"])
+    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "0")
+    monkeypatch.setitem(sys.modules, "timm", None)  # the first that imports Triton; none can be imported
+    with pytest.raises(ImportError):
+        runpy.run_path(str(SCRIPT))
+    assert os.environ["TRITON_INTERPRET"] == "1"
 
 
 @torch.no_grad()

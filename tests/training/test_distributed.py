@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Command
 from typer.testing import CliRunner
 
 from dyntune.commands.main import app
@@ -46,34 +48,23 @@ def test_two_processes_train_like_one_with_twice_the_batch(photos, tmp_path):
     assert abs(losses[0][0] - losses[1][0]) < 1e-4
 
 
-def _workers(out: Path) -> list[int]:
-    """The processes that train into ``out``, without the launcher."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            words = (entry / "cmdline").read_bytes().decode().split("\0") if entry.name.isdigit() else []
-        except OSError:
-            continue  # it has ended meanwhile
-        if str(out) in words and "torch.distributed.run" not in words:
-            found.append(int(entry.name))
-    return found
-
-
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds the workers in /proc")
 def test_a_signal_to_one_process_stops_all_of_them_with_the_state_saved(photos, tmp_path):
     out = tmp_path / "run"
     arguments = ["train", str(photos), "--out", str(out), "--method", "dyt", "--epochs", "200", "--batch-size", "4"]
-    process = subprocess.Popen(
-        [*LAUNCHER, *arguments, "--device", "cpu"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # Without a launcher, which would stop the other when one has ended.
+    processes = [
+        Command([*arguments, "--device", "cpu"], tmp_path / rank, RANK=rank, LOCAL_RANK=rank, **together)
+        for rank in ("0", "1")
+    ]
     deadline = time.monotonic() + 180
     while not (out / STATE).exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.kill(max(_workers(out)), signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert errors.count("the state is saved") == 2
+        time.sleep(0.05)
+    processes[1].send(signal.SIGTERM)
+    for process in processes:
+        status, errors = process.ended()
+        assert status == 1 and errors.count("the state is saved") == 1
     state = RunState.read(out)
     assert state.epoch >= 1 and state.step >= 0

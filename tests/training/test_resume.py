@@ -1,14 +1,12 @@
 """Runs that are really killed, as processes, and continued: they come to the same bits as one that was not."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Command
 from typer.testing import CliRunner
 
 from dyntune.commands.main import app
@@ -31,18 +29,12 @@ def _finish(photos: Path, out: Path, *more: str) -> None:
     assert done.exit_code == 0, (done.output, done.exception)
 
 
-def _start(photos: Path, out: Path) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "dyntune.commands.main", *_arguments(photos, out)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def _wait_for_epoch(process: subprocess.Popen, out: Path, epoch: int) -> None:
+def _wait_for_epoch(process: Command, out: Path, epoch: int) -> None:
     """Waits until the run in ``out`` has completed ``epoch`` epochs and is inside the next one."""
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise AssertionError(f"the run ended before it could be killed: {process.communicate()}")
+        if not process.running():
+            raise AssertionError(f"the run ended before it could be killed: {process.ended()}")
         if (out / STATE).exists() and RunState.read(out).epoch >= epoch:
             time.sleep(0.2)
             return
@@ -68,10 +60,10 @@ def _assert_same_bits(first: Path, second: Path) -> None:
 
 def test_a_killed_run_continues_to_the_same_bits(photos, uninterrupted, tmp_path):
     out = tmp_path / "run"
-    process = _start(photos, out)
+    process = Command(_arguments(photos, out), tmp_path / "errors")
     _wait_for_epoch(process, out, 1)
-    process.kill()
-    process.communicate()
+    process.send(signal.SIGKILL)
+    assert process.ended()[0] == -signal.SIGKILL
     assert RunState.read(out).epoch < EPOCHS
     _finish(photos, out, "--resume")
     _assert_same_bits(uninterrupted, out)
@@ -80,11 +72,11 @@ def test_a_killed_run_continues_to_the_same_bits(photos, uninterrupted, tmp_path
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_inside_the_epoch_says_how_to_go_on_and_loses_nothing(photos, uninterrupted, tmp_path, number):
     out = tmp_path / "run"
-    process = _start(photos, out)
+    process = Command(_arguments(photos, out), tmp_path / "errors")
     _wait_for_epoch(process, out, 1)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
+    process.send(number)
+    status, errors = process.ended()
+    assert status == 1
     assert "--resume" in errors and "Traceback" not in errors
     state = RunState.read(out)
     assert state.epoch >= 1 and state.step > 0, "the state was saved in the middle of an epoch"

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from dyntune.backbones.hosts import create_backbone
 from dyntune.commands.main import app
 from dyntune.core.errors import DyntuneError
 from dyntune.core.timing import Latency, Spread
+from dyntune.studies.bench import worker
 from dyntune.studies.bench.measure import Row
 from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.report import details, speed_figure, summary
@@ -119,7 +121,6 @@ def test_the_command_prints_both_tables_and_the_notes(monkeypatch):
         (("--rate", "1.5"), DyntuneError, ("1.5", "between 0 and 1")),
         (("--against", "dense,tom:r=8"), DyntuneError, ("'tom'", "tome")),
         (("--against", "gather", "--runtime", "torch-export"), DyntuneError, ("gather", "eager")),
-        (("nowhere",), DyntuneError, ("nowhere",)),
         (("nowhere", "--model", "vit_base_patch16_224"), SystemExit, ("leave out --model",)),
         (("--pretrained", "--weights", "x.npz"), SystemExit, ("give one",)),
         (("--plot", "speed.jpg"), SystemExit, ("speed.jpg", ".png")),
@@ -145,6 +146,14 @@ def test_what_only_the_process_can_find_out(options, words, tmp_path):
     plan = {"model": "vit_mini_patch4_32.dyntune", "parts": ("dyt",)} | options
     with pytest.raises(DyntuneError, match=words):
         measured(tmp_path, **plan)
+
+
+def test_the_error_of_the_process_is_that_of_the_command(monkeypatch):
+    def here(command, **_):
+        return SimpleNamespace(returncode=worker.main(command[3:]))
+
+    monkeypatch.setattr("dyntune.studies.bench.run.subprocess.run", here)
+    assert "nowhere" in run_bench("nowhere", *QUICK, error=DyntuneError)
 
 
 def test_a_missing_library_is_named_before_anything_runs(monkeypatch):

@@ -138,7 +138,7 @@ def test_an_interrupted_job_goes_on_from_its_state(one_worker, make_plan, tmp_pa
 
 
 @pytest.mark.slow
-def test_sigterm_stops_the_workers_and_says_how_to_go_on(make_plan, tmp_path):
+def test_sigterm_stops_the_workers_and_says_how_to_go_on(make_plan, quick_processes, tmp_path):
     plan = make_plan(tmp_path / "run", SPECS[1:], options={"epochs": 200})
     runs = [job.folder(plan.out) / "run" / STATE for job in plan.jobs()]
 
