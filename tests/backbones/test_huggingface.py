@@ -161,7 +161,7 @@ def known(make_hf, kind, spec="linear", seed=0):
     return model
 
 
-MLP, LAYER = "dyt:bottleneck=8", "dyt:dispatch=layer,bottleneck=8"
+MLP, LAYER = "dyt:bottleneck=8,scale=0.1", "dyt:dispatch=layer,bottleneck=8,scale=0.1"
 EVIT = "evit:keep=0.5,layers=1,fuse=false"
 KNOWN = [
     ("vit", "linear", 0, 5.498450, (1.625877, 0.659483, -0.547727), None),
@@ -345,7 +345,7 @@ def test_runs_are_read_with_another_version_of_transformers(
         tensor += 0.1
     images = torch.randn(2, 3, 32, 32)
     loaded = dyntune.load(model.save(tmp_path), backbone=second)
-    torch.testing.assert_close(loaded(images), model(images), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(loaded(images), model(images), atol=1e-5, rtol=1e-5)
     assert loaded.fingerprint == model.fingerprint
     names = safetensors.torch.load_file(tmp_path / "dyntune.safetensors")
     assert not any(re.search(r"\b(vit|dinov2|layers?|encoder|query|q_proj|attention)\b", name) for name in names)

@@ -7,7 +7,7 @@ from test_export import RUNTIMES, assert_agrees, between, filled, opened
 import dyntune
 from dyntune.inference import folded_copy
 from dyntune.inference.export.program import export_program
-from dyntune.parts.policies.dispatch import Dispatcher
+from dyntune.parts.policies.dispatcher import Dispatcher
 
 pytest.importorskip("transformers")
 

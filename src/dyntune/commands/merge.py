@@ -29,6 +29,10 @@ def command(
     weights: WeightsOption = None,
 ) -> None:
     """Fold an adapter into its backbone and write the plain model (LoRA, SSF, FacT, BitFit, full)."""
+    if file.suffix not in ("", ".safetensors"):
+        raise CheckpointError(
+            f"--out {file}: expected a file name that ends in .safetensors, or for a model of transformers a folder."
+        )
     model = load(run, weights=weights)
     folder = hasattr(model.backbone.host, "save_pretrained")
     if folder and (file.suffix or file.is_file()):

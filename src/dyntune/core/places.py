@@ -41,11 +41,13 @@ class Places:
             absent: ``(F,)``, of tokens that lie nowhere.
         """
         patches = values[:, own:] if self.owner is None else self._means(values[:, own:], self.owner, absent)
-        if not prefix:
-            return patches
-        images = patches.shape[0]
-        nowhere = absent.to(patches.dtype).expand(images, prefix - own, -1)
-        return torch.cat([values[:, :own].to(patches.dtype).expand(images, -1, -1), nowhere, patches], dim=1)
+        images, pieces = patches.shape[0], [patches]
+        # None of these is empty: at a constant without elements, OpenVINO's conversion stops the process.
+        if prefix > own:
+            pieces.insert(0, absent.to(patches.dtype).expand(images, prefix - own, -1))
+        if own:
+            pieces.insert(0, values[:, :own].to(patches.dtype).expand(images, -1, -1))
+        return torch.cat(pieces, dim=1) if len(pieces) > 1 else patches
 
     def _means(self, values: Tensor, owner: Tensor, absent: Tensor) -> Tensor:
         images, width = owner.shape[0], values.shape[-1]

@@ -196,7 +196,7 @@ class Tokens:
 
     def first(self, count: int) -> Tokens:
         """The first ``count`` tokens of each image, prefix tokens all, for a head that reads no others; dense only."""
-        return Tokens(self.x[:, :count], count, self.grid, provenance=Provenance(), only_read=True)
+        return Tokens(self.x[:, :count], count, self.grid, provenance=Provenance(), places=Places(), only_read=True)
 
     def take(self, index: Tensor, counts: tuple[int, ...] | Tensor | None) -> Tokens:
         """The tokens at ``index`` of the flattened batch, in the ragged layout: ``counts`` of them from each image."""

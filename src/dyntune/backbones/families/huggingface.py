@@ -19,6 +19,7 @@ from dyntune.backbones.origin import BackboneSource
 from dyntune.backbones.sites import Changed, Site, SiteKind
 from dyntune.backbones.units import Block
 from dyntune.core.errors import BackboneError
+from dyntune.core.places import Places
 from dyntune.core.rotation import Rotation
 from dyntune.core.tokens import Provenance, Tokens
 from dyntune.data.transforms import Preprocessing
@@ -281,6 +282,7 @@ class HuggingFace(Backbone):
             models.prefix_tokens(self._config),
             (rows, columns),
             provenance=Provenance(),
+            places=Places(),
             rotation=self._rotation(rows, columns),
         )
 

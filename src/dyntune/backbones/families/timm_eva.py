@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones import timm_blocks
 from dyntune.backbones.timm_models import PATCH_DROP, TimmRotary, rotation
+from dyntune.core.places import Places
 from dyntune.core.tokens import Provenance, Tokens
 
 
@@ -58,6 +59,7 @@ class TimmEva(TimmRotary):
             host.num_prefix_tokens,
             self.grid_of(embedded),
             provenance=Provenance(),
+            places=Places(),
             rotation=rotation(table, host.blocks[0].attn.rotate_half),
         )
 

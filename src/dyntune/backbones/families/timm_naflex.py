@@ -14,6 +14,7 @@ from dyntune.backbones import timm_blocks
 from dyntune.backbones.sites import Site
 from dyntune.backbones.timm_models import PATCH_DROP, TimmRotary, rotation
 from dyntune.core.errors import BackboneError
+from dyntune.core.places import Places
 from dyntune.core.tokens import Provenance, Tokens
 from dyntune.data.transforms import Preprocessing
 
@@ -63,6 +64,7 @@ class TimmNaFlex(TimmRotary):
             host.num_prefix_tokens,
             (int(grid[0]), int(grid[1])),
             provenance=Provenance(),
+            places=Places(),
             rotation=rotation(table, getattr(host.blocks[0].attn, "rotate_half", False)),
         )
 

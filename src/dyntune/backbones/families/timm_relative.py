@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones import timm_blocks
 from dyntune.backbones.timm_models import TimmBackbone
+from dyntune.core.places import Places
 from dyntune.core.tokens import Provenance, Tokens
 
 
@@ -66,7 +67,7 @@ class TimmRelative(TimmBackbone):
         elif host.shared_rel_pos is not None:
             relative = host.shared_rel_pos.get_bias()[0]
         grid = self.grid_of(x)
-        return Tokens(x, host.num_prefix_tokens, grid, provenance=Provenance(), relative=relative)
+        return Tokens(x, host.num_prefix_tokens, grid, provenance=Provenance(), places=Places(), relative=relative)
 
     @property
     def read_first(self) -> int | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones import timm_blocks
 from dyntune.backbones.timm_models import PATCH_DROP, TimmBackbone
+from dyntune.core.places import Places
 from dyntune.core.tokens import Provenance, Tokens
 
 
@@ -54,7 +55,7 @@ class TimmViT(TimmBackbone):
         embedded = host.patch_embed(images)
         x = host.norm_pre(host._pos_embed(embedded))
         # Sources are given, not left to the default, which torch.compile cannot trace.
-        return Tokens(x, host.num_prefix_tokens, self.grid_of(embedded), provenance=Provenance())
+        return Tokens(x, host.num_prefix_tokens, self.grid_of(embedded), provenance=Provenance(), places=Places())
 
     @property
     def read_first(self) -> int | None:
