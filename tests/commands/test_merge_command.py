@@ -64,7 +64,7 @@ def test_the_printed_line_builds_the_model(tmp_path, arguments):
 def test_tensors_that_timm_would_not_read_are_refused(tmp_path):
     saved_on("vit_xsmall_patch16_clip_224", "ssf", tmp_path)
     done = CliRunner().invoke(app, ["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged.safetensors")])
-    assert "tensors that the plain model does not have (patch_embed.proj.bias)" in str(done.exception)
+    assert "tensors that timm's model does not have (patch_embed.proj.bias)" in str(done.exception)
     assert not (tmp_path / "merged.safetensors").exists()
 
 

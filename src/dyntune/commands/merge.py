@@ -34,10 +34,16 @@ def command(
             f"--out {file}: expected a file name that ends in .safetensors, or for a model of transformers a folder."
         )
     model = load(run, weights=weights)
-    folder = hasattr(model.backbone.host, "save_pretrained")
+    host = model.backbone.host
+    folder = hasattr(host, "save_pretrained")
+    if isinstance(host, huggingface_models.TowerClassifier):
+        raise CheckpointError(
+            f"transformers has no class for {type(host.tower).__name__} with this classifier, so it could not read the "
+            f"merged model. Run it with dyntune.load({str(run)!r}), or merge in Python: model.merge() returns it."
+        )
     if folder and (file.suffix or file.is_file()):
         raise CheckpointError(f"--out {file}: expected a folder, which transformers' from_pretrained reads.")
-    if not folder and file.suffix != ".safetensors":
+    if not folder and not file.suffix:
         raise CheckpointError(f"--out {file}: expected a file name that ends in .safetensors.")
     stays = model.fold()  # not merge(), which logs what stays: it is told once, in the error
     if stays:
@@ -49,10 +55,11 @@ def command(
     with shapes_only():
         built = rebuild(model.origin, pretrained=False).state_dict().keys()
     extra = sorted(merged.state_dict().keys() - built)
+    library = "transformers" if folder else "timm"
     if extra:
         raise CheckpointError(
-            f"folding {model.spec} has given {model.origin.name} tensors that the plain model does not have "
-            f"({', '.join(extra[:3])}), so its library could not read them. Run it with dyntune.load({str(run)!r}), or "
+            f"folding {model.spec} has given {model.origin.name} tensors that {library}'s model does not have "
+            f"({', '.join(extra[:3])}), so {library} could not read them. Run it with dyntune.load({str(run)!r}), or "
             "merge in Python: model.merge() returns the module."
         )
     if folder:
