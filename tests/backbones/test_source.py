@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import (
     DiffParallelScalingBlock,
     ParallelScalingBlock,
-    ResPostBlock,
     VisionTransformer,
 )
 
@@ -295,7 +295,6 @@ UNSUPPORTED = {
     "ResNet": lambda: ResNet(BasicBlock, (1, 1, 1, 1), base_width=64),
     "ParallelScalingBlock": lambda: tiny(block_fn=ParallelScalingBlock),
     "DiffParallelScalingBlock": lambda: tiny(block_fn=DiffParallelScalingBlock),
-    "ResPostBlock": lambda: tiny(block_fn=ResPostBlock),
     "gated": lambda: with_gated_attention(tiny()),
     "patch_drop_rate": lambda: tiny(patch_drop_rate=0.5),
     "FlexiblePatches": lambda: FlexiblePatches(embed_dim=16, depth=1, num_heads=2),
@@ -313,7 +312,7 @@ def test_unsupported_hosts_are_refused_by_name(name):
         dyntune.tune(host, "dyt")
     assert name in str(error.value)
     assert type(host).__name__ in str(error.value)
-    assert "Supported: timm's VisionTransformer" in str(error.value)
+    assert re.search("Supported: .*timm's VisionTransformer", str(error.value))
     assert {key: p.requires_grad for key, p in host.named_parameters()} == before
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -101,6 +101,8 @@ class HostedAttention(Attention):
         k_norm: of each key head.
         dropout: of attention weights: a module with a probability ``p``, or the probability.
         table: its number among the attentions, where each has rotations of its own.
+        relative: gives what is added to the logits of the host's own prefix tokens and the image's patches,
+            ``(H, own + P, own + P)``, maybe in a batch of one; a method of a module of the host.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class HostedAttention(Attention):
         k_norm: Ref | None = None,
         dropout: Ref | None = None,
         table: int = 0,
+        relative: Callable[[], Tensor] | None = None,
     ) -> None:
         super().__init__(path, width)
         # None of the host's modules is registered here: they must not appear twice in the state dict.
@@ -130,6 +133,7 @@ class HostedAttention(Attention):
         self.k_norm = k_norm
         self.dropout = dropout
         self.table = table
+        self.own_relative = relative
 
     @property
     def norm_first(self) -> bool:
@@ -169,6 +173,14 @@ class HostedAttention(Attention):
             q, k, v = (y.unflatten(-1, (-1, width)) for y in outputs)
         return self._head_norms(q, k, v)
 
+    def relative(self, tokens: Tokens) -> Tensor | None:
+        shared = super().relative(tokens)
+        if self.own_relative is None:
+            return shared
+        own = self.own_relative()
+        own = own[0] if own.ndim == 4 else own
+        return own if shared is None else own + shared
+
     def combine(self, attended: Tensor) -> Tensor:
         return _through(self.chain, attended)
 
@@ -198,20 +210,29 @@ class HostedMlp(Mlp):
         width: channels C of its tokens.
         norm: in front; None where the host has it behind, in ``chain``.
         maps: the linear maps to the hidden layer: one, or in a gated MLP one or two.
-        chain: from the norm's output to the update. Where it is first map, activation and second map with nothing but
-            dropout and norms between, they are links of their own, so that kernels can compute them; a host's MLP
-            may also be one link.
+        chain: from the norm's output to the update; a host's MLP may be one link of it.
         out: the linear map from the hidden layer.
+        layers: the chain in as many links as there are layers, where the host's MLP is one link; kernels compute an MLP
+            in which these are map, activation and map, besides what does nothing in evaluation.
     """
 
     def __init__(
-        self, path: str, width: int, *, norm: Site | None, maps: Sequence[Site], chain: Chain, out: Site
+        self,
+        path: str,
+        width: int,
+        *,
+        norm: Site | None,
+        maps: Sequence[Site],
+        chain: Chain,
+        out: Site,
+        layers: Chain = (),
     ) -> None:
         super().__init__(path, width)
         self.norm_site = norm
         self.maps = tuple(maps)
         self.chain = tuple(chain)
         self.out = out
+        self.layers = tuple(layers) or self.chain
 
     @property
     def norm_first(self) -> bool:
@@ -227,7 +248,7 @@ class HostedMlp(Mlp):
     @property
     def parts(self) -> MlpParts | None:
         norm = None if self.norm_site is None else _live(self.norm_site)
-        live = [_live(link) for link in self.chain]
+        live = [_live(link) for link in self.layers]
         links = [link for link in live if link is not None and not _idle(link)]
         if not isinstance(norm, nn.LayerNorm) or len(links) != 3:
             return None

@@ -133,8 +133,9 @@ class PeftBackbone(Backbone):
         return {name: self.peft.peft_config[name] for name in self.peft.active_adapters}
 
     def train(self, mode: bool = True) -> Self:
-        self.inner.train(mode)
-        return super().train(mode)
+        super().train(mode)
+        self.inner.train(mode)  # behind it: what the family keeps in eval mode stays so
+        return self
 
     def embed(self, images: Tensor) -> Tokens:
         return self.inner.embed(images)

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from timm.layers import GluMlp, SwiGLU
 from timm.layers import Mlp as TimmMlp
+from timm.models.vitamin import GeGluMlp
+from torch import Tensor
 
 from dyntune.backbones.hosted import Chain, HostedAttention, HostedMlp, Ref
-from dyntune.backbones.sites import Site, SiteKind
+from dyntune.backbones.sites import Changed, Site, SiteKind
 from dyntune.backbones.units import Block
 
 _FIRST = ("fc1", "fc1_g", "fc1_x", "w0", "w1")
 _SECOND = ("fc2", "w2")
 """Names of an MLP's maps to the hidden layer and from it."""
+
+
+def refusal(host: Any, blocks: tuple[type, ...], attentions: tuple[type, ...]) -> str | None:
+    """Why a host's blocks cannot be read; None if they can.
+
+    Args:
+        host: timm's model, with ``blocks``.
+        blocks: classes of blocks that can.
+        attentions: of attentions.
+    """
+    if any(isinstance(module, Changed) for module in host.modules()):
+        return "another tuned model has changed its modules; build a backbone for each"
+    for index, one in enumerate(host.blocks):
+        if type(one) not in blocks:
+            return f"blocks.{index} is a {type(one).__name__}"
+        if type(one.attn) not in attentions:
+            return f"blocks.{index}.attn is a {type(one.attn).__name__}"
+        if getattr(one.attn, "gate", None) is not None:
+            return f"blocks.{index}.attn is gated"
+        if not isinstance(one.mlp, TimmMlp | GluMlp | SwiGLU | GeGluMlp):
+            return f"blocks.{index}.mlp is a {type(one.mlp).__name__}"
+    return None
 
 
 def block(index: int, host: Any, width: int, *, factors: tuple[str, str], norm_first: bool = True) -> Block:
@@ -53,26 +79,36 @@ def _attention(index: int, width: int, attn: Any, norm: Site | None, behind: Cha
         maps = [_site("q", index, path, attn, "q_proj"), _site("k", index, path, attn, "k_proj")]
         maps.append(_site("v", index, path, attn, "v_proj"))
     out = _site("proj", index, path, attn)
+    inner, q_norm, k_norm = (Ref(attn, name) if hasattr(attn, name) else None for name in ("norm", "q_norm", "k_norm"))
     return HostedAttention(
         path,
         width,
-        head_width=attn.head_dim,
+        head_width=out.inputs // attn.num_heads,
         norm=norm,
         maps=maps,
-        chain=(Ref(attn, "norm"), out, Ref(attn, "proj_drop"), *behind),
+        chain=(*((inner,) if inner else ()), out, Ref(attn, "proj_drop"), *behind),
         out=out,
-        q_norm=Ref(attn, "q_norm"),
-        k_norm=Ref(attn, "k_norm"),
+        q_norm=q_norm,
+        k_norm=k_norm,
         dropout=Ref(attn, "attn_drop"),
         table=index,
+        relative=_relative(attn),
     )
+
+
+def _relative(attn: Any) -> Callable[[], Tensor] | None:
+    """What gives the bias of an attention's pairs of places, in BEiT's and in VisionTransformerRelPos's form."""
+    if getattr(attn, "rel_pos", None) is not None:
+        return attn.rel_pos.get_bias
+    return attn._get_rel_pos_bias if getattr(attn, "relative_position_bias_table", None) is not None else None
 
 
 def _mlp(index: int, width: int, host: Any, norm: Site | None, behind: Chain) -> HostedMlp:
     path, mlp = f"blocks.{index}.mlp", host.mlp
     maps = [_site("fc1", index, path, mlp, name) for name in _FIRST if hasattr(mlp, name)]
     out = next(_site("fc2", index, path, mlp, name) for name in _SECOND if hasattr(mlp, name))
-    inside: Chain = (Ref(host, "mlp"),)
+    layers: Chain = ()
     if type(mlp) is TimmMlp:
         inside = (maps[0], Ref(mlp, "act"), Ref(mlp, "drop1"), Ref(mlp, "norm"), out, Ref(mlp, "drop2"))
-    return HostedMlp(path, width, norm=norm, maps=maps, chain=(*inside, *behind), out=out)
+        layers = (*inside, *behind)
+    return HostedMlp(path, width, norm=norm, maps=maps, chain=(Ref(host, "mlp"), *behind), out=out, layers=layers)

@@ -202,9 +202,12 @@ class Attention(SubLayer):
         q, k, v = self.project(tokens)
         return q[:, :count], k, v
 
-    def asked(self, tokens: Tokens, count: int) -> Projected:
-        """As ``projected``, with the queries of the first ``count`` tokens alone, prefix tokens all."""
-        return self._placed(*self.project_first(tokens, count), tokens)
+    def attended_by(self, tokens: Tokens, count: int) -> Tensor:
+        """What the first ``count`` tokens, prefix tokens all, gather from all tokens, ``(B, count, H * D)``."""
+        projected = self._placed(*self.project_first(tokens, count), tokens)
+        if projected.bias is not None:
+            projected = projected._replace(bias=projected.bias[:, :, :count])
+        return attend(projected, tokens)
 
     @abc.abstractmethod
     def combine(self, attended: Tensor) -> Tensor:
@@ -220,25 +223,31 @@ class Attention(SubLayer):
     def attention_dropout(self) -> float:
         """Probability of dropping an attention weight, 0 in evaluation."""
 
+    def relative(self, tokens: Tokens) -> Tensor | None:
+        """``(H, own + P, own + P)``, added to the logits of the host's own prefix tokens and the image's P patches."""
+        return tokens.relative
+
     def projected(self, tokens: Tokens) -> Projected:
         """Queries, keys and values as they are multiplied, computed unless ``tokens`` brings them."""
         return self._placed(*self.project(tokens), tokens) if tokens.projected is None else tokens.projected
 
     def _placed(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Projected:
         """Queries and keys rotated by where their tokens lie, and keys and values for each head of the queries."""
-        unrotated = k
+        unrotated, bias = k, self.relative(tokens)
+        if bias is not None:
+            bias = tokens.places.of_pairs(bias, tokens.prefix - tokens.prompts, tokens.prefix)
         if tokens.rotation is not None:
-            rows = tokens.rotation.rows(self.table, tokens.prefix)
+            rows = tokens.rotation.rows(self.table, tokens.places, tokens.prefix)
             k = tokens.rotation.turn(k, rows)
             if q.shape[:-2] == k.shape[:-2]:  # else of prefix tokens alone, which are not rotated
                 q = tokens.rotation.turn(q, rows)
         shared = q.shape[-2] // k.shape[-2]
         if shared > 1:
             k, v = k.repeat_interleave(shared, dim=-2), v.repeat_interleave(shared, dim=-2)
-        return Projected(q, k, v, unrotated)
+        return Projected(q, k, v, unrotated, bias)
 
     def host_update(self, tokens: Tokens) -> Tensor:
-        return self.combine(attend(*self.projected(tokens)[:3], tokens, self.attention_dropout))
+        return self.combine(attend(self.projected(tokens), tokens, self.attention_dropout))
 
 
 class OpaqueAttention(Attention):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dyntune.core.places import Places
+
 
 @dataclass(frozen=True)
 class Rotation:
-    """How far each token's queries and keys are rotated: as its image patch, or the mean of its patches.
+    """How far queries and keys are rotated at each patch.
 
     A token that several patches have become part of is rotated by the mean of their sines and cosines: attention to it
     is then, to first order, attention to its patches. Prefix tokens are not rotated.
@@ -19,55 +21,32 @@ class Rotation:
         tables: the sines of the D channels of a head, then their cosines, for each of the P image patches,
             ``(T, P, G, 2 D)``. T is 1, or the number of blocks where each has its own; G is 1, or the number of heads.
         half: whether channel j is rotated with channel j + D / 2, instead of 2 j with 2 j + 1.
-        owner: ``(B, P)``, as in ``Provenance``; None where each token is a patch.
-        count: tokens behind the prefix; P without ``owner``.
-        index: ``(M,)``, the tokens of the ragged layout as numbers in the flattened dense batch; None for all of them.
     """
 
     tables: Tensor
     half: bool
-    owner: Tensor | None = None
-    count: int = -1
-    index: Tensor | None = None
 
-    def following(self, owner: Tensor, count: int) -> Rotation:
-        """That of the ``count`` tokens, behind the prefix, that the patches have become part of."""
-        return replace(self, owner=owner, count=count)
-
-    def taken(self, index: Tensor) -> Rotation:
-        """That of the tokens at ``index`` of the flattened batch."""
-        return replace(self, index=index)
-
-    def rows(self, table: int, prefix: int) -> Tensor:
+    def rows(self, table: int, places: Places, prefix: int) -> Tensor:
         """Sines and cosines of all tokens, ``(1 or B, N, G, 2 D)``, or of the ragged ones, ``(M, G, 2 D)``.
 
         Args:
             table: number of the attention that asks.
+            places: of the tokens.
             prefix: leading tokens of every image, which are not rotated.
         """
         own = self.tables[table if len(self.tables) > 1 else 0]
         still = torch.zeros_like(own[0]).unflatten(-1, (2, -1))
         still = (still + still.new_tensor([0.0, 1.0])[:, None]).flatten(-2)  # (G, 2 D)
-        rows = own[None] if self.owner is None else self._means(own, self.owner, still)
-        rows = torch.cat([still.expand(rows.shape[0], prefix, -1, -1), rows], dim=1)
-        if self.index is None:
+        rows = places.of_tokens(own.flatten(1)[None], 0, prefix, still.flatten()).unflatten(-1, still.shape)
+        if places.index is None:
             return rows
-        return rows.flatten(0, 1).index_select(0, self.index % rows.shape[1] if len(rows) == 1 else self.index)
-
-    def _means(self, own: Tensor, owner: Tensor, still: Tensor) -> Tensor:
-        """Means over the patches of each token, ``(B, count, G, 2 D)``, at least in fp32."""
-        images, patches = owner.shape
-        flat = own.flatten(1).to(torch.promote_types(own.dtype, torch.float32))
-        into = torch.where(owner < 0, self.count, owner)  # a token more, for patches that are dropped
-        sums = flat.new_zeros(images, self.count + 1, flat.shape[1])
-        sums = sums.scatter_add(1, into.unsqueeze(-1).expand(-1, -1, flat.shape[1]), flat.expand(images, -1, -1))
-        numbers = flat.new_zeros(images, self.count + 1).scatter_add(1, into, flat.new_ones(images, patches))
-        sums, numbers = sums[:, :-1], numbers[:, :-1].unsqueeze(-1)
-        return torch.where(numbers > 0, sums / numbers.clamp_min(1), still.flatten()).unflatten(-1, still.shape)
+        index = places.index % rows.shape[1] if places.owner is None else places.index
+        return rows.flatten(0, 1).index_select(0, index)
 
     def turn(self, x: Tensor, rows: Tensor) -> Tensor:
         """Queries or keys ``(..., H, D)`` rotated by ``rows``, in the wider of the two precisions."""
-        sines, cosines = rows.chunk(2, dim=-1)
+        width = x.shape[-1]
+        sines, cosines = rows[..., :width], rows[..., width:]
         if self.half:
             first, second = x.chunk(2, dim=-1)
             turned = torch.cat([-second, first], dim=-1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dyntune.core.errors import DyntuneError
+from dyntune.core.places import EVERY_PLACE, Places
 from dyntune.core.rotation import Rotation
 
 
@@ -57,12 +58,15 @@ class Projected(NamedTuple):
         k: keys, likewise.
         v: values.
         unrotated: the keys before rotation, ``(..., heads of keys, D)``: what a token holds, wherever it lies.
+        bias: ``(1 or B, H, N, N)``, added to the logits of queries and keys of the dense tokens, in either layout; None
+            for nothing.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     unrotated: Tensor
+    bias: Tensor | None = None
 
 
 EVERY_PATCH = Provenance()
@@ -88,7 +92,10 @@ class Tokens:
         normed: what the next unit's norm makes of ``x``, of its shape, where that is known already.
         projected: queries, keys and values of the next attention, where known already.
         provenance: which image patches the tokens behind the prefix stand for.
+        places: where they lie.
         rotation: how queries and keys are rotated by where their patches lie; None where the host does not do so.
+        relative: ``(H, own + P, own + P)``, what every attention adds to the logits of the host's own prefix tokens and
+            the image's P patches; None for nothing.
         key_bias: ``(B, P)``, added to the logits of every query for the keys of these tokens; None for nothing.
         only_read: the patches are gone because nothing behind reads them; nobody decides about them any more.
     """
@@ -102,7 +109,9 @@ class Tokens:
     normed: Tensor | None = None
     projected: Projected | None = None
     provenance: Provenance = EVERY_PATCH
+    places: Places = EVERY_PLACE
     rotation: Rotation | None = None
+    relative: Tensor | None = None
     key_bias: Tensor | None = None
     only_read: bool = False
 
@@ -154,8 +163,8 @@ class Tokens:
             gone = self.provenance.owner < 0
             owner = moved.gather(1, self.provenance.owner.clamp_min(0)).masked_fill(gone, -1)
         x = torch.cat([self.x[:, : self.prefix], patches.to(self.x.dtype)], dim=1)
-        rotation = None if self.rotation is None else self.rotation.following(owner, patches.shape[1])
-        return replace(self.with_x(x), provenance=Provenance(owner, sizes), rotation=rotation, key_bias=key_bias)
+        places = self.places.following(owner, patches.shape[1])
+        return replace(self.with_x(x), provenance=Provenance(owner, sizes), places=places, key_bias=key_bias)
 
     def with_present(self, present: Tensor) -> Tokens:
         """The same tokens, of which those with ``present`` 0, ``(B, P)``, are kept behind a mask."""
@@ -201,7 +210,9 @@ class Tokens:
             prompts=self.prompts,
             normed=normed,
             provenance=Provenance(),
-            rotation=None if self.rotation is None else self.rotation.taken(index),
+            places=self.places.taken(index),
+            rotation=self.rotation,
+            relative=self.relative,
         )
 
     def with_keys(self, keys: Tensor) -> Tokens:

@@ -77,7 +77,7 @@ class Shrinking(Reducer):
         kept = math.ceil(self.schedule.rate(self.keep) * count)
         if kept >= count:
             return None
-        scores = class_attention(projected.q, projected.k)[:, tokens.prefix :]
+        scores = class_attention(projected.q, projected.k, projected.bias)[:, tokens.prefix :]
         order = scores.argsort(dim=-1, descending=True, stable=True)
         weights = scores.gather(1, order[:, kept:]).unsqueeze(-1)
         place = torch.arange(count, device=order.device)
@@ -95,14 +95,15 @@ class Shrinking(Reducer):
         return shrink
 
 
-def class_attention(q: Tensor, k: Tensor) -> Tensor:
+def class_attention(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
     """How much the class token, the first one, attends to each token: ``(B, N)``, the mean over heads.
 
     Args:
         q, k: queries and keys of all tokens, each ``(B, N, H, D)``.
+        bias: ``(1 or B, H, N, N)``, added to the logits.
     """
     logits = torch.einsum("bhd,bnhd->bhn", q[:, 0], k).float() * q.shape[-1] ** -0.5
-    return logits.softmax(-1).mean(1)
+    return (logits if bias is None else logits + bias[:, :, 0]).softmax(-1).mean(1)
 
 
 @dataclass(frozen=True)
