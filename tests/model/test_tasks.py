@@ -16,7 +16,7 @@ from dyntune.inference.export.folder import OpenedModel
 from dyntune.model.tasks import Classification, Metric, Task
 from dyntune.model.tuned import build_tuned
 from dyntune.studies.compare import Row
-from dyntune.studies.report import markdown_table
+from dyntune.studies.report import markdown_table, methods_table
 from dyntune.training.logs import read_log
 
 COLOURS = ("red", "green", "blue")
@@ -137,7 +137,7 @@ def test_a_report_prints_the_figure_of_the_task(colours, trained):
     model, _, _ = trained
     found = dyntune.evaluate(model, colours[1])
     row = Row("dyt", found, 5, 20, 100_000_000, Throughput(1.0, 1.0, 1.0, 1.0), 1.0)
-    title, _, line = markdown_table([row]).splitlines()
+    title, _, line = markdown_table(methods_table([row])).splitlines()
     assert "| test f1 |" in title and f"| {found.score:.2%} |" in line
     assert row.to_dict()["test"]["f1"] == found.score
 

@@ -76,6 +76,11 @@ def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     ]
 
 
+def methods_table(rows: Sequence[Row]) -> Table:
+    """The rows of a comparison as people read them."""
+    return Table("Methods", table_columns(rows), table_rows(rows), f"Measured on {machine()}. {_SPEED}")
+
+
 def markdown_table(table: Table) -> str:
     """A table in Markdown."""
     lines = ["| " + " | ".join(table.columns) + " |", "| --- |" + " ---: |" * (len(table.columns) - 1)]
@@ -121,7 +126,7 @@ def write_report(
         for name, (figure, text) in token_pictures(row.method, models[row.method], images).items():
             save_figure(figure, out / name)
             pictures[name] = text
-    methods = Table("Methods", table_columns(rows), table_rows(rows), f"Measured on {machine()}. {_SPEED}")
+    methods = methods_table(rows)
     tables = "".join(f"\n## {table.title}\n\n{markdown_table(table)}\n\n{table.note}\n" for table in further)
     body = f"{intro}\n\n{markdown_table(methods)}\n\n{methods.note}\n{tables}"
     write_text(

@@ -113,15 +113,15 @@ class Dispatcher(LearnedGate):
             learning rate decide.
 
     Attributes:
-        weight_pace: p.
+        weight_pace: p; None while the gate is not paced, and learns w and b themselves.
         bias_pace: q.
         centre: m, ``(C,)``.
     """
 
     slope: nn.Parameter | None
-    weight_pace: Tensor
-    bias_pace: Tensor
-    centre: Tensor
+    weight_pace: Tensor | None
+    bias_pace: Tensor | None
+    centre: Tensor | None
 
     def __init__(
         self,
@@ -136,12 +136,9 @@ class Dispatcher(LearnedGate):
         self.gate = nn.Linear(width, 1)
         self._course = (course,)  # not registered: the backbone has it among what its places share
         self.slope = nn.Parameter(torch.ones(())) if elastic else None
-        self.register_buffer("weight_pace", torch.ones(()), persistent=False)
-        self.register_buffer("bias_pace", torch.ones(()), persistent=False)
-        self.register_buffer("centre", torch.zeros(width), persistent=False)
+        for name in ("weight_pace", "bias_pace", "centre"):
+            self.register_buffer(name, None, persistent=False)
         self.moves = moves
-        self.paced = False
-        """Whether the trained tensors are w' and b'."""
         self._reach: tuple[float, float] | None = None
         """Pace of the bias, and that of the weights for features of size 1, until the size of the features is known."""
         nn.init.trunc_normal_(self.gate.weight, std=0.02)
@@ -151,6 +148,11 @@ class Dispatcher(LearnedGate):
     def course(self) -> Course | None:
         """That of all gates of the same dispatch."""
         return self._course[0]
+
+    @property
+    def paced(self) -> bool:
+        """Whether the trained tensors are w' and b'."""
+        return self.weight_pace is not None
 
     @property
     def noise(self) -> float:
@@ -170,6 +172,8 @@ class Dispatcher(LearnedGate):
 
     def _map(self) -> tuple[Tensor, Tensor]:
         """w and b, with a graph to w' and b'."""
+        if self.weight_pace is None or self.bias_pace is None or self.centre is None:
+            return self.gate.weight, self.gate.bias
         weight = self.gate.weight * self.weight_pace
         return weight, self.gate.bias * self.bias_pace - weight @ self.centre
 
@@ -181,9 +185,11 @@ class Dispatcher(LearnedGate):
 
     @torch.no_grad()
     def fill(self, saved: dict[str, Tensor]) -> None:
-        weight, bias = saved["gate.weight"].to(self.centre), saved["gate.bias"].to(self.centre)
-        self.gate.weight.copy_(weight / self.weight_pace)
-        self.gate.bias.copy_((bias + weight @ self.centre) / self.bias_pace)
+        weight, bias = saved["gate.weight"].to(self.gate.weight), saved["gate.bias"].to(self.gate.bias)
+        if self.weight_pace is not None and self.bias_pace is not None and self.centre is not None:
+            weight, bias = weight / self.weight_pace, (bias + weight @ self.centre) / self.bias_pace
+        self.gate.weight.copy_(weight)
+        self.gate.bias.copy_(bias)
 
     def scores(self, patches: Tensor) -> Tensor:
         if self.training and self._reach is not None:
@@ -207,31 +213,28 @@ class Dispatcher(LearnedGate):
 
     def course_state(self) -> dict[str, Tensor]:
         """The pace, where there is one."""
-        if not self.paced:
-            return {}
-        return {"weight_pace": self.weight_pace, "bias_pace": self.bias_pace, "centre": self.centre}
+        pace = {"weight_pace": self.weight_pace, "bias_pace": self.bias_pace, "centre": self.centre}
+        return {name: tensor for name, tensor in pace.items() if tensor is not None}
 
     def resume_course(self, state: dict[str, Tensor]) -> None:
         """Takes up a pace; w' and b' must come from the same place."""
         if state:
-            self._reach, self.paced = None, True
-            for name, buffer in self.course_state().items():
-                buffer.copy_(state[name])
+            self._reach = None
+            for name, tensor in state.items():
+                setattr(self, name, tensor.to(self.gate.weight.device))
 
     def end_course(self) -> None:
         """Writes the pace into the weights."""
         self._reach = None
-        self.pace(1.0, 1.0, 0.0)
-        self.paced = False
+        own = self.saved()
+        self.weight_pace = self.bias_pace = self.centre = None
+        if own:
+            self.fill(own)
 
-    @torch.no_grad()
-    def pace(self, weight: Tensor | float, bias: Tensor | float, centre: Tensor | float) -> None:
-        """Changes p, q and m, and w' and b' with them, so that w and b stay."""
-        own = dict(zip(("gate.weight", "gate.bias"), self._map(), strict=True))
-        self.paced = True
-        self.weight_pace.fill_(weight)
-        self.bias_pace.fill_(bias)
-        self.centre.copy_(torch.as_tensor(centre))
+    def pace(self, weight: Tensor, bias: Tensor, centre: Tensor) -> None:
+        """Begins to learn w' and b', with these p, q and m; w and b stay."""
+        own = {"gate.weight": self.gate.weight.clone(), "gate.bias": self.gate.bias.clone()}
+        self.weight_pace, self.bias_pace, self.centre = (t.to(self.gate.weight) for t in (weight, bias, centre))
         self.fill(own)
 
     @torch.no_grad()
@@ -248,4 +251,4 @@ class Dispatcher(LearnedGate):
         bias, weight = self._reach
         self._reach = None
         # Features that are all alike tell patches apart by nothing, whatever the pace.
-        self.pace(weight / torch.where(size > 0, size, 1), bias, centre)
+        self.pace(weight / torch.where(size > 0, size, 1), square.new_tensor(bias), centre)
