@@ -167,7 +167,7 @@ def test_openvino_gives_masks_of_patches_that_were_merged_later(make_host, image
 @pytest.fixture(scope="module")
 def traced(make_host):
     """A DyT model and its program with the gates' masks."""
-    model = filled(make_host("plain", depth=2), "dyt:scale=0.1")
+    model = filled(make_host("plain", depth=2), "dyt:recipe=published")
     return model, export_program(folded_copy(model, masks=True), masks=True)
 
 
