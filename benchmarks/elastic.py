@@ -26,7 +26,7 @@ from dyntune.studies.pictures import save_figure
 from dyntune.studies.pictures.style import COLOURS, INK, MARKERS, TEXT_SIZE, frame, new_figure
 from dyntune.training.logs import read_log
 
-GATES = "scale=1,rate_of=inference,rate_weight=10"
+GATES = "recipe=published,scale=1,rate_of=inference,rate_weight=10"
 RATES = (0.3, 0.5, 0.7, 0.9)
 MIDDLE = 0.5
 TRAINING = {

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dyntune.data.drawn.vtab_mini import write_vtab_mini
 
-GATES = "scale=1,rate_of=inference,rate_weight=10"
+GATES = "recipe=published,scale=1,rate_of=inference,rate_weight=10"
 EVIT, DYNAMICVIT = "evit:keep=0.7,layers=3/6/9", "dynamicvit:keep=0.9/0.7/0.5,layers=3/6/9"
 METHODS = (
     "full",

@@ -66,7 +66,7 @@ def spec(variant: str, base: str = "") -> str:
     options = VARIANTS[variant]
     if options is None:
         return "adaptformer" + (":scale=1" if base else "")
-    return "dyt:" + ",".join(filter(None, ["rate=0.5", base, options]))
+    return "dyt:" + ",".join(filter(None, ["rate=0.5,recipe=published", base, options]))
 
 
 # accuracy ------------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def step_of(variant: str, model_name: str, images: Tensor) -> tuple[Callable[[Te
     set_gates(model, images, 0.5)
     model.train().backbone.switch_gradient_checkpointing(variant == CHECKPOINTED)
     optimiser = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-    steps = max((policy.complete_pass().every for policy in model.policies), default=1)
+    steps = max((getattr(policy, "complete_every", 1) for policy in model.policies), default=1)
     return partial(take_steps, model, optimiser, count(), steps), steps
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The VTAB-1K table at a small scale: every method of the table, DyT's rates and variants, three seeds. Give a folder; the
-# same command goes on where it was stopped. Tasks and workers: TASKS=fields,digits WORKERS=2 benchmarks/vtab_mini.sh OUT
+# The VTAB-1K table at a small scale: every method of the table, DyT's rates and variants, six tasks, three seeds. Give a folder;
+# the same command goes on where it was stopped. Some tasks, or two at a time: TASKS=fields,digits WORKERS=2 benchmarks/vtab_mini.sh OUT
 set -euo pipefail
 out=${1:?usage: benchmarks/vtab_mini.sh OUT}
 mkdir -p "$out"
@@ -14,12 +14,15 @@ from dyntune.data.drawn.vtab_mini import write_vtab_mini
 write_vtab_mini(Path(sys.argv[1]), seed=1)
 PYTHON
 
-gates=scale=1,rate_of=inference,rate_weight=10
-methods=full,linear,adapter,bitfit,lora,vpt,ssf,noah,convpass,adaptformer:scale=1,fact-tt,res-tuning
-methods+=,dyt:rate=0.5,$gates,dyt:rate=0.7,$gates,dyt:rate=0.9,$gates
-methods+=,dyt:rate=0.5,dispatch=attn,$gates,dyt:rate=0.7,dispatch=attn-mlp,$gates,dyt:rate=0.7,dispatch=layer,$gates
-methods+=,dyt:rate=0.5,experts=4,$gates,dyt:rate=0.5,scale=1
-for rate in 0.5 0.7 0.9; do methods+=,dyt:rate=$rate,gate_bias=2,$gates; done
+table() {  # folder, epochs, methods, seeds
+  dyntune vtab "$out/data" --methods "$3" --seeds "$4" --epochs "$2" ${TASKS:+--tasks "$TASKS"} --batch-size 16 --lr 5e-3 \
+    --population 16 --generations 4 --workers "${WORKERS:-1}" --device cpu --out "$out/$1"
+}
 
-dyntune vtab "$out/data" --methods "$methods" --tasks "${TASKS:-fields,digits}" --seeds 1,2,3 --epochs 5 --batch-size 16 \
-  --lr 1e-2 --population 16 --generations 4 --workers "${WORKERS:-1}" --device cpu --out "$out/runs"
+dyt=dyt:rate=0.5,dyt:rate=0.7,dyt:rate=0.9,dyt:rate=0.3,dyt:rate=0.7,dispatch=attn-mlp
+table runs 5 "adaptformer:scale=1,$dyt" 1,2,3
+table runs-10-epochs 10 adaptformer:scale=1 1,2,3  # a step of DyT has two passes
+others=full,linear,adapter,bitfit,lora,vpt,ssf,convpass,fact-tt,res-tuning
+variants=dyt:rate=0.5,dispatch=attn,dyt:rate=0.7,dispatch=layer,dyt:rate=0.5,experts=4,dyt:rate=0.5,recipe=published,scale=1
+table runs-others 5 "$others,$variants" 1,2,3
+table runs-noah 5 noah 1

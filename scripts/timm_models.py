@@ -22,7 +22,10 @@ from dyntune.model.assembly import install
 from dyntune.parts.registry import resolve
 
 TABLE = Path(__file__).parents[1] / "docs" / "timm_models.csv"
-MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid")
+MODULES = (
+    *("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "eva", "naflexvit", "beit"),
+    "vision_transformer_relpos",
+)
 """timm's files whose models are of a family that Dyntune has."""
 YES = "yes"
 

@@ -1,4 +1,4 @@
-"""Tiny random hosts that every test file shares: one per kind of timm ViT that is supported."""
+"""Tiny random hosts that every test file shares: one per kind of ViT of timm's that is supported."""
 
 import gc
 import os
@@ -14,8 +14,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.layers import SwiGLU, SwiGLUPacked
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
@@ -37,6 +42,71 @@ HOSTS = {
     "oblong": {"img_size": (24, 40)},
     "distilled": {},
 }
+"""Kinds of VisionTransformer with the standard block."""
+OTHERS = {
+    "res_post": {"block_fn": ResPostBlock, "mlp_layer": GeGluMlp, "mlp_ratio": 2},
+    "dinov3": {
+        "img_size": (24, 40),
+        "dynamic_img_size": True,
+        "global_pool": "avg",
+        "use_fc_norm": False,
+        "init_values": 1e-5,
+        "num_reg_tokens": 4,
+        "use_abs_pos_emb": False,
+        "use_rot_pos_emb": True,
+        "rope_type": "dinov3",
+        "rope_temperature": 100,
+        "rope_rotate_half": True,
+        "norm_layer": partial(nn.LayerNorm, eps=1e-5),
+    },
+    "eva02": {
+        "qkv_fused": False,
+        "mlp_ratio": 8 / 3,
+        "swiglu_mlp": True,
+        "scale_mlp": True,
+        "scale_attn_inner": True,
+        "use_rot_pos_emb": True,
+        "ref_feat_shape": (4, 4),
+        "global_pool": "avg",
+    },
+    "mixed": {
+        "attn_type": "rope",
+        "global_pool": "token",
+        "use_fc_norm": False,
+        "init_values": 1e-5,
+        "use_abs_pos_emb": False,
+        "use_rot_pos_emb": True,
+        "rope_type": "mixed",
+        "rope_grid_indexing": "xy",
+        "rope_temperature": 10,
+    },
+    "pe": {
+        "img_size": (24, 40),
+        "attn_type": "rope",
+        "global_pool": "map",
+        "use_pre_transformer_norm": True,
+        "use_rot_pos_emb": True,
+        "ref_feat_shape": (3, 5),
+        "rope_grid_offset": 1,
+        "rope_grid_indexing": "xy",
+        "attn_pool_num_heads": 8,
+        "attn_pool_mlp_ratio": 4,
+        "norm_layer": partial(nn.LayerNorm, eps=1e-5),
+    },
+    "post_norm": {"use_post_norm": True, "use_rot_pos_emb": True, "global_pool": "token", "use_fc_norm": False},
+    "naflex": {"global_pool": "map", "reg_tokens": 1, "pos_embed_grid_size": (4, 4), "init_values": 1e-5},
+    "beit": {"use_rel_pos_bias": True, "use_abs_pos_emb": False, "init_values": 1e-5, "global_pool": "token"},
+    "relpos": {"rel_pos_type": "bias", "shared_rel_pos": True, "img_size": (24, 40), "class_token": True},
+}
+"""Kinds with other blocks, rotary embeddings, or biases of relative positions."""
+FAMILIES = {
+    "distilled": VisionTransformerDistilled,
+    **dict.fromkeys(("dinov3", "eva02", "mixed", "pe", "post_norm"), Eva),
+    "naflex": NaFlexVit,
+    "beit": Beit,
+    "relpos": VisionTransformerRelPos,
+}
+"""Classes of those that are no plain VisionTransformer."""
 
 default_cfgs = generate_default_cfgs({"vit_two_blocks": {"input_size": (3, 32, 32), "classifier": "head"}})
 
@@ -60,13 +130,12 @@ def _randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def _make_host(name: str = "plain", *, seed: int = 0, **changes: object) -> VisionTransformer:
-    family = VisionTransformerDistilled if name == "distilled" else VisionTransformer
-    return _randomise(family(**(SHAPE | HOSTS[name] | changes)), seed).eval()
+    return _randomise(FAMILIES.get(name, VisionTransformer)(**(SHAPE | (HOSTS | OTHERS)[name] | changes)), seed).eval()
 
 
 def _images_for(host: VisionTransformer, batch: int, seed: int = 0) -> Tensor:
-    shape = (batch, host.in_chans, *host.patch_embed.img_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    size = host.patch_embed.img_size if hasattr(host, "patch_embed") else (SHAPE["img_size"],) * 2
+    return torch.randn((batch, host.in_chans, *size), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -124,6 +193,59 @@ def two_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def _make_hf(kind: str, **changes: object) -> nn.Module:
+    """A tiny model of transformers, in evaluation, with the random values that its own initialisation gives."""
+    import transformers as t
+
+    tiny = {name: value for name, value in TINY.items() if name != "intermediate_size" or "dinov2" not in kind}
+    if kind == "vit":
+        host = t.ViTForImageClassification(t.ViTConfig(**tiny, num_labels=5, **changes))
+    elif kind == "deit":
+        host = t.DeiTForImageClassification(t.DeiTConfig(**tiny, num_labels=5, **changes))
+    elif kind == "deit-distilled":
+        host = t.DeiTForImageClassificationWithTeacher(t.DeiTConfig(**tiny, num_labels=5, **changes))
+    elif kind == "dinov2":
+        host = t.Dinov2ForImageClassification(t.Dinov2Config(**tiny, num_labels=5, **changes))
+    elif kind == "dinov2-registers":
+        host = t.Dinov2WithRegistersForImageClassification(
+            t.Dinov2WithRegistersConfig(**tiny, num_labels=5, num_register_tokens=4, **changes)
+        )
+    elif kind == "dinov3":
+        gated = {"intermediate_size": 96, "use_gated_mlp": True, "hidden_act": "silu", "num_register_tokens": 4}
+        host = t.DINOv3ViTModel(t.DINOv3ViTConfig(**(tiny | gated | changes)))
+    elif kind == "clip":
+        host = t.CLIPForImageClassification(t.CLIPConfig(vision_config=tiny | changes, num_labels=5))
+    elif kind == "clip-tower":
+        host = t.CLIPVisionModel(t.CLIPVisionConfig(**tiny, **changes))
+    elif kind == "siglip":
+        host = t.SiglipForImageClassification(t.SiglipConfig(vision_config=tiny | changes, num_labels=5))
+    elif kind == "siglip-tower":
+        host = t.SiglipVisionModel(t.SiglipVisionConfig(**tiny, **changes))
+    else:
+        vision = {name: value for name, value in tiny.items() if name != "image_size"}
+        host = t.Siglip2ForImageClassification(
+            t.Siglip2Config(vision_config=vision | {"num_patches": 16} | changes, num_labels=5)
+        )
+    return host.eval()
+
+
+@pytest.fixture(scope="session")
+def make_hf() -> Callable[..., nn.Module]:
+    """``make_hf(kind, **changes)``: a tiny model of transformers; changes are of its configuration."""
+    pytest.importorskip("transformers")
+    return _make_hf
+
+
 @pytest.fixture
 def outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of another distribution, whose entry points add parts and hosts as long as the fixture lasts."""
@@ -139,6 +261,12 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(scope="session", params=HOSTS)
 def host_name(request: pytest.FixtureRequest) -> str:
+    """The name of each kind of VisionTransformer with the standard block in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=[*HOSTS, *OTHERS])
+def any_host_name(request: pytest.FixtureRequest) -> str:
     """The name of each kind of host in turn."""
     return request.param
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 import dyntune
+from dyntune.parts import policies
 
 PACKAGE = Path(dyntune.__file__).parent
 PARTS = {room: sorted((PACKAGE / "parts" / room).glob("*.py")) for room in ("methods", "policies", "presets")}
 EVERY_PART = [path for files in PARTS.values() for path in files if path.name != "__init__.py"]
-HEAVY = ("matplotlib", "sklearn", "accelerate", "typer", "peft", "dyntune.inference.export")
+HEAVY = ("matplotlib", "sklearn", "accelerate", "typer", "transformers", "peft", "dyntune.inference.export")
 KERNELS = "dyntune.inference.kernels"
 
 
@@ -55,7 +56,7 @@ def test_parts_do_not_know_what_runs_them(path):
 def test_methods_and_policies_do_not_know_each_other(path):
     layer = f"dyntune.parts.{path.parent.name}"
     names = within(imported(path), *(f"dyntune.parts.{room}" for room in PARTS))
-    assert names == within(names, *(f"{layer}.{base}" for base in ("base", "gating", "reducing")))
+    assert names == within(names, *(f"{layer}.{base}" for base in ("base", *policies.BASES)))
 
 
 @pytest.fixture(scope="module")

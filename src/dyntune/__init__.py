@@ -7,27 +7,30 @@ name, for instance ``dyntune.DyT`` and ``dyntune.AdaptFormer``.
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from dyntune.backbones.huggingface_models import add_classifier
 from dyntune.core.errors import DyntuneError
 from dyntune.core.version import VERSION as __version__
 from dyntune.inference.optimized import OptimizedModel, optimize
 from dyntune.model.cost import Cost, cost
 from dyntune.model.load import load
 from dyntune.model.macs import MacCounter
+from dyntune.model.objective import Loss, training_loss
 from dyntune.model.published import load_published
 from dyntune.model.rates import Calibration, calibrate
 from dyntune.model.tuned import TunedModel, tune
 from dyntune.parts.registry import registered
-from dyntune.training.objective import Loss, training_loss
 
 if TYPE_CHECKING:
     from dyntune.inference.export.bundle import export
     from dyntune.inference.export.folder import open_export
+    from dyntune.training.callback import CourseCallback
     from dyntune.training.evaluate import Evaluation, evaluate
     from dyntune.training.trainer import FitResult, fit
 
 __all__ = [
     "Calibration",
     "Cost",
+    "CourseCallback",
     "DyntuneError",
     "Evaluation",
     "FitResult",
@@ -36,6 +39,7 @@ __all__ = [
     "OptimizedModel",
     "TunedModel",
     "__version__",
+    "add_classifier",
     "calibrate",
     "cost",
     "evaluate",
@@ -51,6 +55,7 @@ __all__ = [
 
 _ON_DEMAND = {
     "fit": "training.trainer",
+    "CourseCallback": "training.callback",
     "FitResult": "training.trainer",
     "evaluate": "training.evaluate",
     "Evaluation": "training.evaluate",

@@ -1,7 +1,7 @@
 """What holds for every family of hosts: any part trains on it, skips tokens, is saved, loaded, merged and counted.
 
 Every part meets the three hosts of another distribution (rotary embeddings, separate maps to queries, keys and values,
-attention that the host computes as a whole); of timm's kinds of ViT, each part meets a few.
+attention that the host computes as a whole) and an EVA02; of timm's other kinds of ViT, each part meets a few.
 """
 
 import re
@@ -13,11 +13,16 @@ import torch.nn.functional as F
 
 import dyntune
 from dyntune.backbones.sites import Change
+from dyntune.core.places import Places
+from dyntune.core.rotation import Rotation
 from dyntune.parts.policies.gating import LearnedGate
 from dyntune.parts.registry import registered
 
 OUTSIDE = ("rotary", "apart", "windows")
-TIMM = ("plain", "deit3", "clip", "siglip", "average", "qk_norm", "swiglu", "swiglu_packed", "oblong", "distilled")
+TIMM = (
+    *("plain", "deit3", "clip", "siglip", "average", "qk_norm", "swiglu", "swiglu_packed", "oblong", "distilled"),
+    *("res_post", "dinov3", "mixed", "pe", "post_norm", "naflex", "beit", "relpos"),
+)
 GATES = ("mlp", "attn", "attn-mlp", "layer")
 OPTIONS = {
     "evit": "evit:layers=0/1",
@@ -29,9 +34,11 @@ OPTIONS = {
 REFUSED = {
     ("evit", "siglip"): "no class token",
     ("evit", "windows"): "no class token",
+    ("evit", "naflex"): "no class token",
     **{(part, "windows"): "computed by the host as a whole" for part in ("tome", "pyra", "fpet", "dynamicvit", "auto")},
     **{(part, "windows"): "among the image patches in their places" for part in ("vpt", "noah")},
-    **{(part, "swiglu"): "whole slots" for part in ("fact-tk", "fact-tt")},
+    **{(part, "eva02"): "whole slots" for part in ("fact-tk", "fact-tt")},
+    **{(part, host): "norms behind" for part in ("convpass", "res-tuning") for host in ("post_norm", "res_post")},
 }
 """Pairings that are not defined, and what the error says."""
 UNREACHED = r"^blocks\.2\.mlp\.reducers\.pyra\."
@@ -40,7 +47,7 @@ UNREACHED = r"^blocks\.2\.mlp\.reducers\.pyra\."
 
 def pairs():
     for part in registered():
-        yield from ((host, part) for host in OUTSIDE)
+        yield from ((host, part) for host in (*OUTSIDE, "eva02"))
         start = zlib.crc32(part.encode())
         yield from ((TIMM[(start + step) % len(TIMM)], part) for step in (0, 3, 7))
 
@@ -96,7 +103,8 @@ def check(model, again, images, tmp_path):
     loaded = dyntune.load(model.save(tmp_path / "adapter"), backbone=again)
     assert torch.equal(loaded(images), compact.logits)
     torch.testing.assert_close(dyntune.optimize(model)(images), compact.logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(model.merge()(images), compact.logits, atol=1e-4, rtol=1e-4)
+    merged = model.merge()(images)
+    torch.testing.assert_close(getattr(merged, "logits", merged), compact.logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("host", "part"), pairs())
@@ -169,22 +177,30 @@ def test_tokens_keep_their_positions_when_others_are_skipped(build, images_for):
 
 
 @torch.no_grad()
-def test_merged_tokens_lie_where_their_destination_lies(build, images_for):
-    model = dyntune.tune(build("rotary"), "tome:r=3").eval()
-    output = model.run(images_for(model.backbone.host, 2))
-    tokens = output.tokens
-    assert tokens.positions.shape == tokens.patches.shape[:2]
+@pytest.mark.parametrize("part", ["tome:r=3", "evit:layers=0/1"])
+def test_a_token_of_several_patches_is_rotated_by_their_mean(build, images_for, part):
+    model = dyntune.tune(build("rotary"), part).eval()
+    tokens = model.run(images_for(model.backbone.host, 2)).tokens
+    rows = tokens.rotation.rows(0, tokens.places, tokens.prefix)
+    table = torch.cat([model.backbone.host.sin, model.backbone.host.cos], dim=1)
     for image in range(2):
-        for token, place in enumerate(tokens.positions[image].tolist()):
-            assert tokens.provenance.owner[image, place] == token
+        for token in range(tokens.patches.shape[1]):
+            mean = table[:-1][tokens.provenance.owner[image] == token].mean(0)
+            torch.testing.assert_close(rows[image, tokens.prefix + token, 0], mean)
+    assert torch.equal(rows[:, 0, 0], table[-1].expand(2, -1))  # the class token is not rotated
 
 
-def test_a_policy_that_says_no_place_is_refused_where_positions_count(build, images_for):
-    from dyntune.core.tokens import Tokens
-
-    tokens = Tokens(torch.zeros(1, 3, 2), 1, (1, 2), positions=torch.tensor([[0, 1]]))
-    with pytest.raises(dyntune.DyntuneError, match="does not say where its tokens lie"):
-        tokens.with_patches(torch.zeros(1, 1, 2), torch.zeros(1, 2, dtype=torch.long))
+@torch.no_grad()
+def test_a_token_of_no_patch_and_one_of_a_ragged_batch_have_their_own_rotation():
+    tables = torch.arange(24.0).view(1, 3, 1, 8)
+    owner = torch.tensor([[2, -1, 2], [0, 0, -1]])
+    rotation, places = Rotation(tables, half=False), Places().following(owner, 3)
+    rows = rotation.rows(0, places, 1)
+    still = [0.0] * 4 + [1.0] * 4
+    assert rows[0, :, 0].tolist() == [still, still, still, tables[0, [0, 2], 0].mean(0).tolist()]
+    assert rows[1, :, 0].tolist() == [still, tables[0, [0, 1], 0].mean(0).tolist(), still, still]
+    index = torch.tensor([0, 3, 5])
+    assert torch.equal(rotation.rows(0, places.taken(index), 1), rows.flatten(0, 1)[index])
 
 
 @torch.no_grad()

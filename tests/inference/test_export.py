@@ -17,7 +17,7 @@ from dyntune.inference.export.registry import lookup
 from dyntune.inference.export.runtimes.onnx import OLDEST_OPSET, OPSET, Onnx, newest_opset
 from dyntune.inference.export.runtimes.openvino import OpenVino
 from dyntune.parts.methods.base import TuningMethod
-from dyntune.parts.policies.dispatch import Dispatcher
+from dyntune.parts.policies.dispatcher import Dispatcher
 from dyntune.parts.registry import registered
 
 RUNTIMES = ("torch", "onnx", "openvino")
@@ -135,6 +135,22 @@ def test_gates_that_let_nothing_everything_and_a_part_through(gated, tmp_path, r
     assert_agrees(opened(runtime, program, tmp_path), model, images, masks=True)
 
 
+@pytest.mark.parametrize(
+    "runtime, host, spec",
+    [
+        ("onnx", "eva02", "dispatch:where=layer"),
+        ("openvino", "mixed", "tome:r=3"),
+        ("torch", "dinov3", "ssf"),
+        ("onnx", "beit", "dispatch:where=attn"),
+    ],
+)
+def test_hosts_whose_attention_asks_where_tokens_lie(make_host, images_for, tmp_path, runtime, host, spec):
+    model = filled(make_host(host, depth=2), spec)
+    masks = bool(model.run(images_for(model.backbone.host, 1)).gates)
+    program = export_program(folded_copy(model, masks=masks), masks)
+    assert_agrees(opened(runtime, program, tmp_path), model, images_for(model.backbone.host, max(BATCHES)), masks)
+
+
 def test_openvino_agrees_on_a_reduction_without_gates(make_host, images_for, tmp_path):
     model = filled(make_host("plain", depth=2), SHALLOW["dynamicvit"])
     runtime = opened("openvino", export_program(folded_copy(model), masks=False), tmp_path)
@@ -151,7 +167,7 @@ def test_openvino_gives_masks_of_patches_that_were_merged_later(make_host, image
 @pytest.fixture(scope="module")
 def traced(make_host):
     """A DyT model and its program with the gates' masks."""
-    model = filled(make_host("plain", depth=2), "dyt")
+    model = filled(make_host("plain", depth=2), "dyt:recipe=published")
     return model, export_program(folded_copy(model, masks=True), masks=True)
 
 

@@ -147,7 +147,7 @@ def test_a_head_that_reads_patches_keeps_them(make_host):
 
 @torch.no_grad()
 def test_gate_and_adapter_are_one_product(make_host, images_for):
-    model = filled(make_host(), "dyt:bottleneck=3")
+    model = filled(make_host(), "dyt:bottleneck=3,scale=0.1")
     optimized = folded_copy(model, masks=True)
     joint = optimized.joints["blocks_1_mlp"]
     width = model.backbone.host.embed_dim

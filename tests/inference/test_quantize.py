@@ -58,7 +58,7 @@ def test_gates_adapters_and_head_keep_their_bits(exported, tuned):
         adapter = block.mlp.parallel["adapter"]
         assert holds(block.mlp.dispatcher.gate.weight.detach().numpy()[0])
         assert all(holds(row) for row in adapter.down_proj.weight.detach().numpy())
-        assert not holds(block.attn.host.attn.proj.weight.detach().numpy()[0])
+        assert not holds(block.attn.out.module.weight.detach().numpy()[0])
     assert all(holds(row) for row in tuned.backbone.heads[0].weight.detach().numpy())
 
 

@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from dyntune import tune
 from dyntune.inference.kernels import DeviceCounts, capture, supports
 from dyntune.inference.kernels.launch import unavailable
-from dyntune.parts.policies.dispatch import Dispatcher
+from dyntune.parts.policies.dispatcher import Dispatcher
 
 WITHOUT = unavailable(torch.device("cuda")) if torch.cuda.is_available() else "needs a CUDA device"
 pytestmark = pytest.mark.skipif(WITHOUT is not None, reason=str(WITHOUT))

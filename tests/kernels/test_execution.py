@@ -9,7 +9,7 @@ from dyntune import tune
 from dyntune.core.errors import DyntuneError
 from dyntune.inference.joint import joined, key
 from dyntune.inference.kernels import DeviceCounts, capture, ops, supports
-from dyntune.parts.policies.dispatch import Dispatcher
+from dyntune.parts.policies.dispatcher import Dispatcher
 
 MODELS = [
     ("plain", "dyt:rate=0.5"),

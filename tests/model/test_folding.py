@@ -24,7 +24,7 @@ def filled(model):
         ("ssf+lora:targets=q/v/fc1+bitfit", []),
         ("full+lora", []),
         ("lora+adaptformer:scale=learnable", ["adaptformer:scale=learnable"]),
-        ("lora+dyt:rate=0.3", ["adaptformer", "dispatch:rate=0.3"]),
+        ("lora+dyt:rate=0.3", ["adaptformer:scale=1", "dispatch:rate=0.3"]),
         ("moe-adapter:scale=3", ["moe-adapter:scale=3"]),
     ],
 )

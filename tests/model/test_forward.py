@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import dyntune
 from dyntune.core import attention
 from dyntune.core.errors import BackboneError, SpecError
-from dyntune.core.tokens import Tokens
+from dyntune.core.tokens import Projected, Tokens
 from dyntune.model.executions import Compact, Masked
 from dyntune.model.forward import activation_rates, run
 from dyntune.parts.policies.base import Gate
@@ -67,8 +67,8 @@ def tuned(make_host, randomise):
 
 
 @torch.no_grad()
-def test_dense_run_is_the_hosts_own_forward(make_host, images_for, host_name):
-    host = make_host(host_name)
+def test_dense_run_is_the_hosts_own_forward(make_host, images_for, any_host_name):
+    host = make_host(any_host_name)
     images = images_for(host, 3)
     expected = host(images)
     model = dyntune.tune(host, "linear").eval()
@@ -103,8 +103,8 @@ def test_images_of_a_wrong_shape_are_refused(tuned, shape):
 @pytest.mark.parametrize("batch", [1, 3, 32])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_masked_equals_compact(tuned, images_for, host_name, variant, batch):
-    model = tuned(host_name, f"dyt:dispatch={variant}")
+def test_masked_equals_compact(tuned, images_for, any_host_name, variant, batch):
+    model = tuned(any_host_name, f"dyt:dispatch={variant}")
     masked, compact = both(model, images_for(model.backbone.host, batch))
     assert_same(masked.logits, compact.logits)
     for one, other in zip(masked.gates, compact.gates, strict=True):
@@ -118,8 +118,8 @@ def test_masked_equals_compact(tuned, images_for, host_name, variant, batch):
 @pytest.mark.parametrize("bias", [-1.0, 1.0])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_masked_equals_compact_when_a_block_is_wholly_open_or_closed(tuned, images_for, host_name, variant, bias):
-    model = tuned(host_name, f"dyt:dispatch={variant}")
+def test_masked_equals_compact_when_a_block_is_wholly_open_or_closed(tuned, images_for, any_host_name, variant, bias):
+    model = tuned(any_host_name, f"dyt:dispatch={variant}")
     images = images_for(model.backbone.host, 3)
     dense = model.run(images, complete=True).logits
     for unit in [unit for unit in model.backbone.units(variant) if "blocks.1" in unit.path]:
@@ -212,7 +212,7 @@ def heads(generator, *shape, heads=2, width=4):
 @pytest.mark.parametrize("counts", [(3, 5), (1,), (4, 0, 2), (0, 0, 3), (0, 0), (7, 1, 1, 7)])
 def test_padded_attention_equals_attention_one_by_one(counts):
     q, k, v = heads(torch.Generator().manual_seed(0), sum(counts))
-    padded = attention._padded(q, k, v, counts, 0.0)
+    padded = attention._padded(q, k, v, counts, None, 0.0)
     expected, start = torch.empty_like(v), 0
     for count in counts:
         image = slice(start, start + count)
@@ -220,16 +220,16 @@ def test_padded_attention_equals_attention_one_by_one(counts):
         expected[image] = torch.einsum("hij,jhd->ihd", weights, v[image])
         start += count
     torch.testing.assert_close(padded, expected)
-    torch.testing.assert_close(attention._one_by_one(q, k, v, counts, 0.0), expected)
+    torch.testing.assert_close(attention._one_by_one(q, k, v, counts, None, 0.0), expected)
 
 
 @pytest.mark.parametrize("counts", [(3, 3), (4, 0, 2)])
 def test_attention_of_ragged_tokens_equals_that_of_each_image_alone(counts):
     q, k, v = heads(torch.Generator().manual_seed(0), sum(counts))
-    ragged = attention.attend(q, k, v, Tokens(torch.empty(0), 0, (1, 1), counts=counts))
+    ragged = attention.attend(Projected(q, k, v, k), Tokens(torch.empty(0), 0, (1, 1), counts=counts))
     dense = Tokens(torch.empty(0), 0, (1, 1))
     alone = [
-        attention.attend(*(t[None] for t in image), dense)[0]
+        attention.attend(Projected(*(t[None] for t in (*image, image[1]))), dense)[0]
         for image in zip(*(t.split(counts) for t in (q, k, v)), strict=True)
     ]
     torch.testing.assert_close(ragged, torch.cat(alone))
@@ -237,7 +237,7 @@ def test_attention_of_ragged_tokens_equals_that_of_each_image_alone(counts):
 
 def gated(q, k, v, keys):
     """``_gated`` for ``(B, N, H, D)``, with heads back where they came from."""
-    return attention._gated(*(t.transpose(1, 2) for t in (q, k, v)), keys, 0.0).transpose(1, 2)
+    return attention._gated(*(t.transpose(1, 2) for t in (q, k, v)), keys, None, 0.0).transpose(1, 2)
 
 
 def naive(q, k, v, keys):

@@ -16,7 +16,7 @@ import dyntune
 from dyntune.backbones.hosts import create_backbone
 from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError
 from dyntune.core.files import write_atomically
-from dyntune.model.adapter_folder import CARD, CONFIG, PREVIOUS, WEIGHTS, read_config
+from dyntune.model.adapter_folder import CARD, CONFIG, FORMER_CONFIG, FORMER_WEIGHTS, PREVIOUS, WEIGHTS, read_config
 
 TINY = {"img_size": 32, "num_classes": 3}
 
@@ -101,6 +101,28 @@ def test_folder_holds_three_files_and_is_readable_as_json(saved):
     assert config["spec"] == "dyt:rate=0.7"
     assert [part["type"] for part in config["parts"]] == ["adaptformer", "dispatch"]
     assert "dyntune" in (saved / CARD).read_text(encoding="utf-8")
+
+
+@torch.no_grad()
+def test_folders_whose_files_are_called_as_before_are_read_and_replaced(saved, build, make_host, images_for):
+    (saved / CONFIG).rename(saved / FORMER_CONFIG)
+    (saved / WEIGHTS).rename(saved / FORMER_WEIGHTS[0])
+    loaded = dyntune.load(saved, backbone=make_host())
+    images = images_for(loaded.backbone.host, 2)
+    assert torch.equal(loaded(images), build()(images))
+    build(seed=2).save(saved)
+    assert sorted(path.name for path in saved.iterdir()) == sorted((CONFIG, WEIGHTS, CARD))
+    assert torch.equal(dyntune.load(saved, backbone=make_host())(images), build(seed=2)(images))
+
+
+def test_an_adapter_of_peft_in_the_same_folder_is_left_alone(saved, build, make_host):
+    (saved / FORMER_CONFIG).write_text('{"peft_type": "LORA"}')
+    (saved / FORMER_WEIGHTS[0]).write_bytes(b"theirs")
+    build(seed=2).save(saved)
+    dyntune.load(saved, backbone=make_host())
+    assert (saved / FORMER_WEIGHTS[0]).read_bytes() == b"theirs"
+    (saved / CONFIG).unlink()
+    refused(saved, make_host, "not written by Dyntune", "PeftModel.from_pretrained")
 
 
 def test_saving_again_replaces_the_adapter(build, make_host, images_for, saved):
@@ -454,7 +476,7 @@ def _no_way_back(replace):
 
 def test_a_tuned_model_is_no_backbone(build, tmp_path):
     folder = build().save(tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match="give the plain timm model"):
+    with pytest.raises(CheckpointError, match="give the plain model"):
         dyntune.load(folder, backbone=build())
 
 

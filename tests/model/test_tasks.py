@@ -16,7 +16,7 @@ from dyntune.inference.export.folder import OpenedModel
 from dyntune.model.tasks import Classification, Metric, Task
 from dyntune.model.tuned import build_tuned
 from dyntune.studies.compare import Row
-from dyntune.studies.report import markdown_table
+from dyntune.studies.report import markdown_table, methods_table
 from dyntune.training.logs import read_log
 
 COLOURS = ("red", "green", "blue")
@@ -103,7 +103,7 @@ def test_a_second_task_is_trained_and_selected_by_its_own_figure(make_host, colo
 
 def test_a_second_task_is_saved_by_name_and_given_to_load(make_host, colours, trained):
     model, run, result = trained
-    config = json.loads((run / "adapter_config.json").read_text())
+    config = json.loads((run / "dyntune.json").read_text())
     assert config["task"] == "multi-label" and config["results"]["val_f1"] == round(result.best_accuracy, 6)
     assert "pipeline_tag: multi-label\n" in (run / "README.md").read_text()
     with pytest.raises(CheckpointError, match=r"trained for the task 'multi-label'.*load\(folder, task=\.\.\.\)"):
@@ -137,7 +137,7 @@ def test_a_report_prints_the_figure_of_the_task(colours, trained):
     model, _, _ = trained
     found = dyntune.evaluate(model, colours[1])
     row = Row("dyt", found, 5, 20, 100_000_000, Throughput(1.0, 1.0, 1.0, 1.0), 1.0)
-    title, _, line = markdown_table([row]).splitlines()
+    title, _, line = markdown_table(methods_table([row])).splitlines()
     assert "| test f1 |" in title and f"| {found.score:.2%} |" in line
     assert row.to_dict()["test"]["f1"] == found.score
 
@@ -163,7 +163,7 @@ def test_a_task_gives_a_new_head_its_initial_values():
 def test_an_adapter_that_names_no_task_is_a_classifier(make_host, tmp_path):
     model = dyntune.tune(make_host(), "linear")
     model.save(tmp_path)
-    path = tmp_path / "adapter_config.json"
+    path = tmp_path / "dyntune.json"
     config = json.loads(path.read_text())
     assert config.pop("task") == "image-classification"
     path.write_text(json.dumps(config))

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from rotary import HEADS, WIDTH, HostBlock, HostedAttention, Rotary, RotaryViT
+from rotary import HEADS, WIDTH, HostBlock, Rotary, RotaryViT
 from torch import nn
 
 from dyntune.backbones.sites import Site, mapped
@@ -35,18 +35,15 @@ class ApartViT(RotaryViT):
     block = ApartBlock
 
 
-class HostedApart(HostedAttention):
-    def project(self, tokens):
-        return self.block.attn.projected(self.normed(tokens))
-
-
 class Apart(Rotary):
     """``ApartViT`` behind the interface; ``apart:tiny`` builds it by name."""
 
     supported = "ApartViT"
     prefix = "apart:"
     model = ApartViT
-    attention = HostedApart
+
+    def rotation(self):
+        return None
 
     def maps(self, index, attn):
         path = f"blocks.{index}.attn"

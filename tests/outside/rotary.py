@@ -9,6 +9,7 @@ from dyntune.backbones.base import Backbone
 from dyntune.backbones.origin import BackboneSource
 from dyntune.backbones.sites import Site, mapped
 from dyntune.backbones.units import Attention, Block, Mlp
+from dyntune.core.rotation import Rotation
 from dyntune.core.tokens import Provenance, Tokens
 
 WIDTH, HEADS, DEPTH, PATCH, GRID = 32, 4, 3, 8, (4, 4)
@@ -124,9 +125,7 @@ class HostedAttention(Attention):
     head_width = WIDTH // HEADS
 
     def project(self, tokens):
-        q, k, v = self.block.attn.projected(self.normed(tokens))
-        angles = self.host.angles(tokens.every_position)
-        return rotate(q, *angles), rotate(k, *angles), v
+        return self.block.attn.projected(self.normed(tokens))
 
     def combine(self, attended):
         return self.block.attn.proj(attended)
@@ -176,9 +175,11 @@ class Rotary(Backbone):
         return BackboneSource(f"{self.prefix}tiny", {"num_classes": self.classes})
 
     def embed(self, images):
-        x = self.host.tokens(images)
-        places = torch.arange(x.shape[1] - 1, device=x.device).expand(x.shape[0], -1)
-        return Tokens(x, 1, GRID, provenance=Provenance(), positions=places)
+        return Tokens(self.host.tokens(images), 1, GRID, provenance=Provenance(), rotation=self.rotation())
+
+    def rotation(self):
+        tables = torch.cat([self.host.sin, self.host.cos], dim=-1)[:-1]
+        return Rotation(tables[None, :, None], half=True)
 
     def finish(self, tokens):
         return tokens.with_x(self.host.norm(tokens.x)).without_prompts()

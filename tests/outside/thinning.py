@@ -15,7 +15,7 @@ class EveryOther(Reducer):
         number = torch.arange(count, device=tokens.x.device)
         kept = number[::2].expand(images, -1)
         moved = torch.where(number % 2 == 0, number // 2, -1).expand(images, -1)
-        return lambda tokens: tokens.with_patches(taken(tokens.patches, kept), moved, places=kept)
+        return lambda tokens: tokens.with_patches(taken(tokens.patches, kept), moved)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def passes(model, images_for):
 
 
 def test_rate_term_on_fixed_masks():
-    policy = Dispatch(rate=0.5, rate_weight=2.0)
+    policy = Dispatch(rate=0.5, recipe="published")
     mine = [Gate("a", torch.tensor([[1.0, 1, 1, 0], [1, 1, 1, 0]]), policy), Gate("b", torch.ones(2, 4), policy)]
     other = Gate("c", torch.zeros(2, 4), Dispatch(rate=0.1))
     terms = policy.loss_terms(Output(torch.zeros(2, 2), (*mine, other), (2, 2)), None)
@@ -56,7 +56,7 @@ def test_terms_of_the_complete_model_count_once_however_many_policies_there_are(
 
 
 def test_dyt_loss_is_the_four_published_terms(build, images_for):
-    model = build("dyt:rate=0.3,dropout=0")
+    model = build("dyt:rate=0.3,dropout=0,recipe=published")
     loss = loss_of(model, images_for)
     output, complete = passes(model, images_for)
     gates = torch.cat([gate.values.flatten() for gate in output.gates])
@@ -79,7 +79,7 @@ def test_dyt_loss_is_the_four_published_terms(build, images_for):
 @pytest.mark.parametrize("term", ["rate", "complete", "distill"])
 def test_coefficients_scale_their_terms_and_zero_drops_them(build, images_for, term):
     reference = loss_of(build("dyt:dropout=0"), images_for).terms
-    doubled = loss_of(build(f"dyt:dropout=0,{term}_weight={4 if term == 'rate' else 2}"), images_for).terms
+    doubled = loss_of(build(f"dyt:dropout=0,{term}_weight={20 if term == 'rate' else 2}"), images_for).terms
     dropped = loss_of(build(f"dyt:dropout=0,{term}_weight=0"), images_for)
     torch.testing.assert_close(doubled[term], 2 * reference[term])
     assert set(dropped.terms) == set(reference) - {term}
@@ -145,8 +145,8 @@ def test_criterion_and_soft_targets_are_used_for_both_passes(build, images_for):
 
 def test_two_policies_each_add_their_rate_loss(build, images_for):
     model = build(
-        "dispatch:where=attn,rate=0.2,complete_weight=0,distill_weight=0"
-        "+dispatch:where=mlp,rate=0.9,complete_weight=0,distill_weight=0"
+        "dispatch:recipe=published,where=attn,rate=0.2,complete_weight=0,distill_weight=0"
+        "+dispatch:recipe=published,where=mlp,rate=0.9,complete_weight=0,distill_weight=0"
     )
     loss = loss_of(model, images_for)
     output, _ = passes(model, images_for)

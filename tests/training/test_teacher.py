@@ -114,9 +114,9 @@ def test_a_teacher_that_does_not_suit_is_refused_before_training(make_host, data
 def test_policies_are_told_the_epoch(make_host, data, monkeypatch):
     model = model_of(make_host, "dyt")
     told = []
-    monkeypatch.setattr(model.backbone, "begin_step", told.append)
+    monkeypatch.setattr(model.backbone, "begin_step", lambda *given: told.append(given))
     fit(model, data, **SHORT)
-    assert told == [0, 0.5, 1, 1.5]
+    assert told == [(0, 0), (0.5, 1), (1, 2), (1.5, 3)]
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def test_the_run_folder_says_what_was_asked(make_host, colours, tmp_path):
     fit(_model(make_host), *colours, out=tmp_path / "run", **SHORT)
     asked = json.loads((tmp_path / "run" / "train.json").read_text())
     assert asked["settings"]["lr"] == 3e-3 and asked["spec"] == "dyt:scale=1"
-    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / "run" / "dyntune.json").read_text())
     assert set(config["results"]) == {"epoch", "val_accuracy"}
 
 

@@ -38,8 +38,29 @@ class Bypass(nn.Module, abc.ABC):
 class Stepping(Protocol):
     """A module in ``Backbone.shared`` that is told when a training step begins."""
 
-    def begin_step(self, epoch: float | None = None) -> None:
+    def begin_step(self, epoch: float | None = None, progress: float | None = None) -> None:
         """See ``Backbone.begin_step``."""
+        ...
+
+
+@runtime_checkable
+class Paced(Protocol):
+    """A module that is told how far a training goes, and may train other tensors meanwhile than it is read by."""
+
+    def begin_course(self, travel: float | None) -> None:
+        """See ``Backbone.begin_training``."""
+        ...
+
+    def end_course(self) -> None:
+        """See ``Backbone.end_training``."""
+        ...
+
+    def course_state(self) -> dict[str, Tensor]:
+        """What has to be kept of a training that is interrupted, beside the trained tensors."""
+        ...
+
+    def resume_course(self, state: dict[str, Tensor]) -> None:
+        """Takes up what ``course_state`` gave, after ``begin_course``."""
         ...
 
 
@@ -59,6 +80,10 @@ class Backbone(nn.Module, abc.ABC):
         super().__init__()
         self.shared = nn.ModuleDict()
         """Modules that a method's places have in common, under the method's name."""
+        self.steps: int | None = None
+        """Steps of the training that runs, where somebody has said so."""
+        self.step = 0
+        """Steps of it that have begun."""
         # Behind them: the state of an unfinished run knows tensors by their order.
         self.host = host
         self.bypass: Bypass | None = None
@@ -87,6 +112,16 @@ class Backbone(nn.Module, abc.ABC):
         """What builds this host again, where a name does."""
         return BackboneSource(None)
 
+    @property
+    def config(self) -> Any:
+        """The configuration object of a model of transformers, as its Trainer reads it; None for other hosts."""
+        return None
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes that the host's classifier knows, in label order; None if it knows none."""
+        return None
+
     def preprocessing(self) -> Preprocessing:
         """What images go through before the host takes them; by default scaled from -1 to 1."""
         return Preprocessing(self.image_shape[1:], (0.5,) * 3, (0.5,) * 3, "bicubic")
@@ -98,8 +133,8 @@ class Backbone(nn.Module, abc.ABC):
     def sites(self, *kinds: SiteKind) -> Iterator[Site]:
         """The sites of these kinds, or all, in the order of a forward pass.
 
-        ``qkv`` gives the map to queries, keys and values, or where each has a map of its own, the three of them; ``q``,
-        ``k`` and ``v`` give these, or their part of the common map.
+        ``qkv`` gives the map to queries, keys and values; where each has a map of its own, the family may join them to
+        one (``JointSite``), or it gives the three of them. ``q``, ``k`` and ``v`` give these, or their part of the one.
         """
         for site in self.all_sites():
             if isinstance(site.module, nn.Identity):
@@ -120,6 +155,14 @@ class Backbone(nn.Module, abc.ABC):
     @abc.abstractmethod
     def readout(self, tokens: Tokens) -> Tensor:
         """Finished tokens to logits ``(B, classes)``; in a mean, tokens count by ``tokens.provenance.weights``."""
+
+    def host_logits(self, images: Tensor) -> Tensor:
+        """What the host's own forward pass makes of images ``(B, 3, height, width)``: ``(B, classes)``."""
+        return self.host(images)
+
+    def answer(self, loss: Tensor | None, logits: Tensor) -> Any:
+        """A loss, if there is one, and logits as users of the host's library expect them."""
+        return {"loss": loss, "logits": logits}
 
     @property
     @abc.abstractmethod
@@ -192,6 +235,20 @@ class Backbone(nn.Module, abc.ABC):
         """The name under which a tensor of the backbone is saved."""
         return file_name(name)
 
+    def host_name(self, saved: str) -> str:
+        """What the host calls the module that is called ``saved`` in files, both without ``host.`` in front."""
+        return saved
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The host's parameters that take part, under names and in pieces that no other version of its library changes.
+
+        Two sets of weights are told apart by them.
+        """
+        unread = {id(parameter) for parameter in self.idle}
+        for name, parameter in self.named_parameters():
+            if id(parameter) not in unread:
+                yield self.saved_name(name), parameter
+
     def recipe(self) -> dict[str, Any] | None:
         """What another library needs to put its layers on a plain host again, as JSON values; None without layers."""
         return None
@@ -213,15 +270,52 @@ class Backbone(nn.Module, abc.ABC):
         Call it after ``fold``.
         """
 
-    def begin_step(self, epoch: float | None = None) -> None:
+    def begin_training(self, steps: int, travel: float | None) -> None:
+        """Tells modules that a training begins, and how far it goes, for what follows a course over the whole of it.
+
+        Args:
+            steps: how often ``begin_step`` will be called.
+            travel: how far the optimiser can move a number in the whole training, where that can be said.
+        """
+        self.steps, self.step = steps, 0
+        for _, module in self._paced():
+            module.begin_course(travel)
+
+    def end_training(self) -> None:
+        """Tells modules that the training is over; another one may begin."""
+        self.steps = None
+        for _, module in self._paced():
+            module.end_course()
+
+    def course_state(self) -> dict[str, Tensor]:
+        """What has to be kept of a training that is interrupted, beside the trained tensors, by name."""
+        return {f"{path}.{key}": t for path, module in self._paced() for key, t in module.course_state().items()}
+
+    def resume_course(self, state: dict[str, Tensor]) -> None:
+        """Takes up what ``course_state`` gave, after ``begin_training``."""
+        for path, module in self._paced():
+            start = f"{path}."
+            module.resume_course({k.removeprefix(start): t for k, t in state.items() if k.startswith(start)})
+
+    def _paced(self) -> Iterator[tuple[str, Paced]]:
+        for path, module in self.named_modules():
+            if module is not self and isinstance(module, Paced):
+                yield path, module
+
+    def begin_step(self, epoch: float | None = None, step: int | None = None) -> None:
         """Tells what the places have in common that a training step begins: its forward passes belong together.
 
         Args:
             epoch: epochs done, with the fraction of the running one; None where nobody counts them.
+            step: number of the step in the training, from 0; counted here where it is not given.
         """
+        progress = None
+        if self.steps is not None:
+            self.step = self.step + 1 if step is None else step + 1
+            progress = min(1.0, (self.step - 1) / self.steps)
         for module in self.shared.values():
             if isinstance(module, Stepping):
-                module.begin_step(epoch)
+                module.begin_step(epoch, progress)
 
     def all_units(self) -> Iterator[Unit]:
         """Every block and its sub-layers, from the first block to the last."""

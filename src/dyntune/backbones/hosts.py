@@ -38,6 +38,8 @@ def wrap(host: nn.Module) -> Backbone:
 
 def wrap_plain(host: nn.Module) -> Backbone:
     """As ``wrap``, of a host in which no other library's layers are looked for."""
+    if type(host).__module__.startswith("transformers.models.timm_wrapper."):
+        host = host.timm_model  # type: ignore[assignment]
     refusals = []
     for family in families().values():
         if family.knows(host):
@@ -81,8 +83,8 @@ def rebuild(source: BackboneSource, *, weights: str | Path | None = None, pretra
     if source.name is None:
         raise BackboneError(
             "the backbone is not what timm.create_model builds from a name alone (with num_classes, img_size, "
-            "global_pool, in_chans or dynamic_img_size), so it cannot be built again. Build it yourself and pass "
-            "it: dyntune.load(folder, backbone=model)."
+            "global_pool, in_chans or dynamic_img_size), nor what transformers reads from a folder or the hub, so it "
+            "cannot be built again. Build it yourself and pass it: dyntune.load(folder, backbone=model)."
         )
     file = (weights or source.weights) if pretrained else None
     return create_backbone(source.name, weights=file, pretrained=pretrained, **source.arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from enum import Enum
 from importlib.metadata import version
 from typing import Any, Self
@@ -13,11 +13,11 @@ from typing import Any, Self
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.sites import Changed, Site
+from dyntune.backbones.sites import Changed, JointSite, Site
 from dyntune.core.errors import BackboneError
 from dyntune.core.tokens import Tokens
 
@@ -50,6 +50,9 @@ the layers that they wrap, and are trained by gradient alone."""
 
 _INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of ``init_lora_weights`` that leave the backbone's own weights as they are."""
+
+_WHOLE = re.compile(r"(^|\.)((blocks|layers?)(\.\d+)?|encoder|attn|attention|self_attn|mlp)$")
+"""Names of blocks, attentions and MLPs, or of modules with all of them."""
 
 _OTHER_MODELS = (
     "layer_replication",
@@ -130,8 +133,9 @@ class PeftBackbone(Backbone):
         return {name: self.peft.peft_config[name] for name in self.peft.active_adapters}
 
     def train(self, mode: bool = True) -> Self:
-        self.inner.train(mode)
-        return super().train(mode)
+        super().train(mode)
+        self.inner.train(mode)  # behind it: what the family keeps in eval mode stays so
+        return self
 
     def embed(self, images: Tensor) -> Tokens:
         return self.inner.embed(images)
@@ -178,14 +182,14 @@ class PeftBackbone(Backbone):
 
     def all_sites(self) -> Iterator[Site]:
         for site in self.inner.all_sites():
-            yield _PeftSite(**vars(site) | {"owner": _active(site.owner)})
+            yield _wrapped(site)
 
     def plain(self) -> Backbone:
         return self.wrap(_stripped(self.host))
 
     @property
     def idle(self) -> tuple[nn.Parameter, ...]:
-        return tuple(
+        return self.inner.idle + tuple(
             parameter
             for layer in self.host.modules()
             if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)
@@ -198,17 +202,62 @@ class PeftBackbone(Backbone):
     def companions(self) -> dict[str, Tensor]:
         return {f"host.{name}": tensor for name, tensor in self._own() if not tensor.requires_grad}
 
+    @property
+    def config(self) -> Any:
+        return self.inner.config
+
+    def host_logits(self, images: Tensor) -> Tensor:
+        return self.inner.host_logits(images)
+
+    def answer(self, loss: Tensor | None, logits: Tensor) -> Any:
+        return self.inner.answer(loss, logits)
+
     def saved_name(self, name: str) -> str:
         # Inactive adapters, which are not saved, put a level into the names of the host's own tensors too.
-        return re.sub(r"\.(base_layer|original_module)(?=\.)", "", super().saved_name(name))
+        return re.sub(r"\.(base_layer|original_module)(?=\.)", "", self.inner.saved_name(name))
 
     def recipe(self) -> dict[str, Any]:
         dtype = next(self.host.parameters()).dtype
         return {
             "version": version("peft"),
-            "adapters": {name: _to_json(_options(config.to_dict())) for name, config in self._configs.items()},
+            "adapters": {
+                name: self._as_saved(name, _to_json(_options(config.to_dict())))
+                for name, config in self._configs.items()
+            },
             "upcast": any(tensor.is_floating_point() and tensor.dtype != dtype for _, tensor in self._own()),
         }
+
+    def _as_saved(self, adapter: str, options: dict[str, Any]) -> dict[str, Any]:
+        """An adapter's options, with the modules that it is on called as in files, where these have names of their own.
+
+        Args:
+            adapter: its name.
+            options: as PEFT was given them: names of modules, ends of names, or expressions.
+        """
+
+        def saved(path: str) -> str:
+            return self.inner.saved_name(f"host.{path}").removeprefix("host.")
+
+        layers: dict[str, Any] = {
+            path.removesuffix(".base"): module
+            for path, module in self.host.named_modules()
+            if isinstance(module, BaseTunerLayer) and adapter in module._get_available_adapters()
+        }
+        if all(saved(path) == path for path in layers):
+            return options
+        given = {"target_modules": sorted(map(saved, layers))}
+        if options.get("feedforward_modules"):
+            given["feedforward_modules"] = sorted(saved(path) for path, layer in layers.items() if layer.is_feedforward)
+        if options.get("modules_to_save"):
+            copies = [(path, m) for path, m in self.host.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+            given["modules_to_save"] = sorted(saved(path) for path, m in copies if adapter in m.modules_to_save)
+        patterns = {
+            option: {saved(path): values[key] for path in layers if (key := get_pattern_key(values, path)) in values}
+            for option, values in options.items()
+            if option.endswith("_pattern") and isinstance(values, dict)
+        }
+        found = dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules"))
+        return {name: (given | patterns | found).get(name, value) for name, value in options.items()}
 
     def fold(self) -> dict[str, str]:
         # PEFT replaces whatever stands in the place of a layer that it merges, so the changes step aside.
@@ -256,6 +305,13 @@ class PeftBackbone(Backbone):
         return not set(self.peft.peft_config).difference(self.peft.active_adapters).isdisjoint(name.split("."))
 
 
+def _wrapped(site: Site) -> Site:
+    """A site of the host with PEFT's layers in it."""
+    if isinstance(site, JointSite):
+        return replace(site, owner=_active(site.owner), maps=tuple(map(_wrapped, site.maps)))
+    return _PeftSite(**vars(site) | {"owner": _active(site.owner)})
+
+
 class _PeftSite(Site):
     """A site whose module PEFT may have wrapped: changes go around PEFT's layer, ``module`` is what is in it."""
 
@@ -269,19 +325,28 @@ class _PeftSite(Site):
             setattr(self.owner, self.attribute, module.base)
 
 
-def rebuild(host: nn.Module, recipe: Any) -> nn.Module:
+def rebuild(host: nn.Module, recipe: Any, wrap: Callable[[nn.Module], Backbone]) -> nn.Module:
     """Puts PEFT's layers on a plain host again, with new values, as ``PeftBackbone.recipe`` says.
 
     The recipe may come from a stranger: only the types and options that a ``PeftBackbone`` takes are passed to PEFT,
     none of which names a file, an address or a module.
+
+    Args:
+        host: the plain model.
+        recipe: what ``PeftBackbone.recipe`` has given.
+        wrap: puts a plain host behind the interface.
 
     Raises:
         BackboneError: the recipe is none, was written by another PEFT, or does not fit the host.
     """
     if any(isinstance(module, BaseTunerLayer) for module in host.modules()) or isinstance(host, peft.PeftModel):
         raise BackboneError("PEFT's layers are rebuilt from the folder; give the plain model: backbone=timm_model.")
+    host_name = wrap(host).host_name
     try:
-        configs = {str(name): _config(dict(options), recipe["version"]) for name, options in recipe["adapters"].items()}
+        configs = {
+            str(name): _config(_on_host(options, host_name), recipe["version"])
+            for name, options in recipe["adapters"].items()
+        }
         (first, config), *others = configs.items()
         model = peft.get_peft_model(host, config, first, autocast_adapter_dtype=bool(recipe["upcast"]))
         for name, config in others:
@@ -294,6 +359,17 @@ def rebuild(host: nn.Module, recipe: Any) -> nn.Module:
         # PEFT checks options with errors of many types.
         raise BackboneError(f"PEFT's layers cannot be rebuilt: {type(error).__name__}: {error}.") from error
     return model
+
+
+def _on_host(options: dict[str, Any], host_name: Callable[[str], str]) -> dict[str, Any]:
+    """An adapter's options with the names that the host has for modules."""
+    named = dict(options)
+    for option, value in options.items():
+        if option in ("target_modules", "feedforward_modules", "modules_to_save") and isinstance(value, list):
+            named[option] = [host_name(name) for name in value]
+        elif option.endswith("_pattern") and isinstance(value, dict):
+            named[option] = {host_name(name): own for name, own in value.items()}
+    return named
 
 
 def _config(options: dict[str, Any], written_by: Any) -> Any:
@@ -347,7 +423,7 @@ def _check(config: Any) -> None:
 def _check_copies(host: nn.Module) -> None:
     """Raises BackboneError where ``modules_to_save`` has copied what gates and methods must see into."""
     for path, module in host.named_modules():
-        if isinstance(module, ModulesToSaveWrapper) and re.search(r"(^|\.)(blocks(\.\d+)?|attn|mlp)$", path):
+        if isinstance(module, ModulesToSaveWrapper) and _WHOLE.search(path):
             raise BackboneError(
                 f"modules_to_save has copied {path} as a whole. It may name the head, norms and patch_embed; to train "
                 "the rest of the backbone as well, leave it out and add the method full."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -14,7 +14,7 @@ from dyntune.core.errors import BackboneError
 SiteKind = Literal["patch", "norm1", "qkv", "q", "k", "v", "proj", "norm2", "fc1", "fc2", "norm"]
 """Patch embedding; in each block the norms, the map to queries, keys and values, the output map and the MLP's two maps;
 the last norm. A gated MLP has two sites ``fc1``. Where queries, keys and values have a map in common, each is a part of
-it; where each has a map of its own, there are three sites instead of ``qkv``."""
+it; where each has a map of its own, there are three sites instead of ``qkv``, or one ``JointSite``."""
 
 
 class Change(nn.Module):
@@ -50,22 +50,37 @@ class Changed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         bias = None if self.bias_beside is None else self.bias_beside()
-        if bias is not None:
-            y = y + bias
-        for change in self.changes.values():
-            rows = cast(Change, change).rows
-            if rows is None:
-                y = change(x, y)
-            else:
-                before, own, behind = y.tensor_split(rows, dim=-1)
-                y = torch.cat([before, change(x, own), behind], dim=-1)
-        return y
+        return _changed(self.changes, x, y if bias is None else y + bias)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
+
+
+class Joined(nn.Module):
+    """Changes of several maps of one input, which see their outputs side by side, as those of one map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changes = nn.ModuleDict()
+
+    def forward(self, x: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        y = _changed(self.changes, x, torch.cat([*outputs], dim=-1))
+        return y.split([output.shape[-1] for output in outputs], dim=-1)
+
+
+def _changed(changes: nn.ModuleDict, x: Tensor, y: Tensor) -> Tensor:
+    """What changes make of a map's output ``y``, each in turn."""
+    for change in changes.values():
+        rows = cast(Change, change).rows
+        if rows is None:
+            y = change(x, y)
+        else:
+            before, own, behind = y.tensor_split(rows, dim=-1)
+            y = torch.cat([before, change(x, own), behind], dim=-1)
+    return y
 
 
 def mapped(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -126,11 +141,20 @@ class Site:
     biases: tuple[str, ...] = ()
     sizes: tuple[int, ...] = ()
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the host's module makes of ``x``, with whatever is put on it and the bias that stands beside it."""
+        return mapped(getattr(self.owner, self.attribute), x, self._beside() if self.biases else None)
+
     @property
     def module(self) -> nn.Module:
         """The host's own module, whatever is put on it."""
         module = getattr(self.owner, self.attribute)
         return module.base if isinstance(module, Changed) else module
+
+    @property
+    def each(self) -> tuple[Site, ...]:
+        """The sites of the host's own maps that it consists of."""
+        return (self,)
 
     @property
     def plain(self) -> bool:
@@ -185,11 +209,10 @@ class Site:
 
     def _beside(self) -> Tensor | None:
         """The bias of the whole map that its owner keeps, ``(outputs,)``."""
-        outputs = len(cast(Tensor, self.module.weight))
         parts = [getattr(self.owner, name, None) for name in self.biases]
         if all(part is None for part in parts):
             return None
-        size = outputs // len(parts)
+        size = len(cast(Tensor, self.module.weight)) // len(parts)
         like = next(part for part in parts if part is not None)
         return torch.cat([like.new_zeros(size) if part is None else part for part in parts])
 
@@ -198,7 +221,7 @@ class Site:
         """The maps to queries, keys and values that it holds, by name; else the name of its one map."""
         if self.kind == "qkv":
             return "q", "k", "v"
-        return (self.kind,) if self.kind in ("q", "k", "v") else (self.attribute,)
+        return (self.kind if self.kind in ("q", "k", "v") else self.path.rpartition(".")[2],)
 
     def part(self, kind: SiteKind) -> Site:
         """The queries', keys' or values' part of a map to all of them.
@@ -248,17 +271,22 @@ class Site:
         Raises:
             BackboneError: a change of that name is there already.
         """
-        module = getattr(self.owner, self.attribute)
-        if not isinstance(module, Changed):
-            module = Changed(module, self._beside if self.biases else None)
-            setattr(self.owner, self.attribute, module)
+        module = self._changing()
         if self.rows is not None:
             name = f"{name}_{self.kind}"
             change.rows = self.rows
         if name in module.changes:
             raise BackboneError(f"{name} is already installed at {self.path}; give each tuning method once per place.")
-        like = next(module.base.parameters())
+        like = next(self.module.parameters())
         module.changes[name] = change.to(device=like.device, dtype=like.dtype)
+
+    def _changing(self) -> Changed | Joined:
+        """What holds the changes, put there if it is not."""
+        module = getattr(self.owner, self.attribute)
+        if not isinstance(module, Changed):
+            module = Changed(module, self._beside if self.biases else None)
+            setattr(self.owner, self.attribute, module)
+        return module
 
     def fold(self) -> None:
         """Writes all changes of the map into the host's module and puts that back in its place."""
@@ -269,3 +297,110 @@ class Site:
     def restore(self) -> None:
         """Puts the host's module back in its place, without the changes."""
         setattr(self.owner, self.attribute, self.module)
+
+
+@dataclass(frozen=True)
+class JointSite(Site):
+    """The maps to queries, keys and values of a host that has one for each, as the one map that others have.
+
+    Changes lie in a module that ``owner`` gets as ``attribute`` as long as there are some; whoever computes the
+    attention asks ``outputs``.
+
+    Args:
+        maps: sites of the three maps.
+    """
+
+    maps: tuple[Site, ...] = ()
+
+    @classmethod
+    def of(cls, maps: Sequence[Site]) -> JointSite:
+        """That of the maps to queries, keys and values of one attention."""
+        first = maps[0]
+        path = f"{first.path.rpartition('.')[0]}.qkv"
+        sizes = tuple(site.channels for site in maps)
+        return cls("qkv", first.block, path, first.owner, "joined", sizes=sizes, maps=tuple(maps))
+
+    def outputs(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What the maps make of their inputs, with everything that is put on them.
+
+        Args:
+            inputs: of each map, ``(..., C)``; one and the same as long as there are changes.
+        """
+        outputs = tuple(site(x) for site, x in zip(self.maps, inputs, strict=True))
+        joined = self._joined
+        return outputs if joined is None else joined(inputs[0], outputs)
+
+    @property
+    def _joined(self) -> Joined | None:
+        return getattr(self.owner, self.attribute, None)
+
+    @property
+    def module(self) -> nn.Module:
+        """The first of the host's maps."""
+        return self.maps[0].module
+
+    @property
+    def each(self) -> tuple[Site, ...]:
+        return self.maps
+
+    @property
+    def plain(self) -> bool:
+        return self._joined is None and all(site.plain for site in self.maps)
+
+    @property
+    def linears(self) -> tuple[tuple[nn.Module, str], ...]:
+        return tuple(linear for site in self.maps for linear in site.linears) if self._joined is None else ()
+
+    @property
+    def changes(self) -> dict[str, Change]:
+        joined = self._joined
+        return {} if joined is None else cast("dict[str, Change]", dict(joined.changes.items()))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights of the maps, of a part its rows; a copy."""
+        return torch.cat([site.weight for site in self.maps])[slice(*self.rows or (None,))]
+
+    @property
+    def bias(self) -> Tensor | None:
+        biases = [site.bias for site in self.maps]
+        if all(bias is None for bias in biases):
+            return None
+        filled = (
+            site.weight.new_zeros(site.channels) if bias is None else bias
+            for site, bias in zip(self.maps, biases, strict=True)
+        )
+        return torch.cat([*filled])[slice(*self.rows or (None,))]
+
+    def _changing(self) -> Changed | Joined:
+        if self._joined is None:
+            setattr(self.owner, self.attribute, Joined())
+        return cast(Joined, self._joined)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Writes all changes into the host's maps, by way of one map with the weights of all."""
+        if not self.changes:
+            return
+        weight, bias = self.weight, self.bias
+        whole = nn.Linear(weight.shape[1], len(weight), bias is not None).to(weight).requires_grad_(False)
+        whole.weight.copy_(weight)
+        if bias is not None:
+            whole.bias.copy_(bias)
+        holder = nn.Module()
+        holder.qkv = whole
+        site = Site(self.kind, self.block, self.path, holder, "qkv", sizes=self.sizes)
+        for change in self.changes.values():
+            change.fold(replace(site, rows=change.rows))
+        self.restore()
+        biases = (None,) * len(self.maps) if site.bias is None else site.bias.split(self.sizes)
+        for own, part, added in zip(self.maps, site.weight.split(self.sizes), biases, strict=True):
+            own.weight.copy_(part)
+            if added is not None and (own.bias is not None or bool(added.any())):
+                own.set_bias(added.clone())
+
+    def restore(self) -> None:
+        if self._joined is not None:
+            delattr(self.owner, self.attribute)
+        for site in self.maps:
+            site.restore()

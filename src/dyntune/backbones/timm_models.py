@@ -2,31 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import pickle
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import timm
-from timm.models import load_state_dict
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import nn
+import torch
+from timm.models import (
+    beit,
+    eva,
+    load_state_dict,
+    naflexvit,
+    vision_transformer,
+    vision_transformer_relpos,
+)
+from torch import Tensor, nn
 
 from dyntune.backbones import builtin as _builtin  # noqa: F401  registers the built-in backbone with timm
 from dyntune.backbones.base import Backbone
+from dyntune.backbones.hosted import block_sites, fold_factors
 from dyntune.backbones.origin import BackboneSource
+from dyntune.backbones.sites import Site
 from dyntune.core.errors import BackboneError
+from dyntune.core.rotation import Rotation
 from dyntune.core.shapes import shapes_only
+from dyntune.core.tokens import Tokens
 from dyntune.data.transforms import Preprocessing
 
+PATCH_DROP = "it drops patches at random (patch_drop_rate); build it with patch_drop_rate=0"
+"""Why a host is refused that does so."""
+_FILTERS: dict[type[nn.Module], Callable[..., dict[str, Tensor]]] = {
+    vision_transformer.VisionTransformer: vision_transformer.checkpoint_filter_fn,
+    eva.Eva: eva.checkpoint_filter_fn,
+    naflexvit.NaFlexVit: naflexvit.checkpoint_filter_fn,
+    beit.Beit: beit.checkpoint_filter_fn,
+    vision_transformer_relpos.VisionTransformerRelPos: vision_transformer_relpos.checkpoint_filter_fn,
+}
+"""What makes timm's names of those in a file, by kind of model."""
 _ARGUMENTS = ("num_classes", "global_pool", "dynamic_img_size")
 
 
 class TimmBackbone(Backbone):
-    """What the families of timm's models have in common: timm builds them, and knows how images are prepared."""
+    """What the families of timm's ViTs have in common: how they are built, and the names of what is in all of them."""
 
+    host: Any
     arguments: ClassVar[tuple[str, ...]] = (*_ARGUMENTS, "in_chans", "img_size")
 
     @classmethod
@@ -39,12 +64,138 @@ class TimmBackbone(Backbone):
         host: Any = self.host
         arguments = {key: getattr(host, key) for key in _ARGUMENTS if hasattr(host, key)}
         arguments["in_chans"] = self.image_shape[0]
-        if host.patch_embed.img_size is not None:
-            arguments["img_size"] = list(host.patch_embed.img_size)
+        if self.built_size is not None:
+            arguments["img_size"] = list(self.built_size)
         return described(host, arguments)
+
+    @property
+    def built_size(self) -> tuple[int, int] | None:
+        """Height and width of the images that the host was built for, where it says so."""
+        return self.host.patch_embed.img_size
 
     def preprocessing(self) -> Preprocessing:
         return Preprocessing.from_timm(self.host)
+
+    def all_sites(self) -> Iterator[Site]:
+        host = self.host
+        yield self.patch_site
+        for block in self.blocks:
+            yield from block_sites(block)
+        yield Site("norm", None, "norm", host, "norm")
+        yield Site("norm", None, "fc_norm", host, "fc_norm")
+
+    @property
+    def patch_site(self) -> Site:
+        """The map from a patch's pixels to its token."""
+        return Site("patch", None, "patch_embed.proj", self.host.patch_embed, "proj")
+
+    def fold_factors(self) -> None:
+        fold_factors(self.blocks)
+
+    def check_images(self, images: Tensor) -> None:
+        """Checks that the host takes images of this shape.
+
+        Raises:
+            BackboneError: it does not.
+        """
+        channels, height, width = self.image_shape
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise BackboneError(f"expected images of shape (B, {channels}, {height}, {width}); given {images.shape}.")
+        if not getattr(self.host, "dynamic_img_size", False) and images.shape[2:] != (height, width):
+            raise BackboneError(
+                f"the backbone was built for images of {height} x {width} pixels; given {tuple(images.shape[2:])}. "
+                "Resize the images, or build the backbone with img_size=... or dynamic_img_size=True."
+            )
+
+    def grid_of(self, embedded: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches, from what ``patch_embed`` makes of images."""
+        dynamic = getattr(self.host, "dynamic_img_size", False)
+        rows, columns = embedded.shape[1:3] if dynamic else self.host.patch_embed.grid_size
+        return int(rows), int(columns)
+
+    def finish(self, tokens: Tokens) -> Tokens:
+        # The norm sees the prompts too, as in the published models, whose MACs are counted so.
+        return tokens.with_x(self.host.norm(tokens.x)).without_prompts()
+
+    def readout(self, tokens: Tokens) -> Tensor:
+        host = self.host
+        if not host.global_pool and tokens.provenance.owner is not None:  # the head reads every patch
+            tokens = tokens.with_x(torch.cat([tokens.x[:, : tokens.prefix], tokens.on_grid().flatten(2).mT], dim=1))
+        weights = tokens.provenance.weights
+        if weights is None or host.global_pool in ("", "token"):
+            return host.forward_head(tokens.x)
+        return host.head(host.head_drop(host.fc_norm(self._pooled(tokens, weights))))
+
+    def _pooled(self, tokens: Tokens, weights: Tensor) -> Tensor:
+        """The host's pooling, ``(B, C)``, with weights ``(B, P)`` of the patches."""
+        host, x = self.host, tokens.x
+        weights = tokens.cover_prefix(weights).to(x.dtype)
+        if not self.pools_prefix:
+            x, weights = x[:, tokens.prefix :], weights[:, tokens.prefix :]
+        if getattr(host, "attn_pool", None) is not None:
+            return host.attn_pool(x, attn_mask=weights.clamp_min(torch.finfo(weights.dtype).tiny).log()[:, None, None])
+        mean = (x * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True)
+        most = x.masked_fill(weights.unsqueeze(-1) <= 0, -torch.inf).amax(1)
+        return {"avg": mean, "max": most, "avgmax": 0.5 * (mean + most)}[host.global_pool]
+
+    @property
+    def pools_prefix(self) -> bool:
+        """Whether pooling reads the prefix tokens beside the patches."""
+        return getattr(self.host, "pool_include_prefix", False)
+
+    @property
+    def head_reads_grid(self) -> bool:
+        return not self.host.global_pool
+
+    @property
+    def class_token(self) -> bool:
+        return self.host.cls_token is not None
+
+    @property
+    def heads(self) -> tuple[nn.Module, ...]:
+        head = self.host.get_classifier()
+        return tuple(head) if isinstance(head, tuple) else (head,)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        height, width = self.host.patch_embed.img_size or self.host.pretrained_cfg["input_size"][1:]
+        return self.host.in_chans, height, width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.host.patch_embed.dynamic_feat_size(self.image_shape[1:])
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self.host.grad_checkpointing and torch.is_grad_enabled()
+
+    def switch_gradient_checkpointing(self, on: bool) -> None:
+        self.host.set_grad_checkpointing(on)
+
+
+class TimmRotary(TimmBackbone):
+    """A family of timm's ViTs whose hosts may rotate queries and keys by where patches lie, with ``rope``."""
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__(host)
+        self._still()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self._still()
+        return self
+
+    def _still(self) -> None:
+        """Keeps positions where they are: hosts that shift them while training would give each pass others."""
+        if self.host.rope is not None:
+            self.host.rope.eval()
+
+
+def rotation(table: Tensor | None, half: bool) -> Rotation | None:
+    """What timm's ``rope`` gives, ``(P, 2 D)`` or one for each block and head, ``(T, H, P, 2 D)``, as a rotation."""
+    if table is None:
+        return None
+    return Rotation(table[None, :, None] if table.ndim == 2 else table.transpose(1, 2), half)
 
 
 def described(host: Any, arguments: dict[str, Any]) -> BackboneSource:
@@ -52,13 +203,21 @@ def described(host: Any, arguments: dict[str, Any]) -> BackboneSource:
     config = getattr(host, "pretrained_cfg", None) or {}
     if not config.get("architecture"):
         return BackboneSource(None)
-    if not timm.is_model(config["architecture"]) or config.get("source") == "hf-hub":
+    if not timm.is_model(config["architecture"]):
         return BackboneSource(None)
-    name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
+    if config.get("source") == "hf-hub":
+        name = f"hf-hub:{config['hf_hub_id']}"
+    elif config.get("source") == "local-dir":
+        name = f"local-dir:{Path(config['file']).resolve()}"
+    else:
+        name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
     source = BackboneSource(name, arguments)
     # Arguments that leave no trace in these (an activation, an epsilon, a patch size) would build another model.
-    with shapes_only():
-        rebuilt = create(name, pretrained=False, **arguments)
+    try:
+        with shapes_only():
+            rebuilt = create(name, pretrained=False, **arguments)
+    except BackboneError:  # the configuration of a model on the hub is not there any more
+        return BackboneSource(None)
     return source if _structure(rebuilt) == _structure(host) else BackboneSource(None)
 
 
@@ -94,17 +253,22 @@ def create(name: str, *, weights: str | Path | None = None, pretrained: bool = T
             f"cannot build {name!r}{' with its pretrained weights' if download else ''}: {_first_line(error)}."
             f"{advice if download else ''}"
         ) from error
+    if "img_size" in arguments and not hasattr(model, "patch_embed"):  # nothing else in such a model tells its size
+        size = arguments["img_size"]
+        height, width = size if isinstance(size, tuple) else (size, size)
+        model.pretrained_cfg = model.pretrained_cfg | {"input_size": (model.in_chans, height, width)}
     if weights is not None:
         load_weights(model, weights)
     return model
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads a local weight file into a timm VisionTransformer, in place; nothing is unpickled beyond tensors.
+def load_weights(model: Any, path: str | Path) -> None:
+    """Loads a local weight file into a ViT of timm's, in place; nothing is unpickled beyond tensors.
 
-    Google's ``.npz`` arrays are mapped by timm's own loader; ``.pth`` and ``.safetensors`` may hold timm, jx, DINOv2 or
-    OpenAI CLIP names. Position embeddings are resized to the model's grid. The classifier is taken when it fits and
-    otherwise left as it is, as is the representation layer ``pre_logits`` of old in21k files.
+    Google's ``.npz`` arrays are mapped by timm's own loader; ``.pth`` and ``.safetensors`` may hold timm's names and
+    those that timm knows for this kind of model: jx, DINOv2 or OpenAI CLIP for a VisionTransformer, EVA, DINOv3, the
+    Perception Encoder or Sapiens2 for an Eva. Position embeddings are resized to the model's grid. The classifier is
+    taken when it fits and otherwise left as it is, as is the representation layer ``pre_logits`` of old in21k files.
 
     Raises:
         BackboneError: the file is missing, unreadable, or does not hold every tensor of the backbone.
@@ -112,9 +276,13 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     path = Path(path)
     if not path.is_file():
         raise BackboneError(f"no weight file at {path}. Expected a .npz, .pth or .safetensors file.")
-    if not isinstance(model, VisionTransformer):
-        raise BackboneError(f"weights can be read into timm's VisionTransformer; given {type(model).__name__}.")
+    read = next((own for kind, own in _FILTERS.items() if isinstance(model, kind)), None)
+    if read is None:
+        kinds = ", ".join(kind.__name__ for kind in _FILTERS)
+        raise BackboneError(f"weights can be read into timm's {kinds}; given {type(model).__name__}.")
     if path.suffix == ".npz":
+        if not hasattr(model, "load_pretrained"):
+            raise BackboneError(f"{path}: .npz files are of the VisionTransformer; given {type(model).__name__}.")
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 blocks = {match[0] for name in arrays for match in re.finditer(r"encoderblock_\d+", name)}
@@ -127,10 +295,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             ) from error
         return
     try:
-        state = checkpoint_filter_fn(load_state_dict(str(path), weights_only=True), model)
+        with contextlib.redirect_stdout(io.StringIO()):  # timm prints there, where commands print JSON
+            state = read(load_state_dict(str(path), weights_only=True), model)
     except Exception as error:
         raise BackboneError(
-            f"cannot read weights from {path}: {_reason(error)}. Expected timm, jx, DINOv2 or CLIP names."
+            f"cannot read weights from {path}: {_reason(error)}. Expected names that timm reads for this model."
         ) from error
     own = model.state_dict()
     head = {name for name in own if name.split(".")[0] in ("head", "head_dist")}
@@ -145,13 +314,24 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     model.load_state_dict(fitting, strict=False)
 
 
-def _structure(host: nn.Module) -> str:
-    """What a model computes, as its printed form, without what matters in training only."""
-    return re.sub(r"DropPath\(.*?\)", "Identity()", re.sub(r"Dropout\(.*?\)", "Dropout()", str(host)))
+def _structure(host: Any) -> str:
+    """What a model computes, as its printed form and what that leaves out, without what matters in training only."""
+    text = re.sub(r"DropPath\(.*?\)", "Identity()", re.sub(r"Dropout\(.*?\)", "Dropout()", str(host)))
+    settings = {
+        name: getattr(host, name, None) for name in ("no_embed_class", "num_prefix_tokens", "pool_include_prefix")
+    }
+    rope = getattr(host, "rope", None)
+    if rope is not None:
+        plain = (bool, int, float, str, tuple, list)
+        settings |= {
+            name: value for name, value in vars(rope).items() if isinstance(value, plain) and name != "training"
+        }
+        settings["rotate_half"] = getattr(host.blocks[0].attn, "rotate_half", False)
+    return f"{settings}{text}"
 
 
-def _size(model: VisionTransformer) -> str:
-    rows, columns = model.patch_embed.grid_size
+def _size(model: Any) -> str:
+    rows, columns = model.patch_embed.grid_size if hasattr(model, "patch_embed") else model.embeds.pos_embed_grid_size
     return f"the model (width {model.embed_dim}, {len(model.blocks)} blocks, {rows} x {columns} patches)"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dyntune.core.attention import attend
 from dyntune.core.errors import BackboneError
-from dyntune.core.tokens import Tokens
+from dyntune.core.tokens import Projected, Tokens
 
 Where = Literal["mlp", "attn", "attn-mlp", "layer"]
 """Units that a module or a gate is put on: each MLP, each attention, both separately, or the whole block."""
@@ -65,6 +65,11 @@ class Unit(nn.Module, abc.ABC):
         """
         if module.reads_normed and not isinstance(self, SubLayer):
             raise BackboneError(f"{name} reads the output of a norm, which {self.path}, a whole block, does not have.")
+        if module.reads_normed and isinstance(self, SubLayer) and not self.norm_first:
+            raise BackboneError(
+                f"{name} reads the output of a norm in front of {self.path}, but this backbone has its norms behind "
+                "attention and MLP. Use a method that reads the tokens themselves, such as adaptformer."
+            )
         _add(self.parallel, name, module, self.path)
 
     def add_sequential(self, name: str, module: nn.Module) -> None:
@@ -138,6 +143,11 @@ class Unit(nn.Module, abc.ABC):
 class SubLayer(Unit):
     """A unit that begins with a norm."""
 
+    @property
+    def norm_first(self) -> bool:
+        """Whether it does; a host may have the norm behind, and then ``norm`` changes nothing."""
+        return True
+
     @abc.abstractmethod
     def norm(self, x: Tensor) -> Tensor:
         """The norm at its beginning: ``(..., C)`` to the same shape."""
@@ -163,12 +173,15 @@ class Attention(SubLayer):
     kind = "attn"
     opaque: ClassVar[bool] = False
     """Whether the host computes it as a whole, among all tokens in their places; see ``OpaqueAttention``."""
+    table: int = 0
+    """Its number among the attentions, where each has rotations of its own."""
 
     @abc.abstractmethod
     def project(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the tokens, each ``(..., H, D)``, from the norm's output, ``normed(tokens)``.
 
-        A host with rotary embeddings rotates them here by ``tokens.positions``.
+        They are not rotated yet. Keys and values may have fewer heads than queries: each is then that of as many
+        queries' heads, one after the other.
         """
 
     def split_queries(self) -> bool:
@@ -189,6 +202,13 @@ class Attention(SubLayer):
         q, k, v = self.project(tokens)
         return q[:, :count], k, v
 
+    def attended_by(self, tokens: Tokens, count: int) -> Tensor:
+        """What the first ``count`` tokens, prefix tokens all, gather from all tokens, ``(B, count, H * D)``."""
+        projected = self._placed(*self.project_first(tokens, count), tokens)
+        if projected.bias is not None:
+            projected = projected._replace(bias=projected.bias[:, :, :count])
+        return attend(projected, tokens)
+
     @abc.abstractmethod
     def combine(self, attended: Tensor) -> Tensor:
         """Output projection, LayerScale and drop path: ``(..., H * D)`` to the update ``(..., C)``."""
@@ -203,12 +223,31 @@ class Attention(SubLayer):
     def attention_dropout(self) -> float:
         """Probability of dropping an attention weight, 0 in evaluation."""
 
-    def projected(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each ``(..., H, D)``, computed unless ``tokens`` brings them."""
-        return self.project(tokens) if tokens.projected is None else tokens.projected
+    def relative(self, tokens: Tokens) -> Tensor | None:
+        """``(H, own + P, own + P)``, added to the logits of the host's own prefix tokens and the image's P patches."""
+        return tokens.relative
+
+    def projected(self, tokens: Tokens) -> Projected:
+        """Queries, keys and values as they are multiplied, computed unless ``tokens`` brings them."""
+        return self._placed(*self.project(tokens), tokens) if tokens.projected is None else tokens.projected
+
+    def _placed(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Projected:
+        """Queries and keys rotated by where their tokens lie, and keys and values for each head of the queries."""
+        unrotated, bias = k, self.relative(tokens)
+        if bias is not None:
+            bias = tokens.places.of_pairs(bias, tokens.prefix - tokens.prompts, tokens.prefix)
+        if tokens.rotation is not None:
+            rows = tokens.rotation.rows(self.table, tokens.places, tokens.prefix)
+            k = tokens.rotation.turn(k, rows)
+            if q.shape[:-2] == k.shape[:-2]:  # else of prefix tokens alone, which are not rotated
+                q = tokens.rotation.turn(q, rows)
+        shared = q.shape[-2] // k.shape[-2]
+        if shared > 1:
+            k, v = k.repeat_interleave(shared, dim=-2), v.repeat_interleave(shared, dim=-2)
+        return Projected(q, k, v, unrotated, bias)
 
     def host_update(self, tokens: Tokens) -> Tensor:
-        return self.combine(attend(*self.projected(tokens), tokens, self.attention_dropout))
+        return self.combine(attend(self.projected(tokens), tokens, self.attention_dropout))
 
 
 class OpaqueAttention(Attention):

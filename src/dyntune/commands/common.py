@@ -27,9 +27,12 @@ from dyntune.training.settings import TrainSettings
 DataArgument = Annotated[str, typer.Argument(help=f"{forms()}.")]
 RunArgument = Annotated[Path, typer.Argument(help="Folder that train or save() wrote.")]
 ImagesArgument = Annotated[list[str], typer.Argument(help="Image files, folders or globs.")]
-ModelOption = Annotated[str, typer.Option(help="timm name of the backbone.")]
+ModelOption = Annotated[
+    str, typer.Option(help="timm name of the backbone; for transformers, hf:FOLDER or hf:REPOSITORY.")
+]
 WeightsOption = Annotated[
-    Path | None, typer.Option(help="Local weight file (.npz, .pth, .safetensors) of the backbone.")
+    Path | None,
+    typer.Option(help="Local weight file (.npz, .pth, .safetensors) of the backbone, or a folder for hf: models."),
 ]
 MethodOption = Annotated[str, typer.Option(help="Tuning method, name or name:key=value,key=value.")]
 PolicyOption = Annotated[str | None, typer.Option("--policy", help="Token policy on top, written like a method.")]

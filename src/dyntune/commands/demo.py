@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dyntune.commands.common import DEFAULT_MODEL, JsonOption, out, print_json, print_table
+from dyntune.commands.common import DEFAULT_MODEL, JsonOption, err, out, print_json, print_table
+from dyntune.core.errors import DyntuneError
 from dyntune.core.machine import machine
 from dyntune.data import load_data
+from dyntune.studies.bench.peers import DENSE
+from dyntune.studies.bench.plan import Plan
+from dyntune.studies.bench.run import bench
+from dyntune.studies.bench.runtimes import check_runtime
 from dyntune.studies.compare import compare
-from dyntune.studies.report import table_columns, table_rows, write_report
+from dyntune.studies.report import Table, table_columns, table_rows, write_report
 from dyntune.training.progress import ProgressBar
 from dyntune.training.settings import TrainSettings
 
 EXAMPLES = ("dyntune demo", "dyntune demo --out demo --epochs 3")
-# So short a training leaves many gates undecided, so the rate is held where inference needs it (docs/dyt.md).
-SPECS = ("linear", "adaptformer:scale=1", "dyt:rate=0.5,scale=1,rate_of=inference,rate_weight=10")
+SPECS = ("linear", "adaptformer:scale=1", "dyt:rate=0.5")
+LARGE, RUNTIMES = "vit_base_patch16_224", ("eager", "fast", "onnx", "onnx-int8")
+_WORDS = {
+    "eager": "PyTorch",
+    "fast": "PyTorch, optimised",
+    "onnx": "ONNX Runtime",
+    "onnx-int8": "ONNX Runtime, int8",
+}
 
 
 def command(
     folder: Annotated[Path, typer.Option("--out", help="Folder for the runs, the table and the page.")] = Path("demo"),
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the 1,000 training images.")] = 10,
+    speed: Annotated[bool, typer.Option(help="Also time ViT-B/16 with random weights, about two minutes.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Decides the order of images and every random number.")] = 0,
     json: JsonOption = False,
 ) -> None:
@@ -40,15 +53,57 @@ def command(
         "The built-in backbone, which never saw a digit, adapted to scikit-learn's handwritten digits: "
         f"{len(splits.train)} training images, {epochs} epochs, {len(splits.test)} test images. "
         "The backbone stays frozen. The gates of DyT are trained to compute half of the patches in the MLPs and skip "
-        "the rest; the table says what they computed. Its rate loss holds the activation of inference, and "
-        "weighs more than in the paper (docs/dyt.md says why)."
+        "the rest; the table says what they computed."
     )
-    page = write_report(folder, "Dyntune demo: handwritten digits", intro, rows, models, splits.test)
+    further = [_large()] if speed else []
+    page = write_report(folder, "Dyntune demo: handwritten digits", intro, rows, models, splits.test, *further)
     if json:
         print_json(
-            {"data": "digits", "model": DEFAULT_MODEL, "machine": machine(), "rows": [r.to_dict() for r in rows]}
+            {
+                "data": "digits",
+                "model": DEFAULT_MODEL,
+                "machine": machine(),
+                "rows": [r.to_dict() for r in rows],
+                "tables": [asdict(table) for table in further],
+            }
         )
         return
     print_table("handwritten digits, built-in backbone", table_columns(rows), table_rows(rows))
+    for table in further:
+        print_table(table.title, table.columns, table.rows)
+        out.print(table.note, highlight=False, markup=False)
     training = sum(row.train_seconds for row in rows)
     out.print(f"{training:.0f} s of training, measured on {machine()}\npage: {page}", highlight=False)
+
+
+def _large() -> Table:
+    """What dispatch means at a size that people deploy: DyT on ViT-B/16 beside the dense model, one image at a time."""
+    usable = []
+    for runtime in RUNTIMES:
+        try:
+            check_runtime(runtime)
+        except DyntuneError as error:
+            err.print(f"{_WORDS[runtime]} is left out: {error}", highlight=False, markup=False)
+        else:
+            usable.append(runtime)
+    plan = Plan(model=LARGE, parts=("dyt:rate=0.5",), runtimes=tuple(usable), rounds=7, seconds=0.2)
+    with err.status("") as status:
+        report = bench(plan, lambda name: status.update(f"timing ViT-B/16, {_WORDS[name]}"))
+    dense = next(row for row in report.rows if row.name == DENSE)
+    rows = [
+        (
+            f"{'dense' if row.name == DENSE else 'DyT at half'}, {_WORDS[row.runtime]}",
+            f"{1000 * row.latency.p50:,.1f} ms",
+            f"{row.macs / 1e9:.2f} G",
+            "-" if row.name == DENSE else f"{row.speedup.median:.2f} x",
+            f"{dense.latency.p50 / row.latency.p50:.2f} x",
+        )
+        for row in sorted(report.rows, key=lambda row: (usable.index(row.runtime), row.name != DENSE))
+    ]
+    columns = ("model", "per image", "MACs", "over dense in turns", "over dense in PyTorch")
+    note = (
+        "One image per call, median. Random weights, gates set so that half of the patches go through; int8 is not "
+        "exact. Dense and DyT run in turns, each runtime in a process of its own. "
+        f"Measured on {machine()}."
+    )
+    return Table("The same on ViT-B/16, an image at a time", columns, rows, note)

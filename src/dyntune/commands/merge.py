@@ -1,13 +1,14 @@
-"""``dyntune merge``: a saved adapter folded into its backbone, as a weight file that timm reads."""
+"""``dyntune merge``: a saved adapter folded into its backbone, as a weight file or folder that its library reads."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import safetensors.torch
 import typer
 
+from dyntune.backbones import huggingface_models
 from dyntune.backbones.hosts import rebuild
 from dyntune.commands.common import RunArgument, WeightsOption, out
 from dyntune.core.errors import CheckpointError
@@ -18,34 +19,54 @@ from dyntune.model.load import load
 EXAMPLES = (
     "dyntune merge runs/flowers --out flowers.safetensors",
     "dyntune merge runs/flowers --weights ViT-B_16.npz --out flowers.safetensors",
+    "dyntune merge runs/flowers_hf --out flowers_hf",
 )
 
 
 def command(
     run: RunArgument,
-    file: Annotated[Path, typer.Option("--out", help="The .safetensors file to write.")],
+    file: Annotated[Path, typer.Option("--out", help="The .safetensors file to write; for transformers, the folder.")],
     weights: WeightsOption = None,
 ) -> None:
-    """Fold an adapter into its backbone and write the plain timm model's weights (LoRA, SSF, FacT, BitFit, full)."""
-    if file.suffix != ".safetensors":
-        raise CheckpointError(f"--out {file}: expected a file name that ends in .safetensors.")
+    """Fold an adapter into its backbone and write the plain model (LoRA, SSF, FacT, BitFit, full)."""
+    if file.suffix not in ("", ".safetensors"):
+        raise CheckpointError(
+            f"--out {file}: expected a file name that ends in .safetensors, or for a model of transformers a folder."
+        )
     model = load(run, weights=weights)
+    host = model.backbone.host
+    folder = hasattr(host, "save_pretrained")
+    if isinstance(host, huggingface_models.TowerClassifier):
+        raise CheckpointError(
+            f"transformers has no class for {type(host.tower).__name__} with this classifier, so it could not read the "
+            f"merged model. Run it with dyntune.load({str(run)!r}), or merge in Python: model.merge() returns it."
+        )
+    if folder and (file.suffix or file.is_file()):
+        raise CheckpointError(f"--out {file}: expected a folder, which transformers' from_pretrained reads.")
+    if not folder and not file.suffix:
+        raise CheckpointError(f"--out {file}: expected a file name that ends in .safetensors.")
     stays = model.fold()  # not merge(), which logs what stays: it is told once, in the error
     if stays:
         reasons = "; ".join(f"{spec}: {reason}" for spec, reason in stays.items())
         raise CheckpointError(
             f"{model.spec} does not fold into the backbone alone ({reasons}). Run it with dyntune.load({str(run)!r})."
         )
-    merged = model.merge()
+    merged: Any = model.merge()
     with shapes_only():
         built = rebuild(model.origin, pretrained=False).state_dict().keys()
     extra = sorted(merged.state_dict().keys() - built)
+    library = "transformers" if folder else "timm"
     if extra:
         raise CheckpointError(
-            f"folding {model.spec} has given {model.origin.name} tensors that timm's model does not have "
-            f"({', '.join(extra[:3])}), so timm could not read the file. Run it with dyntune.load({str(run)!r}), or "
+            f"folding {model.spec} has given {model.origin.name} tensors that {library}'s model does not have "
+            f"({', '.join(extra[:3])}), so {library} could not read them. Run it with dyntune.load({str(run)!r}), or "
             "merge in Python: model.merge() returns the module."
         )
+    if folder:
+        huggingface_models.write(merged, model.preprocessing, file)
+        out.print(f"wrote {file}: the whole model, as dense as its backbone", highlight=False)
+        out.print(f'next: {type(merged).__name__}.from_pretrained("{file}")', highlight=False, soft_wrap=True)
+        return
     tensors = {name: tensor.contiguous() for name, tensor in merged.state_dict().items()}
     write_atomically(file, lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}))
     arguments = ", ".join(f"{name}={value!r}" for name, value in sorted(model.origin.arguments.items()))

@@ -50,11 +50,11 @@ from dyntune.training.settings import TrainSettings
 from dyntune.training.trainer import fit
 
 EXAMPLES = (
-    "dyntune train digits --method dyt:rate=0.5,scale=1 --out runs/digits",
+    "dyntune train digits --method dyt:rate=0.5 --out runs/digits",
     "dyntune train folder:flowers --model vit_base_patch16_224.orig_in21k --method dyt:rate=0.5 --out runs/flowers",
     "dyntune train folder:flowers --model vit_base_patch16_224.orig_in21k --weights ViT-B_16.npz "
     "--method adaptformer --policy dispatch:rate=0.7 --out runs/flowers --resume",
-    "dyntune train digits --method dyt:scale=1 --rate 0.3..0.9 --out runs/elastic",
+    "dyntune train digits --method dyt --rate 0.3..0.9 --out runs/elastic",
 )
 
 

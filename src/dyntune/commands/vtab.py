@@ -94,7 +94,7 @@ def command(
             make=dict,
         ),
     ],
-    trials: Annotated[dict[str, Any], Options(Plan, only=("search", "storage"), make=dict)],
+    trials: Annotated[dict[str, Any], Options(Plan, only=("search", "storage", "img_size"), make=dict)],
     noah: Annotated[
         SearchSettings,
         Options(

@@ -44,11 +44,6 @@ class Matching:
         return taken(values, self.src), taken(values.index_select(1, self.others), self.dst)
 
     @property
-    def places(self) -> Tensor:
-        """``(B, P - r)``, the patch whose place each merged token takes: itself, or the destination."""
-        return torch.cat([self.kept, self.others.expand(self.kept.shape[0], -1)], dim=1)
-
-    @property
     def moved(self) -> Tensor:
         """``(B, P)``, for each patch the number of the merged token that it has become part of."""
         kept = self.kept.shape[1]

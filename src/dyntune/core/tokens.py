@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dyntune.core.errors import DyntuneError
+from dyntune.core.places import EVERY_PLACE, Places
+from dyntune.core.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,25 @@ class Provenance:
         return values.gather(1, index).masked_fill(gone, dropped)
 
 
+class Projected(NamedTuple):
+    """Queries, keys and values of an attention, each ``(..., H, D)``, as it multiplies them.
+
+    Args:
+        q: queries, rotated where the host rotates.
+        k: keys, likewise.
+        v: values.
+        unrotated: the keys before rotation, ``(..., heads of keys, D)``: what a token holds, wherever it lies.
+        bias: ``(1 or B, H, N, N)``, added to the logits of queries and keys of the dense tokens, in either layout; None
+            for nothing.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    unrotated: Tensor
+    bias: Tensor | None = None
+
+
 EVERY_PATCH = Provenance()
 """Every token is a patch, and every patch a token."""
 
@@ -69,11 +90,12 @@ class Tokens:
             where nothing asks which token is whose.
         prompts: how many of the prefix tokens, the last ones, a method has inserted.
         normed: what the next unit's norm makes of ``x``, of its shape, where that is known already.
-        projected: queries, keys and values of the next attention, each ``(B, N, H, D)``, where known already.
+        projected: queries, keys and values of the next attention, where known already.
         provenance: which image patches the tokens behind the prefix stand for.
-        positions: where the tokens behind the prefix lie, numbers of places in the grid, ``(B, P)``, or of all tokens
-            ``(M,)`` in the ragged layout; -1 for those that lie nowhere, as prefix tokens do. None where no attention
-            asks, because the host has added positions to the features.
+        places: where they lie.
+        rotation: how queries and keys are rotated by where their patches lie; None where the host does not do so.
+        relative: ``(H, own + P, own + P)``, what every attention adds to the logits of the host's own prefix tokens and
+            the image's P patches; None for nothing.
         key_bias: ``(B, P)``, added to the logits of every query for the keys of these tokens; None for nothing.
         only_read: the patches are gone because nothing behind reads them; nobody decides about them any more.
     """
@@ -85,9 +107,11 @@ class Tokens:
     counts: tuple[int, ...] | Tensor | None = None
     prompts: int = 0
     normed: Tensor | None = None
-    projected: tuple[Tensor, Tensor, Tensor] | None = None
+    projected: Projected | None = None
     provenance: Provenance = EVERY_PATCH
-    positions: Tensor | None = None
+    places: Places = EVERY_PLACE
+    rotation: Rotation | None = None
+    relative: Tensor | None = None
     key_bias: Tensor | None = None
     only_read: bool = False
 
@@ -105,15 +129,6 @@ class Tokens:
         weights = self.cover_prefix(weights).to(self.x.dtype).unsqueeze(-1)
         return (self.x * weights).sum(1) / weights.sum(1)
 
-    @property
-    def every_position(self) -> Tensor:
-        """The positions of all tokens, ``(B, N)`` or ``(M,)``: -1 for prefix tokens; of a host that gives positions."""
-        assert self.positions is not None
-        return self.positions if self.x.ndim == 2 else self._behind_prefix(self.positions)
-
-    def _behind_prefix(self, positions: Tensor) -> Tensor:
-        return F.pad(positions, (self.prefix, 0), value=-1)
-
     def with_x(self, x: Tensor) -> Tokens:
         """The same tokens with other features of the same layout."""
         return replace(self, x=x, normed=None, projected=None)
@@ -122,7 +137,7 @@ class Tokens:
         """The same tokens together with what the next unit's norm makes of them."""
         return replace(self, normed=normed)
 
-    def with_projected(self, projected: tuple[Tensor, Tensor, Tensor]) -> Tokens:
+    def with_projected(self, projected: Projected) -> Tokens:
         """The same tokens together with what the next attention projects them to."""
         return replace(self, projected=projected)
 
@@ -131,7 +146,6 @@ class Tokens:
         patches: Tensor,
         moved: Tensor,
         *,
-        places: Tensor | None = None,
         sizes: Tensor | None = None,
         key_bias: Tensor | None = None,
     ) -> Tokens:
@@ -141,28 +155,16 @@ class Tokens:
             patches: ``(B, Q, C)``.
             moved: ``(B, P)``, for each of the P present ones the number of the new one that it has become part of; -1
                 where it is dropped.
-            places: ``(B, Q)``, for each new one the number of the present one whose position it takes; -1 for none.
-                None where the policy does not say.
             sizes: ``(B, Q)``, what the new ones count for in a mean; None where all count alike.
             key_bias: ``(B, Q)``, as above.
-
-        Raises:
-            DyntuneError: the host asks where tokens lie, and the policy does not say.
         """
         owner = moved
         if self.provenance.owner is not None:
             gone = self.provenance.owner < 0
             owner = moved.gather(1, self.provenance.owner.clamp_min(0)).masked_fill(gone, -1)
         x = torch.cat([self.x[:, : self.prefix], patches.to(self.x.dtype)], dim=1)
-        positions = None
-        if self.positions is not None:
-            if places is None:
-                raise DyntuneError(
-                    "the backbone rotates queries and keys by the positions of their tokens, and the token policy does "
-                    "not say where its tokens lie (with_patches(places=...)). Use dispatch, or another policy."
-                )
-            positions = self.positions.gather(1, places.clamp_min(0)).masked_fill(places < 0, -1)
-        return replace(self.with_x(x), provenance=Provenance(owner, sizes), positions=positions, key_bias=key_bias)
+        places = self.places.following(owner, patches.shape[1])
+        return replace(self.with_x(x), provenance=Provenance(owner, sizes), places=places, key_bias=key_bias)
 
     def with_present(self, present: Tensor) -> Tokens:
         """The same tokens, of which those with ``present`` 0, ``(B, P)``, are kept behind a mask."""
@@ -194,17 +196,12 @@ class Tokens:
 
     def first(self, count: int) -> Tokens:
         """The first ``count`` tokens of each image, prefix tokens all, for a head that reads no others; dense only."""
-        x = self.x[:, :count]
-        positions = None if self.positions is None else self.positions[:, :0]
-        return Tokens(x, count, self.grid, provenance=Provenance(), positions=positions, only_read=True)
+        return Tokens(self.x[:, :count], count, self.grid, provenance=Provenance(), places=Places(), only_read=True)
 
     def take(self, index: Tensor, counts: tuple[int, ...] | Tensor | None) -> Tokens:
         """The tokens at ``index`` of the flattened batch, in the ragged layout: ``counts`` of them from each image."""
         normed = None if self.normed is None else self.normed.flatten(0, 1).index_select(0, index)
         x = self.x.flatten(0, 1).index_select(0, index)
-        positions = None
-        if self.positions is not None:
-            positions = self._behind_prefix(self.positions).flatten().index_select(0, index)
         return Tokens(
             x,
             self.prefix,
@@ -213,7 +210,9 @@ class Tokens:
             prompts=self.prompts,
             normed=normed,
             provenance=Provenance(),
-            positions=positions,
+            places=self.places.taken(index),
+            rotation=self.rotation,
+            relative=self.relative,
         )
 
     def with_keys(self, keys: Tensor) -> Tokens:

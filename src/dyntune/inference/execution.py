@@ -8,7 +8,6 @@ from typing import cast
 from torch import Tensor, nn
 
 from dyntune.backbones.units import Attention, Unit
-from dyntune.core.attention import attend
 from dyntune.core.tokens import Tokens
 from dyntune.inference.joint import Joint, key
 from dyntune.model.executions import Compact, Execution
@@ -79,6 +78,6 @@ def _asked_by(unit: Attention, tokens: Tokens, count: int) -> Tokens:
     """The first ``count`` tokens of each image behind an attention in which all tokens are keys."""
     normed = unit.normed(tokens)
     few = tokens.first(count).with_normed(normed[:, :count])
-    update = unit.behind(unit.combine(attend(*unit.project_first(tokens.with_normed(normed), count), tokens)))
+    update = unit.behind(unit.combine(unit.attended_by(tokens.with_normed(normed), count)))
     parallel: Tensor | None = unit.parallel_update(few)
     return few.with_x(few.x + update if parallel is None else few.x + update + parallel)

@@ -1,7 +1,10 @@
 """Writing and reading the folder of an adapter: JSON, safetensors and a model card, atomically and strictly.
 
-``adapter_model.safetensors`` holds the trained tensors (adapters, dispatchers, head), ``adapter_config.json`` all that
-is needed to put them on the same backbone again. Nothing is unpickled.
+``dyntune.safetensors`` holds the trained tensors (adapters, dispatchers, head), ``dyntune.json`` all that is needed to
+put them on the same backbone again. Nothing is unpickled. Other libraries read files called ``adapter_config.json`` and
+fail on one that is not theirs; folders of earlier versions, which have that name, are read as before.
+
+``transformers.Trainer`` writes a file of what ``state_dict`` gives, ``model.safetensors``; a tensor in it is the JSON.
 """
 
 from __future__ import annotations
@@ -23,8 +26,13 @@ from dyntune.model.card import model_card
 from dyntune.model.rates import Calibration
 
 FORMAT = 1
-CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-PREVIOUS = ".adapter_model.previous.safetensors"
+CONFIG, WEIGHTS, CARD = "dyntune.json", "dyntune.safetensors", "README.md"
+PREVIOUS = ".dyntune.previous.safetensors"
+TRAINER_WEIGHTS = "model.safetensors"
+DESCRIPTION = "dyntune.json"
+"""The name of the tensor with the bytes of the JSON among those that a Trainer has saved."""
+FORMER_CONFIG = "adapter_config.json"
+FORMER_WEIGHTS = ("adapter_model.safetensors", ".adapter_model.previous.safetensors")
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -45,16 +53,18 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any
     payload = safetensors.torch.save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"}
     )
-    config = {
-        "library": "dyntune",
-        "format": FORMAT,
-        "dyntune_version": VERSION,
-        "torch_version": torch.__version__,
-        **about,
-        "weights_sha256": hashlib.sha256(payload).hexdigest(),
-    }
+    config = versioned(about) | {"weights_sha256": hashlib.sha256(payload).hexdigest()}
     _replace(folder, payload, config)
+    if _is_ours(folder / FORMER_CONFIG):
+        for name in (FORMER_CONFIG, *FORMER_WEIGHTS):
+            (folder / name).unlink(missing_ok=True)
     write_text(folder / CARD, model_card(config, tensors))
+
+
+def versioned(about: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of an adapter, but for the digest of its weights: by whom it is written, and what it says."""
+    versions = {"dyntune_version": VERSION, "torch_version": torch.__version__}
+    return {"library": "dyntune", "format": FORMAT, **versions, **about}
 
 
 def write_calibration(folder: Path, calibration: Calibration) -> None:
@@ -88,28 +98,47 @@ def _belongs(payload: bytes, folder: Path) -> bool:
         return False
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a file is the configuration of an adapter of Dyntune."""
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))["library"] == "dyntune")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of a saved adapter.
 
     Raises:
         CheckpointError: there is none, or it is not one of Dyntune's in a format that this version knows.
     """
-    path = Path(folder) / CONFIG
-    if not path.is_file():
+    names = (CONFIG, FORMER_CONFIG, TRAINER_WEIGHTS)
+    path = next((path for name in names if (path := Path(folder) / name).is_file()), None)
+    if path is None:
         raise CheckpointError(
             f"no saved adapter in {folder}: {CONFIG} is missing. Give the folder that save() or train wrote."
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        text = _description(path) if path.name == TRAINER_WEIGHTS else path.read_text(encoding="utf-8")
+        config = json.loads(text)
+    except (ValueError, OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}.") from error
     if not isinstance(config, dict) or config.get("library") != "dyntune":
-        raise CheckpointError(f"{path} was not written by Dyntune (a PEFT adapter has the same file names).")
+        other = " (it may be an adapter of PEFT, which peft.PeftModel.from_pretrained reads)"
+        raise CheckpointError(f"{path} was not written by Dyntune{other if path.name == FORMER_CONFIG else ''}.")
     if not isinstance(config.get("format"), int) or config["format"] > FORMAT:
         raise CheckpointError(
             f"{path} has format {config.get('format')!r}; this Dyntune reads up to {FORMAT}. Upgrade Dyntune."
         )
     return config
+
+
+def _description(path: Path) -> str:
+    """The JSON in a file of tensors that a Trainer has written; empty without any."""
+    with safetensors.safe_open(path, "pt") as file:
+        if DESCRIPTION not in file.keys():  # noqa: SIM118  it is no mapping
+            return "{}"
+        return bytes(file.get_tensor(DESCRIPTION).tolist()).decode()
 
 
 def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
@@ -118,10 +147,14 @@ def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there are none.
     """
-    path = folder / WEIGHTS
-    if not path.is_file():
+    if "weights_sha256" not in config and (folder / TRAINER_WEIGHTS).is_file():
+        tensors = safetensors.torch.load_file(folder / TRAINER_WEIGHTS)
+        return {name: tensor for name, tensor in tensors.items() if name != DESCRIPTION}
+    files = [folder / name for name in (WEIGHTS, PREVIOUS, *FORMER_WEIGHTS)]
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
         raise CheckpointError(f"{folder} is incomplete: {WEIGHTS} is missing.")
-    payloads = [file.read_bytes() for file in (path, folder / PREVIOUS) if file.is_file()]
+    payloads = (file.read_bytes() for file in files if file.is_file())
     payload = next((p for p in payloads if hashlib.sha256(p).hexdigest() == config.get("weights_sha256")), None)
     if payload is None:
         raise CheckpointError(

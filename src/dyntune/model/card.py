@@ -1,5 +1,6 @@
 """The README.md that lies beside a saved adapter: what it is, what it scores, how to run it."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ def model_card(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """Markdown with the metadata that model hubs read.
 
     Args:
-        config: what ``adapter_config.json`` holds.
+        config: what ``dyntune.json`` holds.
         tensors: the saved tensors.
     """
     name = config["backbone"]["name"]
@@ -24,7 +25,7 @@ def model_card(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     metadata = [
         "---",
         "library_name: dyntune",
-        *([f"base_model: timm/{name}"] if name and name != BUILTIN_BACKBONE and ":" not in name else []),
+        *([f"base_model: {base}", "base_model_relation: adapter"] if (base := _repository(name)) else []),
         f"pipeline_tag: {config['task']}",
         "tags: [dyntune, parameter-efficient-fine-tuning, token-skipping]",
         "---",
@@ -42,3 +43,14 @@ def model_card(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     if shown:
         sections.append(f"## Classes\n\n{len(classes)}: {shown}")
     return "\n\n".join(sections) + "\n"
+
+
+def _repository(name: str | None) -> str | None:
+    """The repository on the hub that a backbone comes from, if it comes from one."""
+    if name is None or name == BUILTIN_BACKBONE:
+        return None
+    library, colon, place = name.partition(":")
+    if not colon:
+        return f"timm/{name}"
+    repository = library in ("hf", "hf-hub") and not Path(place).is_absolute()
+    return place.partition("@")[0] if repository else None

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.units import Block, Unit
-from dyntune.core.tokens import Tokens
+from dyntune.core.tokens import Projected, Tokens
 from dyntune.model.executions import Execution
 from dyntune.parts.policies.base import Gate, Output, Reduction, TokenPolicy
 from dyntune.parts.policies.gating import gating
@@ -112,7 +112,7 @@ def _reduce(
     tokens: Tokens,
     parallel: Tensor | None,
     policies: Sequence[TokenPolicy],
-    projected: tuple[Tensor, Tensor, Tensor] | None,
+    projected: Projected | None,
 ) -> tuple[Tokens, Tensor | None, tuple[Reduction, ...]]:
     """The tokens that go on into ``unit``, and the update ``parallel`` to them that is yet to be added, for those."""
     for policy in policies:

@@ -9,11 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyntune.backbones.hosts import check_arguments, rebuild
+from dyntune.backbones.hosts import check_arguments, rebuild, wrap_plain
 from dyntune.backbones.origin import BackboneSource
-from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError, SpecError
+from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError, SpecError, in_one_line
 from dyntune.data.transforms import Preprocessing
-from dyntune.model.adapter_folder import CONFIG, read_config, read_weights
+from dyntune.model.adapter_folder import (
+    CARD,
+    CONFIG,
+    FORMER_CONFIG,
+    FORMER_WEIGHTS,
+    TRAINER_WEIGHTS,
+    WEIGHTS,
+    read_config,
+    read_weights,
+)
 from dyntune.model.rates import Calibration, dispatchers
 from dyntune.model.tasks import Task, saved_task
 from dyntune.model.tuned import TunedModel
@@ -36,8 +45,9 @@ def load(
 
     Args:
         folder: what ``save`` wrote.
-        backbone: the pretrained model, if it shall not be built from its timm name; it is adapted in place.
-        weights: local weight file of the backbone, instead of the source that was recorded.
+        backbone: the pretrained model, if it shall not be built from its name; it is adapted in place.
+        weights: local weight file of the backbone, for models of transformers or its folder, instead of the source that
+            was recorded.
         device: where the model goes.
         check_backbone: refuse a backbone whose weights differ from those that the adapter was trained on.
         policy: a token policy without parameters to put on top, for instance ``"tome:r=8"``. The gates then see other
@@ -55,7 +65,7 @@ def load(
         policy = policy or tokens
     folder = Path(folder)
     if isinstance(backbone, TunedModel):
-        raise CheckpointError("backbone is a tuned model already; give the plain timm model, one for each adapter.")
+        raise CheckpointError("backbone is a tuned model already; give the plain model, one for each adapter.")
     config = read_config(folder)
     tensors = read_weights(folder, config)
     try:
@@ -108,6 +118,39 @@ def load(
     return model.to(device).eval()
 
 
+def from_pretrained(
+    place: str | Path, *, revision: str | None = None, token: str | bool | None = None, **options: Any
+) -> TunedModel:
+    """``load`` from a folder, or from a repository of Hugging Face's hub that ``push_to_hub`` has filled.
+
+    Args:
+        place: the folder, or ``owner/name``.
+        revision: of the repository.
+        token: see ``huggingface_hub``.
+        options: as for ``load``.
+
+    Raises:
+        CheckpointError: there is no such folder, and the repository cannot be had.
+    """
+    if Path(place).is_dir():
+        return load(place, **options)
+    from huggingface_hub import snapshot_download
+
+    files = [CONFIG, WEIGHTS, CARD, FORMER_CONFIG, FORMER_WEIGHTS[0], TRAINER_WEIGHTS]
+    try:
+        folder = snapshot_download(str(place), revision=revision, token=token, allow_patterns=files)
+    except Exception as error:
+        # huggingface_hub and the network stack each have their own error types for this.
+        raise CheckpointError(
+            f"no folder {place}, and no repository of that name can be had: {in_one_line(error)}. Without a network, "
+            f"fetch {CONFIG} and {WEIGHTS} of it into a folder elsewhere, and give that."
+        ) from error
+    return load(folder, **options)
+
+
+TunedModel.from_pretrained = staticmethod(from_pretrained)
+
+
 def _fitting(calibration: Calibration | None, model: TunedModel, folder: Path) -> Calibration | None:
     """The calibration, checked to be one of the gates that the model has."""
     gates = dispatchers(model.backbone).keys()
@@ -130,7 +173,7 @@ def _with_peft(host: nn.Module, recipe: Any, folder: Path) -> nn.Module:
             f"({error}). Install it: pip install 'dyntune[peft]'."
         ) from error
     try:
-        return with_layers(host, recipe)
+        return with_layers(host, recipe, wrap_plain)
     except BackboneError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
 

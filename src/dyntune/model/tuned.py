@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -20,12 +20,13 @@ from dyntune.model.assembly import install, settled
 from dyntune.model.executions import Compact, Execution, Masked, Sampled
 from dyntune.model.folding import fold
 from dyntune.model.forward import run
+from dyntune.model.hub import HubModel
 from dyntune.model.macs import trace
 from dyntune.model.rates import Calibration, set_rate
 from dyntune.model.tasks import Classification, Task
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import Output
-from dyntune.parts.policies.gating import gating
+from dyntune.parts.policies.gating import LearnedGate, gating
 from dyntune.parts.registry import expand, resolve
 from dyntune.parts.spec import Part, format_spec
 
@@ -36,7 +37,7 @@ _EXECUTIONS: dict[str, Execution] = {"masked": Masked(), "compact": Compact()}
 _TRAINING, _INFERENCE = Sampled(), _EXECUTIONS["compact"]
 
 
-class TunedModel(nn.Module):
+class TunedModel(HubModel):
     """A pretrained model with tuning methods and token policies installed; made by ``tune`` or ``load``.
 
     In train mode every token is computed and multiplied by its gate, so that the gates learn, unless a policy is told
@@ -60,6 +61,9 @@ class TunedModel(nn.Module):
         unmerged: after ``merge``, what could not be folded, by spec, with the reason; None before.
     """
 
+    from_pretrained: ClassVar[Callable[..., TunedModel]]
+    """``from_pretrained(folder or hub repository, ...)``: set where it is defined, in ``model/load.py``."""
+
     def __init__(self, host: nn.Module, parts: Sequence[Part]) -> None:
         super().__init__()
         self.backbone = wrap(host)
@@ -70,13 +74,25 @@ class TunedModel(nn.Module):
         self.origin: BackboneSource = plain.origin()
         self.preprocessing: Preprocessing = plain.preprocessing()
         self.task: Task = Classification()
-        self.classes: tuple[str, ...] | None = None
+        self._classes = plain.class_names
         self.parts = settled(host, parts, self.dense_macs)
         self.methods = tuple(part for part in expand(self.parts) if isinstance(part, TuningMethod))
         self.policies = install(self.backbone, self.parts)
         self._tuned = frozenset(name for name, p in self.backbone.named_parameters() if p.requires_grad)
         self.calibration: Calibration | None = None
         self.unmerged: dict[str, str] | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes in label order, or None if not known."""
+        return self._classes
+
+    @classes.setter
+    def classes(self, names: Sequence[str] | None) -> None:
+        self._classes = None if names is None else tuple(names)
+        if names is not None and self.backbone.config is not None:
+            self.config.id2label = dict(enumerate(names))
+            self.config.label2id = {name: number for number, name in enumerate(names)}
 
     @property
     def spec(self) -> str:
@@ -103,9 +119,24 @@ class TunedModel(nn.Module):
         """
         set_rate(self, rate, data)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images ``(B, 3, height, width)`` to logits ``(B, classes)``."""
-        return self.run(images).logits
+    def begin_training(self, steps: int, lr: float | None, accumulate: int = 1) -> None:
+        """Tells a training loop of your own, before its first step, to what follows the course of the whole training.
+
+        ``fit`` does so itself. Without it the gates of ``dispatch`` are trained towards their rate from the first step,
+        with noise to the last, which short trainings do not always survive.
+
+        Args:
+            steps: how often ``training_loss`` will be called in train mode.
+            lr: peak learning rate of Adam or its kin; None for others, whose steps depend on the size of gradients.
+            accumulate: calls per change of the weights.
+        """
+        if steps < 1 or accumulate < 1:
+            raise SpecError(f"expected steps and accumulate of at least 1; given {steps} and {accumulate}.")
+        self.backbone.begin_training(steps, None if lr is None else lr * max(1, steps // accumulate))
+
+    def end_training(self) -> None:
+        """Tells that the training is over, after its last step; another may begin."""
+        self.backbone.end_training()
 
     def run(
         self, images: Tensor, *, complete: bool = False, execution: ExecutionName | Execution | None = None
@@ -144,6 +175,9 @@ class TunedModel(nn.Module):
     def saved_state(self) -> dict[str, Tensor]:
         """What this model holds beyond the pretrained backbone: the trained tensors, and what belongs to them."""
         tensors = self.tuned_state() | self.backbone.companions()
+        for path, module in self.backbone.named_modules():
+            if isinstance(module, LearnedGate):
+                tensors |= {f"{path}.{name}": tensor for name, tensor in module.saved().items()}
         return {self.backbone.saved_name(name): tensor for name, tensor in tensors.items()}
 
     @property
@@ -189,16 +223,26 @@ class TunedModel(nn.Module):
                 "the model is merged: its adapter is part of the backbone's weights now. Save it before merging, or "
                 "save the whole model with safetensors.torch.save_model(model.backbone.host, FILE)."
             )
-        folder, tensors = Path(folder), self.saved_state()
-        every = {self.backbone.saved_name(name) for name, _ in self.backbone.named_parameters()}
-        about = {
+        write_adapter(Path(folder), self.saved_state(), self.describe(results))
+        return Path(folder)
+
+    def describe(self, results: dict[str, Any] | None = None) -> dict[str, Any]:
+        """All that is needed to put the saved tensors on the same backbone again, as JSON values.
+
+        Args:
+            results: measured figures to keep with them.
+        """
+        idle = {id(parameter) for parameter in self.backbone.plain().idle}
+        named = self.backbone.named_parameters()
+        every = {self.backbone.saved_name(name) for name, p in named if id(p) not in idle}
+        return {
             "spec": self.spec,
             "parts": [part.to_dict() for part in expand(self.parts)],
             "backbone": {
                 **self.origin.to_dict(),
                 "fingerprint": self.fingerprint,
                 "dtype": str(next(self.backbone.parameters()).dtype).removeprefix("torch."),
-                "complete": tensors.keys() == every,
+                "complete": self.saved_state().keys() == every,
             },
             "peft": self.backbone.recipe(),
             "preprocessing": self.preprocessing.to_dict(),
@@ -207,8 +251,6 @@ class TunedModel(nn.Module):
             "results": results or {},
             "calibration": self.calibration and self.calibration.to_dict(),
         }
-        write_adapter(folder, tensors, about)
-        return folder
 
 
 def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
@@ -218,7 +260,8 @@ def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
     the head and what a method unfreezes, and modules are added, in the order of the parts.
 
     Args:
-        model: a timm VisionTransformer with its classifier, or one that PEFT's ``get_peft_model`` has wrapped.
+        model: a vision transformer of timm or transformers with its classifier, or one that PEFT's ``get_peft_model``
+            has wrapped.
         parts: spec strings (``"dyt:rate=0.5"``, ``"adaptformer"``, ``"dispatch:where=mlp,rate=0.5"``) or typed
             configurations (``DyT(rate=0.5)``).
 
@@ -249,12 +292,12 @@ def build_tuned(
     The head starts as the task says.
 
     Args:
-        name: timm model name.
+        name: timm model name; ``hf:`` and a folder or repository for models of transformers.
         parts: as for ``tune``.
         classes: names of the classes in label order; the head has an output for each.
         weights: local weight file of the backbone.
         task: what the outputs mean; classification if not given.
-        arguments: for ``timm.create_model``, for instance ``img_size``.
+        arguments: for whoever builds it, for instance ``img_size``.
     """
     if not arguments.get("drop_path_rate", True):
         del arguments["drop_path_rate"]  # none is the default, and not every host can have some
@@ -270,6 +313,7 @@ def build_tuned(
 
 def _fingerprint(backbone: Backbone, adopted: Sequence[nn.Parameter]) -> str | None:
     """Digest of the weights that are the same for every adapter: without the head, and what was trained before."""
-    left_out = backbone.head_parameters() | {n for n, p in backbone.named_parameters() if any(p is a for a in adopted)}
-    weights = [(name, p) for name, p in backbone.named_parameters() if name not in left_out]
+    trained = backbone.head_parameters() | {n for n, p in backbone.named_parameters() if any(p is a for a in adopted)}
+    left_out = {backbone.saved_name(name) for name in trained}
+    weights = [(name, p) for name, p in backbone.weights() if name not in left_out]
     return None if any(p.is_meta for _, p in weights) else fingerprint(weights)

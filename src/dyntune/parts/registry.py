@@ -75,4 +75,4 @@ def part_from_dict(data: dict[str, Any]) -> Part:
     for key in options:
         if key not in known:
             raise SpecError(f"{cls.name()}: " + unknown_name("option", key, known))
-    return cls(**options)
+    return cls(**cls.completed(options))

@@ -79,6 +79,11 @@ class Part:
                 raise SpecError(f"{cls.name()}: {key}={text!r} is not valid: expected {error}.") from None
         return cls(**converted)
 
+    @classmethod
+    def completed(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Options as a file has them, with those that it does not know yet at what was meant then."""
+        return options
+
     def from_published(self, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
         """What a tensor of the public code is here: our names (those of ``backbone.named_parameters``) and values.
 

@@ -6,6 +6,7 @@ import csv
 import html
 import re
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -35,6 +36,23 @@ _COLUMNS = (
 )
 
 
+@dataclass(frozen=True)
+class Table:
+    """A table beside that of the methods.
+
+    Args:
+        title: what it shows.
+        columns: titles of the columns.
+        rows: cells as people read them; the first names the row.
+        note: what was measured, and on what.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    note: str
+
+
 def table_columns(rows: Sequence[Row]) -> tuple[str, ...]:
     """The titles of the columns of ``table_rows``."""
     return ("method", f"test {rows[0].test.merit}", *_COLUMNS)
@@ -58,19 +76,26 @@ def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     ]
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The table in Markdown."""
-    columns = table_columns(rows)
-    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
-    lines += [
-        "| " + " | ".join(f"`{cells[0]}`" if i == 0 else c for i, c in enumerate(cells)) + " |"
-        for cells in table_rows(rows)
-    ]
+def methods_table(rows: Sequence[Row]) -> Table:
+    """The rows of a comparison as people read them."""
+    return Table("Methods", table_columns(rows), table_rows(rows), f"Measured on {machine()}. {_SPEED}")
+
+
+def markdown_table(table: Table) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(table.columns) + " |", "| --- |" + " ---: |" * (len(table.columns) - 1)]
+    lines += ["| " + " | ".join((f"`{name}`", *cells)) + " |" for name, *cells in table.rows]
     return "\n".join(lines)
 
 
 def write_report(
-    out: Path, title: str, intro: str, rows: Sequence[Row], models: dict[str, TunedModel], images: LabelledImages
+    out: Path,
+    title: str,
+    intro: str,
+    rows: Sequence[Row],
+    models: dict[str, TunedModel],
+    images: LabelledImages,
+    *further: Table,
 ) -> Path:
     """Writes table, pictures and page of a comparison.
 
@@ -81,11 +106,13 @@ def write_report(
         rows: a row per method.
         models: the trained models by method.
         images: where the images of the pictures are taken from.
+        further: tables behind that of the methods.
 
     Returns:
         The page.
     """
-    write_json(out / "results.json", {"title": title, "machine": machine(), "rows": [row.to_dict() for row in rows]})
+    results = {"title": title, "machine": machine(), "rows": [row.to_dict() for row in rows]}
+    write_json(out / "results.json", results | ({"tables": [asdict(table) for table in further]} if further else {}))
     write_atomically(out / "results.csv", lambda path: _write_csv(path, rows))
     pictures = {"tradeoff.png": f"Test {rows[0].test.merit} over the MACs that ran, without the head."}
     save_figure(tradeoff_figure(rows), out / "tradeoff.png")
@@ -99,12 +126,14 @@ def write_report(
         for name, (figure, text) in token_pictures(row.method, models[row.method], images).items():
             save_figure(figure, out / name)
             pictures[name] = text
-    body = f"{intro}\n\n{markdown_table(rows)}\n\nMeasured on {machine()}. {_SPEED}\n"
+    methods = methods_table(rows)
+    tables = "".join(f"\n## {table.title}\n\n{markdown_table(table)}\n\n{table.note}\n" for table in further)
+    body = f"{intro}\n\n{markdown_table(methods)}\n\n{methods.note}\n{tables}"
     write_text(
         out / "results.md",
         f"# {title}\n\n{body}\n" + "\n\n".join(f"![{text}]({file})" for file, text in pictures.items()) + "\n",
     )
-    write_text(out / "index.html", _page(title, intro, rows, pictures))
+    write_text(out / "index.html", _page(title, intro, (methods, *further), pictures))
     return out / "index.html"
 
 
@@ -170,24 +199,34 @@ def _breakable(cell: str) -> str:
     return re.sub(r"([,+])", r"\1<wbr>", html.escape(cell)) if ":" in cell else html.escape(cell)
 
 
-def _page(title: str, intro: str, rows: Sequence[Row], pictures: dict[str, str]) -> str:
+def _page(title: str, intro: str, tables: Sequence[Table], pictures: dict[str, str]) -> str:
     """One HTML page without scripts or anything from elsewhere."""
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in table_columns(rows))
-    body = "".join(
-        "<tr>" + "".join(f"<td>{_breakable(cell)}</td>" for cell in cells) + "</tr>" for cells in table_rows(rows)
-    )
     figures = "".join(
         f'<figure><img src="{html.escape(file)}" alt=""><figcaption>{html.escape(text)}</figcaption></figure>'
         for file, text in pictures.items()
     )
+    first, *further = map(_html_table, tables)
+    titled = [f"<h2>{html.escape(t.title)}</h2>{text}" for t, text in zip(tables[1:], further, strict=True)]
     return _TEMPLATE.format(
-        title=html.escape(title),
-        intro=html.escape(intro),
-        head=head,
-        body=body,
-        figures=figures,
-        machine=html.escape(machine()),
-        speed=_SPEED,
+        title=html.escape(title), intro=html.escape(intro), tables="\n".join([first, *titled]), figures=figures
+    )
+
+
+def _html_table(table: Table) -> str:
+    """A table as HTML; its cells know the titles of their columns, for narrow screens, where rows become lists."""
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<td data-column="{html.escape(column)}"><span>{_breakable(cell)}</span></td>'
+            for column, cell in zip(table.columns, cells, strict=True)
+        )
+        + "</tr>"
+        for cells in table.rows
+    )
+    return (
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        f'<p class="note">{html.escape(table.note)}</p>'
     )
 
 
@@ -202,19 +241,26 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem aut
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .4rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }}
 th {{ white-space: normal; }}
-th:first-child, td:first-child {{ text-align: left; white-space: normal; min-width: 18rem; overflow-wrap: break-word; }}
+th:first-child, td:first-child {{ text-align: left; white-space: normal; min-width: 18rem; overflow-wrap: anywhere; }}
 td:first-child {{ font-family: ui-monospace, monospace; }}
+h1, p, figcaption {{ overflow-wrap: anywhere; }}
 figure {{ margin: 2.5rem 0; }}
 img {{ max-width: 100%; height: auto; }}
-figcaption, .machine {{ color: #555; font-size: .9rem; }}
-.scroll {{ overflow-x: auto; }}
+figcaption, .note {{ color: #555; font-size: .9rem; }}
+@media (max-width: 60rem) {{
+  thead {{ display: none; }}
+  table, tbody, tr {{ display: block; }}
+  tr {{ margin: 1rem 0; border: 1px solid #ddd; border-radius: .4rem; }}
+  td, td:first-child {{ display: flex; justify-content: space-between; gap: 1rem; min-width: 0; border: 0; }}
+  td:first-child {{ font-weight: bold; border-bottom: 1px solid #ddd; }}
+  td:not(:first-child)::before {{ content: attr(data-column); color: #555; }}
+}}
 </style>
 </head>
 <body>
 <h1>{title}</h1>
 <p>{intro}</p>
-<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
-<p class="machine">Measured on {machine}. {speed}</p>
+{tables}
 {figures}
 </body>
 </html>

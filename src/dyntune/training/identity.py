@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch.utils.data import Dataset
 
 from dyntune.data.base import LabelledImages
 from dyntune.model.tuned import TunedModel
+from dyntune.parts.registry import expand, part_from_dict, resolve
+from dyntune.parts.spec import Part, format_spec
 from dyntune.training.settings import TrainSettings
 from dyntune.training.teacher import teacher_identity
 
@@ -27,6 +30,7 @@ def run_identity(
     return {
         "settings": dataclasses.asdict(settings),
         "spec": model.spec,
+        "parts": [part.to_dict() for part in expand(model.parts)],
         "backbone": model.origin.name,
         "architecture": hashlib.sha256(str(model.backbone.host).encode()).hexdigest()[:16],
         "weights": model.fingerprint,
@@ -46,11 +50,28 @@ def identity_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     What an older run did not record cannot be compared.
     """
     changed = TrainSettings(**now["settings"]).differences(before["settings"])
+    parts = _parts(before)
+    if parts != _parts(now):
+        changed.append(f"spec was {before['spec']}, is {now['spec']}")
+        if before["spec"] == now["spec"]:
+            meant = "+".join(map(format_spec, parts))
+            changed[-1] += f", which stands for something else in this version: the run needs {meant}"
     return changed + [
         f"{key} was {before[key]}, is {value}"
         for key, value in now.items()
-        if key != "settings" and key in before and value != before[key]
+        if key not in ("settings", "spec", "parts") and key in before and value != before[key]
     ]
+
+
+def _parts(identity: dict[str, Any]) -> list[Part]:
+    """The parts of a run; of one that recorded its spec alone, what that stood for."""
+    if "parts" in identity:
+        return [part_from_dict(part) for part in identity["parts"]]
+    given = [
+        {"type": part.name()} | {f.name: v for f in fields(part) if (v := getattr(part, f.name)) != f.default}
+        for part in resolve([identity["spec"]])
+    ]
+    return list(expand(map(part_from_dict, given)))
 
 
 def _data_digest(dataset: Dataset[Any]) -> str | None:

@@ -39,7 +39,10 @@ def require_matching_head(model: TunedModel, dataset: Dataset[Any]) -> None:
     head = model.backbone.classes
     names = getattr(dataset, "classes", None)
     if not head:
-        raise TrainingError("nothing to train: the model has no head. Create it with num_classes=<number of classes>.")
+        raise TrainingError(
+            "nothing to train: the model has no head. Create it with num_classes=<number of classes>, or put one on a "
+            "tower of transformers: dyntune.add_classifier(tower, <number of classes>)."
+        )
     if names and len(names) != head:
         raise TrainingError(
             f"the model's head has {head} classes, the data set {len(names)}. Create the model with "

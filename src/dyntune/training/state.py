@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class RunState:
         best_tensors: the trained tensors of that epoch.
         seconds: time spent so far.
         identity: what decides the run's outcome, to refuse resuming another run.
+        course: what follows the course of the training, beside the trained tensors.
     """
 
     epoch: int
@@ -42,6 +43,7 @@ class RunState:
     best_tensors: dict[str, Tensor]
     seconds: float
     identity: dict[str, Any]
+    course: dict[str, Tensor] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Replaces the state in ``folder`` in one step."""

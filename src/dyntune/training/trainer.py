@@ -19,6 +19,7 @@ from dyntune.backbones.base import file_name
 from dyntune.core.errors import TrainingError
 from dyntune.core.files import write_json
 from dyntune.model.forward import activation_rates
+from dyntune.model.objective import Criterion, training_loss
 from dyntune.model.tuned import TunedModel
 from dyntune.training.accelerator import make_accelerator
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
@@ -26,7 +27,6 @@ from dyntune.training.identity import identity_changes, run_identity
 from dyntune.training.inputs import require_matching_head, training_images
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.logs import RunLog
-from dyntune.training.objective import Criterion, training_loss
 from dyntune.training.optimizer import make_optimizer, pretrained_parameters, set_learning_rate
 from dyntune.training.progress import Progress, Silent
 from dyntune.training.randomness import EpochSampler, SeededDataset, caller_randomness_kept, seed_all
@@ -184,7 +184,7 @@ class _Run:
         self.identity = run_identity(model, settings, train_set, world, teacher)
 
     def train(self, resume: bool) -> FitResult:
-        with caller_randomness_kept(), self._checkpointing():
+        with caller_randomness_kept(), self._checkpointing(), self._course():
             epoch, step = self._begin(resume)
             # Thresholds that were shifted, and the shifts, belong to the weights that training leaves behind.
             self.model.set_rate(None)
@@ -200,8 +200,8 @@ class _Run:
             finally:
                 if log:
                     log.close()
+            self._fill(self.best_tensors)
             self.seconds = time.perf_counter() - self.started if epoch < self.settings.epochs else self.seconds
-        self._fill(self.best_tensors)
         self.model.eval()
         return FitResult(
             best_accuracy=None if self.best < 0 else self.best,
@@ -209,6 +209,17 @@ class _Run:
             steps=self.settings.epochs * self.steps_per_epoch,
             seconds=self.seconds,
         )
+
+    @contextmanager
+    def _course(self) -> Iterator[None]:
+        """Tells the model's modules how far the training goes, and that it is over."""
+        settings = self.settings
+        lr = settings.lr if settings.optimizer == "adamw" else None  # steps of SGD have the size of the gradients
+        self.model.begin_training(settings.epochs * self.steps_per_epoch, lr, settings.accumulate)
+        try:
+            yield
+        finally:
+            self.model.end_training()
 
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:
@@ -252,6 +263,7 @@ class _Run:
                 f"the run in {self.out} was started differently: {'; '.join(changed)}. Use the same options."
             )
         self._fill(state.tensors)
+        self.model.backbone.resume_course(state.course)
         self.optimizer.load_state_dict(state.optimizer)
         if state.scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
@@ -329,9 +341,11 @@ class _Run:
                 log.write("val", (epoch + 1) * self.steps_per_epoch, {"epoch": epoch + 1, **figures})
         merit = f"val_{self.model.task.merit}"
         measured = {"epoch": epoch + 1, **({} if score is None else {merit: round(score, 6)})}
+        # Before, a policy may still do more than it will do in the end: such an epoch is not what was asked for.
+        settled = (epoch + 1) / self.settings.epochs >= max((p.settles for p in self.model.policies), default=0.0)
         best_so_far = score is not None and score >= self.best
-        if self.val_loader is None or self.select == "last" or best_so_far:
-            self.best = -1.0 if score is None else score
+        if self.val_loader is None or self.select == "last" or best_so_far or not settled:
+            self.best = -1.0 if score is None or not settled else score
             self.best_epoch = epoch + 1
             self.best_tensors = {name: p.clone() for name, p in self._tensors().items()}
             if self.out and self._main:
@@ -401,6 +415,7 @@ class _Run:
             best_tensors=self.best_tensors,
             seconds=time.perf_counter() - self.started,
             identity=self.identity,
+            course={name: tensor.cpu() for name, tensor in self.model.backbone.course_state().items()},
         ).write(self.out)
 
     def _farewell(self, epoch: int, step: int) -> str:

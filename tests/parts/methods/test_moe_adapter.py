@@ -130,7 +130,7 @@ def test_closed_form_counts(make_host, mix):
 def test_preset_of_one_expert_is_a_plain_adapter(make_host):
     plain, several = dyntune.tune(make_host(), "dyt"), dyntune.tune(make_host(), "dyt:experts=2,normalise=sigmoid")
     assert [part.name() for part in plain.methods] == ["adaptformer"]
-    assert several.methods == (MoeAdapter(experts=2, normalise="sigmoid"),)
+    assert several.methods == (MoeAdapter(experts=2, normalise="sigmoid", scale=1.0),)
 
 
 def test_one_expert_is_refused():

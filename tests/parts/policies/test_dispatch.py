@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import dyntune
 from dyntune.core.errors import BackboneError, SpecError
-from dyntune.parts.policies.dispatch import Dispatch, Dispatcher
+from dyntune.parts.policies.dispatch import Dispatch
+from dyntune.parts.policies.dispatcher import Dispatcher
 
 VARIANTS = ("mlp", "attn", "attn-mlp", "layer")
 ORDERS = ("dispatch:where=layer+moe-adapter:where=mlp", "moe-adapter:where=mlp+dispatch:where=layer")
@@ -273,7 +274,7 @@ def test_options_out_of_range_are_refused(options):
 
 def test_the_rate_loss_can_hold_the_activation_of_inference(make_host, randomise, images_for):
     """Noise makes gates with logits near 0 a coin toss; without it they are all open, which is what inference does."""
-    model = dyntune.tune(make_host(), "dispatch:rate=0.5,rate_of=inference,complete_weight=0,distill_weight=0").train()
+    model = dyntune.tune(make_host(), "dispatch:rate=0.5,rate_weight=2,complete_weight=0,distill_weight=0").train()
     with torch.no_grad():
         for block in model.backbone.blocks:
             block.mlp.dispatcher.gate.weight.zero_()
@@ -290,11 +291,14 @@ def test_the_rate_loss_can_hold_the_activation_of_inference(make_host, randomise
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", ["dispatch:bias=3", "dyt:gate_bias=3"])
-def test_gates_can_start_open(make_host, images_for, spec):
+@pytest.mark.parametrize("spec", ["dispatch", "dispatch:bias=3", "dyt", "dyt:gate_bias=3"])
+def test_gates_start_open_unless_they_are_the_published_ones(make_host, images_for, spec):
     torch.manual_seed(0)
     host = make_host()
     images = images_for(host, 4)
     assert all(gate.values.mean() == 1 for gate in dyntune.tune(host, spec).eval().run(images).gates)
-    rates = [gate.values.mean() for gate in dyntune.tune(make_host(), spec.split(":")[0]).eval().run(images).gates]
+    rates = [
+        gate.values.mean()
+        for gate in dyntune.tune(make_host(), f"{spec.split(':')[0]}:recipe=published").eval().run(images).gates
+    ]
     assert 0.1 < sum(rates) / len(rates) < 0.9

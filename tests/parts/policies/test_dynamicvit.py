@@ -8,9 +8,9 @@ import torch.nn.functional as F
 import dyntune
 from dyntune.core.errors import BackboneError, SpecError
 from dyntune.core.shapes import shapes_only
+from dyntune.model.objective import dense_output
 from dyntune.parts.policies import dynamicvit
-from dyntune.parts.policies.dispatch import Dispatcher
-from dyntune.training.objective import dense_output
+from dyntune.parts.policies.dispatcher import Dispatcher
 
 SPEC = "dynamicvit:keep=0.7/0.4,layers=1/2"
 HOSTS = ("plain", "deit3", "registers", "distilled", "average", "qk_norm", "swiglu", "oblong", "clip", "siglip")
@@ -338,7 +338,7 @@ def test_it_stands_beside_other_parts(build, make_host, images_for, other):
 
 
 def test_the_rate_counts_the_tokens_that_are_there(build, images_for, silent):
-    model = build("plain", SPEC, "dispatch:where=mlp,rate=0.3,complete_weight=0,distill_weight=0").train()
+    model = build("plain", SPEC, "dispatch:rate=0.3,rate_weight=2,complete_weight=0,distill_weight=0").train()
     for module in model.modules():
         if isinstance(module, Dispatcher):
             module.decide = lambda logits: (logits > 0).float()

@@ -12,7 +12,7 @@ import dyntune
 from dyntune.core.errors import SpecError
 from dyntune.core.losses import rate_loss
 from dyntune.model.rates import dispatchers
-from dyntune.parts.policies.dispatch import DrawnRate
+from dyntune.parts.policies.dispatcher import Course
 from dyntune.training.interrupt import TrainingInterrupted
 from dyntune.training.progress import Silent
 
@@ -47,18 +47,18 @@ def test_one_more_parameter_per_gate_and_only_there(make_host):
 
 def test_every_step_draws_a_rate_that_all_gates_share(model, images_for):
     gates = dispatchers(model.backbone).values()
-    assert len({id(gate.drawn) for gate in gates}) == 1
+    assert len({id(gate.course) for gate in gates}) == 1
     drawn = []
     for seed in range(200):
         torch.manual_seed(seed)
         model.backbone.begin_step()
-        drawn.append(next(iter(gates)).drawn.target)
+        drawn.append(next(iter(gates)).course.target)
     assert min(drawn) >= 0.3 and max(drawn) <= 0.9
     assert sum(drawn) / 200 == pytest.approx(0.6, abs=0.03)
     assert sum(rate < 0.45 for rate in drawn) == pytest.approx(50, abs=20), "all rates alike"
     torch.manual_seed(7)
     model.backbone.begin_step()
-    assert next(iter(gates)).drawn.target == drawn[7]
+    assert next(iter(gates)).course.target == drawn[7]
     images = images_for(model.backbone.host, 2)
     assert [gate.target for gate in model.run(images).gates] == [drawn[7]] * 3
     assert [gate.target for gate in model.eval().run(images).gates] == pytest.approx([0.6] * 3)
@@ -71,7 +71,7 @@ def test_logits_answer_the_drawn_rate_in_training_only(model, images_for):
         gate.slope.fill_(0.7)
     patches = torch.randn(2, 16, unit.width)
     plain = gate.gate(patches).squeeze(-1)
-    gate.drawn.drawn = 0.35
+    gate.course.drawn = 0.35
     torch.testing.assert_close(gate.logits(patches), plain + 0.7 * (logit(0.35) - logit(0.6)))
     torch.testing.assert_close(gate.eval().logits(patches), plain)
 
@@ -81,7 +81,8 @@ def test_the_rate_loss_holds_to_the_drawn_rate_and_teaches_the_slope(model, imag
     torch.manual_seed(3)
     loss = dyntune.training_loss(model, images, labels)
     target = loss.output.gates[0].target
-    expected = 2.0 * rate_loss([gate.values for gate in loss.output.gates], target)
+    held = [(gate.logits > 0).float() for gate in loss.output.gates]
+    expected = 10.0 * rate_loss(held, target)
     torch.testing.assert_close(loss.terms["rate"], expected)
     assert target != pytest.approx(0.6)
     loss.total.backward()
@@ -92,13 +93,13 @@ def test_the_rate_loss_holds_to_the_drawn_rate_and_teaches_the_slope(model, imag
 def test_training_raises_the_activation_with_the_rate(make_host, data):
     """After a few steps the gates open and close with the rate that is asked of them."""
     torch.manual_seed(0)
-    model = dyntune.tune(make_host(), f"{ELASTIC},rate_weight=20,complete_weight=0,distill_weight=0")
+    model = dyntune.tune(make_host(), f"{ELASTIC},recipe=published,rate_weight=20,complete_weight=0,distill_weight=0")
     dyntune.fit(model, data, epochs=8, batch_size=10, lr=1e-2, device="cpu")
-    drawn = next(iter(dispatchers(model.backbone).values())).drawn
+    course = next(iter(dispatchers(model.backbone).values())).course
     model.train()
     shares = []
     for rate in (0.3, 0.6, 0.9):
-        drawn.drawn = rate
+        course.drawn = rate
         with torch.no_grad():
             gates = [model.run(data.tensors[0]).gates for _ in range(8)]
         shares.append(sum(g.values.mean().item() for gs in gates for g in gs) / 24)
@@ -163,4 +164,4 @@ def test_ranges_that_make_no_sense(make_host, part, rate):
 
 
 def test_the_middle_holds_before_the_first_step():
-    assert DrawnRate(0.2, 0.6).target == pytest.approx(0.4)
+    assert Course((0.2, 0.6), (0.1, 0.6), 0.85).target == pytest.approx(0.4)

@@ -180,7 +180,7 @@ def test_features_share_the_fused_token_or_are_refused(make_host, randomise, ima
         dropping.features(images_for(dropping.backbone.host, 2))
 
 
-@pytest.mark.parametrize("gated", ["dispatch:where=mlp,rate=0.4", "dyt:rate=0.4"])
+@pytest.mark.parametrize("gated", ["dispatch:recipe=published,rate=0.4", "dyt:recipe=published,rate=0.4"])
 @pytest.mark.parametrize("fuse", [True, False])
 def test_with_gates_masked_equals_compact_and_the_rate_is_over_the_tokens_left(
     make_host, randomise, images_for, gated, fuse

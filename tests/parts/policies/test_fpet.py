@@ -9,7 +9,7 @@ from written_out import attend, read_out
 import dyntune
 from dyntune.core.errors import BackboneError, DyntuneError, SpecError
 from dyntune.core.shapes import shapes_only
-from dyntune.core.tokens import Tokens
+from dyntune.core.tokens import Projected, Tokens
 from dyntune.parts.policies.fpet import Halving, LowBitLinear, Refinement, checkerboard, quantiser_levels
 
 RECORDED = {
@@ -155,7 +155,7 @@ def test_a_patch_whose_two_best_scores_tie_vanishes():
     x = torch.arange(14.0).view(1, 7, 2)
     tokens = Tokens(x, 1, (2, 3))
     for reducer.training in (False, True):
-        merge = reducer(tokens, (keys, keys, keys))
+        merge = reducer(tokens, Projected(keys, keys, keys, keys))
         out = merge(tokens)
         assert out.provenance.owner.tolist() == [[-1, 2, 2, 0, 2, 1]]
         assert out.provenance.sizes.tolist() == [[1, 1, 3]]

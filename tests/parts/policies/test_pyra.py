@@ -11,7 +11,7 @@ from written_out import attend, read_out
 import dyntune
 from dyntune.core.errors import BackboneError, SpecError
 from dyntune.core.shapes import shapes_only
-from dyntune.core.tokens import Tokens
+from dyntune.core.tokens import Projected, Tokens
 from dyntune.parts.policies.pyra import Pyra
 
 HIGH = (40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3)
@@ -137,9 +137,9 @@ def test_what_stands_beside_the_block_is_merged_with_the_same_factors(make_host,
     """The merge that was decided on is linear, so that tokens and the update beside them may be merged apart."""
     reducer = randomise(dyntune.tune(make_host(), LIST), seed=6).backbone.blocks[0].mlp.reducers["pyra"]
     x, update, *projected = torch.randn(5, 2, 17, 32, generator=torch.Generator().manual_seed(0))
-    projected = tuple(part.unflatten(-1, (4, 8)) for part in projected)
+    q, k, v = (part.unflatten(-1, (4, 8)) for part in projected)
     tokens = Tokens(x, 1, (4, 4))
-    merge = reducer(tokens, projected)
+    merge = reducer(tokens, Projected(q, k, v, k))
     together = merge(tokens.with_x(x + update)).x
     torch.testing.assert_close(together, merge(tokens).x + merge(tokens.with_x(update)).x)
 

@@ -267,7 +267,7 @@ def test_images_of_a_batch_do_not_touch_each_other(make_host, randomise, images_
     assert not torch.equal(after.tokens.provenance.owner[1], before.tokens.provenance.owner[1])
 
 
-@pytest.mark.parametrize("gated", ["dispatch:where=mlp,rate=0.4", "dyt:rate=0.4"])
+@pytest.mark.parametrize("gated", ["dispatch:recipe=published,rate=0.4", "dyt:recipe=published,rate=0.4"])
 @pytest.mark.parametrize("name", ["registers", "average", "siglip"])
 def test_with_gates_masked_equals_compact_and_the_rate_is_over_the_tokens_left(
     make_host, randomise, images_for, gated, name

@@ -248,7 +248,7 @@ def test_command_line(photos, tmp_path):
     first = CliRunner().invoke(app, arguments)
     assert first.exit_code == 0, first.output
     spec = next(line for line in first.stdout.splitlines() if "--method" in line).split("--method ")[1]
-    assert json.loads((out / "adapter_config.json").read_text())["spec"] == spec
+    assert json.loads((out / "dyntune.json").read_text())["spec"] == spec
     report = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert report["spec"] == report["method"] == spec
     assert report["trainable_params"] <= 30_000

@@ -25,5 +25,6 @@ def test_every_option_that_differs_is_named(make_plan, tmp_path):
         "Recipe ssf with lr 0.02 (preset 0.001), interpolation bilinear (preset bicubic), noah population 60 "
         "(preset 50); trained on train800, epoch picked on val200;"
     )
+    assert "weights of vit_mini_patch4_32.dyntune, images of 48 pixels;" in describe(replace(plan, img_size=48))
     own = describe(replace(plan, recipe=replace(RECIPES["ssf"], name="mine")))
     assert "Recipe mine with epochs 110, batch_size 64, drop_last True" in own and "preset" not in own

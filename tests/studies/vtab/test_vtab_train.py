@@ -1,9 +1,11 @@
-"""What a job trains: the learning rate of full tuning, and NOAH's stages."""
+"""What a job trains: the learning rate of full tuning, images of another size, and NOAH's stages."""
 
 import json
+from statistics import fmean
 
 import pytest
 
+import dyntune
 from dyntune.core.errors import SpecError, TrainingError
 from dyntune.parts.registry import resolve
 from dyntune.studies.noah import SearchSettings
@@ -14,8 +16,8 @@ from dyntune.studies.vtab.train import base_settings, train_job
 SMALL = SearchSettings(population=3, generations=2, parents=2, mutations=1, crossovers=1)
 
 
-def trained(make_plan, out, spec, **options):
-    plan = make_plan(out, specs=(spec,), tasks=("digits",), options={"epochs": 1} | options)
+def trained(make_plan, out, spec, img_size=None, **options):
+    plan = make_plan(out, specs=(spec,), tasks=("digits",), options={"epochs": 1} | options, img_size=img_size)
     shares = []
     return train_job(Job(spec, "digits", 0), plan, shares.append), shares
 
@@ -69,6 +71,21 @@ def test_a_recipe_that_would_drop_every_batch_is_refused(make_plan, tmp_path, ba
     with pytest.raises(TrainingError, match=f"--batch-size of at most {images}"):
         check_methods(plan(batch))
     check_methods(plan(images))
+
+
+def test_images_of_another_size_are_what_is_trained_on(make_plan, tmp_path):
+    small, _ = trained(make_plan, tmp_path, "dyt:rate=0.5", img_size=16)
+    model = dyntune.load(Job("dyt:rate=0.5", "digits", 0).folder(tmp_path) / "run")
+    assert model.preprocessing.size == (16, 16) and model.backbone.grid == (4, 4)
+    assert small.macs < model.dense_macs
+    assert len(small.activation_per_unit) == 12
+    assert fmean(small.activation_per_unit.values()) == pytest.approx(small.activation)
+
+
+def test_another_image_size_is_another_run(make_plan, tmp_path):
+    make_plan(tmp_path / "run").take_folder()
+    with pytest.raises(TrainingError, match="img_size was None, is 16"):
+        make_plan(tmp_path / "run", img_size=16).take_folder()
 
 
 def test_what_folds_is_merged_before_it_is_evaluated(make_plan, tmp_path):

@@ -25,9 +25,10 @@ class BackboneLinears:
 
     def __init__(self, model: OptimizedModel) -> None:
         own = {
-            id(module.weight): (f"{site.path}.{name}".rstrip("."), module.weight)
+            id(module.weight): (f"{own.path}.{name}".rstrip("."), module.weight)
             for site in model.backbone.sites("qkv", "proj", "fc1", "fc2")
-            for name, module in site.module.named_modules()
+            for own in site.each
+            for name, module in own.module.named_modules()
             if isinstance(module, nn.Linear)
         }
         self.smallest = min(weight.numel() for _, weight in own.values())

@@ -56,8 +56,7 @@ class LoRA(TuningMethod):
     """Adds a low-rank update to linear maps: ``W x + b + s * B (A x)``; by default to the fused query-key-value map.
 
     With ``targets=qkv`` queries, keys and values share one A, which is the row of the VTAB-1K tables (NOAH's code);
-    ``targets=q/v,dropout_on=hidden`` has an A of its own for each, as PETL-ViT's code; so has ``qkv`` on backbones with
-    separate maps. The first two have ``4 D r`` parameters
+    ``targets=q/v,dropout_on=hidden`` has an A of its own for each, as PETL-ViT's code. Both have ``4 D r`` parameters
     per block of width D. ``s`` is 1 in the first; PEFT's ``lora_alpha`` is ``s * r``. It folds into the weights; until
     then it costs as many MACs per token as it has parameters.
 

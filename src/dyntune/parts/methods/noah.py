@@ -100,7 +100,7 @@ class Selection(nn.Module):
         self.subnet = largest
         self._drawn = largest
 
-    def begin_step(self, epoch: float | None = None) -> None:
+    def begin_step(self, epoch: float | None = None, progress: float | None = None) -> None:
         """Draws the sub-network of a training step, for all its forward passes and what is recomputed of them.
 
         The CPU generator decides, which ``fit`` seeds in every step.

@@ -40,7 +40,8 @@ class Vpt(TuningMethod):
     ``[prefix, prompts, patches]`` enters the first block. Deep: in front of every later block what has become of the
     prompts is replaced by the block's own. Shallow: the first block's prompts go through all blocks. The head never
     sees them: they are dropped behind the last norm, before pooling. Prompts have no position embedding and start
-    uniform in (-v, v), ``v = sqrt(6 / (f + D))`` with f the inputs of the patch embedding (``3 * patch * patch``).
+    uniform in (-v, v), ``v = sqrt(6 / (f + D))`` with f the inputs of the patch embedding (``3 * patch * patch``), or D
+    where a stem has none.
 
     With L blocks of width D and MLP width H, p prompts are ``p D L`` parameters, shallow ``p D``. Either way N tokens
     become N + p: ``p (4 D^2 + 2 D H + 10 D) + 2 D ((N + p)^2 - N^2)`` more MACs in every block, ``5 p D`` more in the
@@ -65,8 +66,10 @@ class Vpt(TuningMethod):
         self.require(0 <= self.dropout < 1, "dropout in [0, 1)")
 
     def install(self, backbone: Backbone) -> None:
-        patch = next(backbone.sites("patch"))
-        bound = math.sqrt(6 / (patch.module.weight[0].numel() + patch.channels))  # type: ignore[index]
+        width = backbone.blocks[0].width
+        # A stem without a map of its own to tokens gives each patch as many values as a token has.
+        inputs = next((site.weight[0].numel() for site in backbone.sites("patch")), width)
+        bound = math.sqrt(6 / (inputs + width))
         for block in backbone.blocks if self.deep else backbone.blocks[:1]:
             block.add_prompts("vpt", Prompts(self.prompts, block.width, bound, self.dropout))
 

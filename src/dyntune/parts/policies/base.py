@@ -147,8 +147,17 @@ class TokenPolicy(Part):
         """
         return False
 
-    def complete_pass(self) -> CompletePass:
-        """What this policy asks of the complete model while training."""
+    @property
+    def settles(self) -> float:
+        """Share of a training after which the policy aims at what it will do in evaluation; before, it may do more."""
+        return 0.0
+
+    def complete_pass(self, output: Output) -> CompletePass:
+        """What this policy asks of the complete model in a training step.
+
+        Args:
+            output: of the step's training pass.
+        """
         return CompletePass()
 
     def loss_terms(self, output: Output, teacher: Output | None) -> dict[str, Tensor]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
@@ -14,83 +12,35 @@ from dyntune.backbones.units import Unit, Where
 from dyntune.core.losses import rate_loss
 from dyntune.core.tokens import Tokens
 from dyntune.parts.policies.base import CompletePass, Gate, Output
-from dyntune.parts.policies.gating import GatingPolicy, LearnedGate, straight_through
+from dyntune.parts.policies.dispatcher import Course, Dispatcher
+from dyntune.parts.policies.gating import GatingPolicy, straight_through
 
+Recipe = Literal["steady", "published"]
+Chosen = Literal["recipe"]
+"""The value of an option that the recipe decides."""
 RateOf = Literal["training", "inference"]
 
-
-class DrawnRate(nn.Module):
-    """The rate that elastic gates aim at: in training drawn anew for each step, in evaluation the middle.
-
-    Args:
-        low: lowest rate, above 0.
-        high: highest rate, below 1.
-    """
-
-    def __init__(self, low: float, high: float) -> None:
-        super().__init__()
-        self.low = low
-        self.high = high
-        self.drawn = self.middle
-
-    @property
-    def middle(self) -> float:
-        """The rate halfway between the lowest and the highest."""
-        return (self.low + self.high) / 2
-
-    @property
-    def target(self) -> float:
-        """The rate that holds now."""
-        return self.drawn if self.training else self.middle
-
-    def begin_step(self, epoch: float | None = None) -> None:
-        """Draws the rate of a training step from PyTorch's CPU generator, all rates alike."""
-        self.drawn = self.low + (self.high - self.low) * torch.rand((), device="cpu").item()
-
-    def distance(self, rate: float) -> float:
-        """How far ``rate`` is from the middle, in logits."""
-        return _logit(rate) - _logit(self.middle)
-
-
-def _logit(rate: float) -> float:
-    return math.log(rate / (1 - rate))
-
-
-class Dispatcher(LearnedGate):
-    """A linear gate per patch: ``l = w x + b``, active where ``l > 0``.
-
-    An elastic gate is trained towards a rate r that changes from step to step: then
-    ``l = w x + b + slope (logit(r) - logit(middle))`` with a learned slope.
-
-    Args:
-        width: channels C of a token.
-        temperature: of the sigmoid; it shapes the gradient only.
-        bias: b at the start.
-    """
-
-    slope: nn.Parameter | None
-
-    def __init__(self, width: int, temperature: float, bias: float = 0.0) -> None:
-        super().__init__(temperature)
-        self.gate = nn.Linear(width, 1)
-        self.drawn: DrawnRate | None = None
-        self.slope = None
-        nn.init.trunc_normal_(self.gate.weight, std=0.02)
-        nn.init.constant_(self.gate.bias, bias)
-
-    def follow(self, drawn: DrawnRate) -> None:
-        """Makes the gate elastic: it follows the rates that are drawn for all gates."""
-        self.drawn = drawn
-        self.slope = nn.Parameter(torch.ones(()))
-
-    def scores(self, patches: Tensor) -> Tensor:
-        return self.gate(patches).squeeze(-1)
-
-    def logits_from(self, scores: Tensor) -> Tensor:
-        logits = super().logits_from(scores)
-        if not self.training or self.drawn is None or self.slope is None:
-            return logits
-        return logits + self.slope.float() * self.drawn.distance(self.drawn.target)
+RECIPES: dict[Recipe, dict[str, Any]] = {
+    "steady": {
+        "bias": 2.0,
+        "moves": (6.0, 15.0),
+        "course": (0.1, 0.6),
+        "quiet": 0.85,
+        "rate_of": "inference",
+        "rate_weight": 10.0,
+        "explore": 0.1,
+    },
+    "published": {
+        "bias": 0.0,
+        "moves": None,
+        "course": (0.0, 0.0),
+        "quiet": None,
+        "rate_of": "training",
+        "rate_weight": 2.0,
+        "explore": None,
+    },
+}
+"""What each recipe chooses for the options that are left to it."""
 
 
 @dataclass(frozen=True)
@@ -104,23 +54,41 @@ class Dispatch(GatingPolicy):
     gate learns how far its logits move with it, one more parameter per gated unit. In evaluation they aim at the middle
     until ``TunedModel.set_rate`` says another rate.
 
+    How gates are trained is a recipe. ``published`` is the paper's. ``steady`` keeps its losses and its second pass
+    and changes what makes short trainings fail (``docs/dyt.md`` has the reasons): gates start open, the target falls to
+    the rate over the training, the noise is gone before the end, the rate loss holds what inference computes, and the
+    pace of the gates follows the length of the training, which ``fit`` tells and ``begin_training`` tells for a loop
+    of your own. An option that is left at "recipe" is chosen by it.
+
     Args:
         rate: target share of active patches, the mean over all gated units, between 0 and 1; or the lowest and the
             highest of a range, 0.3/0.9.
         where: the gated units. attn-mlp gates both sub-layers of a block separately, layer the block as a whole.
+        recipe: what chooses the options that are left to it: steady, or published.
         temperature: of the Gumbel-sigmoid; it shapes the gradient only.
-        rate_weight: coefficient of the rate loss, the squared distance of the mean activation to the target.
+        bias: logit that all gates start at. 0, as published, starts with about half of the patches active everywhere;
+            steady starts at 2, and gates close where that costs least.
+        course: shares of the training until which the target is 1, and after which it is the rate; between, it falls
+            along half a cosine. 0.1/0.6 in steady, 0/0 as published.
+        quiet: share of the training after which gates decide without noise, which falls linearly until then; 0.85 in
+            steady; none, as published, keeps the noise to the end.
+        moves: how far the bias, and the weights, of a gate may move its logit in the whole training, whatever the
+            learning rate and the features; 6/15 in steady; none, as published, lets the learning rate decide.
+        rate_weight: coefficient of the rate loss, the squared distance of the mean activation to the target; 10 in
+            steady, 2 as published.
         rate_of: the activation that the rate loss holds to the target: the noisy gates' of training, as published, or
-            that of inference, which decides without noise. The two differ by several points after a short training.
+            that of inference, which decides without noise, as in steady. The two differ by several points after a
+            short training.
         complete_weight: coefficient of the complete-model loss: the task's loss with every token computed.
         distill_weight: coefficient of the distillation from the complete model to the dispatched one.
-        bias: logit that all gates start at. 0, as published, starts with about half of the patches active everywhere;
-            above 0 gates start open and close where that costs least, which short trainings need.
         explore: while training, share of the skipped patches that an MLP computes, at random, for the gradient of their
             gates; above 0 and at most 1. The loss is the same, and so is the expected gradient; 1 gives the published
-            gradient itself and saves the backward pass through skipped patches. None, as published, computes all.
+            gradient itself and saves the backward pass through skipped patches. 0.1 in steady; none, as published,
+            computes all, as gates of other units always do.
         complete_every: steps per pass of the complete model, whose loss terms then count so many times.
         complete_share: share of each batch that the complete model runs on, above 0 and at most 1.
+        complete_course: whether this share, and the weights of its loss terms, grow with what the gates are meant to
+            skip: as long as they are open, both passes are the same, so that time is saved there.
     """
 
     source: ClassVar[str] = "Zhao et al., NeurIPS 2024, arXiv 2403.11808, sections 3.2 and 3.3"
@@ -130,15 +98,35 @@ class Dispatch(GatingPolicy):
 
     rate: float | tuple[float, float] = 0.5
     where: Where = "mlp"
+    recipe: Recipe = "steady"
     temperature: float = 5.0
-    rate_weight: float = 2.0
-    rate_of: RateOf = "training"
+    bias: float | Chosen = "recipe"
+    course: tuple[float, ...] | Chosen = "recipe"
+    quiet: float | Chosen | None = "recipe"
+    moves: tuple[float, ...] | Chosen | None = "recipe"
+    rate_weight: float | Chosen = "recipe"
+    rate_of: RateOf | Chosen = "recipe"
     complete_weight: float = 1.0
     distill_weight: float = 1.0
-    bias: float = 0.0
-    explore: float | None = None
+    explore: float | Chosen | None = "recipe"
     complete_every: int = 1
     complete_share: float = 1.0
+    complete_course: bool = False
+
+    @classmethod
+    def completed(cls, options: dict[str, Any]) -> dict[str, Any]:
+        # Files that know no recipes have every option of the published one.
+        return {"recipe": "published"} | options
+
+    def chosen(self, option: str) -> Any:
+        """The value of an option, the recipe's where it is left to it."""
+        value = getattr(self, option)
+        return RECIPES[self.recipe][option] if value == "recipe" else value
+
+    @property
+    def middle(self) -> float:
+        """The rate, or the middle of the range."""
+        return sum(self.rate) / 2 if isinstance(self.rate, tuple) else self.rate
 
     def check(self) -> None:
         if isinstance(self.rate, tuple):
@@ -147,36 +135,48 @@ class Dispatch(GatingPolicy):
         else:
             self.require(0 <= self.rate <= 1, "rate between 0 and 1")
         self.require(self.temperature > 0, "temperature above 0")
-        weights = (self.rate_weight, self.complete_weight, self.distill_weight)
+        weights = (self.chosen("rate_weight"), self.complete_weight, self.distill_weight)
         self.require(min(weights) >= 0, "loss weights of at least 0")
-        self.require(self.explore is None or 0 < self.explore <= 1, "explore above 0 and at most 1, or none")
+        course, quiet, moves = map(self.chosen, ("course", "quiet", "moves"))
         self.require(
-            self.explore is None or self.where in ("mlp", "attn-mlp"),
+            len(course) == 2 and 0 <= course[0] <= course[1] <= 1,
+            "as course two shares of the training between 0 and 1, the lower one first",
+        )
+        self.require(quiet is None or 0 <= quiet <= 1, "quiet between 0 and 1, or none")
+        self.require(moves is None or (len(moves) == 2 and min(moves) > 0), "as moves two numbers above 0, or none")
+        explore = self.chosen("explore")
+        self.require(explore is None or 0 < explore <= 1, "explore above 0 and at most 1, or none")
+        self.require(
+            self.explore in (None, "recipe") or self.where in ("mlp", "attn-mlp"),
             "explore only where MLPs have gates of their own (where=mlp or attn-mlp); other units are computed whole",
         )
         self.require(self.complete_every >= 1, "complete_every of at least 1")
         self.require(0 < self.complete_share <= 1, "complete_share above 0 and at most 1")
 
     def install(self, backbone: Backbone) -> None:
-        super().install(backbone)
-        if isinstance(self.rate, tuple):
-            # Named by its units, because several dispatches may stand on different ones.
-            backbone.shared[f"{self.name()}-{self.where}"] = drawn = DrawnRate(*self.rate)
-            for unit in filter(self.gates, backbone.all_units()):
-                self.learned(unit).follow(drawn)
-
-    def make_gate(self, unit: Unit) -> Dispatcher:
-        return Dispatcher(unit.width, self.temperature, self.bias)
+        low, high = self.rate if isinstance(self.rate, tuple) else (self.rate, self.rate)
+        # Named by its units, because several dispatches may stand on different ones.
+        course = Course((low, high), self.chosen("course"), self.chosen("quiet"))
+        backbone.shared[f"{self.name()}-{self.where}"] = course
+        for unit in filter(self.gates, backbone.all_units()):
+            unit.dispatcher = Dispatcher(
+                unit.width,
+                self.temperature,
+                self.chosen("bias"),
+                course,
+                elastic=isinstance(self.rate, tuple),
+                moves=self.chosen("moves"),
+            )
 
     def gates(self, unit: Unit) -> bool:
         return unit.kind == self.where or (self.where == "attn-mlp" and unit.kind != "layer")
 
     def linear_gate(self, unit: Unit) -> nn.Linear | None:
-        return self.learned(unit).gate
+        return self.learned(unit).linear
 
     def decision(self, unit: Unit, tokens: Tokens, logits: Tensor) -> Gate:
-        drawn = self.learned(unit).drawn
-        return replace(super().decision(unit, tokens, logits), target=None if drawn is None else drawn.target)
+        course = self.learned(unit).course
+        return replace(super().decision(unit, tokens, logits), target=None if course is None else course.target)
 
     def learned(self, unit: Unit) -> Dispatcher:
         return cast(Dispatcher, unit.dispatcher)
@@ -184,25 +184,40 @@ class Dispatch(GatingPolicy):
     def target_rate(self, unit: Unit) -> float:
         rate = self.learned(unit).rate
         if rate is None:
-            return sum(self.rate) / 2 if isinstance(self.rate, tuple) else self.rate
+            return self.middle
         return rate
 
     def explored(self, unit: Unit) -> float | None:
-        return self.explore
+        return self.chosen("explore")
 
-    def complete_pass(self) -> CompletePass:
-        return CompletePass(self.complete_weight, self.distill_weight, self.complete_every, self.complete_share)
+    @property
+    def settles(self) -> float:
+        return max(self.chosen("course")[1], self.chosen("quiet") or 0.0)
+
+    def complete_pass(self, output: Output) -> CompletePass:
+        target = next((gate.target for gate in output.gates if gate.policy is self), None)
+        share = 1.0
+        if self.complete_course and target is not None:
+            share = min(1.0, (1 - target) / (1 - self.middle)) if self.middle < 1 else 0.0
+        return CompletePass(
+            share * self.complete_weight,
+            share * self.distill_weight,
+            self.complete_every,
+            share * self.complete_share,
+        )
 
     def loss_terms(self, output: Output, teacher: Output | None) -> dict[str, Tensor]:
-        if not self.rate_weight:
-            return {}
+        weight = self.chosen("rate_weight")
         own = [gate for gate in output.gates if gate.policy is self]
-        target = self.rate if isinstance(self.rate, float) else own[0].target
-        assert target is not None  # elastic gates have one
-        return {"rate": self.rate_weight * rate_loss([self._held(gate) for gate in own], target)}
+        if not weight or not own:
+            return {}
+        target = own[0].target
+        if target is None:  # decided outside of a training
+            target = self.middle
+        return {"rate": weight * rate_loss([self._held(gate) for gate in own], target)}
 
     def _held(self, gate: Gate) -> Tensor:
         """The gate whose mean the rate loss holds to the target."""
-        if self.rate_of == "training" or gate.logits is None:
+        if self.chosen("rate_of") == "training" or gate.logits is None:
             return gate.there
         return replace(gate, values=straight_through(gate.logits, self.temperature)).there

@@ -15,7 +15,7 @@ from dyntune.backbones.base import Backbone
 from dyntune.core.errors import BackboneError
 from dyntune.core.losses import distillation_loss, gumbel_difference
 from dyntune.core.matching import taken
-from dyntune.core.tokens import Tokens
+from dyntune.core.tokens import Projected, Tokens
 from dyntune.parts.policies.base import Output
 from dyntune.parts.policies.reducing import Reducer, ReducingPolicy
 
@@ -25,9 +25,7 @@ TokenLoss = Literal["mse", "kl"]
 class Marking(Reducer):
     """While training, marks every patch as present, so that all blocks compute the masked softmax."""
 
-    def forward(
-        self, tokens: Tokens, projected: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Callable[[Tokens], Tokens] | None:
+    def forward(self, tokens: Tokens, projected: Projected | None) -> Callable[[Tokens], Tokens] | None:
         if not self.training:
             return None
         present = torch.ones_like(tokens.patches[..., 0], dtype=torch.float32)
@@ -73,9 +71,7 @@ class Stage(Reducer):
         keep, drop = self.score(torch.cat([local, mean.to(local.dtype).expand_as(local)], dim=-1)).float().unbind(-1)
         return keep - drop
 
-    def forward(
-        self, tokens: Tokens, projected: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Callable[[Tokens], Tokens] | None:
+    def forward(self, tokens: Tokens, projected: Projected | None) -> Callable[[Tokens], Tokens] | None:
         return self.hiding(tokens) if self.training else self.dropping(tokens)
 
     def hiding(self, tokens: Tokens) -> Callable[[Tokens], Tokens]:
@@ -99,7 +95,7 @@ class Stage(Reducer):
         moved.scatter_(1, kept, torch.arange(count, device=kept.device).expand(images, -1))
 
         def drop(tokens: Tokens) -> Tokens:
-            return tokens.with_patches(taken(tokens.patches, kept), moved, places=kept)
+            return tokens.with_patches(taken(tokens.patches, kept), moved)
 
         return drop
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
 from dyntune.core.errors import BackboneError, TrainingError
 from dyntune.core.matching import taken
-from dyntune.core.tokens import Tokens
+from dyntune.core.tokens import Projected, Tokens
 from dyntune.parts.policies.reducing import Reducer, ReducingPolicy
 
 
@@ -33,7 +32,7 @@ class KeepSchedule(nn.Module):
         self.remaining = 0.0
         """Share of the way from 1 to the final rate that is still to go."""
 
-    def begin_step(self, epoch: float | None = None) -> None:
+    def begin_step(self, epoch: float | None = None, progress: float | None = None) -> None:
         """Moves to a training step after ``epoch`` epochs.
 
         Raises:
@@ -72,21 +71,18 @@ class Shrinking(Reducer):
         self.fuse = fuse
         self.schedule = schedule
 
-    def forward(
-        self, tokens: Tokens, projected: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Callable[[Tokens], Tokens] | None:
+    def forward(self, tokens: Tokens, projected: Projected | None) -> Callable[[Tokens], Tokens] | None:
         assert projected is not None  # installed in front of an MLP
         count = tokens.patches.shape[1]
         kept = math.ceil(self.schedule.rate(self.keep) * count)
         if kept >= count:
             return None
-        scores = class_attention(*projected[:2])[:, tokens.prefix :]
+        scores = class_attention(projected.q, projected.k, projected.bias)[:, tokens.prefix :]
         order = scores.argsort(dim=-1, descending=True, stable=True)
         weights = scores.gather(1, order[:, kept:]).unsqueeze(-1)
         place = torch.arange(count, device=order.device)
         place = place.clamp_max(kept) if self.fuse else place.masked_fill(place >= kept, -1)
         moved = torch.zeros_like(order).scatter(1, order, place.expand_as(order))
-        places = F.pad(order[:, :kept], (0, int(self.fuse)), value=-1)  # the fused token lies nowhere
 
         def shrink(tokens: Tokens) -> Tokens:
             ordered = taken(tokens.patches, order)
@@ -94,19 +90,20 @@ class Shrinking(Reducer):
             if self.fuse:
                 fused = (ordered[:, kept:] * weights).sum(1, keepdim=True)
                 patches = torch.cat([patches, fused.to(patches.dtype)], dim=1)
-            return tokens.with_patches(patches, moved, places=places)
+            return tokens.with_patches(patches, moved)
 
         return shrink
 
 
-def class_attention(q: Tensor, k: Tensor) -> Tensor:
+def class_attention(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
     """How much the class token, the first one, attends to each token: ``(B, N)``, the mean over heads.
 
     Args:
         q, k: queries and keys of all tokens, each ``(B, N, H, D)``.
+        bias: ``(1 or B, H, N, N)``, added to the logits.
     """
     logits = torch.einsum("bhd,bnhd->bhn", q[:, 0], k).float() * q.shape[-1] ** -0.5
-    return logits.softmax(-1).mean(1)
+    return (logits if bias is None else logits + bias[:, :, 0]).softmax(-1).mean(1)
 
 
 @dataclass(frozen=True)

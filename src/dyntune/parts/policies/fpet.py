@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
 from dyntune.core.errors import BackboneError
-from dyntune.core.tokens import Tokens
+from dyntune.core.tokens import Projected, Tokens
 from dyntune.parts.policies.reducing import Reducer, ReducingPolicy
 
 _FEWEST = 4
@@ -88,9 +88,7 @@ class Halving(Reducer):
         self.refinement = refinement
         self.path = path
 
-    def forward(
-        self, tokens: Tokens, projected: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Callable[[Tokens], Tokens] | None:
+    def forward(self, tokens: Tokens, projected: Projected | None) -> Callable[[Tokens], Tokens] | None:
         assert projected is not None  # installed in front of an MLP
         device = tokens.x.device
         first, others = checkerboard(*tokens.grid, device)
@@ -99,7 +97,7 @@ class Halving(Reducer):
                 f"fpet merges each patch into the better of at least two others, but in front of {self.path} there are "
                 f"{tokens.grid[0]} x {tokens.grid[1]} patches. Give images of at least {_FEWEST} patches."
             )
-        keys = projected[1][:, tokens.prefix :].detach().mean(2)
+        keys = projected.unrotated[:, tokens.prefix :].detach().mean(2)
         keys = (keys + self.refinement(keys)).float()
         with _full_precision(device):
             keys = keys / keys.norm(dim=-1, keepdim=True)
@@ -126,10 +124,8 @@ class Halving(Reducer):
 
         def merge(tokens: Tokens) -> Tokens:
             merged = total(tokens.patches) / sizes
-            places = others.expand(merged.shape[0], -1)
-            return tokens.with_patches(
-                merged, moved, places=places, sizes=sizes.squeeze(-1), key_bias=sizes.squeeze(-1).log()
-            )
+            counts = sizes.squeeze(-1)
+            return tokens.with_patches(merged, moved, sizes=counts, key_bias=counts.log())
 
         return merge
 

@@ -63,7 +63,20 @@ class LearnedGate(nn.Module, abc.ABC):
         """Logits to a gate in {0, 1}: noisy and differentiable while training, a plain threshold in evaluation."""
         if not self.training:
             return (logits > 0).to(logits.dtype)
-        return straight_through(logits + gumbel_difference(logits), self.temperature)
+        noise = self.noise
+        return straight_through(logits + noise * gumbel_difference(logits) if noise else logits, self.temperature)
+
+    @property
+    def noise(self) -> float:
+        """Factor on the noise of decisions while training."""
+        return 1.0
+
+    def saved(self) -> dict[str, Tensor]:
+        """What files hold in place of tensors of this module, by name, where the trained ones stand for others."""
+        return {}
+
+    def fill(self, saved: dict[str, Tensor]) -> None:
+        """Takes what ``saved`` gave, where it gives anything."""
 
     def set_rate(self, shift: float, rate: float | None) -> None:
         """Adds ``shift`` to the logits from now on; ``rate`` is the share of active patches that this gives."""

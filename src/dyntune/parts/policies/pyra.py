@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dyntune.backbones.base import Backbone
 from dyntune.core.errors import BackboneError
 from dyntune.core.matching import bipartite_matching, taken
-from dyntune.core.tokens import Tokens
+from dyntune.core.tokens import Projected, Tokens
 from dyntune.parts.policies.reducing import Reducer, ReducingPolicy
 
 _SCHEDULES: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -45,11 +45,9 @@ class Modulation(Reducer):
         self.b = nn.Parameter(torch.zeros(1, width))
         self.norm = nn.LayerNorm(width)
 
-    def forward(
-        self, tokens: Tokens, projected: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Callable[[Tokens], Tokens] | None:
+    def forward(self, tokens: Tokens, projected: Projected | None) -> Callable[[Tokens], Tokens] | None:
         assert projected is not None  # installed in front of an MLP
-        keys = projected[1][:, tokens.prefix :].detach().mean(2)
+        keys = projected.unrotated[:, tokens.prefix :].detach().mean(2)
         matching = bipartite_matching(keys, tokens.prefix, len(self.a))
         merged = 0 if matching is None else matching.src.shape[1]
         if matching is None or merged < len(self.a):
@@ -70,9 +68,7 @@ class Modulation(Reducer):
             weighted = tokens.patches * sizes
             patches = matching.sum(weighted, taken(weighted, matching.src) * factors) / totals
             counts = totals.squeeze(-1)
-            return tokens.with_patches(
-                patches, matching.moved, places=matching.places, sizes=counts, key_bias=counts.log()
-            )
+            return tokens.with_patches(patches, matching.moved, sizes=counts, key_bias=counts.log())
 
         return merge
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from dyntune.backbones.units import Unit
-from dyntune.core.tokens import Tokens
+from dyntune.core.tokens import Projected, Tokens
 from dyntune.parts.policies.base import TokenPolicy
 
 
 class Reducer(nn.Module):
     """What a reducing policy puts on a unit: it decides there which tokens go on."""
 
-    def forward(
-        self, tokens: Tokens, projected: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Callable[[Tokens], Tokens] | None:
+    def forward(self, tokens: Tokens, projected: Projected | None) -> Callable[[Tokens], Tokens] | None:
         """As ``TokenPolicy.reduction``."""
         raise NotImplementedError
 
@@ -34,16 +32,13 @@ class ReducingPolicy(TokenPolicy):
         """Whether some patches are dropped for good, instead of being merged into others."""
         return False
 
-    def reduction(
-        self, unit: Unit, tokens: Tokens, projected: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Callable[[Tokens], Tokens] | None:
+    def reduction(self, unit: Unit, tokens: Tokens, projected: Projected | None) -> Callable[[Tokens], Tokens] | None:
         """Decides what becomes of the tokens in front of ``unit``.
 
         Args:
             unit: one that this policy ``reduces``.
             tokens: what enters it.
-            projected: queries, keys and values of the block's attention, each ``(B, N, H, D)``, in front of an MLP;
-                None in front of a block.
+            projected: queries, keys and values of the block's attention, in front of an MLP; None in front of a block.
 
         Returns:
             A function from tokens of this layout, whatever their features, to those that remain: prefix tokens first

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from dyntune.backbones.base import Backbone
 from dyntune.core.matching import bipartite_matching, weighted_mean
-from dyntune.core.tokens import Tokens
+from dyntune.core.tokens import Projected, Tokens
 from dyntune.parts.policies.reducing import Reducer, ReducingPolicy
 
 
@@ -28,11 +27,9 @@ class Merging(Reducer):
         self.merges = merges
         self.proportional = proportional
 
-    def forward(
-        self, tokens: Tokens, projected: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Callable[[Tokens], Tokens] | None:
+    def forward(self, tokens: Tokens, projected: Projected | None) -> Callable[[Tokens], Tokens] | None:
         assert projected is not None  # installed in front of an MLP
-        keys = projected[1][:, tokens.prefix :].detach().mean(2)
+        keys = projected.unrotated[:, tokens.prefix :].detach().mean(2)
         matching = bipartite_matching(keys, tokens.prefix, self.merges)
         if matching is None:
             return None
@@ -44,7 +41,7 @@ class Merging(Reducer):
         def merge(tokens: Tokens) -> Tokens:
             patches, merged = weighted_mean(matching, tokens.patches, sizes)
             bias = merged.log() if self.proportional else None
-            return tokens.with_patches(patches, matching.moved, places=matching.places, sizes=merged, key_bias=bias)
+            return tokens.with_patches(patches, matching.moved, sizes=merged, key_bias=bias)
 
         return merge
 

@@ -1,12 +1,12 @@
 """Dynamic Tuning (DyT): adapters that see every token, and dispatch that lets the rest of the work be skipped."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from dyntune.backbones.units import Where
 from dyntune.parts.methods.adaptformer import AdaptFormer
 from dyntune.parts.methods.moe_adapter import MoeAdapter, Normalise
-from dyntune.parts.policies.dispatch import Dispatch, RateOf
+from dyntune.parts.policies.dispatch import Chosen, Dispatch, RateOf, Recipe
 from dyntune.parts.presets.base import Preset
 from dyntune.parts.spec import Part
 
@@ -22,7 +22,9 @@ class DyT(Preset):
         dispatch: the units that are gated and get an adapter. The paper calls them MLP, Attention, Attention-MLP,
             Layer.
         experts: 1 for a plain adapter, more for the MoE-adapter.
-        gate_bias: logit that all gates start at; 0 as published, above 0 they start open.
+        scale: factor on the adapter's output, or "learnable" for a trained one; 1 in the recipe steady, which small
+            data sets want, 0.1 as published.
+        gate_bias: logit that all gates start at: 2 in steady, where they start open, 0 as published.
     """
 
     source: ClassVar[str] = "Zhao et al., NeurIPS 2024, arXiv 2403.11808"
@@ -30,20 +32,29 @@ class DyT(Preset):
 
     rate: float | tuple[float, float] = Dispatch.rate
     dispatch: Where = Dispatch.where
+    recipe: Recipe = Dispatch.recipe
     bottleneck: int = AdaptFormer.bottleneck
-    scale: float | Literal["learnable"] = AdaptFormer.scale
+    scale: float | Literal["learnable"] | Chosen = "recipe"
     dropout: float = AdaptFormer.dropout
     temperature: float = Dispatch.temperature
     experts: int = 1
     normalise: Normalise = MoeAdapter.normalise
-    rate_weight: float = Dispatch.rate_weight
-    rate_of: RateOf = Dispatch.rate_of
+    gate_bias: float | Chosen = Dispatch.bias
+    course: tuple[float, ...] | Chosen = Dispatch.course
+    quiet: float | Chosen | None = Dispatch.quiet
+    moves: tuple[float, ...] | Chosen | None = Dispatch.moves
+    rate_weight: float | Chosen = Dispatch.rate_weight
+    rate_of: RateOf | Chosen = Dispatch.rate_of
     complete_weight: float = Dispatch.complete_weight
     distill_weight: float = Dispatch.distill_weight
-    gate_bias: float = Dispatch.bias
-    explore: float | None = Dispatch.explore
+    explore: float | Chosen | None = Dispatch.explore
     complete_every: int = Dispatch.complete_every
     complete_share: float = Dispatch.complete_share
+    complete_course: bool = Dispatch.complete_course
+
+    @classmethod
+    def completed(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return Dispatch.completed(options)
 
     def check(self) -> None:
         self.require(self.experts >= 1, "at least 1 expert")
@@ -51,7 +62,8 @@ class DyT(Preset):
 
     def expand(self) -> tuple[Part, ...]:
         adapter = AdaptFormer if self.experts == 1 else MoeAdapter
+        scale = {"steady": 1.0, "published": AdaptFormer.scale}[self.recipe] if self.scale == "recipe" else self.scale
         return (
-            adapter(**self.options_of(adapter), where=self.dispatch),
+            adapter(**self.options_of(adapter) | {"scale": scale}, where=self.dispatch),
             Dispatch(**self.options_of(Dispatch), where=self.dispatch, bias=self.gate_bias),
         )

@@ -80,7 +80,7 @@ def candidates(name: str, model: TunedModel, against: Sequence[str], *, trained:
             found.append(Candidate(peer, model, _Gathered(model), trained))
         elif peer == DENSE:
             dense = TunedModel(untouched(model), resolve(["linear"])).eval()
-            found.append(Candidate(peer, dense, dense.backbone.host))
+            found.append(Candidate(peer, dense, dense.backbone.host_logits))
         else:
             other = _awake(TunedModel(untouched(model), resolve([peer]))).eval()
             found.append(Candidate(peer, other, other))

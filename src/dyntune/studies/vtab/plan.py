@@ -61,6 +61,7 @@ class Plan:
         search: trials of learning rate and adapter scale per method and task, on val200; 0 for none.
         storage: Optuna database URL of the search, which several machines may share; a file in the benchmark's folder
             by default.
+        img_size: image height and width in pixels; the backbone's own by default.
     """
 
     out: Path
@@ -73,6 +74,7 @@ class Plan:
     seeds: tuple[int, ...]
     search: Annotated[int, Range(0)] = 0
     storage: str | None = None
+    img_size: Annotated[int | None, Range(1)] = None
 
     def __post_init__(self) -> None:
         require_ranges(self, TrainingError)
@@ -80,6 +82,11 @@ class Plan:
     def task(self, name: str) -> Task:
         """The task whose folder is called ``name``."""
         return next(task for task in self.benchmark.tasks if task.folder == name)
+
+    @property
+    def backbone_arguments(self) -> dict[str, Any]:
+        """How the backbone is built, beside its name and weights."""
+        return {} if self.img_size is None else {"img_size": self.img_size}
 
     def jobs(self) -> list[Job]:
         """The trainings: seed by seed, so that a run that is stopped has whole columns."""
@@ -99,6 +106,7 @@ class Plan:
             "weights": None if self.weights is None else file_digest(self.weights),
             **self.recipe.identity(),
             "search": self.search,
+            "img_size": self.img_size,
         }
 
     def lists(self) -> dict[str, str]:

@@ -48,6 +48,7 @@ _PUBLISHED_VALUES: dict[str, dict[str, tuple[str, ...]]] = {
     "lora": {"init": ("noah",)},
     "fact-tt": {"rank": ("4", "8", "16")},
     "convpass": {"init": ("xavier", "identity")},
+    "dyt": {"recipe": ("published", "steady")},
     "vpt": {"prompts": ("1", "5", "10", "50", "100", "200")},
 }
 """By method, the values that its published runs have in further options, chosen per task or other than our defaults."""

@@ -57,7 +57,7 @@ def describe(plan: Plan) -> str:
     pieces = [
         f"Recipe {plan.recipe.name}{_differences(plan.recipe)}",
         _SELECT[plan.recipe.settings.select],
-        f"backbone weights {weights}",
+        f"backbone weights {weights}" + (f", images of {plan.img_size} pixels" if plan.img_size else ""),
         search if plan.search else "no search",
     ]
     return f"{'; '.join(pieces)}."

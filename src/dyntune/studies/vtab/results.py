@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +33,7 @@ class JobResult:
         epoch: the epoch that was kept, counted from 1.
         train_seconds: time that training took, interruptions left out.
         seconds: the same with evaluation.
+        activation_per_unit: share of active patches on the test split by gated unit.
     """
 
     spec: str
@@ -47,6 +48,7 @@ class JobResult:
     epoch: int
     train_seconds: float
     seconds: float
+    activation_per_unit: dict[str, float] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Marks the job in ``folder`` as finished."""

@@ -57,7 +57,7 @@ def check_methods(plan: Plan) -> None:
                 f"{spec} searches its own sizes, which --search cannot be part of; run it without --search."
             )
         with shapes_only():
-            tune(create_backbone(plan.model, pretrained=False, num_classes=2), spec)
+            tune(create_backbone(plan.model, pretrained=False, num_classes=2, **plan.backbone_arguments), spec)
 
 
 def run_benchmark(

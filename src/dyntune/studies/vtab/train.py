@@ -83,7 +83,8 @@ def train_one(
 
 def _build(parts: Sequence[str | Part], data: DataSplits, plan: Plan) -> TunedModel:
     recipe = plan.recipe
-    model = build_tuned(plan.model, *parts, classes=data.classes, weights=plan.weights, drop_path_rate=recipe.drop_path)
+    arguments = {"drop_path_rate": recipe.drop_path, **plan.backbone_arguments}
+    model = build_tuned(plan.model, *parts, classes=data.classes, weights=plan.weights, **arguments)
     model.preprocessing = with_pixels_as(model.preprocessing, recipe.normalisation, recipe.interpolation)
     return model
 
@@ -165,6 +166,7 @@ def train_job(job: Job, plan: Plan, report: Report) -> JobResult:
         epoch=fitted.best_epoch,
         train_seconds=fitted.seconds,
         seconds=fitted.seconds + time.perf_counter() - began - training,
+        activation_per_unit=evaluation.activation_per_unit,
     )
 
 
@@ -178,7 +180,7 @@ def base_settings(spec: str, recipe: Recipe) -> TrainSettings:
 
 def own_scale(spec: str) -> float | None:
     """The adapter scale that a search can change; None unless exactly one part has one as a number."""
-    scales = [part.scale for part in resolve([spec]) if has_scale(part)]  # type: ignore[attr-defined]
+    scales = [scale for part in resolve([spec]) if (scale := _scale(part)) is not None]
     return scales[0] if len(scales) == 1 else None
 
 
@@ -186,13 +188,14 @@ def with_scale(spec: str, scale: float | None) -> str:
     """The spec with another adapter scale in every part that has one as a number; None leaves it."""
     if scale is None:
         return spec
-    parts = [replace(part, **({"scale": scale} if has_scale(part) else {})) for part in resolve([spec])]
+    parts = [replace(part, **({"scale": scale} if _scale(part) is not None else {})) for part in resolve([spec])]
     return "+".join(map(format_spec, parts))
 
 
-def has_scale(part: Part) -> bool:
-    """Whether a part has an adapter scale that is a number, neither learnt nor absent."""
-    return isinstance(getattr(part, "scale", None), float)
+def _scale(part: Part) -> float | None:
+    """The adapter scale of a part, or of what a preset stands for, where it is a number, neither learnt nor absent."""
+    scales = [getattr(inner, "scale", None) for inner in expand([part])]
+    return next((scale for scale in scales if isinstance(scale, float)), None)
 
 
 def with_lr(settings: TrainSettings, lr: float) -> TrainSettings:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +16,28 @@ from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosts import wrap
 from dyntune.model.executions import Masked
 from dyntune.model.forward import run
-from dyntune.model.tuned import TunedModel
-from dyntune.parts.policies.base import CompletePass, Output, learners
+from dyntune.model.tasks import Task
+from dyntune.parts.policies.base import CompletePass, Output, TokenPolicy, learners
+from dyntune.parts.spec import format_spec
+
+log = logging.getLogger("dyntune")
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """Outputs, such as logits ``(B, classes)``, and targets to a scalar loss."""
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """What a loss must know of a tuned model."""
+
+    backbone: Backbone
+    policies: tuple[TokenPolicy, ...]
+    task: Task
+    training: bool
+
+    def run(self, images: Tensor, *, complete: bool = False) -> Output:
+        """See ``TunedModel.run``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +56,7 @@ class Loss:
 
 
 def training_loss(
-    model: TunedModel,
+    model: Learner,
     images: Tensor,
     targets: Tensor,
     criterion: Criterion | None = None,
@@ -61,10 +80,12 @@ def training_loss(
             (DynamicViT); their terms are left out without it.
         epoch: epochs done, with the fraction of the running one, for what follows a schedule (EViT's keep rate).
         step: number of the step in the whole training, from 0, for a complete model that does not run in every step;
-            without it, it does. Processes that train together must give the same number.
+            without it, it does. What follows the course of a training (``TunedModel.begin_training``) counts by itself
+            then. Processes that train together must give the same number.
     """
     criterion = criterion or model.task.loss
-    model.backbone.begin_step(epoch)
+    _warn_without_course(model)
+    model.backbone.begin_step(epoch, step)
     output = model.run(images)
     terms: dict[str, Tensor] = {}
 
@@ -78,7 +99,9 @@ def training_loss(
     for policy in model.policies:
         for name, term in policy.loss_terms(output, taught).items():
             add(name, term)
-    asked = functools.reduce(CompletePass.joined, (policy.complete_pass() for policy in model.policies), CompletePass())
+    asked = functools.reduce(
+        CompletePass.joined, (policy.complete_pass(output) for policy in model.policies), CompletePass()
+    )
     if asked.wanted and (step is None or step % asked.every == 0):
         factor = 1 if step is None else asked.every
         count = math.ceil(len(images) * asked.share)
@@ -92,13 +115,30 @@ def training_loss(
     return Loss(sum(terms.values(), start=terms["task"].new_zeros(())), terms, output)
 
 
+def _warn_without_course(model: Learner) -> None:
+    """Says once that gates do not know how long they are trained."""
+    if model.training and model.backbone.steps is None:
+        for policy in model.policies:
+            if policy.settles:
+                _without_course(format_spec(policy))
+
+
+@functools.cache
+def _without_course(spec: str) -> None:
+    log.warning(
+        "%s trains its gates by the length of the training, which nobody has told: call "
+        "model.begin_training(steps, lr) before the first step, or give recipe=published.",
+        spec,
+    )
+
+
 @torch.no_grad()
 def dense_output(teacher: nn.Module, images: Tensor) -> Output:
     """What a teacher, tuned or a plain backbone, makes of images; in eval mode, without gradient."""
     modes = {module: module.training for module in teacher.modules()}
     teacher.eval()
     try:
-        if isinstance(teacher, TunedModel):
+        if isinstance(teacher, Learner):
             return teacher.run(images)
         return run(teacher if isinstance(teacher, Backbone) else wrap(teacher), (), images, Masked())
     finally:

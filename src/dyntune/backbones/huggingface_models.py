@@ -1,0 +1,406 @@
+"""Models of Hugging Face's transformers: built from a folder or the hub, and what lies there beside their weights.
+
+transformers is imported here and nowhere else, when a model of it is asked for or put together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dyntune.core.errors import BackboneError, in_one_line
+from dyntune.core.files import write_json
+from dyntune.data.transforms import Preprocessing
+
+PREFIX = "hf:"
+Pool = Literal["token", "avg", "token+avg"]
+"""What a head on a tower reads: the tower's own pooled output, the mean of the patches, or both beside each other."""
+
+MODELS: dict[str, tuple[str | None, str | None]] = {
+    "vit": ("ViTForImageClassification", None),
+    "deit": ("DeiTForImageClassification", None),
+    "dinov2": ("Dinov2ForImageClassification", "Dinov2Model"),
+    "dinov2_with_registers": ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersModel"),
+    "dinov3_vit": (None, "DINOv3ViTModel"),
+    "clip": ("CLIPForImageClassification", "CLIPVisionModel"),
+    "clip_vision_model": (None, "CLIPVisionModel"),
+    "siglip": ("SiglipForImageClassification", "SiglipVisionModel"),
+    "siglip_vision_model": (None, "SiglipVisionModel"),
+    "siglip2": ("Siglip2ForImageClassification", "Siglip2VisionModel"),
+    "siglip2_vision_model": (None, "Siglip2VisionModel"),
+}
+"""By ``model_type`` of a configuration: the classifier, and the tower that a head can be put on."""
+
+_INCEPTION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_DEFAULTS: dict[str, tuple[tuple[tuple[float, ...], tuple[float, ...]], str]] = {
+    "vit": (_INCEPTION, "bilinear"),
+    "deit": (_IMAGENET, "bicubic"),
+    "dinov2": (_IMAGENET, "bicubic"),
+    "dinov3": (_IMAGENET, "bilinear"),
+    "clip": (_CLIP, "bicubic"),
+    "siglip": (_INCEPTION, "bicubic"),
+    "siglip2": (_INCEPTION, "bilinear"),
+}
+"""Mean and deviation, and resize, of each kind of model, for those that come without an image processor's file."""
+_RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+"""Pillow's numbers of resizes."""
+_PROCESSOR, _CONFIG = "preprocessor_config.json", "config.json"
+
+
+class TowerClassifier(nn.Module):
+    """A vision tower of transformers with a linear classifier on it, called as transformers' own classifiers are.
+
+    Args:
+        tower: a Dinov2, DINOv3, CLIP or SigLIP vision model.
+        classes: outputs of the classifier.
+        pool: what it reads, see ``Pool``.
+    """
+
+    base_model_prefix: ClassVar[str] = "tower"
+    """What PEFT asks of a model that has a ``config``."""
+
+    def __init__(self, tower: nn.Module, classes: int, pool: Pool = "token") -> None:
+        super().__init__()
+        self.tower = tower
+        self.pool = pool
+        width = self.config.hidden_size
+        self.classifier = nn.Linear(2 * width if pool == "token+avg" else width, classes)
+        nn.init.trunc_normal_(self.classifier.weight, std=0.02)
+        nn.init.zeros_(self.classifier.bias)
+        self.classifier.to(next(tower.parameters()))
+        if classes != self.config.num_labels:
+            self.config.num_labels = classes
+
+    @property
+    def config(self) -> Any:
+        """The tower's configuration, which holds the names of the classes too."""
+        return self.tower.config
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **inputs: Any) -> Any:
+        """Images ``(B, 3, height, width)`` to transformers' ``ImageClassifierOutput``; with labels, its loss too."""
+        outputs = self.tower(pixel_values, **inputs)
+        read = []
+        if "token" in self.pool:
+            read.append(outputs.pooler_output)
+        if "avg" in self.pool:
+            read.append(outputs.last_hidden_state[:, prefix_tokens(self.config) :].mean(1))
+        logits = self.classifier(torch.cat(read, dim=1))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return library().modeling_outputs.ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def add_classifier(tower: nn.Module, classes: int, pool: Pool = "token") -> TowerClassifier:
+    """Puts a new linear classifier on a vision tower of transformers that has none, such as ``DINOv3ViTModel``.
+
+    Args:
+        tower: a Dinov2, DINOv3, CLIP or SigLIP vision model.
+        classes: outputs of the classifier.
+        pool: ``token`` for the tower's own pooled output (the class token, or SigLIP's attention pool), ``avg`` for the
+            mean of the patches, ``token+avg`` for both.
+
+    Raises:
+        BackboneError: the model is no such tower, or ``pool`` is none of these.
+    """
+    kinds = {name for _, name in MODELS.values() if name}
+    if type(tower).__name__ not in kinds:
+        raise BackboneError(f"a classifier goes on one of {', '.join(sorted(kinds))}; given {type(tower).__name__}.")
+    if pool not in ("token", "avg", "token+avg"):
+        raise BackboneError(f"pool={pool!r}: expected token, avg or token+avg.")
+    return TowerClassifier(tower, classes, pool)
+
+
+def prefix_tokens(config: Any) -> int:
+    """How many tokens stand in front of the patches, by the configuration of a tower."""
+    kind = config.model_type
+    if kind.startswith("siglip"):
+        return 0
+    return {"deit": 2}.get(kind, 1 + (getattr(config, "num_register_tokens", 0) or 0))
+
+
+def library() -> Any:
+    """The module ``transformers``.
+
+    Raises:
+        BackboneError: it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise BackboneError(
+            f"models of Hugging Face need transformers, which cannot be imported ({in_one_line(error)}). Install it: "
+            "pip install 'dyntune[hf]'."
+        ) from error
+    return transformers
+
+
+def create(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    img_size: int | list[int] | tuple[int, int] | None = None,
+    pool: Pool | None = None,
+    revision: str | None = None,
+    drop_path_rate: float = 0.0,
+) -> nn.Module:
+    """A vision model of transformers with a classifier.
+
+    Args:
+        name: ``hf:`` and a local folder or the name of a repository.
+        weights: local folder or weight file (.safetensors, .bin, .pth) with transformers' names, instead.
+        pretrained: False for random weights; only the configuration is read then.
+        num_classes: outputs of the classifier; that of the file if None, a tower without classifier if 0.
+        img_size: height and width of the images, where they are not those of the configuration.
+        pool: put a classifier on the bare tower, which reads this, instead of taking transformers' classifier.
+        revision: of the repository.
+        drop_path_rate: probability of dropping a sub-layer's update while training, for models that have it.
+
+    Raises:
+        BackboneError: transformers is missing, the files cannot be had, or they are not those of a supported model.
+    """
+    transformers = library()
+    source = name.removeprefix(PREFIX)
+    place = _folder_of(weights) or source
+    known = {} if Path(place).is_dir() or revision is None else {"revision": revision}
+    with _quiet(transformers), _told(source, weights):
+        config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, **known)
+    classifier, tower = MODELS.get(config.model_type, (None, None))
+    if classifier is None and tower is None:
+        raise BackboneError(
+            f"{name} is a {config.model_type!r}; supported are {', '.join(MODELS)}. Models of timm are built with "
+            "hf-hub:NAME."
+        )
+    if config.model_type == "deit" and "DeiTForImageClassificationWithTeacher" in (config.architectures or ()):
+        classifier = "DeiTForImageClassificationWithTeacher"
+    bare = classifier is None or pool is not None or num_classes == 0
+    if bare and tower is None:
+        bare, pool = False, None
+    vision = getattr(config, "vision_config", config)
+    built = vision if bare else config
+    if num_classes is not None and num_classes != config.num_labels:
+        built.num_labels = num_classes
+    if drop_path_rate:
+        if not hasattr(vision, "drop_path_rate"):
+            raise BackboneError(f"{name} has no drop path; leave drop_path_rate out.")
+        vision.drop_path_rate = drop_path_rate
+    cls = getattr(transformers, str(tower if bare else classifier))
+    with _quiet(transformers), _told(source, weights):
+        host = _loaded(cls, built, place, weights, known) if pretrained else cls(built)
+    if bare and num_classes != 0:
+        host = TowerClassifier(host, num_classes or config.num_labels, pool or "token")
+    if img_size is not None:
+        set_image_size(host, img_size)
+    holder: Any = getattr(host, "tower", host)
+    if not holder.name_or_path:
+        holder.name_or_path = place
+    if not Path(place).is_dir():
+        if pretrained:
+            _fetch(place, known)
+        file = _cached(place, _CONFIG, revision)
+        holder.dyntune_revision = None if file is None else file.parent.name
+    return host
+
+
+def set_image_size(host: nn.Module, size: int | list[int] | tuple[int, int]) -> None:
+    """Notes for which images a model is meant, where its configuration says something else."""
+    height, width = (size, size) if isinstance(size, int) else size
+    host.dyntune_image_size = (int(height), int(width))  # type: ignore[assignment]
+
+
+def _loaded(cls: Any, config: Any, place: str, weights: str | Path | None, known: dict[str, str]) -> nn.Module:
+    """A model with every weight of its backbone from the files; in fp32, whatever they hold."""
+    state = None
+    if weights is not None and Path(weights).is_file():
+        state, place, known = _state(Path(weights)), None, {}  # type: ignore[assignment]
+    host, info = cls.from_pretrained(
+        place,
+        config=config,
+        state_dict=state,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        attn_implementation="sdpa",  # a file may name another, which transformers would fetch
+        **known,
+    )
+    heads = ("classifier.", "cls_classifier.", "distillation_classifier.")
+    left = (name if isinstance(name, str) else name[0] for name in (*info["missing_keys"], *info["mismatched_keys"]))
+    missing = sorted(name for name in left if not name.startswith(heads))
+    if missing:
+        raise BackboneError(
+            f"{weights or place} lacks {len(missing)} tensors of {cls.__name__} or has them in another shape "
+            f"({', '.join(missing[:3])}, ...). Give files of this model, written by this or an older transformers."
+        )
+    return host.float()
+
+
+def _state(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        return safetensors.torch.load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _folder_of(weights: str | Path | None) -> str | None:
+    """The folder with the configuration that belongs to local weights, if it lies beside them."""
+    if weights is None:
+        return None
+    path = Path(weights)
+    if not path.exists():
+        raise BackboneError(f"no weights at {path}. Expected a folder, or a .safetensors, .bin or .pth file.")
+    folder = path if path.is_dir() else path.parent
+    return str(folder) if (folder / _CONFIG).is_file() else None
+
+
+@contextlib.contextmanager
+def _told(source: str, weights: str | Path | None) -> Iterator[None]:
+    """Errors of files that cannot be had, in one line that says which to fetch and how to give them."""
+    try:
+        yield
+    except BackboneError:
+        raise
+    except Exception as error:
+        # transformers, huggingface_hub and the network stack each have their own error types for this.
+        if weights is not None or Path(source).is_dir():
+            raise BackboneError(
+                f"cannot read a model of transformers from {weights or source}: {in_one_line(error)}. Expected a "
+                "folder with config.json and model.safetensors, as save_pretrained writes it."
+            ) from error
+        raise BackboneError(
+            f"cannot load {source!r}: {in_one_line(error)}. Without a network, fetch config.json, model.safetensors "
+            f"and preprocessor_config.json of https://huggingface.co/{source} into a folder elsewhere, and give that: "
+            "--model hf:FOLDER, or --weights FOLDER for a run (weights=FOLDER in Python). HF_HUB_OFFLINE=1 in the "
+            "environment saves the wait."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Keeps transformers from printing progress and reports of a new head."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _fetch(repository: str, known: dict[str, str]) -> None:
+    """Has the image processor's file of a repository in the cache, if it has one."""
+    from huggingface_hub import hf_hub_download
+
+    with contextlib.suppress(Exception):  # the weights came from the cache, or there is no such file
+        hf_hub_download(repository, _PROCESSOR, revision=known.get("revision"))
+
+
+def revision_of(host: Any) -> str | None:
+    """The commit of the repository that a model was read from, where it is known."""
+    return getattr(host, "dyntune_revision", None) or getattr(host.config, "_commit_hash", None)
+
+
+def _cached(repository: str, file: str, revision: str | None) -> Path | None:
+    """Where the cache has a file of a repository, if it has it; the folder is named by the commit."""
+    from huggingface_hub import try_to_load_from_cache
+
+    with contextlib.suppress(Exception):  # a name that is none of a repository
+        path = try_to_load_from_cache(repository, file, revision=revision)
+        return Path(path) if isinstance(path, str) else None
+    return None
+
+
+def _beside(host: Any, file: str) -> dict[str, Any]:
+    """A JSON file that lies beside the weights that a model was read from, or in the cache; empty if there is none."""
+    place = getattr(host, "name_or_path", "") or ""
+    path: Path | None = Path(place) / file
+    if place and not Path(place).is_dir():
+        path = _cached(place, file, revision_of(host))
+    if not place or path is None or not path.is_file():
+        return {}
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise BackboneError(f"{path} is not readable JSON: {error}.") from error
+    return values if isinstance(values, dict) else {}
+
+
+def processor_size(host: Any) -> tuple[int, int] | None:
+    """Height and width of the images that the image processor beside a model's weights gives."""
+    values = _beside(host, _PROCESSOR)
+    size = (values.get("crop_size") if values.get("do_center_crop") else None) or values.get("size")
+    if isinstance(size, int):
+        return size, size
+    if not isinstance(size, dict):
+        return None
+    if "height" in size and "width" in size:
+        return int(size["height"]), int(size["width"])
+    return (int(size["shortest_edge"]),) * 2 if "shortest_edge" in size else None
+
+
+def preprocessing(host: Any, kind: str, size: tuple[int, int]) -> Preprocessing:
+    """What images go through: as the image processor's file says, or else as is usual for the kind of model.
+
+    Images are resized to ``size`` directly, where a processor may resize the shorter edge and crop.
+
+    Args:
+        host: the model.
+        kind: ``model_type`` of its tower.
+        size: height and width.
+
+    Raises:
+        BackboneError: the processor does not scale pixels from 0 to 1 first, as images are scaled here.
+    """
+    family = next(name for name in ("siglip2", "siglip", "clip", "dinov3", "dinov2", "deit", "vit") if name in kind)
+    (mean, std), interpolation = _DEFAULTS[family]
+    values = _beside(host, _PROCESSOR)
+    factor = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
+    if abs(factor - 1 / 255) > 1e-6:
+        raise BackboneError(
+            f"the image processor beside {host.name_or_path} multiplies pixels by {factor}; expected 1/255."
+        )
+    if values.get("do_normalize") is False:
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    else:
+        mean, std = tuple(values.get("image_mean", mean)), tuple(values.get("image_std", std))
+    resample = values.get("resample")
+    if isinstance(resample, int) and 0 <= resample < len(_RESAMPLE):
+        interpolation = _RESAMPLE[resample]
+    return Preprocessing(size, mean, std, interpolation)
+
+
+def write(host: Any, preprocessing: Preprocessing, folder: Path) -> None:
+    """Writes a model as ``from_pretrained`` reads it, with an image processor that does what was done in training."""
+    with _quiet(library()):
+        host.save_pretrained(folder)
+    height, width = preprocessing.size
+    values = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": _RESAMPLE.index(preprocessing.interpolation),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+    }
+    write_json(folder / _PROCESSOR, values)
+
+
+def class_names(config: Any) -> tuple[str, ...] | None:
+    """The names of the classes in label order, unless they are mere numbers."""
+    labels = getattr(config, "id2label", None) or {}
+    names = [labels.get(number) for number in range(len(labels))]
+    if not names or any(name is None or name == f"LABEL_{number}" for number, name in enumerate(names)):
+        return None
+    return tuple(map(str, names))

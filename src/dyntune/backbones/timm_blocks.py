@@ -1,0 +1,114 @@
+"""timm's blocks, read as hosted sub-layers: its attentions and MLPs have other names in each of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from timm.layers import GluMlp, SwiGLU
+from timm.layers import Mlp as TimmMlp
+from timm.models.vitamin import GeGluMlp
+from torch import Tensor
+
+from dyntune.backbones.hosted import Chain, HostedAttention, HostedMlp, Ref
+from dyntune.backbones.sites import Changed, Site, SiteKind
+from dyntune.backbones.units import Block
+
+_FIRST = ("fc1", "fc1_g", "fc1_x", "w0", "w1")
+_SECOND = ("fc2", "w2")
+"""Names of an MLP's maps to the hidden layer and from it."""
+
+
+def refusal(host: Any, blocks: tuple[type, ...], attentions: tuple[type, ...]) -> str | None:
+    """Why a host's blocks cannot be read; None if they can.
+
+    Args:
+        host: timm's model, with ``blocks``.
+        blocks: classes of blocks that can.
+        attentions: of attentions.
+    """
+    if any(isinstance(module, Changed) for module in host.modules()):
+        return "another tuned model has changed its modules; build a backbone for each"
+    for index, one in enumerate(host.blocks):
+        if type(one) not in blocks:
+            return f"blocks.{index} is a {type(one).__name__}"
+        if type(one.attn) not in attentions:
+            return f"blocks.{index}.attn is a {type(one.attn).__name__}"
+        if getattr(one.attn, "gate", None) is not None:
+            return f"blocks.{index}.attn is gated"
+        if not isinstance(one.mlp, TimmMlp | GluMlp | SwiGLU | GeGluMlp):
+            return f"blocks.{index}.mlp is a {type(one.mlp).__name__}"
+    return None
+
+
+def block(index: int, host: Any, width: int, *, factors: tuple[str, str], norm_first: bool = True) -> Block:
+    """A block of two sub-layers, each between a norm and a drop path.
+
+    Args:
+        index: its number.
+        host: timm's block.
+        width: channels C of its tokens.
+        factors: names of what multiplies the two updates: ``ls1`` and ``ls2``, ``gamma_1`` and ``gamma_2``.
+        norm_first: whether the norms stand in front of attention and MLP, instead of behind them.
+    """
+    path = f"blocks.{index}"
+    norms = [_site("norm1", index, path, host), _site("norm2", index, path, host)]
+    behind: list[Chain] = []
+    for factor, norm, drop in zip(factors, norms, ("drop_path1", "drop_path2"), strict=True):
+        links = (Ref(host, factor, "gamma"), *(() if norm_first else (norm,)), Ref(host, drop))
+        behind.append([link for link in links if isinstance(link, Site) or hasattr(host, link.attribute)])
+    attn_norm, mlp_norm = norms if norm_first else (None, None)
+    return Block(
+        index,
+        _attention(index, width, host.attn, attn_norm, behind[0]),
+        _mlp(index, width, host, mlp_norm, behind[1]),
+    )
+
+
+def _site(kind: SiteKind, index: int, path: str, owner: Any, name: str = "", biases: tuple[str, ...] = ()) -> Site:
+    name = name or kind
+    return Site(kind, index, f"{path}.{name}", owner, name, biases=biases)
+
+
+def _attention(index: int, width: int, attn: Any, norm: Site | None, behind: Chain) -> HostedAttention:
+    path = f"blocks.{index}.attn"
+    if attn.qkv is not None:
+        biases = ("q_bias", "k_bias", "v_bias") if hasattr(attn, "q_bias") else ()
+        maps = [_site("qkv", index, path, attn, biases=biases)]
+    else:
+        maps = [_site("q", index, path, attn, "q_proj"), _site("k", index, path, attn, "k_proj")]
+        maps.append(_site("v", index, path, attn, "v_proj"))
+    out = _site("proj", index, path, attn)
+    inner, q_norm, k_norm = (Ref(attn, name) if hasattr(attn, name) else None for name in ("norm", "q_norm", "k_norm"))
+    return HostedAttention(
+        path,
+        width,
+        head_width=out.inputs // attn.num_heads,
+        norm=norm,
+        maps=maps,
+        chain=(*((inner,) if inner else ()), out, Ref(attn, "proj_drop"), *behind),
+        out=out,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        dropout=Ref(attn, "attn_drop"),
+        table=index,
+        relative=_relative(attn),
+    )
+
+
+def _relative(attn: Any) -> Callable[[], Tensor] | None:
+    """What gives the bias of an attention's pairs of places, in BEiT's and in VisionTransformerRelPos's form."""
+    if getattr(attn, "rel_pos", None) is not None:
+        return attn.rel_pos.get_bias
+    return attn._get_rel_pos_bias if getattr(attn, "relative_position_bias_table", None) is not None else None
+
+
+def _mlp(index: int, width: int, host: Any, norm: Site | None, behind: Chain) -> HostedMlp:
+    path, mlp = f"blocks.{index}.mlp", host.mlp
+    maps = [_site("fc1", index, path, mlp, name) for name in _FIRST if hasattr(mlp, name)]
+    out = next(_site("fc2", index, path, mlp, name) for name in _SECOND if hasattr(mlp, name))
+    layers: Chain = ()
+    if type(mlp) is TimmMlp:
+        inside = (maps[0], Ref(mlp, "act"), Ref(mlp, "drop1"), Ref(mlp, "norm"), out, Ref(mlp, "drop2"))
+        layers = (*inside, *behind)
+    return HostedMlp(path, width, norm=norm, maps=maps, chain=(Ref(host, "mlp"), *behind), out=out, layers=layers)

@@ -1,0 +1,254 @@
+"""The linear gate of dispatch, and the course that its training takes: rate, noise and pace from first step to last."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyntune.parts.policies.gating import LearnedGate
+
+
+class Course(nn.Module):
+    """What the gates of one dispatch aim at, and how noisy they decide, at each point of a training.
+
+    The target falls from 1, along half a cosine, to the rate; the noise falls linearly to none. Where nobody says how
+    long the training is, the rate is the target and the noise stays whole, as published.
+
+    Args:
+        rates: the rate twice, or the lowest and the highest of a range from which each training step draws one.
+        falls: shares of the training until which the target is 1, and after which it is the rate.
+        quiet: share of the training after which there is no noise; None for noise to the end.
+    """
+
+    def __init__(self, rates: tuple[float, float], falls: tuple[float, float], quiet: float | None) -> None:
+        super().__init__()
+        self.low, self.high = rates
+        self.falls = falls
+        self.quiet = quiet
+        self.drawn = self.middle
+        self.progress: float | None = None
+
+    @property
+    def middle(self) -> float:
+        """The rate halfway between the lowest and the highest."""
+        return (self.low + self.high) / 2
+
+    @property
+    def rate(self) -> float:
+        """The rate that holds now: in training that of the step, in evaluation the middle."""
+        return self.drawn if self.training else self.middle
+
+    @property
+    def target(self) -> float:
+        """What the activation is held to now."""
+        return 1 + (self.rate - 1) * self._way if self.training else self.middle
+
+    @property
+    def noise(self) -> float:
+        """Factor on the noise of decisions now."""
+        if self.progress is None or self.quiet is None:
+            return 1.0
+        return max(0.0, 1 - self.progress / self.quiet) if self.quiet else 0.0
+
+    @property
+    def _way(self) -> float:
+        """Share of the way from 1 to the rate that the target has gone."""
+        if self.progress is None or self.progress >= self.falls[1]:
+            return 1.0
+        begin, end = self.falls
+        done = (self.progress - begin) / (end - begin)
+        return (1 - math.cos(math.pi * max(0.0, done))) / 2
+
+    def begin_course(self, travel: float | None) -> None:
+        """Nothing yet: ``begin_step`` says how far the training is."""
+
+    def end_course(self) -> None:
+        """From now on nobody knows how far a training is."""
+        self.progress = None
+
+    def course_state(self) -> dict[str, Tensor]:
+        """Nothing: every step says anew how far the training is."""
+        return {}
+
+    def resume_course(self, state: dict[str, Tensor]) -> None:
+        """Nothing, see ``course_state``."""
+
+    def begin_step(self, epoch: float | None = None, progress: float | None = None) -> None:
+        """Moves to a training step; where there is a range, draws its rate from PyTorch's CPU generator, all alike."""
+        self.progress = progress
+        if self.low < self.high:
+            self.drawn = self.low + (self.high - self.low) * torch.rand((), device="cpu").item()
+
+    def distance(self) -> float:
+        """How far the rate is from the middle, in logits."""
+        return _logit(self.rate) - _logit(self.middle)
+
+
+def _logit(rate: float) -> float:
+    return math.log(rate / (1 - rate))
+
+
+class Dispatcher(LearnedGate):
+    """A linear gate per patch: ``l = w x + b``, active where ``l > 0``.
+
+    An elastic gate is trained towards a rate r that changes from step to step: then
+    ``l = w x + b + slope (logit(r) - logit(middle))`` with a learned slope.
+
+    In a training whose length is known the gate is paced: it learns w' and b' with
+    ``w x + b = p w' (x - m) + q b'``. The factors p and q let the length of the training, and not the learning rate and
+    the size of the features, decide how far a logit can move; m, the mean of the features, leaves it to b' alone how
+    open the gate is, and to w' which patches it is open for. Whoever reads the gate reads w and b: ``linear``, and
+    ``saved`` for files.
+
+    Args:
+        width: channels C of a token.
+        temperature: of the sigmoid; it shapes the gradient only.
+        bias: b at the start.
+        course: of all gates of the same dispatch; None for one that decides with whole noise.
+        elastic: whether there is a slope.
+        moves: how far the bias, and the weights, may move a logit in a training whose length is known; None lets the
+            learning rate decide.
+
+    Attributes:
+        weight_pace: p; None while the gate is not paced, and learns w and b themselves.
+        bias_pace: q.
+        centre: m, ``(C,)``.
+    """
+
+    slope: nn.Parameter | None
+    weight_pace: Tensor | None
+    bias_pace: Tensor | None
+    centre: Tensor | None
+
+    def __init__(
+        self,
+        width: int,
+        temperature: float,
+        bias: float = 0.0,
+        course: Course | None = None,
+        elastic: bool = False,
+        moves: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__(temperature)
+        self.gate = nn.Linear(width, 1)
+        self._course = (course,)  # not registered: the backbone has it among what its places share
+        self.slope = nn.Parameter(torch.ones(())) if elastic else None
+        for name in ("weight_pace", "bias_pace", "centre"):
+            self.register_buffer(name, None, persistent=False)
+        self.moves = moves
+        self._reach: tuple[float, float] | None = None
+        """Pace of the bias, and that of the weights for features of size 1, until the size of the features is known."""
+        nn.init.trunc_normal_(self.gate.weight, std=0.02)
+        nn.init.constant_(self.gate.bias, bias)
+
+    @property
+    def course(self) -> Course | None:
+        """That of all gates of the same dispatch."""
+        return self._course[0]
+
+    @property
+    def paced(self) -> bool:
+        """Whether the trained tensors are w' and b'."""
+        return self.weight_pace is not None
+
+    @property
+    def noise(self) -> float:
+        return 1.0 if self.course is None else self.course.noise
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The map ``w x + b``."""
+        if not self.paced:
+            return self.gate
+        weight, bias = self._map()
+        linear = nn.Linear(self.gate.in_features, 1, device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            linear.weight.copy_(weight)
+            linear.bias.copy_(bias)
+        return linear
+
+    def _map(self) -> tuple[Tensor, Tensor]:
+        """w and b, with a graph to w' and b'."""
+        if self.weight_pace is None or self.bias_pace is None or self.centre is None:
+            return self.gate.weight, self.gate.bias
+        weight = self.gate.weight * self.weight_pace
+        return weight, self.gate.bias * self.bias_pace - weight @ self.centre
+
+    def saved(self) -> dict[str, Tensor]:
+        if not self.paced:
+            return {}
+        linear = self.linear
+        return {"gate.weight": linear.weight, "gate.bias": linear.bias}
+
+    @torch.no_grad()
+    def fill(self, saved: dict[str, Tensor]) -> None:
+        weight, bias = saved["gate.weight"].to(self.gate.weight), saved["gate.bias"].to(self.gate.bias)
+        if self.weight_pace is not None and self.bias_pace is not None and self.centre is not None:
+            weight, bias = weight / self.weight_pace, (bias + weight @ self.centre) / self.bias_pace
+        self.gate.weight.copy_(weight)
+        self.gate.bias.copy_(bias)
+
+    def scores(self, patches: Tensor) -> Tensor:
+        if self.training and self._reach is not None:
+            self._measure(patches)
+        if not self.paced:
+            return self.gate(patches).squeeze(-1)
+        return F.linear(patches, *self._map()).squeeze(-1)
+
+    def logits_from(self, scores: Tensor) -> Tensor:
+        logits = super().logits_from(scores)
+        if not self.training or self.course is None or self.slope is None:
+            return logits
+        return logits + self.slope.float() * self.course.distance()
+
+    def begin_course(self, travel: float | None) -> None:
+        """Sets the pace, at the first step: until then the size of the features is not known."""
+        self.end_course()
+        if self.moves is not None and travel is not None:
+            bias, weight = self.moves
+            self._reach = bias / travel, weight / (travel * self.gate.in_features)
+
+    def course_state(self) -> dict[str, Tensor]:
+        """The pace, where there is one."""
+        pace = {"weight_pace": self.weight_pace, "bias_pace": self.bias_pace, "centre": self.centre}
+        return {name: tensor for name, tensor in pace.items() if tensor is not None}
+
+    def resume_course(self, state: dict[str, Tensor]) -> None:
+        """Takes up a pace; w' and b' must come from the same place."""
+        if state:
+            self._reach = None
+            for name, tensor in state.items():
+                setattr(self, name, tensor.to(self.gate.weight.device))
+
+    def end_course(self) -> None:
+        """Writes the pace into the weights."""
+        self._reach = None
+        own = self.saved()
+        self.weight_pace = self.bias_pace = self.centre = None
+        if own:
+            self.fill(own)
+
+    def pace(self, weight: Tensor, bias: Tensor, centre: Tensor) -> None:
+        """Begins to learn w' and b', with these p, q and m; w and b stay."""
+        own = {"gate.weight": self.gate.weight.clone(), "gate.bias": self.gate.bias.clone()}
+        self.weight_pace, self.bias_pace, self.centre = (t.to(self.gate.weight) for t in (weight, bias, centre))
+        self.fill(own)
+
+    @torch.no_grad()
+    def _measure(self, patches: Tensor) -> None:
+        """Sets the pace by mean and size of the first features that a training shows, in all its processes."""
+        assert self._reach is not None
+        flat = patches.float().flatten(0, -2)
+        moments = torch.stack([flat.mean(0), flat.square().mean(0)])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(moments)
+            moments = moments / torch.distributed.get_world_size()
+        centre, square = moments
+        size = (square - centre.square()).mean().clamp_min(0).sqrt()
+        bias, weight = self._reach
+        self._reach = None
+        # Features that are all alike tell patches apart by nothing, whatever the pace.
+        self.pace(weight / torch.where(size > 0, size, 1), square.new_tensor(bias), centre)

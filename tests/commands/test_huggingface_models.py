@@ -1,0 +1,75 @@
+"""The command line on a model of transformers in a local folder: train, eval, predict, cost and merge."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import dyntune
+from dyntune.commands.main import app
+from dyntune.core.errors import CheckpointError
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def backbone(make_hf, randomise, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vit")
+    randomise(make_hf("vit")).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.4] * 3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(backbone, photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "colours"
+    options = ("--epochs", "2", "--batch-size", "12", "--lr", "0.01", "--method", "lora", "--json")
+    report = invoke("train", photos, "--model", f"hf:{backbone}", "--out", out, *options)
+    assert json.loads(report)["model"] == f"hf:{backbone}"
+    return out
+
+
+def invoke(*arguments):
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_a_run_is_evaluated_and_predicts(run, photos):
+    assert json.loads(invoke("eval", run, photos, "--json"))["accuracy"] > 0.3
+    assert invoke("predict", run, photos / "test" / "red")
+    model = dyntune.load(run)
+    assert model.classes == ("blue", "green", "red")
+    assert model.preprocessing.mean == (0.4, 0.4, 0.4)
+    assert model.config.id2label == {0: "blue", 1: "green", 2: "red"}
+
+
+def test_costs_need_no_weights(backbone):
+    (backbone / "model.safetensors").rename(backbone / "away")
+    try:
+        printed = invoke("cost", "--model", f"hf:{backbone}", "--method", "dyt", "--json")
+    finally:
+        (backbone / "away").rename(backbone / "model.safetensors")
+    assert "626720" in printed
+
+
+@torch.no_grad()
+def test_a_merged_run_is_a_folder_of_transformers(run, photos, tmp_path):
+    with pytest.raises(CheckpointError, match="expected a folder"):
+        invoke("merge", run, "--out", tmp_path / "merged.safetensors")
+    printed = invoke("merge", run, "--out", tmp_path / "merged")
+    assert f'ViTForImageClassification.from_pretrained("{tmp_path / "merged"}")' in printed
+    plain = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "merged").eval()
+    processor = transformers.ViTImageProcessor.from_pretrained(tmp_path / "merged")
+    assert plain.config.id2label == {0: "blue", 1: "green", 2: "red"}
+    image = Image.open(next((photos / "test" / "red").iterdir()))
+    theirs = plain(**processor(image, return_tensors="pt")).logits
+    from dyntune.data.transforms import build_transform
+
+    model = dyntune.load(run)
+    ours = model(build_transform(model.preprocessing)(image)[None])
+    torch.testing.assert_close(theirs, ours, atol=0.05, rtol=0.05)  # resizes differ by up to one level of 255

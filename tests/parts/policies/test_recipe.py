@@ -1,0 +1,296 @@
+"""Recipes of dispatch: the course of target and noise, the pace of gates, what files and other loops see of them."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import dyntune
+from dyntune.core.errors import SpecError, TrainingError
+from dyntune.model.rates import dispatchers
+from dyntune.parts.policies.dispatch import Dispatch
+from dyntune.parts.policies.dispatcher import Course
+from dyntune.parts.registry import expand, part_from_dict, resolve
+from dyntune.training.identity import identity_changes, run_identity
+from dyntune.training.progress import Silent
+from dyntune.training.settings import TrainSettings
+
+
+@pytest.fixture
+def model(make_host):
+    torch.manual_seed(0)
+    return dyntune.tune(make_host(), "dyt:rate=0.4").train()
+
+
+@pytest.fixture(scope="module")
+def data():
+    images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return TensorDataset(images, torch.arange(20) % 5)
+
+
+def steps(model, images_for, count, lr):
+    images, labels = images_for(model.backbone.host, 4), torch.arange(4)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(count):
+        dyntune.training_loss(model, images, labels).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_the_target_falls_along_half_a_cosine_and_the_noise_to_none():
+    course = Course((0.4, 0.4), (0.2, 0.6), 0.8)
+    expected = {0.0: (1, 1), 0.2: (1, 0.75), 0.4: (0.7, 0.5), 0.6: (0.4, 0.25), 0.8: (0.4, 0), 0.95: (0.4, 0)}
+    for progress, (target, noise) in expected.items():
+        course.begin_step(progress=progress)
+        assert (course.target, course.noise) == (pytest.approx(target), pytest.approx(noise))
+    course.begin_step(progress=0.3)
+    assert course.target == pytest.approx(1 - 0.6 * (1 - math.cos(math.pi / 4)) / 2)
+    assert course.eval().target == 0.4
+
+
+def test_without_a_known_length_the_rate_is_the_target_and_the_noise_whole():
+    course = Course((0.4, 0.4), (0.2, 0.6), 0.8)
+    assert (course.target, course.noise) == (0.4, 1.0)
+    course.begin_step(progress=0.7)
+    course.end_course()
+    assert (course.target, course.noise) == (0.4, 1.0)
+    published = Course((0.4, 0.4), (0.0, 0.0), None)
+    published.begin_step(progress=0.0)
+    assert (published.target, published.noise) == (0.4, 1.0)
+
+
+def test_gates_without_noise_decide_in_training_as_in_evaluation(model, images_for):
+    images = images_for(model.backbone.host, 4)
+    gate = model.backbone.blocks[0].mlp.dispatcher
+    with torch.no_grad():
+        gate.gate.weight.normal_()
+        gate.gate.bias.zero_()
+    model.begin_training(10, 1e-3)
+    model.backbone.begin_step(step=9)
+    quiet = model.run(images).gates[0]
+    assert torch.equal(quiet.values, (quiet.logits > 0).float()) and 0 < quiet.values.mean() < 1
+    model.backbone.begin_step(step=0)
+    noisy = model.run(images).gates[0]
+    assert not torch.equal(noisy.values, (noisy.logits > 0).float())
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1e-2])
+def test_the_pace_lets_the_length_decide_how_far_gates_move(model, images_for, lr):
+    """In 4 of 40 steps, Adam moves a bias by at most 4 / 40 of 6 logits, and comes near it where gradients agree."""
+    model.begin_training(40, lr)
+    weights = {unit: gate.linear.weight.clone() for unit, gate in dispatchers(model.backbone).items()}
+    model.backbone.shared["dispatch-mlp"].falls = (0.0, 0.0)  # the rate is the target at once, so all biases fall
+    steps(model, images_for, 4, lr)
+    for unit, gate in dispatchers(model.backbone).items():
+        assert gate.bias_pace.item() == pytest.approx(6 / (40 * lr))
+        begin = 2.0 + (weights[unit] @ gate.centre).item()
+        assert 0.3 < begin - (gate.gate.bias * gate.bias_pace).item() < 0.61, unit
+
+
+def test_the_pace_of_weights_is_for_features_around_their_mean(model, images_for):
+    images = images_for(model.backbone.host, 4)
+    gates = dispatchers(model.backbone)
+    before = {unit: copy.deepcopy(gate.linear) for unit, gate in gates.items()}
+    seen = {}
+
+    def watched(unit, scores):
+        return lambda patches: scores(seen.setdefault(unit, patches))
+
+    model.begin_training(40, 1e-3)
+    for unit, gate in gates.items():
+        gate.scores = watched(unit, gate.scores)
+    output = dyntune.training_loss(model, images, torch.arange(4)).output
+    for unit, gate, recorded in zip(gates, gates.values(), output.gates, strict=True):
+        patches = seen[unit].flatten(0, 1)
+        size = (patches - patches.mean(0)).square().mean().sqrt().item()
+        torch.testing.assert_close(gate.centre, patches.mean(0))
+        assert gate.weight_pace.item() == pytest.approx(15 / (40 * 1e-3 * 32 * size), rel=1e-4)
+        torch.testing.assert_close(gate.linear.weight, before[unit].weight)
+        torch.testing.assert_close(recorded.logits, before[unit](seen[unit]).squeeze(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_features_that_are_all_alike_give_a_finite_pace(model):
+    gate = model.backbone.blocks[0].mlp.dispatcher
+    model.begin_training(40, 1e-3)
+    logits = gate.logits(torch.full((2, 16, 32), 3.0))
+    assert torch.isfinite(logits).all() and torch.isfinite(gate.linear.bias).all()
+
+
+def test_saved_merged_optimised_and_ended_in_the_middle_of_a_training(model, make_host, images_for, tmp_path):
+    images = images_for(model.backbone.host, 2)
+    model.begin_training(6, 1e-2)
+    steps(model, images_for, 5, 1e-2)
+    model.eval()
+    gates = [gate.values for gate in model.run(images).gates]
+    logits = model(images)
+    model.save(tmp_path)
+    loaded = dyntune.load(tmp_path, backbone=make_host())
+    assert not any(gate.paced for gate in dispatchers(loaded.backbone).values())
+    optimised = dyntune.optimize(model, masks=True)
+    for other in (loaded, optimised):
+        torch.testing.assert_close(other(images), logits, atol=1e-5, rtol=1e-5)
+        assert all(map(torch.equal, gates, (gate.values for gate in other.run(images).gates)))
+    model.end_training()
+    assert not any(gate.paced for gate in dispatchers(model.backbone).values())
+    torch.testing.assert_close(model(images), logits, atol=1e-6, rtol=1e-5)
+    for name, tensor in model.tuned_state().items():
+        torch.testing.assert_close(tensor, loaded.tuned_state()[name])
+
+
+def test_another_training_begins_at_the_weights_of_the_last(model, images_for):
+    model.begin_training(6, 1e-2)
+    steps(model, images_for, 3, 1e-2)
+    bias = [gate.linear.bias.item() for gate in dispatchers(model.backbone).values()]
+    model.begin_training(100, 1e-4)
+    assert [gate.gate.bias.item() for gate in dispatchers(model.backbone).values()] == pytest.approx(bias)
+
+
+def test_steps_are_counted_where_nobody_numbers_them(model, images_for):
+    model.begin_training(10, 1e-3)
+    course = model.backbone.shared["dispatch-mlp"]
+    seen = []
+    for _ in range(3):
+        dyntune.training_loss(model, images_for(model.backbone.host, 2), torch.arange(2))
+        seen.append(course.progress)
+    assert seen == [0.0, 0.1, 0.2]
+    dyntune.training_loss(model, images_for(model.backbone.host, 2), torch.arange(2), step=8)
+    assert course.progress == 0.8
+
+
+def test_a_loop_that_does_not_say_its_length_is_told_once(make_host, images_for, caplog):
+    model = dyntune.tune(make_host(), "dyt:rate=0.45,bottleneck=3").train()
+    for _ in range(2):
+        dyntune.training_loss(model, images_for(model.backbone.host, 2), torch.arange(2))
+    assert caplog.text.count("model.begin_training(steps, lr)") == 1
+    caplog.clear()
+    published = dyntune.tune(make_host(), "dyt:rate=0.45,bottleneck=3,recipe=published").train()
+    dyntune.training_loss(published, images_for(model.backbone.host, 2), torch.arange(2))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("options", [{"steps": 0, "lr": 1e-3}, {"steps": 3, "lr": 1e-3, "accumulate": 0}])
+def test_a_training_has_steps(model, options):
+    with pytest.raises(SpecError, match="at least 1"):
+        model.begin_training(**options)
+
+
+def test_fit_tells_the_length_and_leaves_plain_gates(make_host, data):
+    class Noting(Silent):
+        def __init__(self, course):
+            self.course, self.seen = course, []
+
+        def step(self, figures):
+            self.seen.append(self.course.progress)
+
+    model = dyntune.tune(make_host(), "dyt")
+    noting = Noting(model.backbone.shared["dispatch-mlp"])
+    dyntune.fit(model, data, epochs=2, batch_size=10, lr=1e-3, device="cpu", progress=noting)
+    assert noting.seen == [0.0, 0.25, 0.5, 0.75]
+    assert model.backbone.steps is None and noting.course.progress is None
+    assert not any(gate.paced for gate in dispatchers(model.backbone).values())
+
+
+def test_sgd_gives_gates_no_pace(make_host, data):
+    model = dyntune.tune(make_host(), "dyt")
+    dyntune.fit(model, data, epochs=1, batch_size=10, lr=1e-3, device="cpu", optimizer="sgd")
+    assert not any(gate.paced for gate in dispatchers(model.backbone).values())
+
+
+def test_an_epoch_before_gates_have_settled_is_not_the_best(make_host, data, monkeypatch):
+    """Validation accuracy falls from epoch to epoch; the first at which the gates do what they will do is kept."""
+    from dyntune.training import trainer
+
+    scores = iter([0.9, 0.8, 0.7, 0.6, 0.5])
+    evaluate = trainer.evaluate
+
+    def falling(*args, **options):
+        evaluation = evaluate(*args, **options)
+        evaluation.figures["accuracy"] = next(scores)
+        return evaluation
+
+    monkeypatch.setattr(trainer, "evaluate", falling)
+    model = dyntune.tune(make_host(), "dyt:course=0.1/0.4,quiet=0.6")
+    result = dyntune.fit(model, data, data, epochs=5, batch_size=20, device="cpu")
+    assert (result.best_epoch, result.best_accuracy) == (3, 0.7)
+
+
+PUBLISHED = {
+    "bias": 0.0,
+    "course": (0.0, 0.0),
+    "quiet": None,
+    "moves": None,
+    "rate_weight": 2.0,
+    "rate_of": "training",
+    "explore": None,
+}
+
+
+def test_the_published_recipe_and_options_that_differ_from_a_recipe():
+    published = Dispatch(recipe="published")
+    assert {name: published.chosen(name) for name in PUBLISHED} == PUBLISHED
+    explicit = Dispatch(**PUBLISHED)
+    assert {name: explicit.chosen(name) for name in PUBLISHED} == PUBLISHED
+    assert Dispatch(quiet=0.7).chosen("quiet") == 0.7 and Dispatch(quiet=0.7).chosen("bias") == 2.0
+    (dyt,) = resolve(["dyt:recipe=published,gate_bias=1,moves=5/9,quiet=none"])
+    adapter, dispatch = dyt.expand()
+    assert adapter.scale == 0.1 and resolve(["dyt"])[0].expand()[0].scale == 1.0
+    assert [dispatch.chosen(name) for name in ("bias", "moves", "quiet", "rate_weight")] == [1.0, (5.0, 9.0), None, 2.0]
+
+
+@pytest.mark.parametrize(
+    "options", ["course=0.5", "course=0.6/0.1", "course=0.5/1.5", "quiet=1.1", "moves=1", "moves=0/3", "recipe=slow"]
+)
+def test_options_that_make_no_sense(options):
+    with pytest.raises(SpecError):
+        resolve([f"dyt:{options}"])
+
+
+def test_files_that_know_no_recipe_mean_the_published_one():
+    old = {"type": "dispatch", "rate": 0.7, "where": "mlp", "bias": 0.0, "rate_weight": 2.0, "rate_of": "training"}
+    part = part_from_dict(old)
+    assert part.recipe == "published" and {name: part.chosen(name) for name in PUBLISHED} == PUBLISHED
+    assert part_from_dict(Dispatch(rate=0.7).to_dict()).recipe == "steady"
+
+
+def test_an_older_run_goes_on_with_the_recipe_that_it_began_with(make_host, data):
+    def identity(spec):
+        return run_identity(dyntune.tune(make_host(), spec), TrainSettings(), data, 1)
+
+    old = identity("dyt:rate=0.7,recipe=published") | {"spec": "dyt:rate=0.7"}
+    del old["parts"]
+    assert identity_changes(old, identity("dyt:rate=0.7,recipe=published")) == []
+    (change,) = identity_changes(old, identity("dyt:rate=0.7"))
+    assert "recipe=published" in change
+    (change,) = identity_changes(identity("dyt:rate=0.7"), identity("dyt:rate=0.6"))
+    assert change == "spec was dyt:rate=0.7, is dyt:rate=0.6"
+    assert identity_changes(identity("dyt"), identity("adaptformer:scale=1+dispatch")) == []
+
+
+def test_parts_of_an_older_run_are_those_of_its_files():
+    (dyt,) = resolve(["dyt:recipe=published"])
+    assert expand([part_from_dict({"type": "dyt"})]) == expand([dyt])
+
+
+def test_resuming_with_another_recipe_is_refused(make_host, data, tmp_path):
+    dyntune.fit(dyntune.tune(make_host(), "dyt"), data, out=tmp_path, epochs=1, batch_size=20, device="cpu")
+    with pytest.raises(TrainingError, match="recipe=published"):
+        other = dyntune.tune(make_host(), "dyt:recipe=published")
+        dyntune.fit(other, data, out=tmp_path, resume=True, epochs=1, batch_size=20, device="cpu")
+
+
+def test_the_complete_pass_grows_with_what_gates_are_meant_to_skip(make_host, images_for):
+    """Target 1: no complete pass; on half of the way to the rate, half of the batch at half of the weight."""
+    model = dyntune.tune(make_host(), "dyt:rate=0.4,dropout=0,complete_course=true").train()
+    images, labels = images_for(model.backbone.host, 4), torch.arange(4)
+    model.begin_training(100, 1e-3)
+    seen = []
+    model.backbone.host.head.register_forward_hook(lambda _, args, out: seen.append(len(out)))
+    terms = {step: dyntune.training_loss(model, images, labels, step=step).terms for step in (0, 35, 60)}
+    assert seen == [4, 4, 2, 4, 4]
+    assert terms[0].keys() == {"task", "rate"} and terms[60].keys() == {"task", "rate", "complete", "distill"}
+    logits = model.run(images, complete=True).logits
+    halves = 0.5 * torch.nn.functional.cross_entropy(logits[:2], labels[:2])
+    torch.testing.assert_close(terms[35]["complete"], halves)
+    torch.testing.assert_close(terms[60]["complete"], torch.nn.functional.cross_entropy(logits, labels))

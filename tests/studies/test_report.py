@@ -1,0 +1,17 @@
+"""Tables of a report in Markdown and HTML."""
+
+from dyntune.studies.report import Table, _page, markdown_table
+
+TABLE = Table("On <large> models", ("model", "per image"), [("dyt:rate=0.5,a&b", "9.1 ms")], "Random weights.")
+
+
+def test_a_table_in_markdown():
+    assert markdown_table(TABLE) == "| model | per image |\n| --- | ---: |\n| `dyt:rate=0.5,a&b` | 9.1 ms |"
+
+
+def test_cells_of_the_page_say_their_column_for_screens_without_room_for_a_head():
+    page = _page("Title", "Intro.", (TABLE, TABLE), {"a.png": "A picture."})
+    assert page.count('<td data-column="per image"><span>9.1 ms</span></td>') == 2
+    assert "dyt:rate=0.5,<wbr>a&amp;b" in page
+    assert page.count("<h2>On &lt;large&gt; models</h2>") == 1, "the first table stands under the page's title"
+    assert "content: attr(data-column)" in page and page.count("Random weights.") == 2
