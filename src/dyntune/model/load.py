@@ -26,7 +26,7 @@ from dyntune.model.adapter_folder import (
 from dyntune.model.rates import Calibration, dispatchers
 from dyntune.model.tasks import Task, saved_task
 from dyntune.model.tuned import TunedModel
-from dyntune.parts.registry import expand, part_from_dict, resolve
+from dyntune.parts.registry import as_in_files, expand, part_from_dict, resolve
 from dyntune.parts.spec import Part
 
 
@@ -193,9 +193,10 @@ def _parts(config: dict[str, Any]) -> tuple[Part, ...]:
     parts = tuple(part_from_dict(part) for part in config["parts"])
     try:
         named = resolve([config["spec"]])
+        former = as_in_files(named)
     except (DyntuneError, KeyError):
         return parts
-    return named if expand(named) == parts else parts
+    return next((found for found in (named, former) if expand(found) == parts), parts)
 
 
 def _require_fit(model: TunedModel, tensors: dict[str, Tensor], folder: Path) -> None:

@@ -7,6 +7,7 @@ and its module's name is the part's name.
 import dataclasses
 import functools
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 from dyntune.core.discovery import discover
@@ -61,6 +62,15 @@ def expand(parts: Iterable[Part]) -> tuple[Part, ...]:
     for part in parts:
         expanded.extend(expand(part.expand()) if isinstance(part, Preset) else (part,))
     return tuple(expanded)
+
+
+def as_in_files(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """What the specs of parts meant in files that do not know all of today's options."""
+    given = (
+        {"type": part.name()} | {f.name: value for f in fields(part) if (value := getattr(part, f.name)) != f.default}
+        for part in parts
+    )
+    return tuple(map(part_from_dict, given))
 
 
 def part_from_dict(data: dict[str, Any]) -> Part:

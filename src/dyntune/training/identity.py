@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.utils.data import Dataset
 
 from dyntune.data.base import LabelledImages
 from dyntune.model.tuned import TunedModel
-from dyntune.parts.registry import expand, part_from_dict, resolve
+from dyntune.parts.registry import as_in_files, expand, part_from_dict, resolve
 from dyntune.parts.spec import Part, format_spec
 from dyntune.training.settings import TrainSettings
 from dyntune.training.teacher import teacher_identity
@@ -67,11 +66,7 @@ def _parts(identity: dict[str, Any]) -> list[Part]:
     """The parts of a run; of one that recorded its spec alone, what that stood for."""
     if "parts" in identity:
         return [part_from_dict(part) for part in identity["parts"]]
-    given = [
-        {"type": part.name()} | {f.name: v for f in fields(part) if (v := getattr(part, f.name)) != f.default}
-        for part in resolve([identity["spec"]])
-    ]
-    return list(expand(map(part_from_dict, given)))
+    return list(expand(as_in_files(resolve([identity["spec"]]))))
 
 
 def _data_digest(dataset: Dataset[Any]) -> str | None:

@@ -1,6 +1,7 @@
 """Recipes of dispatch: the course of target and noise, the pace of gates, what files and other loops see of them."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 import dyntune
 from dyntune.core.errors import SpecError, TrainingError
+from dyntune.model.adapter_folder import CONFIG
 from dyntune.model.rates import dispatchers
 from dyntune.parts.policies.dispatch import Dispatch
 from dyntune.parts.policies.dispatcher import Course
@@ -294,3 +296,19 @@ def test_the_complete_pass_grows_with_what_gates_are_meant_to_skip(make_host, im
     halves = 0.5 * torch.nn.functional.cross_entropy(logits[:2], labels[:2])
     torch.testing.assert_close(terms[35]["complete"], halves)
     torch.testing.assert_close(terms[60]["complete"], torch.nn.functional.cross_entropy(logits, labels))
+
+
+def test_a_saved_model_that_knows_no_recipe_keeps_the_name_of_its_preset(make_host, tmp_path):
+    dyntune.tune(make_host(), "dyt:rate=0.7,recipe=published").save(tmp_path)
+    file = tmp_path / CONFIG
+    config = json.loads(file.read_text())
+    config["spec"] = "dyt:rate=0.7"
+    for name in ("recipe", "course", "quiet", "moves", "complete_course"):
+        del config["parts"][1][name]
+    config["parts"][1] |= {"bias": 0.0, "rate_weight": 2.0, "rate_of": "training", "explore": None}
+    file.write_text(json.dumps(config))
+    loaded = dyntune.load(tmp_path, backbone=make_host())
+    (dispatch,) = loaded.policies
+    assert {name: dispatch.chosen(name) for name in PUBLISHED} == PUBLISHED
+    assert loaded.methods[0].scale == 0.1
+    assert loaded.spec == "dyt:rate=0.7,recipe=published"

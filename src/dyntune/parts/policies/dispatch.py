@@ -115,8 +115,12 @@ class Dispatch(GatingPolicy):
 
     @classmethod
     def completed(cls, options: dict[str, Any]) -> dict[str, Any]:
-        # Files that know no recipes have every option of the published one.
-        return {"recipe": "published"} | options
+        if "recipe" in options:
+            return options
+        # Files that know no recipes have the published one, and write its options out.
+        published = RECIPES["published"]
+        own = {name: value for name, value in options.items() if name not in published or value != published[name]}
+        return {"recipe": "published"} | own
 
     def chosen(self, option: str) -> Any:
         """The value of an option, the recipe's where it is left to it."""
