@@ -83,7 +83,25 @@ def _fold(chain: Chain, out: Site) -> None:
         cast(Ref, link).clear()
 
 
-class HostedAttention(Attention):
+class _OfModules:
+    """What attention and MLP have in common where they are made of the host's modules."""
+
+    norm_site: Site | None
+    chain: Chain
+
+    @property
+    def norm_first(self) -> bool:
+        return self.norm_site is not None
+
+    def norm(self, x: Tensor) -> Tensor:
+        return x if self.norm_site is None else self.norm_site(x)
+
+    @property
+    def drop_path_rate(self) -> float:
+        return _drop_path_rate(self.chain)
+
+
+class HostedAttention(_OfModules, Attention):
     """An attention sub-layer made of the host's modules.
 
     ``x`` goes through ``norm``; ``maps`` give queries, keys and values, which ``q_norm`` and ``k_norm`` see head by
@@ -134,17 +152,6 @@ class HostedAttention(Attention):
         self.dropout = dropout
         self.table = table
         self.own_relative = relative
-
-    @property
-    def norm_first(self) -> bool:
-        return self.norm_site is not None
-
-    def norm(self, x: Tensor) -> Tensor:
-        return x if self.norm_site is None else self.norm_site(x)
-
-    @property
-    def drop_path_rate(self) -> float:
-        return _drop_path_rate(self.chain)
 
     def project(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         normed = self.normed(tokens)
@@ -202,7 +209,7 @@ class HostedAttention(Attention):
                 site.set_bias(site.bias)
 
 
-class HostedMlp(Mlp):
+class HostedMlp(_OfModules, Mlp):
     """An MLP sub-layer made of the host's modules: ``x`` goes through ``norm``, then through ``chain``.
 
     Args:
@@ -233,17 +240,6 @@ class HostedMlp(Mlp):
         self.chain = tuple(chain)
         self.out = out
         self.layers = tuple(layers) or self.chain
-
-    @property
-    def norm_first(self) -> bool:
-        return self.norm_site is not None
-
-    def norm(self, x: Tensor) -> Tensor:
-        return x if self.norm_site is None else self.norm_site(x)
-
-    @property
-    def drop_path_rate(self) -> float:
-        return _drop_path_rate(self.chain)
 
     @property
     def parts(self) -> MlpParts | None:
