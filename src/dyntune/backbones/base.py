@@ -108,6 +108,11 @@ class Backbone(nn.Module, abc.ABC):
         """A host model by name; see ``dyntune.backbones.hosts.create_backbone``."""
         raise BackboneError(f"no model can be built from the name {name!r}; build it yourself, and give the model.")
 
+    @classmethod
+    def recorded(cls, name: str) -> tuple[str, ...]:
+        """Names of the arguments that ``origin`` records for a model of this name."""
+        return cls.arguments
+
     def origin(self) -> BackboneSource:
         """What builds this host again, where a name does."""
         return BackboneSource(None)
@@ -156,6 +161,19 @@ class Backbone(nn.Module, abc.ABC):
     def readout(self, tokens: Tokens) -> Tensor:
         """Finished tokens to logits ``(B, classes)``; in a mean, tokens count by ``tokens.provenance.weights``."""
 
+    def pooled(self, tokens: Tokens) -> Tensor:
+        """Finished tokens to what the classifier reads, ``(B, C)``, of hosts with one linear classifier.
+
+        Raises:
+            BackboneError: the family does not tell.
+        """
+        raise BackboneError(f"{type(self.host).__name__} does not tell pooled features from its classifier.")
+
+    @property
+    def poolers(self) -> tuple[nn.Module, ...]:
+        """The host's own modules between its last norm and its classifier."""
+        return ()
+
     def host_logits(self, images: Tensor) -> Tensor:
         """What the host's own forward pass makes of images ``(B, 3, height, width)``: ``(B, classes)``."""
         return self.host(images)
@@ -185,6 +203,14 @@ class Backbone(nn.Module, abc.ABC):
         """The classifier's modules: always trained, always saved, never counted among a method's parameters."""
 
     @property
+    def necks(self) -> tuple[nn.Module, ...]:
+        """Modules in front of the classifier that are as new as it is: trained, saved and left out of counts with it.
+
+        Their MACs are the model's, not the head's.
+        """
+        return ()
+
+    @property
     def classes(self) -> int:
         """Number of classes of the classifier; 0 without one."""
         return next((head.out_features for head in self.heads if isinstance(head, nn.Linear)), 0)
@@ -193,6 +219,11 @@ class Backbone(nn.Module, abc.ABC):
     @abc.abstractmethod
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images that the backbone was built for."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input: of an image, or frames, channels, height and width of a clip."""
+        return self.image_shape
 
     @property
     @abc.abstractmethod
@@ -323,8 +354,8 @@ class Backbone(nn.Module, abc.ABC):
             yield from (block, block.attn, block.mlp)
 
     def head_parameters(self) -> set[str]:
-        """Names, as in ``named_parameters``, of the head's parameters."""
-        ids = {id(p) for head in self.heads for p in head.parameters()}
+        """Names, as in ``named_parameters``, of the head's parameters, those of ``necks`` included."""
+        ids = {id(p) for head in (*self.heads, *self.necks) for p in head.parameters()}
         return {name for name, p in self.named_parameters() if id(p) in ids}
 
 

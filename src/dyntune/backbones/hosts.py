@@ -98,7 +98,7 @@ def check_arguments(name: str | None, arguments: Any) -> dict[str, Any]:
     Raises:
         BackboneError: another argument, or a value that is no plain number, text or list of numbers.
     """
-    known = {argument for family in _builders(name or "") for argument in family.arguments}
+    known = recorded(name or "")
     if not isinstance(arguments, dict) or not set(arguments) <= known:
         raise BackboneError(f"backbone arguments {arguments!r}: expected only {', '.join(sorted(known))}.")
     for key, value in arguments.items():
@@ -106,6 +106,11 @@ def check_arguments(name: str | None, arguments: Any) -> dict[str, Any]:
         if not numbers and type(value) not in (int, bool, str):
             raise BackboneError(f"backbone argument {key}={value!r}: expected a number, a text or a list of numbers.")
     return arguments
+
+
+def recorded(name: str) -> set[str]:
+    """Names of the arguments that the families which build models of such names record."""
+    return {argument for family in _builders(name) for argument in family.recorded(name)}
 
 
 def _builders(name: str) -> list[type[Backbone]]:

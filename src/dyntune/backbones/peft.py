@@ -163,8 +163,16 @@ class PeftBackbone(Backbone):
         return tuple(_active(head) for head in self.inner.heads)
 
     @property
+    def necks(self) -> tuple[nn.Module, ...]:
+        return self.inner.necks
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         return self._image_shape
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return *self.inner.input_shape[:-3], *self._image_shape
 
     @property
     def grid(self) -> tuple[int, int]:

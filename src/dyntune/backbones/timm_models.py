@@ -121,10 +121,20 @@ class TimmBackbone(Backbone):
         host = self.host
         if not host.global_pool and tokens.provenance.owner is not None:  # the head reads every patch
             tokens = tokens.with_x(torch.cat([tokens.x[:, : tokens.prefix], tokens.on_grid().flatten(2).mT], dim=1))
-        weights = tokens.provenance.weights
-        if weights is None or host.global_pool in ("", "token"):
+        if tokens.provenance.weights is None or host.global_pool in ("", "token"):
             return host.forward_head(tokens.x)
-        return host.head(host.head_drop(host.fc_norm(self._pooled(tokens, weights))))
+        return host.head(self.pooled(tokens))
+
+    def pooled(self, tokens: Tokens) -> Tensor:
+        host, weights = self.host, tokens.provenance.weights
+        if weights is None or host.global_pool in ("", "token"):
+            return host.forward_head(tokens.x, pre_logits=True)
+        return host.head_drop(host.fc_norm(self._pooled(tokens, weights)))
+
+    @property
+    def poolers(self) -> tuple[nn.Module, ...]:
+        own = (getattr(self.host, name, None) for name in ("fc_norm", "attn_pool"))
+        return tuple(module for module in own if module is not None)
 
     def _pooled(self, tokens: Tokens, weights: Tensor) -> Tensor:
         """The host's pooling, ``(B, C)``, with weights ``(B, P)`` of the patches."""

@@ -203,7 +203,7 @@ def _timed_images(model: TunedModel, data: DataSplits | None, calibration: Tenso
     if calibration is not None and len(calibration) >= batch_size:
         return calibration[:batch_size]
     err.print("timing on noise: on it, gates may open more or less than on images. Give --check DATA for those.")
-    return torch.randn(batch_size, *model.backbone.image_shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(batch_size, *model.backbone.input_shape, generator=torch.Generator().manual_seed(0))
 
 
 def _with_masks(

@@ -39,7 +39,7 @@ def load_data(
 
     Args:
         data: ``digits``; ``shapes-location`` or ``shapes-orientation``; ``folder:PATH``, ``vtab:PATH`` or just a PATH;
-            ``torch/NAME``, ``hfds/NAME``, ``wds/PATH`` or ``tfds/NAME``; or what a source of another distribution
+            ``video-folder:PATH``, ``video-list:FILE``; ``torch/NAME``, ``hfds/NAME``, ``wds/PATH`` or ``tfds/NAME``; or what a source of another distribution
             takes. A name wins over a folder that is called the same; a :class:`~pathlib.Path` is always a folder.
         seed: chooses the validation images where they must be split off, and the pictures of procedural sets.
         val_fraction: share of the training images to split off, between 0 and 1, where there is no validation split.
@@ -51,7 +51,7 @@ def load_data(
             or cannot be read are left out and named in ``skipped``.
 
     Returns:
-        The splits, giving PIL RGB images; put a transform on them with ``with_transform``.
+        The splits, giving PIL RGB images, or videos; put a transform on them with ``with_transform``.
 
     Raises:
         DataError: there is no such data set, or it is malformed, or it can neither be found nor downloaded.
@@ -105,7 +105,7 @@ def _without_unreadable(data: LabelledImages) -> LabelledImages:
 
     def readable(index: int) -> bool:
         try:
-            data.read(index)
+            data.read(index).load()  # what is opened when it is read, such as a video
         except DataError:
             return False
         return True

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from dyntune.core.errors import DataError, unknown_name
 from dyntune.data.base import LabelledImages
+from dyntune.data.clips import ClipTransform, Sampling
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
@@ -23,12 +24,14 @@ class Preprocessing:
         mean: subtracted from each of the three colour channels, on a scale of 0 to 1.
         std: each channel is divided by it after that.
         interpolation: one of :data:`INTERPOLATIONS`, as timm names them.
+        clip: how clips are taken from videos, of a backbone that takes clips; None for images.
     """
 
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
+    clip: Sampling | None = None
 
     def __post_init__(self) -> None:
         if len(self.size) != 2 or min(self.size) < 1:
@@ -71,6 +74,7 @@ class Preprocessing:
             "mean": list(self.mean),
             "std": list(self.std),
             "interpolation": self.interpolation,
+            **({} if self.clip is None else {"clip": self.clip.to_dict()}),
         }
 
     @classmethod
@@ -80,6 +84,10 @@ class Preprocessing:
         Raises:
             DataError: a value is missing, unknown or of the wrong kind.
         """
+        clip = None
+        if isinstance(values, Mapping) and "clip" in values:
+            clip = Sampling.from_dict(values["clip"])
+            values = {name: value for name, value in values.items() if name != "clip"}
         fields = {"size", "mean", "std", "interpolation"}
         if set(values) != fields:
             raise DataError(f"preprocessing has the entries {sorted(values)}: expected {sorted(fields)}.")
@@ -92,13 +100,17 @@ class Preprocessing:
                 f"preprocessing {dict(values)} cannot be read ({error}): expected size as two whole numbers, mean and "
                 "std as three numbers each."
             ) from error
-        return cls((height, width), mean, std, str(values["interpolation"]))
+        return cls((height, width), mean, std, str(values["interpolation"]), clip)
 
 
 def build_transform(
-    preprocessing: Preprocessing, *, train: bool = False, augment: Literal["none", "timm"] = "none"
-) -> Callable[[Image.Image], torch.Tensor]:
-    """The transform from a PIL RGB image to a float32 tensor (3, H, W), normalised.
+    preprocessing: Preprocessing,
+    *,
+    train: bool = False,
+    augment: Literal["none", "timm"] = "none",
+    every_view: bool = False,
+) -> Callable[[Any], torch.Tensor]:
+    """The transform from a PIL RGB image to a float32 tensor (3, H, W), normalised; of videos, see ``ClipTransform``.
 
     Args:
         preprocessing: size, mean, std and interpolation.
@@ -108,12 +120,16 @@ def build_transform(
             (``timm.data.create_transform(is_training=True)``). Only training images are augmented: with
             ``train=False`` the direct resize is given either way, so that validation, test and prediction
             always see an image the same way.
+        every_view: of videos, whether a test gives all of its views instead of the middle one alone.
 
     Raises:
         DataError: ``augment`` is neither.
     """
     if augment not in ("none", "timm"):
         raise DataError(unknown_name("augmentation", str(augment), ("none", "timm")))
+    pixels = (preprocessing.size, preprocessing.mean, preprocessing.std, preprocessing.interpolation)
+    if preprocessing.clip is not None:
+        return ClipTransform(preprocessing.clip, *pixels, train=train, augment=augment, every_view=every_view)
     if augment == "timm" and train:
         from timm.data import create_transform
 
@@ -138,8 +154,8 @@ def build_transform(
     return plain
 
 
-def preprocessed(dataset: Dataset[Any], preprocessing: Preprocessing) -> Dataset[Any]:
-    """Labelled PIL images with the preprocessing put on; any other data set as it is."""
+def preprocessed(dataset: Dataset[Any], preprocessing: Preprocessing, *, every_view: bool = False) -> Dataset[Any]:
+    """Labelled PIL images or videos with the preprocessing put on; any other data set as it is."""
     if isinstance(dataset, LabelledImages) and dataset.transform is None:
-        return dataset.with_transform(build_transform(preprocessing))
+        return dataset.with_transform(build_transform(preprocessing, every_view=every_view))
     return dataset

@@ -45,7 +45,7 @@ def install(backbone: Backbone, parts: Sequence[Part]) -> tuple[TokenPolicy, ...
     host = backbone.host
     trained_before = {p: p.requires_grad for p in host.parameters()}
     host.requires_grad_(False)
-    for parameter in chain(backbone.adopted, *(head.parameters() for head in backbone.heads)):
+    for parameter in chain(backbone.adopted, *(m.parameters() for m in (*backbone.heads, *backbone.necks))):
         parameter.requires_grad_(True)
     try:
         for part in installed:

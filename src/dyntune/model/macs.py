@@ -236,7 +236,7 @@ def trace(backbone: Backbone, policies: Sequence[TokenPolicy]) -> Trace:
         for path, module in traced.named_modules()
         for name, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
     }
-    images = torch.empty(1, *backbone.image_shape, device="meta", dtype=next(backbone.parameters()).dtype)
+    images = torch.empty(1, *backbone.input_shape, device="meta", dtype=next(backbone.parameters()).dtype)
     modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
     try:

@@ -328,7 +328,7 @@ def _batches(model: Calibrated, data: Dataset[Any] | Tensor, images: int, batch_
         raise DataError(f"calibration needs images; given {size}, of which {images} were to be used.")
     places = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:count]
     if isinstance(data, Tensor):
-        if data.ndim != 4 or not data.is_floating_point():
+        if data.ndim != len(model.backbone.input_shape) + 1 or not data.is_floating_point():
             raise DataError(
                 f"calibration takes preprocessed images (N, 3, height, width) in floating point; given {data.dtype} of "
                 f"shape {tuple(data.shape)}. Give what the model is given."

@@ -100,7 +100,7 @@ def check_bypass(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
     """
     if backbone.bypass is None:
         return
-    behind = {*backbone.bypass.parameters(), *(p for head in backbone.heads for p in head.parameters())}
+    behind = {*backbone.bypass.parameters(), *(p for m in (*backbone.heads, *backbone.necks) for p in m.parameters())}
     trained = [name for name, p in backbone.named_parameters() if p.requires_grad and p not in behind]
     if policies or trained:
         raise BackboneError(

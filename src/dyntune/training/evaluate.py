@@ -23,7 +23,7 @@ class Evaluation:
     """What a model does on a set of images.
 
     Args:
-        images: how many there were.
+        images: how many there were; videos, where each is one whatever its views.
         figures: of the model's task, by name; for classification ``accuracy`` and ``loss``.
         activation: mean share of active patches; 1 for a model without gates.
         activation_per_unit: the same for each gated unit, by path; empty for a model without gates.
@@ -64,8 +64,31 @@ class Evaluation:
 
 
 def as_tensors(dataset: Dataset[Any], model: TunedModel) -> Dataset[Any]:
-    """Labelled PIL images with the model's preprocessing put on; any other data set as it is."""
-    return preprocessed(dataset, model.preprocessing)
+    """Labelled PIL images, or all views of videos, with the preprocessing put on; any other data set as it is."""
+    return preprocessed(dataset, model.preprocessing, every_view=True)
+
+
+def in_views(model: TunedModel, batch: Tensor) -> tuple[Tensor, int]:
+    """A batch as the model takes it, and how many in a row of it belong together.
+
+    Args:
+        model: whose inputs have a shape.
+        batch: inputs, or of videos that are seen in V views ``(B, V, T, 3, height, width)``.
+
+    Returns:
+        Inputs ``(B V, ...)``, and V.
+    """
+    if batch.ndim != len(model.backbone.input_shape) + 2:
+        return batch, 1
+    return batch.flatten(0, 1), batch.shape[1]
+
+
+def over_views(model: TunedModel, outputs: Tensor, views: int) -> Tensor:
+    """Outputs ``(B V, ...)`` averaged over V views, as the model's sampling says."""
+    if views == 1:
+        return outputs
+    clip = model.preprocessing.clip
+    return model.task.averaged(outputs.unflatten(0, (-1, views)), "probabilities" if clip is None else clip.average)
 
 
 @torch.no_grad()
@@ -106,13 +129,14 @@ def evaluate(
     counter = MacCounter() if count_macs else None
     try:
         for batch, targets in batches:
-            batch, targets = batch.to(device), targets.to(device)
+            batch, views = in_views(model, batch.to(device))
+            targets = targets.to(device)
             with counter or nullcontext():
                 output = model.run(batch, execution=execution)
-            metric.update(output.logits.float(), targets)
-            images += len(batch)
+            metric.update(over_views(model, output.logits.float(), views), targets)
+            images += len(targets)
             for gate in output.gates:
-                active[gate.unit] = active.get(gate.unit, 0.0) + float(gate.values.float().mean(1).sum())
+                active[gate.unit] = active.get(gate.unit, 0.0) + len(targets) * float(gate.values.float().mean())
             tokens = {reduction.unit: reduction.count for reduction in output.reductions}
     finally:
         model.train(training)

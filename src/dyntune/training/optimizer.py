@@ -61,6 +61,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def pretrained_parameters(backbone: Backbone) -> set[nn.Parameter]:
     """The backbone's own parameters: without its head, and without what methods and other libraries put on it."""
     new = {*backbone.adopted}
-    for module in (*backbone.heads, *(change for site in backbone.sites() for change in site.changes.values())):
+    for module in (
+        *backbone.heads,
+        *backbone.necks,
+        *(change for site in backbone.sites() for change in site.changes.values()),
+    ):
         new |= {*module.parameters()}
     return {*backbone.host.parameters()} - new

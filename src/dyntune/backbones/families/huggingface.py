@@ -341,6 +341,12 @@ class HuggingFace(Backbone):
         return tokens.with_x(getattr(self.tower, self._norm)(tokens.x)).without_prompts()
 
     def readout(self, tokens: Tokens) -> Tensor:
+        features = self.pooled(tokens)
+        if self._distilled:
+            return (self.host.cls_classifier(features) + self.host.distillation_classifier(tokens.x[:, 1])) / 2
+        return self.host.classifier(features) if self.heads else features
+
+    def pooled(self, tokens: Tokens) -> Tensor:
         read = []
         if "token" in self._pooled:
             token = tokens.x[:, 0]
@@ -355,10 +361,13 @@ class HuggingFace(Backbone):
             else:
                 weights = weights.to(patches.dtype).unsqueeze(-1)
                 read.append((patches * weights).sum(1) / weights.sum(1))
-        features = torch.cat(read, dim=1)
-        if self._distilled:
-            return (self.host.cls_classifier(features) + self.host.distillation_classifier(tokens.x[:, 1])) / 2
-        return self.host.classifier(features) if self.heads else features
+        return torch.cat(read, dim=1)
+
+    @property
+    def poolers(self) -> tuple[nn.Module, ...]:
+        behind = getattr(self.tower, self._norm) if self._norm_behind and "token" in self._pooled else None
+        head = self.tower.head if "probe" in self._pooled else None
+        return tuple(module for module in (behind, head) if module is not None)
 
     def _probe(self, tokens: Tokens) -> Tensor:
         """SigLIP's attention pool, ``(B, C)``, in which tokens count by their weights."""

@@ -116,7 +116,7 @@ def check(
             if masks is not None:
                 for unit, mask, gate in zip(seeing.gates, masks.unbind(1), output.gates, strict=True):
                     agree = mask == (gate.on_patches > 0.5).cpu()
-                    gates[unit] = gates.get(unit, 0.0) + float(agree.float().mean(1).sum())
+                    gates[unit] = gates.get(unit, 0.0) + len(batch) * float(agree.float().mean())
     finally:
         before.train(training)
     if not images:

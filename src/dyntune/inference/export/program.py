@@ -35,7 +35,7 @@ def export_program(model: OptimizedModel, masks: bool) -> ExportedProgram:
     Raises:
         ExportError: masks are wanted of a model without gates, or the model computes something that no graph holds.
     """
-    images = torch.zeros(_TRACED, *model.backbone.image_shape)
+    images = torch.zeros(_TRACED, *model.backbone.input_shape)
     if masks and not model.run(images).gates:
         raise ExportError(f"{model.spec} has no gates, so there are no masks to export; export it without.")
     shapes = {INPUT: {0: Dim("batch", min=1)}}

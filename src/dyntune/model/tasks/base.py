@@ -107,6 +107,15 @@ class Task(abc.ABC):
         metric.update(outputs.float(), targets)
         return metric.figures()[self.merit]
 
+    def averaged(self, outputs: Tensor, average: str) -> Tensor:
+        """Outputs of several views of each input, ``(B, V, outputs, ...)``, as those of one, ``(B, outputs, ...)``.
+
+        Args:
+            outputs: of the model.
+            average: what users asked to be averaged, ``logits`` or ``probabilities``; see ``Sampling``.
+        """
+        return outputs.mean(1)
+
     @abc.abstractmethod
     def predictions(self, outputs: Tensor, names: Sequence[str] | None, most: int) -> list[dict[str, Any]]:
         """What is predicted for each image, as plain JSON values; of alternatives, at most ``most``."""

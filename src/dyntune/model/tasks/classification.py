@@ -38,16 +38,20 @@ class Classification(Task):
     merit = "accuracy"
 
     def mix(self, images: Tensor, targets: Tensor, outputs: int, settings: TargetSettings) -> tuple[Tensor, Tensor]:
-        """Mixes each image with its mirror in the batch, by timm; of an odd number, the last image stays as it is."""
+        """Mixes each image with its mirror in the batch, by timm; of an odd number, the last image stays as it is.
+
+        Of clips all frames are mixed alike.
+        """
         if not settings.mixup and not settings.cutmix:
             return images, targets
+        shape, images = images.shape, images.flatten(1, -3)  # frames of a clip lie side by side, as channels do
         smoothing = settings.label_smoothing
         mixup = Mixup(settings.mixup, settings.cutmix, label_smoothing=smoothing, num_classes=outputs)
         even = len(images) - len(images) % 2
         parts = [mixup(images[:even], targets[:even])] if even else []
         if even < len(images):
             parts.append((images[even:], mixup_target(targets[even:], outputs, 1.0, smoothing)))
-        return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+        return torch.cat([x for x, _ in parts]).view(shape), torch.cat([y for _, y in parts])
 
     def loss(self, outputs: Tensor, targets: Tensor, settings: TargetSettings | None = None) -> Tensor:
         """Cross-entropy. Targets that are mixed are smoothed already."""
@@ -64,6 +68,10 @@ class Classification(Task):
     def score(self, outputs: Tensor, targets: Tensor) -> float:
         """The accuracy, without the loss, which training has computed already."""
         return float((outputs.argmax(-1) == targets).float().mean())
+
+    def averaged(self, outputs: Tensor, average: str) -> Tensor:
+        """As the base's; with ``probabilities``, the logarithm of the mean probability."""
+        return outputs.softmax(-1).mean(1).log() if average == "probabilities" else outputs.mean(1)
 
     def predictions(self, outputs: Tensor, names: Sequence[str] | None, most: int) -> list[dict[str, Any]]:
         """``top``: the classes with their labels and probabilities, the most probable first."""

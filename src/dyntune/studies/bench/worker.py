@@ -130,7 +130,7 @@ def _images(plan: Plan, model: TunedModel) -> Tensor:
     count = max(plan.batch_sizes)
     if plan.data is None:
         generator = torch.Generator().manual_seed(plan.seed + 1)
-        return torch.randn(count, *model.backbone.image_shape, generator=generator)
+        return torch.randn(count, *model.backbone.input_shape, generator=generator)
     test = load_data(plan.data).test
     if test is None or len(test) < count:
         raise DataError(

@@ -1,0 +1,394 @@
+"""Video files, folders and lists of them, on real files that are written on the spot."""
+
+import multiprocessing
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dyntune.core.errors import DataError
+from dyntune.data import Preprocessing, build_transform, load_data
+from dyntune.data.clips import Sampling
+from dyntune.data.videos import Video, expand_videos, list_videos
+
+av = pytest.importorskip("av")
+from dyntune.data.video_files import about, write_video  # noqa: E402
+
+COUNT = 30
+
+
+def frames_of(count, height=48, width=64):
+    """Frames whose grey level is eight times their number, brighter in the upper half."""
+    for number in range(count):
+        frame = np.full((height, width, 3), number * 8 % 250, np.uint8)
+        frame[: height // 2] += 5
+        yield frame
+
+
+def numbers(video, indices):
+    return [round((np.asarray(frame, float).mean() - 2.5) / 8) for frame in video.read(indices)]
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    path = tmp_path_factory.mktemp("films") / "film.mp4"
+    write_video(path, frames_of(COUNT))
+    return path
+
+
+def encoded(path, codec, container, times=None, count=COUNT, **options):
+    """A file in another format, or with its frames at given times, in thousandths of a second."""
+    from fractions import Fraction
+
+    with av.open(str(path), "w", format=container) as out:
+        stream = out.add_stream(codec, rate=12, options=options)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        if times:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number, pixels in enumerate(frames_of(count)):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if times:
+                frame.pts, frame.time_base = times[number], Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return path
+
+
+def test_frames_are_read_by_their_number(film):
+    video = Video(film)
+    assert len(video) == COUNT and video.about().size == (64, 48)
+    assert numbers(video, [3, 0, 29, 3]) == [3, 0, 29, 3]
+    assert numbers(Video(film.read_bytes()), [7]) == [7]
+    with pytest.raises(DataError, match="has 30 frames"):
+        video.read([30])
+
+
+def test_far_frames_are_sought_and_are_the_same(tmp_path):
+    """With a keyframe every 20 frames and frames that are stored in another order than shown."""
+    path = encoded(tmp_path / "long.mp4", "libx264", "mp4", count=200, g="20", bf="2")
+    video = Video(path)
+    plain = [np.asarray(frame) for frame in video.read(range(200))]
+    wanted = [1, 70, 71, 150, 199, 198]
+    for number, frame in zip(wanted, video.read(wanted), strict=True):
+        assert np.array_equal(np.asarray(frame), plain[number])
+
+
+@pytest.mark.parametrize(
+    ("codec", "container"), [("libvpx-vp9", "webm"), ("mpeg4", "avi"), ("libx264", "matroska"), ("libx265", "mp4")]
+)
+def test_other_formats(tmp_path, codec, container):
+    video = Video(encoded(tmp_path / f"film.{container}", codec, container))
+    assert len(video) == COUNT and numbers(video, [0, 14, 29]) == [0, 14, 29]
+
+
+def test_frames_of_a_variable_rate_are_counted_not_timed(tmp_path):
+    times = [number * 40 if number < 10 else 400 + (number - 10) * 200 for number in range(COUNT)]
+    video = Video(encoded(tmp_path / "variable.mp4", "libx264", "mp4", times))
+    assert len(video) == COUNT and numbers(video, [5, 12, 28]) == [5, 12, 28]
+
+
+def test_frames_are_turned_as_the_file_says(film, tmp_path):
+    """A phone that is held upright stores lying frames, and a matrix that turns them by 90 degrees clockwise."""
+    data = bytearray(film.read_bytes())
+    place = data.index(b"tkhd") + 4 + 40
+    data[place : place + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    turned = tmp_path / "turned.mp4"
+    turned.write_bytes(data)
+    plain, frame = (Video(path).read([4])[0] for path in (film, turned))
+    assert frame.size == (48, 64)
+    assert np.array_equal(np.asarray(frame), np.rot90(np.asarray(plain), -1))
+
+
+def sound(path):
+    with av.open(str(path), "w", format="mp4") as out:
+        stream = out.add_stream("aac", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+
+
+def broken(kind, film, path):
+    data = film.read_bytes()
+    if kind == "missing":
+        return
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("no video\n" * 100)
+    elif kind == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif kind == "picture":
+        Image.new("RGB", (8, 8)).save(path, format="png")
+    elif kind == "sound":
+        sound(path)
+    elif kind == "list":
+        path.write_text(f"ffconcat version 1.0\nfile {film}\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "no such video file"),
+        ("empty", "cannot be opened"),
+        ("text", "cannot be opened"),
+        ("cut", "cannot be opened"),
+        ("picture", "cannot be opened"),
+        ("list", "cannot be opened"),
+        ("sound", "no pictures, only sound"),
+    ],
+)
+def test_broken_files_are_named(film, tmp_path, kind, message):
+    path = tmp_path / "broken.mp4"
+    broken(kind, film, path)
+    with pytest.raises(DataError, match=message) as caught:
+        Video(path).load()
+    assert "broken.mp4" in str(caught.value)
+
+
+def test_a_file_that_stops_early_gives_the_frames_it_has(film, tmp_path):
+    path = tmp_path / "short.mp4"
+    noise = np.random.default_rng(0)
+    plain = tmp_path / "plain.mp4"
+    with av.open(str(plain), "w", format="mp4", options={"movflags": "faststart"}) as out:
+        stream = out.add_stream("libx264", rate=12, options={"g": "5", "bf": "0"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for _ in range(COUNT):
+            pixels = noise.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        out.mux(stream.encode(None))
+    data = plain.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    video = Video(path)
+    assert len(video) == COUNT and len(video.read([0, 4])) == 2
+    with pytest.raises(DataError, match=r"stops after \d+ of 30 frames"):
+        video.load()
+
+
+def test_one_frame_is_a_video(tmp_path):
+    write_video(tmp_path / "one.mp4", frames_of(1))
+    clip = build_transform(preprocessing(Sampling(4, 2)))(Video(tmp_path / "one.mp4"))
+    assert clip.shape == (4, 3, 32, 32) and torch.equal(clip[0], clip[3])
+
+
+def preprocessing(clip, size=32):
+    return Preprocessing((size, size), (0.5,) * 3, (0.5,) * 3, "bicubic", clip)
+
+
+@pytest.mark.parametrize("sampling", ["spans", "segments"])
+def test_indices_of_videos_of_any_length(sampling):
+    for frames, stride in ((1, 1), (4, 3), (8, 16)):
+        plan = Sampling(frames, stride, sampling)
+        for count in range(1, 300):
+            for one in (plan.training_indices(count), *plan.test_indices(count)):
+                assert len(one) == frames and one == sorted(one) and 0 <= one[0] and one[-1] < count
+
+
+def test_indices_are_those_that_are_written():
+    assert Sampling(3, 4).test_indices(29) == [[10, 14, 18]]
+    assert Sampling(3, 4, spans=3).test_indices(29) == [[0, 4, 8], [10, 14, 18], [20, 24, 28]]
+    assert Sampling(3, 4).test_indices(6) == [[0, 4, 5]]
+    assert Sampling(4, sampling="segments").test_indices(41) == [[5, 15, 25, 35]]
+    starts = {Sampling(3, 4).training_indices(12)[0] for _ in range(200)}
+    assert starts == {0, 1, 2, 3}
+    drawn = [Sampling(2, sampling="segments").training_indices(5) for _ in range(200)]
+    assert {one[0] for one in drawn} == {0, 1, 2} and {one[1] for one in drawn} == {2, 3, 4}
+
+
+class Drawn:
+    """Frames without a file: one coloured gradient for all of them."""
+
+    def __init__(self, width, height, count=40):
+        self.count = count
+        across = np.linspace(0, 255, width)[None].repeat(height, 0)
+        down = np.linspace(0, 255, height)[:, None].repeat(width, 1)
+        self.frame = Image.fromarray(np.stack([across, down, across], 2).astype(np.uint8))
+
+    def __len__(self):
+        return self.count
+
+    def read(self, indices, change):
+        return [change(self.frame) for _ in indices]
+
+
+def test_views_of_a_test():
+    transform = build_transform(preprocessing(Sampling(2, 4, spans=2, crops=3)), every_view=True)
+    views = transform(Drawn(64, 32))
+    assert views.shape == (6, 2, 3, 32, 32)
+    means = views[:3, 0, 0].mean((1, 2))
+    assert means[0] < -0.3 < means[1] < 0.3 < means[2] and torch.equal(views[:3], views[3:])
+    assert torch.equal(build_transform(preprocessing(Sampling(2, 4, crops=3)))(Drawn(64, 32)), views[1])
+    tall = transform(Drawn(32, 64))
+    assert tall[0, 0, 1].mean() < -0.3 and tall[2, 0, 1].mean() > 0.3
+
+
+@pytest.mark.parametrize("augment", ["none", "timm"])
+def test_all_frames_of_a_training_clip_are_changed_alike(augment):
+    transform = build_transform(preprocessing(Sampling(3, 2)), train=True, augment=augment)
+    clips = [transform(Drawn(80, 48)) for _ in range(12)]
+    assert all(torch.equal(clip[0], clip[1]) and torch.equal(clip[0], clip[2]) for clip in clips)
+    assert len({float(clip.mean()) for clip in clips}) > 6
+    slopes = [float(clip[0, 0, :, -8:].mean() - clip[0, 0, :, :8].mean()) for clip in clips]
+    assert min(slopes) < 0 < max(slopes)  # some are mirrored
+    still = build_transform(preprocessing(Sampling(3, 2, flip=0)), train=True, augment=augment)
+    assert all(clip[0, 0, :, -8:].mean() > clip[0, 0, :, :8].mean() for clip in (still(Drawn(80, 48)),) * 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": 0}, "frames=0"),
+        ({"sampling": "random"}, "unknown sampling"),
+        ({"average": "votes"}, "unknown average"),
+        ({"crops": 2}, "crops=2"),
+        ({"spans": 2, "sampling": "segments"}, "cover the whole video"),
+    ],
+)
+def test_samplings_that_are_refused(changes, message):
+    with pytest.raises(DataError, match=message):
+        Sampling(**changes)
+
+
+def test_sampling_is_saved_with_the_preprocessing():
+    given = preprocessing(Sampling(4, 3, spans=2, average="logits"))
+    assert Preprocessing.from_dict(given.to_dict()) == given
+    assert "clip" not in preprocessing(None).to_dict()
+    for wrong in ({"frames": "8"}, {"frame": 8}, {"flip": True}):
+        with pytest.raises(DataError, match="sampling of clips"):
+            Preprocessing.from_dict(given.to_dict() | {"clip": given.clip.to_dict() | wrong})
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """Two classes of films; one of them is a folder of frames."""
+    root = tmp_path_factory.mktemp("classes")
+    for split, count in (("train", 4), ("val", 2), ("test", 2)):
+        for label in ("down", "up"):
+            for number in range(count):
+                write_video(root / split / label / f"{number}.mp4", frames_of(8))
+    folder = root / "train" / "up" / "as_frames"
+    folder.mkdir()
+    for number, frame in enumerate(frames_of(5)):
+        Image.fromarray(frame).save(folder / f"{number:03}.png")
+    return root
+
+
+def test_a_folder_of_videos(films):
+    data = load_data(f"video-folder:{films}")
+    assert data.classes == ("down", "up") and [len(s) for s in (data.train, data.val, data.test)] == [9, 4, 4]
+    assert [len(data.train.read(index)) for index in range(9)] == [8] * 8 + [5]
+    assert [np.asarray(f).mean() for f in data.train.read(8).read([0, 4])] == [2.5, 34.5]
+    clip, label = data.train.with_transform(build_transform(preprocessing(Sampling(2))))[8]
+    assert clip.shape == (2, 3, 32, 32) and label == 1
+
+
+def test_class_folders_alone_are_split(films):
+    data = load_data(f"video-folder:{films / 'train'}")
+    assert data.classes == ("down", "up") and min(map(len, (data.train, data.val, data.test))) >= 2
+
+
+def test_bad_videos_are_left_out_and_named(films, tmp_path):
+    for label in ("down", "up"):
+        for number in range(3):
+            write_video(tmp_path / label / f"{number}.mp4", frames_of(4))
+    (tmp_path / "up" / "bad.mp4").write_bytes(b"nothing")
+    data = load_data(f"video-folder:{tmp_path}", on_corrupt="skip")
+    assert [name for name in data.skipped if name.endswith("bad.mp4")] == [*data.skipped] and data.skipped
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: None, "no folder"),
+        (lambda root: (root / "up").mkdir(parents=True), "no videos in the class folders 'up'"),
+        (lambda root: (root / "val").mkdir(parents=True), "val but no train"),
+        (lambda root: [(root / n).mkdir(parents=True) for n in ("train", "val", "valid")], "val and valid"),
+    ],
+)
+def test_folders_that_are_refused(tmp_path, make, message):
+    make(tmp_path / "set")
+    with pytest.raises(DataError, match=message):
+        load_data(f"video-folder:{tmp_path / 'set'}")
+
+
+def test_a_folder_of_images_is_named_as_one(photos):
+    with pytest.raises(DataError, match=r"Of images, give folder:"):
+        load_data(f"video-folder:{photos}")
+
+
+def test_lists(films, tmp_path):
+    names = [f"{label}/{n}.mp4" for label in ("down", "up") for n in range(4)]
+    text = "".join(f"{films}/train/{name} {name.startswith('up'):d}\n" for name in names)
+    (tmp_path / "train.csv").write_text(f"# path label\n{text}\n{films}/train/up/as_frames 5 1\n")
+    (tmp_path / "val.csv").write_text(f"{films}/val/up/0.mp4 1\n{films}/val/down/0.mp4 0\n")
+    data = load_data(f"video-list:{tmp_path / 'train.csv'}")
+    assert data.classes == ("0", "1") and data.train.targets == (0,) * 4 + (1,) * 5 and data.val.targets == (1, 0)
+    assert len(data.train.read(8)) == 5 and data.test is None
+    assert data.train.source(8).endswith("train.csv, line 11)")
+
+
+def test_lists_of_names_relative_to_them(films):
+    lines = [f"train/{label}/{n}.mp4,{label}" for n in range(3) for label in ("up", "down")]
+    (films / "some.txt").write_text("\n".join(lines))
+    data = load_data(f"video-list:{films / 'some.txt'}")
+    assert data.classes == ("down", "up") and len(data.train.read(0)) == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.mp4\n", "line 1: 'a.mp4' has no label"),
+        ("a.mp4 0\nb.mp4 up\n", "line 2: its label is a name"),
+        ("", "no lines"),
+    ]
+    + [("a.mp4 1523000\n", "highest label is 1523000")],
+)
+def test_lists_that_are_refused(tmp_path, text, message):
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_data(f"video-list:{tmp_path / 'list.txt'}")
+
+
+def test_arguments_of_commands(films, film):
+    assert expand_videos([str(film), str(films / "val" / "up" / "*.mp4")])[0] == film
+    assert expand_videos([str(films / "train" / "up" / "as_frames")]) == [films / "train" / "up" / "as_frames"]
+    assert len(expand_videos([str(films / "train")])) == 9 == len(list_videos(films / "train"))
+    with pytest.raises(DataError, match="no videos behind"):
+        expand_videos(["nowhere*"])
+
+
+def _length(video):
+    return len(video), numbers(video, [2])
+
+
+def test_a_video_goes_into_other_processes(film):
+    video = Video(film)
+    assert len(pickle.loads(pickle.dumps(video))) == COUNT
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(_length, (video,)) == (COUNT, [2])
+
+
+def test_what_is_kept_of_each_frame_is_all_that_is_kept(tmp_path):
+    """Reading frames of a large file one by one leaves no whole frame behind."""
+    import gc
+
+    path = tmp_path / "large.mp4"
+    write_video(path, frames_of(12, 480, 640))
+    alive = []
+
+    def change(frame):
+        gc.collect()
+        alive.append(sum(isinstance(o, Image.Image) and o.size == (640, 480) for o in gc.get_objects()))
+        return frame.resize((8, 8))
+
+    assert [frame.size for frame in Video(path).read(range(12), change)] == [(8, 8)] * 12
+    assert max(alive) <= min(alive) + 1
+
+
+def test_without_pyav_the_extra_is_named(monkeypatch, film):
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(DataError, match=r"dyntune\[video\]"):
+        about(film, "film")
