@@ -7,6 +7,7 @@ name, for instance ``dyntune.DyT`` and ``dyntune.AdaptFormer``.
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from dyntune.backbones.families.frames import ClipClassifier
 from dyntune.backbones.huggingface_models import add_classifier
 from dyntune.core.errors import DyntuneError
 from dyntune.core.version import VERSION as __version__
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Calibration",
+    "ClipClassifier",
     "Cost",
     "CourseCallback",
     "DyntuneError",

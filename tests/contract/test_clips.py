@@ -146,6 +146,23 @@ def test_a_saved_clip_model_is_built_again_by_name(tmp_path):
 
 
 @torch.no_grad()
+def test_a_checkpoint_of_the_public_code_is_read(build, randomise):
+    """Its head is called otherwise, and reads the tokens without their place in time."""
+    model, other = (dyntune.tune(build(time="none"), "linear").eval() for _ in range(2))
+    randomise(model.backbone.host, 7)
+    state = {}
+    for name, tensor in model.backbone.host.state_dict().items():
+        place, _, own = name.partition(".")
+        inside = "cross_attn." if own.split("_")[0] not in ("norm", "query") else ""
+        public = own if place == "vit" or own == "query_token" else f"attentive_blocks.{inside}{own}"
+        state[public] = tensor.clone()
+    assert {"query_token", "attentive_blocks.norm_k.bias", "attentive_blocks.cross_attn.q_bias"} < state.keys()
+    dyntune.load_published(other, state)
+    clips = clips_for(model.backbone.host, 2)
+    assert torch.equal(other(clips), model(clips))
+
+
+@torch.no_grad()
 def test_peft_around_a_clip_classifier(build, tmp_path):
     peft = pytest.importorskip("peft")
 
@@ -184,10 +201,16 @@ def test_what_is_refused(make_host, changes, message):
         ClipClassifier(make_host("plain"), **changes)
 
 
-@pytest.mark.parametrize(("kind", "changes"), [("plain", {"num_classes": 0}), ("distilled", {})])
+@pytest.mark.parametrize(("kind", "changes"), [("plain", {"global_pool": ""}), ("distilled", {})])
 def test_a_model_without_one_classifier_is_refused(make_host, kind, changes):
     with pytest.raises(dyntune.DyntuneError, match="linear classifier"):
         ClipClassifier(make_host(kind, **changes))
+
+
+@torch.no_grad()
+def test_without_a_classifier_the_model_gives_features(make_host):
+    host = ClipClassifier(make_host("plain", num_classes=0), FRAMES)
+    assert dyntune.tune(host, "dyt").eval()(clips_for(host, 2)).shape == (2, 32)
 
 
 def test_images_and_other_lengths_are_refused(build):

@@ -231,6 +231,11 @@ class Backbone(nn.Module, abc.ABC):
         """Rows and columns of patches in those images."""
 
     @property
+    def slices(self) -> int:
+        """How many grids of moments in time lie one above the other in ``grid``; 1 where it is an image's."""
+        return 1
+
+    @property
     @abc.abstractmethod
     def gradient_checkpointing(self) -> bool:
         """Whether blocks are recomputed in the backward pass to save memory."""
@@ -269,6 +274,10 @@ class Backbone(nn.Module, abc.ABC):
     def host_name(self, saved: str) -> str:
         """What the host calls the module that is called ``saved`` in files, both without ``host.`` in front."""
         return saved
+
+    def published_name(self, name: str) -> str:
+        """What a tensor of a public checkpoint of this kind of model is called in the plain host."""
+        return name
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The host's parameters that take part, under names and in pieces that no other version of its library changes.

@@ -179,6 +179,10 @@ class PeftBackbone(Backbone):
         return self.inner.grid
 
     @property
+    def slices(self) -> int:
+        return self.inner.slices
+
+    @property
     def gradient_checkpointing(self) -> bool:
         return self.inner.gradient_checkpointing
 
@@ -223,6 +227,9 @@ class PeftBackbone(Backbone):
     def saved_name(self, name: str) -> str:
         # Inactive adapters, which are not saved, put a level into the names of the host's own tensors too.
         return re.sub(r"\.(base_layer|original_module)(?=\.)", "", self.inner.saved_name(name))
+
+    def published_name(self, name: str) -> str:
+        return self.inner.published_name(name)
 
     def recipe(self) -> dict[str, Any]:
         dtype = next(self.host.parameters()).dtype

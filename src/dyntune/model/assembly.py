@@ -17,7 +17,7 @@ from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosts import wrap
 from dyntune.core.shapes import shapes_only
 from dyntune.model.macs import trace, traced_macs
-from dyntune.parts.checks import check_bypass, check_gates, check_reductions
+from dyntune.parts.checks import check_bypass, check_gates, check_grid, check_reductions
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import Searching, TokenPolicy
 from dyntune.parts.policies.gating import gating
@@ -52,6 +52,7 @@ def install(backbone: Backbone, parts: Sequence[Part]) -> tuple[TokenPolicy, ...
             cast(TuningMethod | TokenPolicy, part).install(backbone)
         for parameter in backbone.idle:
             parameter.requires_grad_(False)
+        check_grid(backbone)
         check_gates(backbone, policies)
         check_reductions(backbone, policies)
         check_bypass(backbone, policies)

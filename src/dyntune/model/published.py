@@ -32,8 +32,9 @@ def load_published(model: TunedModel, state: Mapping[str, Tensor]) -> None:
     parts = expand(model.parts)
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
+        called = model.backbone.published_name(name)
         mine = (ours for part in parts if (ours := part.from_published(name, tensor)) is not None)
-        for own_name, value in next(mine, {plain.get(f"host.{name}", saved.get(name, name)): tensor}).items():
+        for own_name, value in next(mine, {plain.get(f"host.{called}", saved.get(name, name)): tensor}).items():
             if own_name not in own:
                 raise CheckpointError(
                     f"{name!r} of the checkpoint has no place in {model.spec}; are the methods the same?"

@@ -92,6 +92,23 @@ def check_reductions(backbone: Backbone, policies: Sequence[TokenPolicy]) -> Non
                     )
 
 
+def check_grid(backbone: Backbone) -> None:
+    """Checks that no module takes slices of a clip, one above the other in the grid, for one image.
+
+    Raises:
+        BackboneError: one does.
+    """
+    if backbone.slices == 1:
+        return
+    for unit in backbone.all_units():
+        for name, module in zip(unit.parallel, unit.beside(), strict=True):
+            if module.reads_grid:
+                raise BackboneError(
+                    f"{name} at {unit.path} reads patches beside each other in an image, but this backbone's tokens "
+                    "are of a whole clip. Use a method that reads each token by itself, such as adaptformer or lora."
+                )
+
+
 def check_bypass(backbone: Backbone, policies: Sequence[TokenPolicy]) -> None:
     """Checks that nothing which a bypass cuts off waits for a gradient.
 

@@ -34,24 +34,25 @@ class ClipClassifier(nn.Module):
             where the head is no mean. With ``attentive`` and ``none`` it is that of DyT's public code for videos.
 
     Raises:
-        BackboneError: the model is not supported, or has no classifier that reads one vector.
+        BackboneError: the model is not supported, or its classifier does not read one vector.
     """
 
     def __init__(self, vit: nn.Module, frames: int = 8, temporal: str = "attentive", time: str | None = None) -> None:
         super().__init__()
         inner = wrap_plain(vit)
-        heads = [head for head in inner.heads if isinstance(head, nn.Linear)]
-        if len(heads) != 1 or inner.head_reads_grid:
+        linear = [head for head in inner.heads if isinstance(head, nn.Linear)]
+        if len(inner.heads) > 1 or inner.head_reads_grid:
             raise BackboneError(
-                f"{type(vit).__name__} has {len(heads) or 'no'} linear classifier{'s' * (len(heads) > 1)} "
-                f"{'of every patch' if inner.head_reads_grid else ''}; a clip needs one that reads one vector. Build "
-                "the model with num_classes=<number of classes> and global_pool='token' or 'avg'."
+                f"{type(vit).__name__} has {len(inner.heads)} linear classifiers"
+                f"{', which read every patch' if inner.head_reads_grid else ''}; a clip needs one that reads one "
+                "vector. Build a model without distillation, with global_pool='token' or 'avg'."
             )
-        width, attention = heads[0].in_features, inner.blocks[0].attn
-        if temporal == "attentive" and width != inner.blocks[-1].width:
+        own, attention = inner.blocks[-1].width, inner.blocks[0].attn
+        width = linear[0].in_features if linear else own
+        if temporal == "attentive" and width != own:
             raise BackboneError(
-                f"the classifier of {type(vit).__name__} reads {width} channels, but its tokens have "
-                f"{inner.blocks[-1].width}, so that it cannot read an attentive head's. Give temporal=mixer."
+                f"the classifier of {type(vit).__name__} reads {width} channels, but its tokens have {own}, so that it "
+                "cannot read an attentive head's. Give temporal=mixer."
             )
         self.vit = inner.host
         self.frames = frames
@@ -146,7 +147,8 @@ class Frames(Backbone):
         return self.inner.finish(tokens)
 
     def readout(self, tokens: Tokens) -> Tensor:
-        return self.heads[0](self.pooled(tokens))
+        features = self.pooled(tokens)
+        return self.heads[0](features) if self.heads else features
 
     def pooled(self, tokens: Tokens) -> Tensor:
         head, clips = self.host.temporal, (-1, self.host.frames)
@@ -210,6 +212,11 @@ class Frames(Backbone):
         if saved.partition(".")[0] == _HEAD:
             return saved
         return f"{_MODEL}.{self.inner.host_name(saved)}"
+
+    def published_name(self, name: str) -> str:
+        """As DyT's public code for videos calls its head."""
+        own = name.removeprefix("attentive_blocks.").removeprefix("cross_attn.")
+        return f"{_HEAD}.{own}" if own != name or name == "query_token" else self.inner.published_name(name)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.inner.weights()
