@@ -184,7 +184,7 @@ def test_indices_of_videos_of_any_length(sampling):
         plan = Sampling(frames, stride, sampling)
         for count in range(1, 300):
             for one in (plan.training_indices(count), *plan.test_indices(count)):
-                assert len(one) == frames and one == sorted(one) and 0 <= one[0] and one[-1] < count
+                assert len(one) == frames and one == sorted(one) and set(one) <= set(range(count))
 
 
 def test_indices_are_those_that_are_written():
@@ -227,6 +227,7 @@ def test_views_of_a_test():
 
 @pytest.mark.parametrize("augment", ["none", "timm"])
 def test_all_frames_of_a_training_clip_are_changed_alike(augment):
+    torch.manual_seed(0)
     transform = build_transform(preprocessing(Sampling(3, 2)), train=True, augment=augment)
     clips = [transform(Drawn(80, 48)) for _ in range(12)]
     assert all(torch.equal(clip[0], clip[1]) and torch.equal(clip[0], clip[2]) for clip in clips)
@@ -343,8 +344,8 @@ def test_lists_of_names_relative_to_them(films):
         ("a.mp4\n", "line 1: 'a.mp4' has no label"),
         ("a.mp4 0\nb.mp4 up\n", "line 2: its label is a name"),
         ("", "no lines"),
-    ]
-    + [("a.mp4 1523000\n", "highest label is 1523000")],
+        ("a.mp4 1523000\n", "highest label is 1523000"),
+    ],
 )
 def test_lists_that_are_refused(tmp_path, text, message):
     (tmp_path / "list.txt").write_text(text)

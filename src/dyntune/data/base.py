@@ -25,6 +25,8 @@ class LabelledImages(Dataset[tuple[Any, int]], ABC):
     """
 
     reads_files: bool = False
+    videos: bool = False
+    """Whether ``read`` gives videos instead of images."""
 
     def __init__(self, targets: Sequence[int], *, skipped: Sequence[str] = ()) -> None:
         self.targets: tuple[int, ...] = tuple(int(target) for target in targets)
@@ -68,6 +70,7 @@ class ImageSubset(LabelledImages):
         self.parent = parent
         self.indices: tuple[int, ...] = tuple(int(i) for i in indices)
         self.reads_files = parent.reads_files
+        self.videos = parent.videos
         self.transform = parent.transform
         self.classes = parent.classes
 

@@ -99,6 +99,7 @@ class JoinedImages(LabelledImages):
         self.parts = tuple(parts)
         self.starts = (0, *accumulate(len(part) for part in parts))
         self.reads_files = any(part.reads_files for part in parts)
+        self.videos = any(part.videos for part in parts)
         self.classes = parts[0].classes
 
     def read(self, index: int) -> Image.Image:

@@ -154,8 +154,27 @@ def build_transform(
     return plain
 
 
-def preprocessed(dataset: Dataset[Any], preprocessing: Preprocessing, *, every_view: bool = False) -> Dataset[Any]:
-    """Labelled PIL images or videos with the preprocessing put on; any other data set as it is."""
-    if isinstance(dataset, LabelledImages) and dataset.transform is None:
-        return dataset.with_transform(build_transform(preprocessing, every_view=every_view))
-    return dataset
+def preprocessed(
+    dataset: Dataset[Any],
+    preprocessing: Preprocessing,
+    *,
+    train: bool = False,
+    augment: Literal["none", "timm"] = "none",
+    every_view: bool = False,
+) -> Dataset[Any]:
+    """Labelled PIL images or videos with ``build_transform`` put on; any other data set as it is.
+
+    Raises:
+        DataError: they are videos, and the backbone takes images, or the other way round.
+    """
+    if not isinstance(dataset, LabelledImages) or dataset.transform is not None:
+        return dataset
+    if dataset.videos and preprocessing.clip is None:
+        raise DataError(
+            "the data are videos, but the backbone takes images. Give --frames 8, in Python ClipClassifier."
+        )
+    if not dataset.videos and preprocessing.clip is not None:
+        raise DataError(
+            "the data are images, but the backbone takes clips of videos. Leave --frames out, or give videos."
+        )
+    return dataset.with_transform(build_transform(preprocessing, train=train, augment=augment, every_view=every_view))

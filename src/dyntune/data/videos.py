@@ -91,6 +91,7 @@ class LabelledVideos(LabelledImages):
     """
 
     reads_files = True
+    videos = True
 
     def __init__(
         self, paths: Sequence[str | os.PathLike[str]], targets: Sequence[int], origins: Sequence[str] | None = None

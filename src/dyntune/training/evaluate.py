@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dyntune.core.errors import DataError
+from dyntune.data.clips import Sampling
 from dyntune.data.transforms import preprocessed
 from dyntune.model.macs import MacCounter, head_macs
-from dyntune.model.tasks import Classification, Metric
+from dyntune.model.tasks import Classification, Metric, Task
 from dyntune.model.tuned import ExecutionName, TunedModel
 
 
@@ -68,27 +69,22 @@ def as_tensors(dataset: Dataset[Any], model: TunedModel) -> Dataset[Any]:
     return preprocessed(dataset, model.preprocessing, every_view=True)
 
 
-def in_views(model: TunedModel, batch: Tensor) -> tuple[Tensor, int]:
-    """A batch as the model takes it, and how many in a row of it belong together.
+def in_views(batch: Tensor, clip: Sampling | None) -> tuple[Tensor, int]:
+    """A batch as models take it, and how many in a row of it belong together.
 
     Args:
-        model: whose inputs have a shape.
-        batch: inputs, or of videos that are seen in V views ``(B, V, T, 3, height, width)``.
+        batch: inputs; or of videos that are seen in V views, ``(B, V, T, 3, height, width)``.
+        clip: how clips are taken from videos; None for images.
 
     Returns:
         Inputs ``(B V, ...)``, and V.
     """
-    if batch.ndim != len(model.backbone.input_shape) + 2:
-        return batch, 1
-    return batch.flatten(0, 1), batch.shape[1]
+    return (batch, 1) if clip is None or batch.ndim < 6 else (batch.flatten(0, 1), batch.shape[1])
 
 
-def over_views(model: TunedModel, outputs: Tensor, views: int) -> Tensor:
-    """Outputs ``(B V, ...)`` averaged over V views, as the model's sampling says."""
-    if views == 1:
-        return outputs
-    clip = model.preprocessing.clip
-    return model.task.averaged(outputs.unflatten(0, (-1, views)), "probabilities" if clip is None else clip.average)
+def over_views(outputs: Tensor, views: int, task: Task, clip: Sampling | None) -> Tensor:
+    """Outputs ``(B V, ...)`` as those of B inputs, averaged over their V views."""
+    return outputs if views == 1 or clip is None else task.averaged(outputs.unflatten(0, (-1, views)), clip.average)
 
 
 @torch.no_grad()
@@ -129,11 +125,12 @@ def evaluate(
     counter = MacCounter() if count_macs else None
     try:
         for batch, targets in batches:
-            batch, views = in_views(model, batch.to(device))
+            batch, views = in_views(batch.to(device), model.preprocessing.clip)
             targets = targets.to(device)
             with counter or nullcontext():
                 output = model.run(batch, execution=execution)
-            metric.update(over_views(model, output.logits.float(), views), targets)
+            outputs = over_views(output.logits.float(), views, model.task, model.preprocessing.clip)
+            metric.update(outputs, targets)
             images += len(targets)
             for gate in output.gates:
                 active[gate.unit] = active.get(gate.unit, 0.0) + len(targets) * float(gate.values.float().mean())

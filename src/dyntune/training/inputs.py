@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dyntune.core.errors import TrainingError
 from dyntune.data.base import LabelledImages
-from dyntune.data.transforms import Preprocessing, build_transform, preprocessed
+from dyntune.data.transforms import Preprocessing, preprocessed
 from dyntune.model.tuned import TunedModel
 from dyntune.training.settings import TrainSettings
 
@@ -57,7 +57,7 @@ def training_images(dataset: Dataset[Any], model: TunedModel, settings: TrainSet
         TrainingError: augmentation is asked of a data set with a transform of its own.
     """
     if isinstance(dataset, LabelledImages) and dataset.transform is None:
-        return dataset.with_transform(build_transform(model.preprocessing, train=True, augment=settings.augment))
+        return preprocessed(dataset, model.preprocessing, train=True, augment=settings.augment)
     if settings.augment != "none":
         raise TrainingError("augment needs a data set of PIL images; this one has a transform of its own.")
     return dataset
