@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dyntune.backbones.hosts import create_backbone
+from dyntune.commands.clips import ClipOptions
 from dyntune.commands.common import (
     DEFAULT_MODEL,
     JsonOption,
@@ -22,6 +23,7 @@ from dyntune.commands.common import (
     print_json,
     print_table,
 )
+from dyntune.commands.options import Options, with_options
 from dyntune.core.shapes import shapes_only
 from dyntune.model.cost import Cost, cost
 from dyntune.model.tuned import tune
@@ -31,12 +33,15 @@ EXAMPLES = (
     "dyntune cost --model vit_base_patch16_224 --method dyt:rate=0.5",
     "dyntune cost --model vit_base_patch16_224 --method adaptformer --policy dispatch:where=mlp,rate=0.5 --json",
     "dyntune cost --model vit_base_patch16_224 --method adaptformer --policy tome:r=8 --per-block",
+    "dyntune cost --model vit_base_patch16_224 --method dyt:bottleneck=64 --frames 8",
     "dyntune cost --table5",
 )
 
 
+@with_options
 def command(
     context: typer.Context,
+    *,
     model: ModelOption = DEFAULT_MODEL,
     method: MethodOption = "dyt",
     policy: PolicyOption = None,
@@ -44,6 +49,7 @@ def command(
         int | None, typer.Option(min=0, help="Classes of the head; the backbone's own by default.")
     ] = None,
     img_size: Annotated[int | None, typer.Option(min=1, help="Image height and width in pixels.")] = None,
+    clip: Annotated[ClipOptions, Options(ClipOptions, only=("frames", "temporal", "time"))],
     per_block: Annotated[
         bool, typer.Option("--per-block", help="Also tokens and MACs of every block. JSON always has them.")
     ] = False,
@@ -65,24 +71,27 @@ def command(
         _show_table5(json)
         return
     arguments: dict[str, Any] = {"num_classes": classes, "img_size": img_size}
-    given_arguments = {key: value for key, value in arguments.items() if value is not None}
+    model, of_clips = clip.backbone(model)
+    given_arguments = {key: value for key, value in arguments.items() if value is not None} | of_clips
     with shapes_only():
-        figures = cost(tune(create_backbone(model, pretrained=False, **given_arguments), *parts(method, policy)))
+        tuned = tune(create_backbone(model, pretrained=False, **given_arguments), *parts(method, policy))
+        figures = cost(tuned)
     figures = replace(figures, model=model, method=method, tokens=policy)  # as the user wrote them
     if json:
         print_json(figures.to_dict())
         return
     shape = " x ".join(map(str, figures.largest_activation_shape))
+    one = "image" if tuned.preprocessing.clip is None else "clip"
     rows = [
         ("trained parameters, without head", f"{figures.trainable_params:,}"),
         ("head parameters", f"{figures.head_params:,}"),
         ("all parameters", f"{figures.total_params:,}"),
-        ("MACs per image, without head", f"{figures.macs:,} ({millions(figures.macs)})"),
+        (f"MACs per {one}, without head", f"{figures.macs:,} ({millions(figures.macs)})"),
         ("head MACs", f"{figures.head_macs:,}"),
         ("MACs of the untouched backbone", f"{figures.dense_macs:,} ({millions(figures.dense_macs)})"),
         ("share of the backbone's MACs", f"{figures.macs / figures.dense_macs:.1%}"),
         (
-            "largest activation of one image, fp32",
+            f"largest activation of one {one}, fp32",
             f"{kilobytes(figures.largest_activation_bytes)} ({shape}, {figures.largest_activation_at})",
         ),
         ("adapter size", kilobytes(figures.adapter_bytes)),

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from dyntune.commands.clips import ViewsOption, with_views
 from dyntune.commands.common import (
     BatchOption,
     DataArgument,
@@ -45,6 +46,7 @@ def command(
     policy: TopPolicyOption = None,
     rate: RateOption = None,
     weights: WeightsOption = None,
+    views: ViewsOption = None,
     batch_size: BatchOption = 64,
     workers: WorkersOption = 0,
     device: DeviceOption = "auto",
@@ -54,6 +56,7 @@ def command(
     """Accuracy, activation rate per block, MACs really executed, and images per second beside the dense backbone."""
     model = load(run, weights=weights, device=pick_device(device), policy=policy)
     apply_rate(model, rate, policy)
+    model.preprocessing = with_views(model.preprocessing, views)
     splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(splits)
     require_classes(model, splits)
@@ -77,12 +80,16 @@ def command(
         print_json({**report, "dense_images_per_second": dense.images_per_second, "speedup": speed.speedup})
         return
     macs = result.macs or 0.0
+    one = "image" if model.preprocessing.clip is None else "video"
     rows = [
         (result.merit, f"{result.score:.2%}"),
         *([("active patches", f"{result.activation:.1%}")] if result.activation_per_unit else []),
-        ("MACs per image", f"{millions(macs)} ({macs / model.dense_macs:.1%} of dense)"),
-        ("images per second", f"{speed.images_per_second:.0f} ({speed.speedup:.2f} x dense)"),
+        (f"MACs per {one}", f"{millions(macs)} ({macs / model.dense_macs:.1%} of dense)"),
+        (
+            f"{'image' if one == 'image' else 'clip'}s per second",
+            f"{speed.images_per_second:.0f} ({speed.speedup:.2f} x dense)",
+        ),
         *((f"active in {unit}", f"{rate:.1%}") for unit, rate in result.activation_per_unit.items()),
         *((f"tokens in {unit}", str(count)) for unit, count in result.tokens_per_unit.items()),
     ]
-    print_table(f"{model.spec} on {result.images} {split} images of {data}", ("", ""), rows)
+    print_table(f"{model.spec} on {result.images} {split} {one}s of {data}", ("", ""), rows)

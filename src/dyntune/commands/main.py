@@ -43,7 +43,7 @@ class _Renaming(TyperCommand):
 
 
 for _info in pkgutil.iter_modules(commands.__path__):
-    if _info.name not in ("common", "main", "options"):
+    if _info.name not in ("clips", "common", "main", "options"):
         _module = importlib.import_module(f"{commands.__name__}.{_info.name}")
         _epilog = "\n\n".join(("Examples:", *_module.EXAMPLES))
         _hidden = getattr(_module, "HIDDEN", False)

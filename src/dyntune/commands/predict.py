@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from dyntune.commands.clips import ViewsOption, with_views
 from dyntune.commands.common import (
     BatchOption,
     DeviceOption,
@@ -24,16 +26,19 @@ from dyntune.commands.common import (
 )
 from dyntune.core.errors import ExportError
 from dyntune.data import build_transform, expand_images, read_image
+from dyntune.data.videos import Video, expand_videos
 from dyntune.inference.export.folder import OpenedModel, is_exported, open_export
 from dyntune.inference.export.registry import registered
 from dyntune.model.load import load
 from dyntune.model.tasks import Classification, Task
 from dyntune.model.tuned import TunedModel
+from dyntune.training.evaluate import in_views, over_views
 
 EXAMPLES = (
     "dyntune predict runs/flowers photo.jpg",
     'dyntune predict runs/flowers "photos/*.jpg" --top-k 3 --json',
     "dyntune predict flowers-onnx photo.jpg",
+    "dyntune predict runs/clips film.mp4 --views 3x1",
 )
 _CODE = " or ".join(Path(runtime.file).suffix for runtime in registered().values() if runtime.needs_trust)
 """Files that may run code when they are opened."""
@@ -46,6 +51,7 @@ def command(
     policy: TopPolicyOption = None,
     rate: RateOption = None,
     weights: WeightsOption = None,
+    views: ViewsOption = None,
     batch_size: BatchOption = 32,
     device: DeviceOption = "auto",
     trust: Annotated[
@@ -54,16 +60,22 @@ def command(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """The most probable classes of image files, folders of images, or globs, from a run or an exported model."""
-    paths = expand_images(images)
+    """The most probable classes of images or videos, folders of them, or globs, from a run or an exported model."""
     model = _model(run, weights=weights, device=device, policy=policy, rate=rate, trust=trust)
+    preprocessing = with_views(model.preprocessing, views)
+    if isinstance(model, TunedModel):
+        model.preprocessing = preprocessing
+    elif views is not None:
+        model = replace(model, preprocessing=preprocessing)
+    clip = preprocessing.clip
+    paths = expand_images(images) if clip is None else expand_videos(images)
     predictions = [
         row for i in range(0, len(paths), batch_size) for row in predict(model, paths[i : i + batch_size], top_k)
     ]
     if json:
         print_json({"predictions": predictions})
         return
-    cells = [{"image": row["image"], **task_of(model).cells(row)} for row in predictions]
+    cells = [{"image" if clip is None else "video": row["image"], **task_of(model).cells(row)} for row in predictions]
     print_table(f"{model.spec} from {run}", tuple(cells[0]), [tuple(row.values()) for row in cells])
 
 
@@ -90,11 +102,13 @@ def _model(
 
 @torch.inference_mode()
 def predict(model: TunedModel | OpenedModel, paths: list[Path], top_k: int) -> list[dict[str, Any]]:
-    """For each image file its path and what the model's task makes of its outputs, such as the ``top_k`` classes."""
-    transform = build_transform(model.preprocessing)
-    batch = torch.stack([transform(read_image(path)) for path in paths])
+    """For each image or video its path and what the model's task makes of its outputs, such as ``top_k`` classes."""
+    clip, task = model.preprocessing.clip, task_of(model)
+    transform = build_transform(model.preprocessing, every_view=True)
+    read = [transform(read_image(path) if clip is None else Video(path)) for path in paths]
+    batch, views = in_views(torch.stack(read), clip)
     outputs = model(batch if isinstance(model, OpenedModel) else batch.to(next(model.parameters()).device))
-    predictions = task_of(model).predictions(outputs, model.classes, top_k)
+    predictions = task.predictions(over_views(outputs, views, task, clip), model.classes, top_k)
     return [{"image": str(path), **prediction} for path, prediction in zip(paths, predictions, strict=True)]
 
 

@@ -10,6 +10,7 @@ import torch
 import typer
 from accelerate import PartialState
 
+from dyntune.commands.clips import ClipOptions
 from dyntune.commands.common import (
     DEFAULT_MODEL,
     DataArgument,
@@ -55,6 +56,7 @@ EXAMPLES = (
     "dyntune train folder:flowers --model vit_base_patch16_224.orig_in21k --weights ViT-B_16.npz "
     "--method adaptformer --policy dispatch:rate=0.7 --out runs/flowers --resume",
     "dyntune train digits --method dyt --rate 0.3..0.9 --out runs/elastic",
+    "dyntune train video-folder:clips --frames 8 --stride 4 --views 3x1 --out runs/clips",
 )
 
 
@@ -81,11 +83,12 @@ def command(
     normalisation: NormalisationOption = "backbone",
     interpolation: InterpolationOption = "backbone",
     img_size: Annotated[int | None, typer.Option(min=1, help="Image height and width in pixels.")] = None,
+    clip: Annotated[ClipOptions, Options(ClipOptions)],
     val_fraction: ValFractionOption = 0.2,
     on_corrupt: OnCorruptOption = "error",
     json: JsonOption = False,
 ) -> None:
-    """Adapt a pretrained ViT to labelled images and save the adapter of the best epoch."""
+    """Adapt a pretrained ViT to labelled images, or clips of videos, and save the adapter of the best epoch."""
     splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(splits)
     select = settings.select
@@ -96,8 +99,10 @@ def command(
     torch.manual_seed(settings.seed)
     arguments: dict[str, Any] = {"drop_path_rate": drop_path, **({} if img_size is None else {"img_size": img_size})}
     given = with_rate(parts(method, policy), rate)
+    model, of_clips = clip.backbone(model)
+    arguments |= of_clips
     tuned = build_tuned(model, *given, classes=splits.classes, weights=weights, **arguments)
-    tuned.preprocessing = with_pixels_as(tuned.preprocessing, normalisation, interpolation)
+    tuned.preprocessing = clip.preprocessing(with_pixels_as(tuned.preprocessing, normalisation, interpolation))
     bar = ProgressBar(tuned.spec)
     result = fit(
         tuned, splits.train, chosen, out=run, resume=resume, progress=bar, settings=settings, teacher=taught_by

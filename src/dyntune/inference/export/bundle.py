@@ -64,7 +64,8 @@ class Export:
         require_possible(runtime, precision, calibration_images)
         folder.mkdir(parents=True)
         quantised = self._write_model(folder / runtime.file, runtime, precision, calibration_images)
-        runner = Template(files("dyntune.inference.export").joinpath("runner.template").read_text(encoding="utf-8"))
+        kind = "runner" if self.model.preprocessing.clip is None else "clip_runner"
+        runner = Template(files("dyntune.inference.export").joinpath(f"{kind}.template").read_text(encoding="utf-8"))
         write_text(folder / RUNNER, runner.substitute(vars(runtime.runner)))
         costs = cost(self.model)
         config = runtime.to_dict() | {

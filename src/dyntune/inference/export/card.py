@@ -15,6 +15,9 @@ def export_card(config: dict[str, Any]) -> str:
         config: what ``deploy.json`` holds.
     """
     height, width = config["preprocessing"]["size"]
+    clip = config["preprocessing"].get("clip")
+    what = "Images" if clip is None else f"Clips of {clip['frames']} frames"
+    one, extra, sample = ("image", "", "photo.jpg") if clip is None else ("clip", " av", "film.mp4")
     classes = config["classes"]
     runtime = lookup(config["runtime"]).from_config(config)
     trust = ", trust=True" if runtime.needs_trust else ""
@@ -22,11 +25,11 @@ def export_card(config: dict[str, Any]) -> str:
     written_in = f" ({options})" if options else ""
     sections = [
         f"# `{config['spec']}` on `{config['backbone']}`, for {config['runtime']}{written_in}",
-        f"Written by Dyntune {config['dyntune_version']}. Images of {height} x {width} pixels"
+        f"Written by Dyntune {config['dyntune_version']}. {what} of {height} x {width} pixels"
         + (f", {len(classes)} classes" if classes else "")
-        + f"; {config['macs'] / 1e9:.3f} G MACs per image where {config['activation']:.0%} of the patches are active "
+        + f"; {config['macs'] / 1e9:.3f} G MACs per {one} where {config['activation']:.0%} of the patches are active "
         f"({config['macs'] / config['dense_macs']:.0%} of the dense backbone).",
-        f"```bash\npip install {runtime.requirement()} numpy pillow\npython run.py photo.jpg --top-k 3\n```",
+        f"```bash\npip install {runtime.requirement()} numpy pillow{extra}\npython run.py {sample} --top-k 3\n```",
         "Or with Dyntune:\n\n```python\nimport dyntune\n\n"
         f'model = dyntune.open_export("path/to/this/folder"{trust})\nlogits = model(images)\n```',
     ]
