@@ -41,6 +41,7 @@ def run(
     # No gradient goes from a bypass to the blocks, so they need not remember anything for it.
     with torch.set_grad_enabled(torch.is_grad_enabled() and bypass is None):
         tokens = backbone.embed(images)
+    grid = tokens.grid
     if watch:
         watch(tokens)
     stream = bypass.begin(tokens.x) if bypass else None
@@ -62,7 +63,7 @@ def run(
     return Output(
         backbone.readout(finished),
         tuple(decision for decision in decisions if isinstance(decision, Gate)),
-        finished.grid,
+        grid,
         tuple(decision for decision in decisions if isinstance(decision, Reduction)),
         finished,
     )

@@ -159,7 +159,8 @@ class TunedModel(HubModel):
     def features(self, images: Tensor) -> Tensor:
         """Features of every image patch behind the last norm, for dense tasks: ``(B, C, rows, columns)``.
 
-        Patches that were merged share the features of their token.
+        Patches that were merged share the features of their token. A host with stages has features of the last one's
+        cells, fewer rows and columns.
 
         Raises:
             DyntuneError: a policy has dropped patches.
