@@ -128,7 +128,10 @@ class Backbone(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def all_sites(self) -> Iterator[Site]:
-        """The host's linear maps, convolutions and norms, each once, in the order of a forward pass."""
+        """The host's linear maps, convolutions and norms, each once, in the order of a forward pass.
+
+        What stands between stages, or in front of the first block, need not be among them.
+        """
 
     def sites(self, *kinds: SiteKind) -> Iterator[Site]:
         """The sites of these kinds, or all, in the order of a forward pass.
@@ -217,6 +220,24 @@ class Backbone(nn.Module, abc.ABC):
                 yield block.mlp
             if where == "layer":
                 yield block
+
+    def one_width(self, part: str) -> int:
+        """Channels C of every token, for a part that has something in common to all blocks.
+
+        Args:
+            part: its name.
+
+        Raises:
+            BackboneError: the backbone has stages of different widths.
+        """
+        widths = sorted({block.width for block in self.blocks})
+        if len(widths) > 1:
+            raise BackboneError(
+                f"{part} has tensors in common to all blocks, but this backbone has stages whose tokens have "
+                f"{', '.join(map(str, widths[:-1]))} and {widths[-1]} channels. Use a method that puts its own tensors "
+                "on each block, such as adaptformer or lora."
+            )
+        return widths[0]
 
     def plain(self) -> Backbone:
         """The host as it was before other libraries put anything on it, with the same parameters."""
