@@ -397,8 +397,8 @@ def test_what_is_not_supported_is_refused_with_a_reason(make_host, wrap):
     refused(wrapped.get_base_model(), "VisionTransformer", "no peft.PeftModel", "get_peft_model")
     refused(wrapped.base_model, "LoraModel", "no peft.PeftModel")
     refused(peft.get_peft_model(make_host(), config_for("LORA"), mixed=True), "PeftMixedModel", "without mixed=True")
-    swin = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
-    refused(peft.get_peft_model(swin, peft.LoraConfig(target_modules=["qkv"])), "SwinTransformer is not supported")
+    cait = timm.create_model("cait_xxs24_224", embed_dim=16, depth=1, num_heads=2)
+    refused(peft.get_peft_model(cait, peft.LoraConfig(target_modules=["qkv"])), "Cait is not supported")
     for copied in ("mlp", "attn", "blocks.2"):
         config = peft.LoraConfig(target_modules=["patch_embed.proj"], modules_to_save=[copied])
         refused(peft.get_peft_model(make_host(), config), "modules_to_save has copied blocks.", f"{copied} as a whole")

@@ -40,6 +40,8 @@ FIXTURES = {
     ("pe", "evit"): (2.256930, (-0.925436, -1.766527, -0.741842)),
     ("naflex", "dense"): (-2.013916, (-1.291917, -1.212227, -1.276027)),
     ("naflex", "mlp", 21): (-2.484907, (-0.969965, -1.708378, -0.987735)),
+    ("swin", "dense"): (-13.387141, (-0.957226, -1.392390, -1.048918)),
+    ("swin", "mlp", 42): (-12.523736, (-0.899281, -0.318660, -1.488619)),
 }
 """Sum of all logits of two images, and the first three of the first: straight-line computations in fp64."""
 SPECS = {

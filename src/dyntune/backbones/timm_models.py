@@ -19,12 +19,15 @@ from timm.models import (
     eva,
     load_state_dict,
     naflexvit,
+    swin_transformer,
+    swin_transformer_v2,
     vision_transformer,
     vision_transformer_relpos,
 )
 from torch import Tensor, nn
 
 from dyntune.backbones import builtin as _builtin  # noqa: F401  registers the built-in backbone with timm
+from dyntune.backbones import timm_blocks
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosted import block_sites, fold_factors
 from dyntune.backbones.origin import BackboneSource
@@ -43,6 +46,8 @@ _FILTERS: dict[type[nn.Module], Callable[..., dict[str, Tensor]]] = {
     naflexvit.NaFlexVit: naflexvit.checkpoint_filter_fn,
     beit.Beit: beit.checkpoint_filter_fn,
     vision_transformer_relpos.VisionTransformerRelPos: vision_transformer_relpos.checkpoint_filter_fn,
+    swin_transformer.SwinTransformer: swin_transformer.checkpoint_filter_fn,
+    swin_transformer_v2.SwinTransformerV2: swin_transformer_v2.checkpoint_filter_fn,
 }
 """What makes timm's names of those in a file, by kind of model."""
 _ARGUMENTS = ("num_classes", "global_pool", "dynamic_img_size")
@@ -267,8 +272,9 @@ def load_weights(model: Any, path: str | Path) -> None:
 
     Google's ``.npz`` arrays are mapped by timm's own loader; ``.pth`` and ``.safetensors`` may hold timm's names and
     those that timm knows for this kind of model: jx, DINOv2 or OpenAI CLIP for a VisionTransformer, EVA, DINOv3, the
-    Perception Encoder or Sapiens2 for an Eva. Position embeddings are resized to the model's grid. The classifier is
-    taken when it fits and otherwise left as it is, as is the representation layer ``pre_logits`` of old in21k files.
+    Perception Encoder or Sapiens2 for an Eva, the authors' for a Swin. Position embeddings are resized to the model's
+    grid. The classifier is taken when it fits and otherwise left as it is, as is the representation layer
+    ``pre_logits`` of old in21k files.
 
     Raises:
         BackboneError: the file is missing, unreadable, or does not hold every tensor of the backbone.
@@ -322,17 +328,25 @@ def _structure(host: Any) -> str:
     }
     rope = getattr(host, "rope", None)
     if rope is not None:
-        plain = (bool, int, float, str, tuple, list)
-        settings |= {
-            name: value for name, value in vars(rope).items() if isinstance(value, plain) and name != "training"
-        }
+        settings |= _plain(rope)
         settings["rotate_half"] = getattr(host.blocks[0].attn, "rotate_half", False)
+    if hasattr(host, "layers"):  # stages with windows
+        # That one is switched where a host is wrapped, and gives the same sum.
+        sums = {"qkv_bias_separate": None}
+        settings |= {name: (_plain(one), _plain(one.attn) | sums) for name, one in timm_blocks.named(host)}
     return f"{settings}{text}"
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """The settings that a module keeps as plain values."""
+    kinds = (bool, int, float, str, tuple, list)
+    return {name: value for name, value in vars(module).items() if isinstance(value, kinds) and name != "training"}
 
 
 def _size(model: Any) -> str:
     rows, columns = model.patch_embed.grid_size if hasattr(model, "patch_embed") else model.embeds.pos_embed_grid_size
-    return f"the model (width {model.embed_dim}, {len(model.blocks)} blocks, {rows} x {columns} patches)"
+    blocks = len(list(timm_blocks.named(model)))
+    return f"the model (width {model.embed_dim}, {blocks} blocks, {rows} x {columns} patches)"
 
 
 def _some(names: list[str]) -> str:
