@@ -45,7 +45,10 @@ _FILTERS: dict[type[nn.Module], Callable[..., dict[str, Tensor]]] = {
     eva.Eva: eva.checkpoint_filter_fn,
     naflexvit.NaFlexVit: naflexvit.checkpoint_filter_fn,
     beit.Beit: beit.checkpoint_filter_fn,
-    vision_transformer_relpos.VisionTransformerRelPos: vision_transformer_relpos.checkpoint_filter_fn,
+    # timm before 1.0.31 reads its own names alone there.
+    vision_transformer_relpos.VisionTransformerRelPos: getattr(
+        vision_transformer_relpos, "checkpoint_filter_fn", lambda state, model: state
+    ),
     swin_transformer.SwinTransformer: swin_transformer.checkpoint_filter_fn,
     swin_transformer_v2.SwinTransformerV2: swin_transformer_v2.checkpoint_filter_fn,
 }
