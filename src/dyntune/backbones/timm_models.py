@@ -109,16 +109,20 @@ class TimmBackbone(Backbone):
         channels, height, width = self.image_shape
         if images.ndim != 4 or images.shape[1] != channels:
             raise BackboneError(f"expected images of shape (B, {channels}, {height}, {width}); given {images.shape}.")
-        if not getattr(self.host, "dynamic_img_size", False) and images.shape[2:] != (height, width):
+        if not self.any_size and images.shape[2:] != (height, width):
             raise BackboneError(
                 f"the backbone was built for images of {height} x {width} pixels; given {tuple(images.shape[2:])}. "
                 "Resize the images, or build the backbone with img_size=... or dynamic_img_size=True."
             )
 
+    @property
+    def any_size(self) -> bool:
+        """Whether the host takes images of other sizes than the one that it was built for."""
+        return getattr(self.host, "dynamic_img_size", False)
+
     def grid_of(self, embedded: Tensor) -> tuple[int, int]:
         """Rows and columns of patches, from what ``patch_embed`` makes of images."""
-        dynamic = getattr(self.host, "dynamic_img_size", False)
-        rows, columns = embedded.shape[1:3] if dynamic else self.host.patch_embed.grid_size
+        rows, columns = embedded.shape[1:3] if self.any_size else self.host.patch_embed.grid_size
         return int(rows), int(columns)
 
     def finish(self, tokens: Tokens) -> Tokens:

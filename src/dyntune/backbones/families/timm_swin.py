@@ -106,6 +106,10 @@ class TimmSwin(TimmBackbone):
         yield Site("norm", None, "norm", self.host, "norm")
 
     @property
+    def any_size(self) -> bool:
+        return not self.host.patch_embed.strict_img_size
+
+    @property
     def class_token(self) -> bool:
         return False
 
