@@ -9,7 +9,7 @@ from PIL import Image
 
 from dyntune.core.errors import DataError, unknown_name
 from dyntune.data.base import DataSplits, LabelledImages
-from dyntune.data.datasets import FileImages
+from dyntune.data.datasets import SKIP, FileImages
 from dyntune.data.images import to_rgb
 from dyntune.data.sources.base import Request, Source
 from dyntune.data.sources.folder import Folder
@@ -45,7 +45,7 @@ class TorchImages(LabelledImages):
             # Any failure of the decoder behind the data set means that this image is bad.
             raise DataError(
                 f"{self.source(index)}: cannot be read as an image ({error}). Expected a complete image file; "
-                "restore it, or load the data set with on_corrupt='skip' (--on-corrupt skip)."
+                f"restore it. {SKIP}"
             ) from error
 
     def source(self, index: int) -> str:
