@@ -31,6 +31,7 @@ from dyntune.commands.common import (
     out,
     parts,
     print_json,
+    report_classes,
     report_skipped,
     train_settings,
 )
@@ -88,6 +89,7 @@ def command(
     """Adapt a pretrained ViT to labelled images and save the adapter of the best epoch."""
     splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(splits)
+    report_classes(splits)
     select = settings.select
     chosen = splits.test if select == "test" else splits.val
     if chosen is None and select != "last":

@@ -31,11 +31,15 @@ class LabelledImages(Dataset[tuple[Any, int]], ABC):
     reads_files: bool = False
 
     def __init__(self, targets: Sequence[int], *, skipped: Sequence[str] = ()) -> None:
-        try:
-            # Not int(), which would cut 2.7 to 2.
-            self.targets: tuple[int, ...] = tuple(operator.index(target) for target in targets)
-        except TypeError as error:
-            raise DataError(f"a label is not a whole number ({error}). Expected zero-based whole numbers.") from error
+        found: list[int] = []
+        for target in targets:
+            try:
+                found.append(operator.index(target))  # not int(), which would cut 2.7 to 2
+            except TypeError as error:
+                raise DataError(
+                    f"the label of image {len(found)} is {target!r:.80}. Expected a single whole number from 0."
+                ) from error
+        self.targets: tuple[int, ...] = tuple(found)
         self.skipped: tuple[str, ...] = tuple(skipped)
         self.transform: Callable[[Image.Image], Any] | None = None
         self.classes: tuple[str, ...] | None = None

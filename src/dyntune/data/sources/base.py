@@ -78,6 +78,11 @@ class Held:
     plain: bool = False
 
     @property
+    def skipped(self) -> tuple[str, ...]:
+        """Sources of all images left out as unreadable."""
+        return tuple(source for split in self.splits.values() for source in split.skipped)
+
+    @property
     def all(self) -> LabelledImages:
         """The images of all splits."""
         return JoinedImages(list(self.splits.values()))

@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face hub, read by index through timm's data set factory."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
@@ -10,6 +10,7 @@ from dyntune.core.errors import DataError
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.datasets import SKIP
 from dyntune.data.images import read_image
+from dyntune.data.others import hub_columns
 from dyntune.data.sources.base import Request, Source
 from dyntune.data.splits import split_of
 
@@ -44,19 +45,6 @@ class ReaderImages(LabelledImages):
         return f"{self.name} image {index}" + (f" ({name})" if name else "")
 
 
-def _hub_columns(features: Mapping[str, Any]) -> tuple[str, str]:
-    """The image and label columns: ``image`` and ``label`` where there are such, else by their types."""
-    images = [column for column, feature in features.items() if type(feature).__name__ == "Image"]
-    labels = [column for column, feature in features.items() if type(feature).__name__ == "ClassLabel"]
-    image = "image" if "image" in images else next(iter(images), None)
-    # Of fine and coarse labels (as in CIFAR-100) the one with more classes is the task.
-    by_type = max(labels, key=lambda column: features[column].num_classes, default=None)
-    label = "label" if "label" in features else by_type
-    if image is None or label is None:
-        raise ValueError(f"its columns are {', '.join(features)}, of which none holds images or none holds labels")
-    return image, label
-
-
 class Hfds(Source):
     """A data set of the Hugging Face hub or a local folder of one, with its cache at the root.
 
@@ -87,7 +75,7 @@ class Hfds(Source):
                 raise ValueError(f"it has no split named 'train', only {', '.join(available)}")
             # The columns of a folder of files are known only once it is loaded; timm finds it in the cache after that.
             features = datasets.load_dataset(short, split=words["train"], cache_dir=str(root)).features
-            image, label = _hub_columns(features)
+            image, label = hub_columns(features)
             readers = {
                 split: create_dataset(name, root=str(root), split=word, input_key=image, target_key=label).reader
                 for split, word in words.items()
