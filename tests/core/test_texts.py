@@ -26,6 +26,7 @@ def test_printable(text, shown):
 
 def test_a_cell_of_markdown_stays_one():
     assert for_markdown("a|b <i> [x](y)") == r"a\|b \<i\> \[x\](y)"
+    assert for_markdown("vit_mini _x_ *y*") == r"vit_mini \_x\_ \*y\*"
     assert for_markdown("dyt:rate=0.5, 2.0 (x)") == "dyt:rate=0.5, 2.0 (x)"
     assert for_markdown_code("a|b") == r"`a\|b`" and for_markdown_code("a`b") == "`` a`b ``"
 

@@ -89,7 +89,6 @@ def command(
     """Adapt a pretrained ViT to labelled images and save the adapter of the best epoch."""
     splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(splits)
-    report_classes(splits)
     select = settings.select
     chosen = splits.test if select == "test" else splits.val
     if chosen is None and select != "last":
@@ -100,6 +99,7 @@ def command(
     given = with_rate(parts(method, policy), rate)
     tuned = build_tuned(model, *given, classes=splits.classes, weights=weights, **arguments)
     tuned.preprocessing = with_pixels_as(tuned.preprocessing, normalisation, interpolation)
+    report_classes(splits)
     bar = ProgressBar(tuned.spec)
     result = fit(
         tuned, splits.train, chosen, out=run, resume=resume, progress=bar, settings=settings, teacher=taught_by
