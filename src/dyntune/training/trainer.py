@@ -141,7 +141,10 @@ class _Run:
         train_set = data_for(model, train_set, "the training set")
         val_set = None if val_set is None else data_for(model, val_set, "the validation set")
         require_matching_head(model, train_set)
-        require_labels(model, train_set, val_set)
+        # A run that goes on is compared with how it began first.
+        self.look_at_labels = functools.partial(require_labels, model, train_set, val_set)
+        if out is None or not (out / STATE).exists():
+            self.look_at_labels()
         self.select = settings.select if val_set is not None else "last"
         self.images = (train_set, None if self.select == "last" else val_set)
         self.accelerator = make_accelerator(settings)
@@ -191,6 +194,8 @@ class _Run:
     def train(self, resume: bool) -> FitResult:
         with caller_randomness_kept(), self._checkpointing(), self._course():
             epoch, step = self._begin(resume)
+            if step or epoch:
+                self.look_at_labels()
             # Thresholds that were shifted, and the shifts, belong to the weights that training leaves behind.
             self.model.set_rate(None)
             self.model.calibration = None
