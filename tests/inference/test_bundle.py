@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -55,7 +57,7 @@ def run(folder, *arguments):
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_the_runner_says_what_predict_says(exported, tuned, pictures, runtime):
     folder = exported(runtime)
-    assert len((folder / "run.py").read_text().splitlines()) <= 30
+    assert len((folder / "run.py").read_text().splitlines()) <= 60
     lines, imported = run(folder, *pictures, "--top-k", 2)
     assert imported == (["torch"] if runtime == "torch" else [])
     expected = predict(tuned, pictures, 2)
@@ -65,6 +67,27 @@ def test_the_runner_says_what_predict_says(exported, tuned, pictures, runtime):
         assert [name for _, name in said] == [top["class"] for top in row["top"]]
         for (share, _), top in zip(said, row["top"], strict=True):
             assert float(share) == pytest.approx(top["probability"], abs=1e-4)
+
+
+def test_the_runner_takes_folders_and_names_what_it_cannot_read(exported, pictures, tmp_path):
+    album = tmp_path / "album [1]"
+    (album / "deep/.hidden").mkdir(parents=True)
+    content = pictures[0].read_bytes()
+    (album / "a [final].jfif").write_bytes(content)
+    (album / "deep/cut.png").write_bytes(content[:200])
+    (album / "deep/.hidden/b.png").write_bytes(content)
+    (album / "notes.txt").touch()
+    with open(os.fsencode(album) + b"/caf\xe9.png", "wb") as file:
+        file.write(content)
+    folder = shutil.copytree(exported(), tmp_path / "copy")
+    command = [sys.executable, str(folder / "run.py"), str(album), str(tmp_path / "gone.png"), "--top-k", "1"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONIOENCODING": "latin-1"}
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    shown = [line.removeprefix(f"{album}/") for line in done.stdout.splitlines()[::2]]
+    assert shown == ["a [final].jfif", r"caf\udce9.png"]
+    assert "cut.png: " in done.stderr and "gone.png: " in done.stderr and "2 images could not be read" in done.stderr
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])

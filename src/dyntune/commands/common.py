@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.commands.options import option
 from dyntune.core.errors import DataError, SpecError, TrainingError
+from dyntune.core.texts import printable
 from dyntune.data.base import DataSplits, LabelledImages
+from dyntune.data.images import expand_images, read_image
 from dyntune.data.load import forms
+from dyntune.data.sources.base import Held
 from dyntune.model.load import load
 from dyntune.model.tuned import TunedModel
 from dyntune.studies.vtab.recipes import Recipe
@@ -67,8 +73,10 @@ WorkersOption = Annotated[int, typer.Option(min=0, help="Processes that read ima
 DEFAULT_MODEL = BUILTIN_BACKBONE
 
 _PIPED_WIDTH = None if sys.stdout.isatty() else 160  # a table in a file or a log need not fit a terminal of 80
-out = Console(width=_PIPED_WIDTH)
-err = Console(stderr=True)
+_MOST_CLASSES = 40
+# Names of files and classes are part of what is printed, and their brackets and colons mean nothing.
+out = Console(width=_PIPED_WIDTH, markup=False, emoji=False)
+err = Console(stderr=True, markup=False, emoji=False)
 
 
 def parts(method: str, policy: str | None) -> list[str]:
@@ -96,14 +104,99 @@ def apply_rate(model: TunedModel, rate: float | None, policy: str | None) -> Non
     model.set_rate(rate)
 
 
-def report_skipped(data: DataSplits) -> None:
+def report_skipped(data: DataSplits | Held) -> None:
     """Says on standard error how many images were left out because they cannot be read."""
     if data.skipped:
-        err.print(f"left out {len(data.skipped)} images that cannot be read, the first is {data.skipped[0]}")
+        first = printable(data.skipped[0])
+        err.print(f"left out {len(data.skipped)} images that cannot be read, the first is {first}", soft_wrap=True)
 
 
-def require_classes(model: TunedModel, data: DataSplits) -> None:
+def report_classes(data: DataSplits) -> None:
+    """Shows on standard error how many images there are of each class in each split."""
+    if os.environ.get("RANK", "0") != "0":
+        return  # another process of the same run says it
+    counts = [
+        (name, Counter(split.targets))
+        for name, split in (("train", data.train), ("val", data.val), ("test", data.test))
+        if split is not None
+    ]
+    table = Table(title=printable(f"{data.name}: {len(data.classes)} classes"), title_justify="left")
+    table.add_column("class", overflow="fold")
+    for name, _ in counts:
+        table.add_column(name, justify="right")
+    for label, class_name in enumerate(data.classes[:_MOST_CLASSES]):
+        table.add_row(printable(class_name), *(str(count[label]) for _, count in counts))
+    further = range(_MOST_CLASSES, len(data.classes))
+    if further:
+        ranges = ((min(count[i] for i in further), max(count[i] for i in further)) for _, count in counts)
+        cells = (f"{low}" if low == high else f"{low} to {high}" for low, high in ranges)
+        table.add_row(f"{len(further)} more, each", *cells)
+    table.add_section()
+    table.add_row("images", *(str(count.total()) for _, count in counts))
+    err.print(table)
+
+
+class Pictures:
+    """The images behind command-line arguments, read one after another; those that cannot be are named and passed over.
+
+    Args:
+        arguments: files, folders and patterns.
+
+    Attributes:
+        paths: the image files.
+        failed: what could not be found or read, with the reason.
+        read: how many images have been read.
+
+    Raises:
+        DataError: no argument stands for an image.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        found: dict[Path, None] = {}
+        self.failed: dict[str, str] = {}
+        self.read = 0
+        for argument in arguments:
+            try:
+                found.update(dict.fromkeys(expand_images([argument])))
+            except DataError as error:
+                if len(arguments) == 1:
+                    raise
+                self._fail(argument, error)
+        self.paths = list(found)
+
+    def batches(self, size: int) -> Iterator[list[tuple[Path, Image.Image]]]:
+        """Paths and images, so many at a time."""
+        batch: list[tuple[Path, Image.Image]] = []
+        for path in self.paths:
+            try:
+                batch.append((path, read_image(path)))
+                self.read += 1
+            except DataError as error:
+                self._fail(str(path), error)
+            if len(batch) == size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def finish(self) -> None:
+        """Ends the command with exit status 1 if something could not be read."""
+        if self.failed:
+            err.print(f"{len(self.failed)} left out, {self.read} done", highlight=False)
+            raise typer.Exit(1)
+
+    def _fail(self, name: str, error: DataError) -> None:
+        self.failed[name] = str(error)
+        err.print(f"left out: {printable(str(error))}", highlight=False, soft_wrap=True)
+
+
+def require_classes(model: TunedModel, data: DataSplits | Held) -> None:
     """Raises DataError when a data set's classes are not those that the model was trained on."""
+    if not model.classes and model.backbone.classes and len(data.classes) > model.backbone.classes:
+        raise DataError(
+            f"{data.name} has {len(data.classes)} classes ({_some(data.classes)}), but the model tells "
+            f"{model.backbone.classes} apart. Give data with the same classes."
+        )
     if model.classes and tuple(model.classes) != tuple(data.classes):
         raise DataError(
             f"{data.name} has {len(data.classes)} classes ({_some(data.classes)}), but the model was trained on "
@@ -137,17 +230,22 @@ def pick_device(name: str) -> torch.device:
 
 
 def print_json(data: Any) -> None:
-    """One JSON object on standard output."""
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    """One JSON object on standard output, in ASCII where that cannot show all of its signs."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(data, indent=2)
+    typer.echo(text)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table for people; the first column is text, the others are figures."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=printable(title), title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0 and len(columns) < 4)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     out.print(table)
 
 
@@ -165,4 +263,4 @@ def kilobytes(size: int) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(map(printable, names[:5])) + (", ..." if len(names) > 5 else "")

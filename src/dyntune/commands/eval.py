@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -28,11 +29,14 @@ from dyntune.commands.common import (
     require_classes,
 )
 from dyntune.core.errors import DataError
-from dyntune.data import load_data
+from dyntune.data import LabelledImages, load_held
+from dyntune.data.sources.base import Held
 from dyntune.model.load import load
 from dyntune.studies.compare import DENSE, compare_speed
 from dyntune.training.evaluate import evaluate
 from dyntune.training.inputs import first_batch
+from dyntune.training.seen import Seen
+from dyntune.training.trainer import ASKED
 
 EXAMPLES = ("dyntune eval runs/digits digits", "dyntune eval runs/flowers folder:flowers --split val --json")
 
@@ -40,7 +44,13 @@ EXAMPLES = ("dyntune eval runs/digits digits", "dyntune eval runs/flowers folder
 def command(
     run: RunArgument,
     data: DataArgument,
-    split: Annotated[Literal["test", "val", "train"], typer.Option(help="Which images.")] = "test",
+    split: Annotated[
+        Literal["all", "train", "val", "test"] | None,
+        typer.Option(
+            help="Which images: those of a split, or all.",
+            show_default="test; all of a folder of classes that the run was not trained on",
+        ),
+    ] = None,
     val_fraction: TrainedValFractionOption = 0.2,
     policy: TopPolicyOption = None,
     rate: RateOption = None,
@@ -54,12 +64,14 @@ def command(
     """Accuracy, activation rate per block, MACs really executed, and images per second beside the dense backbone."""
     model = load(run, weights=weights, device=pick_device(device), policy=policy)
     apply_rate(model, rate, policy)
-    splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
-    report_skipped(splits)
-    require_classes(model, splits)
-    images = getattr(splits, split)
-    if images is None:
-        raise DataError(f"{data} has no {split} split.")
+    held = load_held(data, classes=model.classes, val_fraction=val_fraction, on_corrupt=on_corrupt)
+    report_skipped(held)
+    require_classes(model, held)
+    seen = Seen.read(run)
+    used = split or _default_split(held, seen, run)
+    images = _images_of(held, used)
+    trained, chosen = seen.count(images) if seen else (None, None)
+    _report_seen(len(images), trained, chosen)
     with err.status(f"evaluating on {len(images)} images"):
         result = evaluate(model, images, batch_size=batch_size, workers=workers)
         speeds = compare_speed({model.spec: model}, first_batch(images, model, batch_size))
@@ -68,8 +80,10 @@ def command(
         report = {
             "run": str(run),
             "data": data,
-            "split": split,
-            "skipped": len(splits.skipped),
+            "split": used,
+            "skipped": len(held.skipped),
+            "trained_on": trained,
+            "selected_on": chosen,
             **result.to_dict(),
             "dense_macs": model.dense_macs,
         }
@@ -85,4 +99,49 @@ def command(
         *((f"active in {unit}", f"{rate:.1%}") for unit, rate in result.activation_per_unit.items()),
         *((f"tokens in {unit}", str(count)) for unit, count in result.tokens_per_unit.items()),
     ]
-    print_table(f"{model.spec} on {result.images} {split} images of {data}", ("", ""), rows)
+    print_table(f"{model.spec} on {result.images} {used} images of {data}", ("", ""), rows)
+
+
+def _default_split(held: Held, seen: Seen | None, run: Path) -> str:
+    """Which images are evaluated on if nobody says so, and where that is not the test split, a line that says it.
+
+    Raises:
+        DataError: there is no test split, or it cannot be told which images are new to the run.
+    """
+    if not held.plain:
+        if "test" in held.splits or len(held.splits) > 1:
+            return "test"
+        (only,) = held.splits
+        err.print(f"{held.name} has the {only} split alone: evaluating on that", soft_wrap=True)
+        return only
+    if seen is None and (run / ASKED).is_file():
+        raise DataError(
+            f"{run} is a run of a version that did not remember which images it was trained on, and {held.name} does "
+            "not say by its folders which are for testing. Give --split all to evaluate on all of them, those of its "
+            "training among them if it was trained on this folder, or give a folder with test/ in it."
+        )
+    trained, chosen = seen.count(held.all) if seen else (None, None)
+    if trained or chosen:
+        return "test"
+    why = "was not trained on any image of it" if trained == 0 else "does not say which images it was trained on"
+    err.print(f"{held.name} has no splits, and {run} {why}: evaluating on all {len(held.all)} images", soft_wrap=True)
+    return "all"
+
+
+def _images_of(held: Held, split: str) -> LabelledImages:
+    if split == "all":
+        return held.all
+    if split not in held.splits:
+        there = ", ".join(held.splits)
+        raise DataError(f"{held.name} has no {split} split, only {there}. Give --split with one of these, or all.")
+    return held.splits[split]
+
+
+def _report_seen(images: int, trained: int | None, chosen: int | None) -> None:
+    """Says how many of the images the run has seen before."""
+    if trained is None or chosen is None:
+        err.print("which of the images the run was trained on is not known: it does not say", soft_wrap=True)
+        return
+    told = f"of the {images} images, the run was trained on {trained}, and its epoch was chosen on {chosen}"
+    better = ": its figures are better than they are on new images" if trained or chosen else ""
+    err.print(told + better, soft_wrap=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
+import logging
 import pkgutil
 import re
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +17,9 @@ from typer.core import TyperCommand
 from dyntune import commands
 from dyntune.commands.common import err
 from dyntune.core.errors import DyntuneError
+from dyntune.core.texts import printable
 from dyntune.core.version import VERSION
+from dyntune.data.datasets import SKIP
 
 app = typer.Typer(
     help="Adapt pretrained Vision Transformers with few parameters, and skip the tokens that need no work.",
@@ -32,14 +37,25 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-class _Renaming(TyperCommand):
-    """A command that still knows an option's former name, and says the new one."""
+class _Command(TyperCommand):
+    """A command that takes ``~`` for the home folder, and still knows an option's former name and says the new one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if any(argument.partition("=")[0] == "--tokens" for argument in args):
             err.print("--tokens is now called --policy", highlight=False)
             args = [re.sub(r"^--tokens(?==|$)", "--policy", argument) for argument in args]
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        # The shell has done so for most, but not for --out=~/runs.
+        ctx.params = {name: _home(value) for name, value in ctx.params.items()}
+        return rest
+
+
+def _home(value: Any) -> Any:
+    """A path whose ``~`` is the home folder; anything else as it is."""
+    try:
+        return value.expanduser() if isinstance(value, Path) else value
+    except RuntimeError as error:  # there is no such user
+        raise typer.BadParameter(f"{value}: {error}") from None
 
 
 for _info in pkgutil.iter_modules(commands.__path__):
@@ -47,19 +63,43 @@ for _info in pkgutil.iter_modules(commands.__path__):
         _module = importlib.import_module(f"{commands.__name__}.{_info.name}")
         _epilog = "\n\n".join(("Examples:", *_module.EXAMPLES))
         _hidden = getattr(_module, "HIDDEN", False)
-        app.command(name=_info.name, cls=_Renaming, epilog=_epilog, hidden=_hidden)(_module.command)
+        app.command(name=_info.name, cls=_Command, epilog=_epilog, hidden=_hidden)(_module.command)
+
+
+class _Said(logging.Handler):
+    """What the library has to say, on standard error as lines of the command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(record.getMessage(), highlight=False, soft_wrap=True)
 
 
 def main() -> None:
     """Entry point of the ``dyntune`` program."""
+    said = _Said()
+    logging.getLogger("dyntune").addHandler(said)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What a terminal or a file cannot show is written in another way; it must not end the work.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except (DyntuneError, OSError) as error:
         # An error in a worker process arrives with that process's traceback around it.
         text = str(error).rpartition("Error: ")[2] if "Original Traceback" in str(error) else str(error)
+        if "--on-corrupt" not in _options_of(sys.argv[1:]):
+            text = text.replace(SKIP, "")
         err.print("error:", style="bold red", end=" ")
-        err.print(text.strip(), markup=False, highlight=False, soft_wrap=True)
+        err.print("\n".join(map(printable, text.strip().split("\n"))), highlight=False, soft_wrap=True)
         sys.exit(1)
+    finally:
+        logging.getLogger("dyntune").removeHandler(said)
+
+
+def _options_of(arguments: list[str]) -> set[str]:
+    """The options of the command that was given."""
+    command = typer.main.get_command(app)
+    given = next((own for name in arguments if (own := getattr(command, "commands", {}).get(name))), None)
+    return {option for parameter in (given.params if given else ()) for option in parameter.opts}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from dyntune.commands.common import (
     kilobytes,
     out,
     print_json,
+    report_classes,
     report_skipped,
     train_settings,
 )
@@ -95,6 +96,7 @@ def command(
         )
     splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(splits)
+    report_classes(splits)
     if splits.val is None:
         raise DataError(f"{data} has no validation split, which the search needs.")
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from PIL import Image
 
 from dyntune.commands.common import (
     BatchOption,
     DeviceOption,
     ImagesArgument,
     JsonOption,
+    Pictures,
     RateOption,
     RunArgument,
     TopPolicyOption,
@@ -23,7 +26,7 @@ from dyntune.commands.common import (
     print_table,
 )
 from dyntune.core.errors import ExportError
-from dyntune.data import build_transform, expand_images, read_image
+from dyntune.data import build_transform, read_image
 from dyntune.inference.export.folder import OpenedModel, is_exported, open_export
 from dyntune.inference.export.registry import registered
 from dyntune.model.load import load
@@ -55,16 +58,16 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """The most probable classes of image files, folders of images, or globs, from a run or an exported model."""
-    paths = expand_images(images)
+    pictures = Pictures(images)
     model = _model(run, weights=weights, device=device, policy=policy, rate=rate, trust=trust)
-    predictions = [
-        row for i in range(0, len(paths), batch_size) for row in predict(model, paths[i : i + batch_size], top_k)
-    ]
+    predictions = [row for batch in pictures.batches(batch_size) for row in _predicted(model, batch, top_k)]
     if json:
-        print_json({"predictions": predictions})
-        return
-    cells = [{"image": row["image"], **task_of(model).cells(row)} for row in predictions]
-    print_table(f"{model.spec} from {run}", tuple(cells[0]), [tuple(row.values()) for row in cells])
+        failed = [{"image": name, "error": error} for name, error in pictures.failed.items()]
+        print_json({"predictions": predictions, "failed": failed})
+    elif predictions:
+        cells = [{"image": row["image"], **task_of(model).cells(row)} for row in predictions]
+        print_table(f"{model.spec} from {run}", tuple(cells[0]), [tuple(row.values()) for row in cells])
+    pictures.finish()
 
 
 def _model(
@@ -88,14 +91,20 @@ def _model(
     return open_export(run, trust=trust)
 
 
-@torch.inference_mode()
-def predict(model: TunedModel | OpenedModel, paths: list[Path], top_k: int) -> list[dict[str, Any]]:
+def predict(model: TunedModel | OpenedModel, paths: Sequence[Path], top_k: int) -> list[dict[str, Any]]:
     """For each image file its path and what the model's task makes of its outputs, such as the ``top_k`` classes."""
+    return _predicted(model, [(path, read_image(path)) for path in paths], top_k)
+
+
+@torch.inference_mode()
+def _predicted(
+    model: TunedModel | OpenedModel, pictures: Sequence[tuple[Path, Image.Image]], top_k: int
+) -> list[dict[str, Any]]:
     transform = build_transform(model.preprocessing)
-    batch = torch.stack([transform(read_image(path)) for path in paths])
+    batch = torch.stack([transform(picture) for _, picture in pictures])
     outputs = model(batch if isinstance(model, OpenedModel) else batch.to(next(model.parameters()).device))
     predictions = task_of(model).predictions(outputs, model.classes, top_k)
-    return [{"image": str(path), **prediction} for path, prediction in zip(paths, predictions, strict=True)]
+    return [{"image": str(path), **prediction} for (path, _), prediction in zip(pictures, predictions, strict=True)]
 
 
 def task_of(model: TunedModel | OpenedModel) -> Task:

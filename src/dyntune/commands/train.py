@@ -31,6 +31,7 @@ from dyntune.commands.common import (
     out,
     parts,
     print_json,
+    report_classes,
     report_skipped,
     train_settings,
 )
@@ -98,6 +99,7 @@ def command(
     given = with_rate(parts(method, policy), rate)
     tuned = build_tuned(model, *given, classes=splits.classes, weights=weights, **arguments)
     tuned.preprocessing = with_pixels_as(tuned.preprocessing, normalisation, interpolation)
+    report_classes(splits)
     bar = ProgressBar(tuned.spec)
     result = fit(
         tuned, splits.train, chosen, out=run, resume=resume, progress=bar, settings=settings, teacher=taught_by

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from dyntune.commands.common import (
     DeviceOption,
     ImagesArgument,
+    Pictures,
     RateOption,
     RunArgument,
     TopPolicyOption,
@@ -21,7 +22,8 @@ from dyntune.commands.common import (
     pick_device,
 )
 from dyntune.core.errors import DyntuneError
-from dyntune.data import build_transform, expand_images, read_image
+from dyntune.core.texts import printable
+from dyntune.data import build_transform
 from dyntune.model.forward import activation_rates
 from dyntune.model.load import load
 from dyntune.studies.pictures import activation_figure, reduction_figure, save_figure, token_figure
@@ -41,7 +43,7 @@ def command(
     device: DeviceOption = "auto",
 ) -> None:
     """Draw over the images which tokens each block computes, merges or drops, and the activation rate per block."""
-    paths = expand_images(images)
+    found = Pictures(images)
     model = load(run, weights=weights, device=pick_device(device), policy=policy)
     apply_rate(model, rate, policy)
     if not model.policies:
@@ -50,27 +52,26 @@ def command(
         )
     transform = build_transform(model.preprocessing)
     rates = []
-    for start in range(0, len(paths), per_figure):
-        chosen = paths[start : start + per_figure]
-        names = [path.name for path in chosen]
-        pictures = [read_image(path) for path in chosen]
+    for number, batch_of in enumerate(found.batches(per_figure), 1):
+        names = [path.name for path, _ in batch_of]
+        pictures = [picture for _, picture in batch_of]
         batch = torch.stack([transform(picture) for picture in pictures]).to(next(model.parameters()).device)
         with torch.inference_mode():
             output = model.run(batch)
-        number = start // per_figure + 1
         if output.gates:
-            rates.append(len(chosen) * activation_rates(output.gates).cpu())
+            rates.append(len(pictures) * activation_rates(output.gates).cpu())
             _write(token_figure(pictures, output.gates, output.grid, names), folder / f"tokens-{number}.{suffix}")
         if output.reductions:
             _write(reduction_figure(pictures, output, names), folder / f"reductions-{number}.{suffix}")
         if not output.gates and not output.reductions:
             raise DyntuneError(f"{model.spec} in {run} skips, merges and drops no token, so there is nothing to show.")
     if rates:
-        mean = (torch.stack(rates).sum(0) / len(paths)).tolist()
+        mean = (torch.stack(rates).sum(0) / found.read).tolist()
         rate_of = {model.spec: list(zip((gate.unit for gate in output.gates), mean, strict=True))}
         _write(activation_figure(rate_of, {model.spec: model.target_rate}), folder / f"activation.{suffix}")
+    found.finish()
 
 
 def _write(figure: Figure, file: Path) -> None:
     save_figure(figure, file)
-    out.print(f"wrote {file}", highlight=False)
+    out.print(f"wrote {printable(str(file))}", highlight=False)

@@ -2,7 +2,7 @@
 
 from dyntune.data.base import DataSplits, ImageSubset, LabelledImages
 from dyntune.data.images import expand_images, read_image
-from dyntune.data.load import load_data
+from dyntune.data.load import load_data, load_held
 from dyntune.data.transforms import Preprocessing, build_transform
 from dyntune.data.vtab import load_vtab_task
 
@@ -14,6 +14,7 @@ __all__ = [
     "build_transform",
     "expand_images",
     "load_data",
+    "load_held",
     "load_vtab_task",
     "read_image",
 ]

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from dyntune.core.errors import DataError, unknown_name
 from dyntune.data.base import LabelledImages
+from dyntune.data.others import Samples, accepted
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
@@ -138,8 +139,13 @@ def build_transform(
     return plain
 
 
-def preprocessed(dataset: Dataset[Any], preprocessing: Preprocessing) -> Dataset[Any]:
-    """Labelled PIL images with the preprocessing put on; any other data set as it is."""
-    if isinstance(dataset, LabelledImages) and dataset.transform is None:
-        return dataset.with_transform(build_transform(preprocessing))
-    return dataset
+def preprocessed(dataset: Dataset[Any], preprocessing: Preprocessing) -> LabelledImages | Samples:
+    """PIL images with the preprocessing put on; tensors as they are.
+
+    Raises:
+        DataError: the data set is of no kind that is known; see ``dyntune.data.others.accepted``.
+    """
+    found = accepted(dataset)
+    if found.transform is None and (isinstance(found, LabelledImages) or found.pictures):
+        return found.with_transform(build_transform(preprocessing))
+    return found

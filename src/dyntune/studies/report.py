@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from dyntune.core.files import write_atomically, write_json, write_text
 from dyntune.core.machine import machine
+from dyntune.core.texts import for_csv, for_markdown, for_markdown_code
 from dyntune.data.base import LabelledImages
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.spec_list import folder_name
@@ -84,7 +85,7 @@ def methods_table(rows: Sequence[Row]) -> Table:
 def markdown_table(table: Table) -> str:
     """A table in Markdown."""
     lines = ["| " + " | ".join(table.columns) + " |", "| --- |" + " ---: |" * (len(table.columns) - 1)]
-    lines += ["| " + " | ".join((f"`{name}`", *cells)) + " |" for name, *cells in table.rows]
+    lines += ["| " + " | ".join((for_markdown_code(name), *cells)) + " |" for name, *cells in table.rows]
     return "\n".join(lines)
 
 
@@ -128,10 +129,12 @@ def write_report(
             pictures[name] = text
     methods = methods_table(rows)
     tables = "".join(f"\n## {table.title}\n\n{markdown_table(table)}\n\n{table.note}\n" for table in further)
-    body = f"{intro}\n\n{markdown_table(methods)}\n\n{methods.note}\n{tables}"
+    body = f"{for_markdown(intro)}\n\n{markdown_table(methods)}\n\n{methods.note}\n{tables}"
     write_text(
         out / "results.md",
-        f"# {title}\n\n{body}\n" + "\n\n".join(f"![{text}]({file})" for file, text in pictures.items()) + "\n",
+        f"# {for_markdown(title)}\n\n{body}\n"
+        + "\n\n".join(f"![{for_markdown(text)}]({file})" for file, text in pictures.items())
+        + "\n",
     )
     write_text(out / "index.html", _page(title, intro, (methods, *further), pictures))
     return out / "index.html"
@@ -191,7 +194,7 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
                 r.test.activation,
             ]
             speed = [r.speed.images_per_second, r.speed.speedup, r.speed.speedup_low, r.speed.speedup_high]
-            writer.writerow([r.method, *figures, *speed, r.train_seconds])
+            writer.writerow([for_csv(r.method), *figures, *speed, r.train_seconds])
 
 
 def _breakable(cell: str) -> str:

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from dyntune.core.errors import DataError
+from dyntune.data.base import LabelledImages
+from dyntune.data.others import Samples, is_dataset
 from dyntune.data.transforms import preprocessed
 from dyntune.model.macs import MacCounter, head_macs
 from dyntune.model.tasks import Classification, Metric
 from dyntune.model.tuned import ExecutionName, TunedModel
+from dyntune.training.inputs import data_for, require_labels
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class Evaluation:
         return {"images": values.pop("images"), **values.pop("figures"), **values}
 
 
-def as_tensors(dataset: Dataset[Any], model: TunedModel) -> Dataset[Any]:
-    """Labelled PIL images with the model's preprocessing put on; any other data set as it is."""
+def as_tensors(dataset: Dataset[Any], model: TunedModel) -> LabelledImages | Samples:
+    """PIL images with the model's preprocessing put on; tensors as they are."""
     return preprocessed(dataset, model.preprocessing)
 
 
@@ -83,7 +86,7 @@ def evaluate(
 
     Args:
         model: put in eval mode for the run, and back afterwards.
-        data: a data set of (image, target), or an iterable of batches.
+        data: a data set of (image, target), as for ``fit``, or an iterable of batches.
         batch_size: images per forward pass.
         workers: processes that read images.
         count_macs: whether to count what runs; each operator then passes through Python, which costs some time.
@@ -91,11 +94,15 @@ def evaluate(
         metric: counts the outputs, in place of a fresh one of the model's task.
 
     Raises:
-        DataError: there is no image.
+        DataError: there is no image, the data are of no such kind, or a label is not one of the classes.
     """
-    batches: Iterable[tuple[Tensor, Tensor]] = (
-        DataLoader(as_tensors(data, model), batch_size, num_workers=workers) if isinstance(data, Dataset) else data
-    )
+    batches: Iterable[Any] = data  # type: ignore[assignment]
+    if is_dataset(data) and not isinstance(data, IterableDataset):
+        images_of = data_for(model, data, "the data set")
+        require_labels(model, images_of, beforehand=False)
+        batches = DataLoader(as_tensors(images_of, model), batch_size, num_workers=workers)
+    elif isinstance(data, DataLoader) and isinstance(data.dataset, LabelledImages) and data.dataset.transform is None:
+        raise DataError("the batches would be of PIL images. Give the data set itself, which is preprocessed then.")
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -105,8 +112,8 @@ def evaluate(
     tokens: dict[str, int] = {}
     counter = MacCounter() if count_macs else None
     try:
-        for batch, targets in batches:
-            batch, targets = batch.to(device), targets.to(device)
+        for number, given in enumerate(batches):
+            batch, targets = (tensor.to(device) for tensor in _pair(given, number))
             with counter or nullcontext():
                 output = model.run(batch, execution=execution)
             metric.update(output.logits.float(), targets)
@@ -127,4 +134,16 @@ def evaluate(
         macs=counter.macs / images - head_macs(model.backbone) if counter else None,
         tokens_per_unit=tokens,
         merit=model.task.merit,
+    )
+
+
+def _pair(batch: Any, number: int) -> tuple[Tensor, Tensor]:
+    """Images and targets of a batch; raises DataError for one of another kind."""
+    if isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        images, targets = batch
+        if images.is_floating_point() and images.dtype != torch.float64:
+            return images, targets
+    raise DataError(
+        f"batch {number} is not one of images and targets. Expected (images, targets), float32 tensors (batch, 3, "
+        "height, width) that are preprocessed, and a target for each; or give the data set itself."
     )

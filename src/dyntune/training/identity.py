@@ -55,11 +55,16 @@ def identity_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if before["spec"] == now["spec"]:
             meant = "+".join(map(format_spec, parts))
             changed[-1] += f", which stands for something else in this version: the run needs {meant}"
-    return changed + [
-        f"{key} was {before[key]}, is {value}"
-        for key, value in now.items()
-        if key not in ("settings", "spec", "parts") and key in before and value != before[key]
-    ]
+    for key, value in now.items():
+        old = before.get(key, value)
+        if key in ("settings", "spec", "parts") or old == value or (key == "data" and old is None):
+            continue
+        changed.append(f"{key} was {old}, is {value}")
+        if key == "data":
+            changed[-1] += (
+                " (images were added, removed or renamed, or an earlier version has split their folder in another way)"
+            )
+    return changed
 
 
 def _parts(identity: dict[str, Any]) -> list[Part]:
@@ -75,5 +80,5 @@ def _data_digest(dataset: Dataset[Any]) -> str | None:
         return None
     digest = hashlib.sha256()
     for index, target in enumerate(dataset.targets):
-        digest.update(f"{target} {Path(dataset.source(index)).name}\n".encode())
+        digest.update(f"{target} {Path(dataset.source(index)).name}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]

@@ -24,12 +24,13 @@ from dyntune.model.tuned import TunedModel
 from dyntune.training.accelerator import make_accelerator
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
 from dyntune.training.identity import identity_changes, run_identity
-from dyntune.training.inputs import require_matching_head, training_images
+from dyntune.training.inputs import data_for, require_labels, require_matching_head, training_images
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.logs import RunLog
 from dyntune.training.optimizer import make_optimizer, pretrained_parameters, set_learning_rate
 from dyntune.training.progress import Progress, Silent
 from dyntune.training.randomness import EpochSampler, SeededDataset, caller_randomness_kept, seed_all
+from dyntune.training.seen import Seen
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE, RunState
 from dyntune.training.teacher import ready_teacher, warn_about_teacher
@@ -71,13 +72,14 @@ def fit(
     """Trains a tuned model in place; afterwards it holds the weights of the best epoch and is in eval mode.
 
     With ``out``, the folder holds the adapter of the best epoch (for ``load``), that of the last one in ``last``,
-    ``log.jsonl``, TensorBoard files, and the state that ``resume`` continues from: a run that was stopped at any
-    moment comes to the same weights, bit for bit on a CPU, as one that was not.
+    ``log.jsonl``, TensorBoard files, which images the run has seen, and the state that ``resume`` continues from: a run
+    that was stopped at any moment comes to the same weights, bit for bit on a CPU, as one that was not.
 
     Args:
         model: from ``tune``.
-        train_set: (image, target) pairs, for classification (image, label); PIL images are preprocessed as the backbone
-            expects.
+        train_set: a data set that is read by index and gives (image, target) pairs, for classification (image, label);
+            PIL images are preprocessed as the backbone expects, tensors must be. Parts of data sets, torchvision's,
+            and those of Hugging Face with an image and a label in each row do too.
         val_set: what the best epoch is picked on; without it the last epoch is kept.
         out: the run's folder; None keeps nothing on disk.
         resume: continue what ``out`` holds, or start if there is nothing.
@@ -89,13 +91,14 @@ def fit(
         options: single options of ``TrainSettings``, for instance ``epochs=10, lr=1e-3``.
 
     Raises:
+        DataError: a data set is of no such kind, or a label is not one of the classes.
         TrainingError: options do not make sense, ``out`` holds another run, or the loss is not finite.
         TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     if settings is not None and options:
         raise TrainingError("give settings=... or single options, not both.")
     chosen = settings or TrainSettings.of(**options)
-    folder = None if out is None else Path(out)
+    folder = None if out is None else Path(out).expanduser()
     return _Run(model, train_set, val_set, folder, chosen, progress or Silent(), teacher).train(resume)
 
 
@@ -127,21 +130,26 @@ class _Run:
     def __init__(
         self,
         model: TunedModel,
-        train_set: Dataset[Any],
-        val_set: Dataset[Any] | None,
+        train_set: Any,
+        val_set: Any,
         out: Path | None,
         settings: TrainSettings,
         progress: Progress,
         teacher: nn.Module | None,
     ) -> None:
         self.model, self.out, self.settings = model, out, settings
+        train_set = data_for(model, train_set, "the training set")
+        val_set = None if val_set is None else data_for(model, val_set, "the validation set")
         require_matching_head(model, train_set)
-        if model.classes is None and getattr(train_set, "classes", None):
-            model.classes = tuple(map(str, cast(Any, train_set).classes))
+        # A run that goes on is compared with how it began first.
+        self.look_at_labels = functools.partial(require_labels, model, train_set, val_set)
+        if out is None or not (out / STATE).exists():
+            self.look_at_labels()
         self.select = settings.select if val_set is not None else "last"
+        self.images = (train_set, None if self.select == "last" else val_set)
         self.accelerator = make_accelerator(settings)
         self.progress = progress if self._main else Silent()
-        size = len(train_set)  # type: ignore[arg-type]
+        size = len(train_set)
         if not size:
             raise TrainingError("the training set is empty.")
         world = self.accelerator.num_processes
@@ -164,7 +172,7 @@ class _Run:
         self.val_loader: DataLoader[Any] | None = None
         if val_set is not None:
             images = as_tensors(val_set, model)
-            share = range(self.accelerator.process_index, len(images), world)  # type: ignore[arg-type]
+            share = range(self.accelerator.process_index, len(images), world)
             self.val_loader = DataLoader(Subset(images, share), settings.batch_size, num_workers=settings.workers)
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
@@ -186,6 +194,8 @@ class _Run:
     def train(self, resume: bool) -> FitResult:
         with caller_randomness_kept(), self._checkpointing(), self._course():
             epoch, step = self._begin(resume)
+            if step or epoch:
+                self.look_at_labels()
             # Thresholds that were shifted, and the shifts, belong to the weights that training leaves behind.
             self.model.set_rate(None)
             self.model.calibration = None
@@ -251,6 +261,7 @@ class _Run:
                 raise TrainingError(f"{self.out} is not empty.{begun} Give another folder, or remove it.")
             if self._main:
                 write_json(self.out / ASKED, self.identity)
+                Seen.by(*self.images).write(self.out)
             return 0, 0
         if not resume:
             raise TrainingError(

@@ -22,6 +22,7 @@ class ClassificationMetric(Metric):
         super().__init__(3)
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
+        targets = _as_indices(targets)
         correct = int((outputs.argmax(-1) == targets).sum())
         loss = float(F.cross_entropy(outputs, targets, reduction="sum"))
         self.sums += torch.tensor([len(outputs), correct, loss], dtype=self.sums.dtype)
@@ -51,6 +52,7 @@ class Classification(Task):
 
     def loss(self, outputs: Tensor, targets: Tensor, settings: TargetSettings | None = None) -> Tensor:
         """Cross-entropy. Targets that are mixed are smoothed already."""
+        targets = _as_indices(targets)
         if settings is None or settings.mixup or settings.cutmix:
             return F.cross_entropy(outputs, targets)
         return F.cross_entropy(outputs, targets, label_smoothing=settings.label_smoothing)
@@ -86,3 +88,8 @@ class Classification(Task):
     def agreement(self, outputs: Tensor, others: Tensor) -> Tensor:
         """1 where both put the image into the same class."""
         return (outputs.argmax(-1) == others.argmax(-1)).float()
+
+
+def _as_indices(targets: Tensor) -> Tensor:
+    """Labels of any integer type as PyTorch's losses take them; shares of classes as they are."""
+    return targets if targets.is_floating_point() else targets.long()

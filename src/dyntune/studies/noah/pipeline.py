@@ -263,7 +263,7 @@ def _scorer(model: TunedModel, val: Dataset[Any], settings: TrainSettings) -> Ca
     """Accuracy of a sub-network of ``model`` on the validation images."""
     images = as_tensors(val, model)
     loader: Any = DataLoader(images, settings.batch_size, num_workers=settings.workers)
-    if len(images) * images[0][0].nbytes <= _CACHED_BYTES:  # type: ignore[arg-type]
+    if len(images) * images[0][0].nbytes <= _CACHED_BYTES:
         loader = list(loader)
     selection: Selection = model.backbone.shared["noah"]  # type: ignore[assignment]
 
