@@ -32,7 +32,7 @@ class TrainSettings:
             (``full``, ``bitfit``); above 0 and at most 1. What is new (adapters, predictors, the head) has factor 1.
         weight_decay: weight decay of the trained tensors.
         decay_1d: whether weight decay holds for biases and other tensors of one dimension too.
-        warmup_epochs: epochs of linear warm-up; None stands for a tenth of all.
+        warmup_epochs: epochs of linear warm-up; None stands for a tenth of all. It ends before the last step.
         warmup_lr: learning rate at which the warm-up begins.
         cooldown_epochs: the last epochs, spent at ``min_lr``.
         schedule: learning rate per iteration or per epoch; timm's cosine counts the warm-up as its part. See
@@ -119,11 +119,12 @@ class TrainSettings:
         """Epochs of warm-up."""
         return self.epochs / 10 if self.warmup_epochs is None else self.warmup_epochs
 
-    def learning_rate(self, epoch: float) -> float:
+    def learning_rate(self, epoch: float, steps: int | None = None) -> float:
         """The learning rate of a step, by ``schedule``.
 
         Args:
             epoch: epochs done, with the fraction of the running one.
+            steps: of an epoch; None where they are many.
         """
         return warmup_cosine(
             epoch,
@@ -133,6 +134,7 @@ class TrainSettings:
             lr=self.lr,
             min_lr=self.min_lr,
             warmup_lr=self.warmup_lr,
+            steps=steps,
         )
 
     def differences(self, other: dict[str, Any]) -> list[str]:

@@ -286,7 +286,7 @@ class _Run:
             seed_all(settings.seed, epoch, 0, step, accelerator.process_index)
             steps = epoch * self.steps_per_epoch + step
             done = epoch + step / self.steps_per_epoch
-            lr = settings.learning_rate(done)
+            lr = settings.learning_rate(done, self.steps_per_epoch)
             set_learning_rate(self.optimizer, lr)
             images, mixed = task.mix(images, targets, self.model.backbone.classes, settings)
             with accelerator.accumulate(self.step_module):
