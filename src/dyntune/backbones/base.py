@@ -186,8 +186,14 @@ class Backbone(nn.Module, abc.ABC):
 
     @property
     def classes(self) -> int:
-        """Number of classes of the classifier; 0 without one."""
-        return next((head.out_features for head in self.heads if isinstance(head, nn.Linear)), 0)
+        """Outputs of the classifier, those of its last linear map or convolution; 0 where it has none."""
+        for head in self.heads:
+            for module in reversed([*head.modules()]):
+                if isinstance(module, nn.Linear):
+                    return module.out_features
+                if isinstance(module, nn.modules.conv._ConvNd):
+                    return module.out_channels
+        return 0
 
     @property
     @abc.abstractmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from dyntune.model.macs import Trace, head_macs, trace
+from dyntune.model.macs import Trace, trace
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.policies.base import TokenPolicy
 from dyntune.parts.policies.gating import GatingPolicy
@@ -103,7 +103,7 @@ def cost(model: TunedModel) -> Cost:
         head_params=sum(parameters[name].numel() for name in head),
         total_params=sum(p.numel() for p in parameters.values()),
         macs=traced.macs,
-        head_macs=head_macs(model.backbone),
+        head_macs=traced.head_macs,
         dense_macs=model.dense_macs,
         adapter_bytes=sum(p.numel() * p.element_size() for p in model.saved_state().values()),
         embedding_macs=traced.embedding_macs,

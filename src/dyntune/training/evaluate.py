@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dyntune.core.errors import DataError
 from dyntune.data.transforms import preprocessed
-from dyntune.model.macs import MacCounter, head_macs
+from dyntune.model.macs import MacCounter
 from dyntune.model.tasks import Classification, Metric
 from dyntune.model.tuned import ExecutionName, TunedModel
 
@@ -107,7 +107,7 @@ def evaluate(
     try:
         for batch, targets in batches:
             batch, targets = batch.to(device), targets.to(device)
-            with counter or nullcontext():
+            with counter or nullcontext(), counter.watching(model.backbone) if counter else nullcontext():
                 output = model.run(batch, execution=execution)
             metric.update(output.logits.float(), targets)
             images += len(batch)
@@ -124,7 +124,7 @@ def evaluate(
         figures=metric.figures(),
         activation=sum(rates.values()) / len(rates) if rates else 1.0,
         activation_per_unit=rates,
-        macs=counter.macs / images - head_macs(model.backbone) if counter else None,
+        macs=(counter.macs - counter.head_macs) / images if counter else None,
         tokens_per_unit=tokens,
         merit=model.task.merit,
     )
