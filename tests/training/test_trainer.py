@@ -3,9 +3,12 @@
 import json
 import os
 import signal
+import threading
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.data import TensorDataset
 
 import dyntune
@@ -199,6 +202,61 @@ def test_the_run_folder_says_what_was_asked(make_host, colours, tmp_path):
     assert asked["settings"]["lr"] == 3e-3 and asked["spec"] == "dyt:scale=1"
     config = json.loads((tmp_path / "run" / "dyntune.json").read_text())
     assert set(config["results"]) == {"epoch", "val_accuracy"}
+
+
+class _Saved(Silent):
+    """Looks at what is on disk when it is told that an epoch is saved."""
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def saved(self, epoch, folder):
+        adapter = json.loads((folder / "last" / "dyntune.json").read_text())
+        self.seen.append((epoch, RunState.read(folder).epoch, adapter["results"]["epoch"]))
+
+
+def test_hooks_are_told_when_an_epoch_is_on_disk(make_host, colours, tmp_path):
+    hook, silent = _Saved(), _Saved()
+    fit(_model(make_host), *colours, out=tmp_path / "run", progress=hook, **SHORT)
+    assert hook.seen == [(1, 1, 1), (2, 2, 2)]
+    fit(_model(make_host), *colours, progress=silent, **SHORT)
+    assert silent.seen == []
+
+
+def _accelerate():
+    return [dict(state._shared_state) for state in (AcceleratorState, PartialState, GradientState)]
+
+
+@pytest.mark.parametrize("mine", [None, {"mixed_precision": "bf16", "gradient_accumulation_steps": 3, "cpu": True}])
+def test_accelerate_is_left_as_it_was(make_host, colours, mine, tmp_path):
+    """Whether the caller has an Accelerator already, or makes one afterwards, and when a run fails."""
+    own = mine and Accelerator(**mine)
+    before = _accelerate()
+    try:
+        fit(_model(make_host), *colours, precision="fp32", accumulate=2, **SHORT)
+        with pytest.raises(TrainingError, match="holds a run"):
+            for _ in range(2):
+                fit(_model(make_host), *colours, out=tmp_path, **SHORT)
+        assert _accelerate() == before
+        after = own or Accelerator(mixed_precision="bf16", gradient_accumulation_steps=3, cpu=True)
+        assert after.mixed_precision == "bf16" and after.gradient_accumulation_steps == 3
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def test_runs_in_threads_wait_for_each_other(make_host, colours):
+    models = [_model(make_host) for _ in range(2)]
+    options = [SHORT | {"accumulate": count} for count in (1, 2)]
+    threads = [threading.Thread(target=fit, args=(m, *colours), kwargs=o) for m, o in zip(models, options, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for model, option in zip(models, options, strict=True):
+        alone = _model(make_host)
+        fit(alone, *colours, **option)
+        assert all(torch.equal(p, alone.tuned_state()[name]) for name, p in model.tuned_state().items())
 
 
 class _CtrlC(Silent):

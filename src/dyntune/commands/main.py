@@ -13,8 +13,12 @@ from typer.core import TyperCommand
 
 from dyntune import commands
 from dyntune.commands.common import err
-from dyntune.core.errors import DyntuneError
+from dyntune.core.errors import DyntuneError, TrainingError
 from dyntune.core.version import VERSION
+from dyntune.training.accelerator import launched_processes
+
+_TOGETHER = ("train",)
+"""Commands that several processes, as torchrun starts them, run together; of others each would do and write all."""
 
 app = typer.Typer(
     help="Adapt pretrained Vision Transformers with few parameters, and skip the tokens that need no work.",
@@ -26,10 +30,17 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     if version:
         typer.echo(VERSION)
         raise typer.Exit
+    if context.invoked_subcommand not in (None, *_TOGETHER) and launched_processes() > 1:
+        raise TrainingError(
+            f"dyntune {context.invoked_subcommand} runs in one process; start it without torchrun or accelerate launch."
+        )
 
 
 class _Renaming(TyperCommand):

@@ -109,6 +109,9 @@ class TunedModel(HubModel):
     def set_rate(self, rate: float | None, data: Dataset[Any] | Tensor | None = None) -> None:
         """Chooses the share of patches that gated units compute, without training: shifts the gates' thresholds.
 
+        Threads may call it, and run the model meanwhile: images on their way may meet old thresholds in front and new
+        ones behind.
+
         Args:
             rate: mean over the gated units, between 0 (no patch) and 1 (all); None for the trained thresholds.
             data: images to calibrate on for this call: ``(N, 3, height, width)``, preprocessed, or a data set of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 from rich.console import Console
@@ -15,7 +16,10 @@ _SHORT = {"accuracy": "acc"}
 
 
 class Progress(Protocol):
-    """Told about every step and evaluation of a run; a context manager around the whole."""
+    """Told about every step, evaluation and saved epoch of a run; a context manager around the whole.
+
+    Derive from ``Silent`` to say something to some of it only.
+    """
 
     def __enter__(self) -> Self: ...
 
@@ -29,6 +33,9 @@ class Progress(Protocol):
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """The epoch has been evaluated on the validation split."""
+
+    def saved(self, epoch: int, folder: Path) -> None:
+        """What a run is resumed from after ``epoch`` epochs, and that epoch's adapter, are on disk in ``folder``."""
 
 
 class Silent:
@@ -44,6 +51,8 @@ class Silent:
     def step(self, figures: dict[str, float]) -> None: ...
 
     def evaluated(self, evaluation: Evaluation) -> None: ...
+
+    def saved(self, epoch: int, folder: Path) -> None: ...
 
 
 class ProgressBar:
@@ -97,6 +106,8 @@ class ProgressBar:
         self.validation = f"val {_SHORT.get(evaluation.merit, evaluation.merit)} {evaluation.score:.1%}"
         if not self.console.is_terminal:
             self.console.print(f"{self.label}: {self._status()} {self.validation}", highlight=False, soft_wrap=True)
+
+    def saved(self, epoch: int, folder: Path) -> None: ...
 
     def _status(self) -> str:
         terms = " ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in self.means.items() if n.startswith("loss"))

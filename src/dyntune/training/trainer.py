@@ -21,7 +21,7 @@ from dyntune.core.files import write_json
 from dyntune.model.forward import activation_rates
 from dyntune.model.objective import Criterion, training_loss
 from dyntune.model.tuned import TunedModel
-from dyntune.training.accelerator import make_accelerator
+from dyntune.training.accelerator import apart, make_accelerator
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
 from dyntune.training.identity import identity_changes, run_identity
 from dyntune.training.inputs import require_matching_head, training_images
@@ -96,7 +96,8 @@ def fit(
         raise TrainingError("give settings=... or single options, not both.")
     chosen = settings or TrainSettings.of(**options)
     folder = None if out is None else Path(out)
-    return _Run(model, train_set, val_set, folder, chosen, progress or Silent(), teacher).train(resume)
+    with apart():
+        return _Run(model, train_set, val_set, folder, chosen, progress or Silent(), teacher).train(resume)
 
 
 class _Step(nn.Module):
@@ -353,6 +354,8 @@ class _Run:
         if self.out and self._main:
             self.model.save(self.out / "last", measured)
         self._write_state(epoch + 1, 0)
+        if self.out:
+            self.progress.saved(epoch + 1, self.out)
 
     def _evaluate(self) -> Evaluation:
         """This process's share of the validation images, put together with the others'."""
