@@ -70,6 +70,20 @@ def test_a_signal_to_one_process_stops_all_of_them_with_the_state_saved(photos, 
     assert state.epoch >= 1 and state.step >= 0
 
 
+def test_what_is_wrong_is_the_last_that_torchrun_says(photos, tmp_path):
+    """A corrupt image that one of the processes meets, while the other one waits for it."""
+    photos = Path(shutil.copytree(photos, tmp_path / "photos"))
+    spoilt = photos / "train" / "red" / "3.png"
+    spoilt.write_bytes(spoilt.read_bytes()[:200])
+    command = [*LAUNCHER, *_arguments(photos, tmp_path / "run", 6)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    last = [line for line in done.stderr.splitlines() if line.strip("= ")][-1]
+    assert "traceback : error: " in last and str(spoilt) in last and "cannot be read as an image" in last
+    assert "RuntimeError" not in done.stderr
+
+
 def test_other_commands_are_refused_where_several_processes_would_do_the_same(photos, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     found = CliRunner().invoke(app, ["compare", str(photos), "--methods", "linear", "--out", str(tmp_path / "runs")])

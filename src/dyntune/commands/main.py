@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import pkgutil
 import re
 import sys
-from typing import Annotated, Any
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
+import torch
 import typer
 from typer.core import TyperCommand
 
@@ -19,6 +24,8 @@ from dyntune.training.accelerator import launched_processes
 
 _TOGETHER = ("train",)
 """Commands that several processes, as torchrun starts them, run together; of others each would do and write all."""
+_LOST = re.compile(r"connection (closed|reset)|broken pipe|gloo|nccl|store", re.IGNORECASE)
+"""What torch says when a process that it talks to has ended."""
 
 app = typer.Typer(
     help="Adapt pretrained Vision Transformers with few parameters, and skip the tokens that need no work.",
@@ -68,9 +75,26 @@ def main() -> None:
     except (DyntuneError, OSError) as error:
         # An error in a worker process arrives with that process's traceback around it.
         text = str(error).rpartition("Error: ")[2] if "Original Traceback" in str(error) else str(error)
-        err.print("error:", style="bold red", end=" ")
-        err.print(text.strip(), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _fail(text.strip())
+    except RuntimeError as error:
+        if launched_processes() == 1 or not _LOST.search(str(error)):
+            raise
+        _fail("another of the processes that train together has ended; what it says is the reason.")
+
+
+def _fail(text: str) -> NoReturn:
+    err.print("error:", style="bold red", end=" ")
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
+    # torchrun ends with a report of its own, whose last line comes from this file.
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:
+        told = {"py_callstack": f"error: {text}", "timestamp": str(int(time.time()))}
+        Path(report).write_text(json.dumps({"message": {"message": text, "extraInfo": told}}), encoding="utf-8")
+    sys.stderr.flush()
+    if torch.distributed.is_initialized():
+        # The others may wait for this process for ever; they are not waited for.
+        os._exit(1)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from dyntune.model.macs import Trace, trace
-from dyntune.model.tuned import TunedModel
+from dyntune.model.tuned import TunedModel, require_tuned
 from dyntune.parts.policies.base import TokenPolicy
 from dyntune.parts.policies.gating import GatingPolicy
 from dyntune.parts.spec import format_spec
@@ -88,6 +88,7 @@ def cost(model: TunedModel) -> Cost:
 
     Nothing is computed: shapes alone are traced, so it is quick for any size and works for a model on the meta device.
     """
+    require_tuned(model, "cost")
     parameters = dict(model.backbone.named_parameters())
     head = model.backbone.head_parameters()
     trained = model.tuned_state()

@@ -15,7 +15,7 @@ from dyntune.core.errors import DataError
 from dyntune.data.transforms import preprocessed
 from dyntune.model.macs import MacCounter
 from dyntune.model.tasks import Classification, Metric
-from dyntune.model.tuned import ExecutionName, TunedModel
+from dyntune.model.tuned import ExecutionName, TunedModel, require_tuned
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def evaluate(
     Raises:
         DataError: there is no image.
     """
+    require_tuned(model, "evaluate")
     batches: Iterable[tuple[Tensor, Tensor]] = (
         DataLoader(as_tensors(data, model), batch_size, num_workers=workers) if isinstance(data, Dataset) else data
     )

@@ -267,7 +267,6 @@ class HuggingFace(Backbone):
                 'the backbone for them: --img-size, or create_backbone("hf:...", img_size=...) in Python.'
             )
         rows, columns = self._grid_of(images)
-        images = images.to(next(self._patch[0].parameters()).dtype)
         embeddings = self.tower.embeddings
         if self.kind.startswith("siglip2"):
             shape = torch.tensor([[rows, columns]], device="cpu")  # its values are looked at
