@@ -31,6 +31,7 @@ from dyntune.commands.common import (
     parts,
     print_json,
     report_skipped,
+    say_threads,
     train_settings,
 )
 from dyntune.commands.options import Options, with_options
@@ -98,6 +99,7 @@ def command(
     given = with_rate(parts(method, policy), rate)
     tuned = build_tuned(model, *given, classes=splits.classes, weights=weights, **arguments)
     tuned.preprocessing = with_pixels_as(tuned.preprocessing, normalisation, interpolation)
+    say_threads(tuned, settings, run)
     bar = ProgressBar(tuned.spec)
     result = fit(
         tuned, splits.train, chosen, out=run, resume=resume, progress=bar, settings=settings, teacher=taught_by

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -137,13 +138,17 @@ class TrainSettings:
             steps=steps,
         )
 
-    def differences(self, other: dict[str, Any]) -> list[str]:
+    def differences(self, other: dict[str, Any], besides: Collection[str] = ()) -> list[str]:
         """What differs from ``other``, settings as a dictionary, among what decides the trained weights.
 
         An option that ``other`` does not have yet was at its default.
+
+        Args:
+            other: the settings of another run.
+            besides: names of settings that may differ too.
         """
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         other = defaults | other
-        free = {"workers", "device", "log_every", "gradient_checkpointing"}
+        free = {"workers", "device", "log_every", "gradient_checkpointing", *besides}
         mine = dataclasses.asdict(self)
         return [f"{k} was {other[k]}, is {mine[k]}" for k in mine if k not in free and mine[k] != other[k]]

@@ -20,10 +20,10 @@ from dyntune.core.errors import TrainingError
 from dyntune.core.files import write_json
 from dyntune.model.forward import activation_rates
 from dyntune.model.objective import Criterion, training_loss
-from dyntune.model.tuned import TunedModel
+from dyntune.model.tuned import TunedModel, require_tuned
 from dyntune.training.accelerator import apart, make_accelerator
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
-from dyntune.training.identity import identity_changes, run_identity
+from dyntune.training.identity import ASKED, identity_changes, run_identity
 from dyntune.training.inputs import require_matching_head, training_images
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.logs import RunLog
@@ -34,7 +34,6 @@ from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE, RunState
 from dyntune.training.teacher import ready_teacher, warn_about_teacher
 
-ASKED = "train.json"
 _ADVICE = "Try a tenth of the learning rate, clip_norm=1, a longer warm-up, or fp32 or bf16 instead of fp16."
 
 
@@ -92,6 +91,7 @@ def fit(
         TrainingError: options do not make sense, ``out`` holds another run, or the loss is not finite.
         TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved.
     """
+    require_tuned(model, "fit")
     if settings is not None and options:
         raise TrainingError("give settings=... or single options, not both.")
     chosen = settings or TrainSettings.of(**options)
@@ -258,7 +258,9 @@ class _Run:
                 f"{self.out} holds a run already. Continue it with resume (--resume), or give another folder."
             )
         state = RunState.read(self.out)
-        changed = identity_changes(state.identity, self.identity)
+        done = state.epoch * self.steps_per_epoch + state.step
+        settles = any(policy.settles for policy in self.model.policies)
+        changed = identity_changes(state.identity, self.identity, done, self.steps_per_epoch, settles)
         if changed:
             raise TrainingError(
                 f"the run in {self.out} was started differently: {'; '.join(changed)}. Use the same options."

@@ -22,12 +22,12 @@ from dyntune.studies.pictures.search import search_figure
 from dyntune.studies.pictures.style import save_figure
 from dyntune.training.accelerator import launched_processes
 from dyntune.training.evaluate import as_tensors, evaluate
-from dyntune.training.identity import identity_changes, run_identity
+from dyntune.training.identity import ASKED, identity_changes, run_identity
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.progress import Progress
 from dyntune.training.randomness import caller_randomness_kept, seed_all
 from dyntune.training.settings import TrainSettings
-from dyntune.training.trainer import ASKED, FitResult, fit
+from dyntune.training.trainer import FitResult, fit
 
 SEARCH = "search.json"
 SUPERNET = "supernet"
