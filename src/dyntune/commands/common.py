@@ -70,7 +70,8 @@ BatchOption = Annotated[int, typer.Option(min=1, help="Images per forward pass."
 WorkersOption = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
 DEFAULT_MODEL = BUILTIN_BACKBONE
 
-_PIPED_WIDTH = None if sys.stdout.isatty() else 160  # a table in a file or a log need not fit a terminal of 80
+_PIPED_WIDTH = None if sys.stdout is not None and sys.stdout.isatty() else 160
+"""A table in a file or a log need not fit a terminal of 80."""
 out = Console(width=_PIPED_WIDTH)
 err = Console(stderr=True)
 

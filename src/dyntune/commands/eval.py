@@ -33,6 +33,7 @@ from dyntune.model.load import load
 from dyntune.studies.compare import DENSE, compare_speed
 from dyntune.training.evaluate import evaluate
 from dyntune.training.inputs import first_batch
+from dyntune.training.progress import EvaluationBar
 
 EXAMPLES = ("dyntune eval runs/digits digits", "dyntune eval runs/flowers folder:flowers --split val --json")
 
@@ -60,8 +61,9 @@ def command(
     images = getattr(splits, split)
     if images is None:
         raise DataError(f"{data} has no {split} split.")
-    with err.status(f"evaluating on {len(images)} images"):
-        result = evaluate(model, images, batch_size=batch_size, workers=workers)
+    with EvaluationBar(len(images), model.task.merit, err) as bar:
+        result = evaluate(model, images, batch_size=batch_size, workers=workers, watch=bar)
+    with err.status("timing it beside the dense backbone"):
         speeds = compare_speed({model.spec: model}, first_batch(images, model, batch_size))
     speed, dense = speeds[model.spec], speeds[DENSE]
     if json:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import json
 import os
@@ -19,6 +21,7 @@ from typer.core import TyperCommand
 from dyntune import commands
 from dyntune.commands.common import err
 from dyntune.core.errors import DyntuneError, TrainingError
+from dyntune.core.limits import limits_named
 from dyntune.core.version import VERSION
 from dyntune.training.accelerator import launched_processes
 
@@ -70,8 +73,10 @@ for _info in pkgutil.iter_modules(commands.__path__):
 
 def main() -> None:
     """Entry point of the ``dyntune`` program."""
+    _open_streams()
     try:
-        app()
+        with limits_named():
+            _run()
     except (DyntuneError, OSError) as error:
         # An error in a worker process arrives with that process's traceback around it.
         text = str(error).rpartition("Error: ")[2] if "Original Traceback" in str(error) else str(error)
@@ -80,6 +85,37 @@ def main() -> None:
         if launched_processes() == 1 or not _LOST.search(str(error)):
             raise
         _fail("another of the processes that train together has ended; what it says is the reason.")
+
+
+def _run() -> None:
+    """The command, and that what it has printed arrives."""
+    try:
+        app()
+    except SystemExit:
+        # The library of the command line ends so, without a word, where nobody reads standard output any more.
+        closed = type(sys.stdout).__name__ == "PacifyFlushWrapper"
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            closed = closed or error.errno == errno.EPIPE
+            with contextlib.suppress(OSError):  # so that Python, at its end, does not try and complain again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            if not closed:
+                raise
+        if not closed:
+            raise
+        _fail("standard output was closed before everything was printed; what a command writes to files is there.")
+
+
+def _open_streams() -> None:
+    """Standard streams that are closed are opened on nothing: the next file would take their place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))  # noqa: SIM115
 
 
 def _fail(text: str) -> NoReturn:

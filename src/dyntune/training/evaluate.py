@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -78,6 +78,7 @@ def evaluate(
     count_macs: bool = True,
     execution: ExecutionName = "compact",
     metric: Metric | None = None,
+    watch: Callable[[int, dict[str, float]], object] | None = None,
 ) -> Evaluation:
     """Runs a model on labelled images, on the device that it is on.
 
@@ -89,6 +90,7 @@ def evaluate(
         count_macs: whether to count what runs; each operator then passes through Python, which costs some time.
         execution: ``compact`` skips tokens, ``masked`` computes all.
         metric: counts the outputs, in place of a fresh one of the model's task.
+        watch: is told after each batch how many images are done, and the task's figures on them.
 
     Raises:
         DataError: there is no image.
@@ -115,6 +117,8 @@ def evaluate(
             for gate in output.gates:
                 active[gate.unit] = active.get(gate.unit, 0.0) + float(gate.values.float().mean(1).sum())
             tokens = {reduction.unit: reduction.count for reduction in output.reductions}
+            if watch:
+                watch(images, metric.figures())
     finally:
         model.train(training)
     if not images:

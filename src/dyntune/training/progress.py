@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from dyntune.training.evaluate import Evaluation
+from dyntune.training.interrupt import TrainingInterrupted
 
 _SHORT = {"accuracy": "acc"}
 """Figures of merit as a narrow line names them."""
@@ -115,3 +116,34 @@ class ProgressBar:
         merits = (n for n in self.means if n not in ("activation", "images_per_second") and not n.startswith("loss"))
         score = " ".join(f"{_SHORT.get(n, n)} {self.means[n]:.1%}" for n in merits)
         return f"{terms} {score}{activation} {self.means['images_per_second']:.0f} img/s"
+
+
+class EvaluationBar:
+    """One bar for an evaluation, with the time that is left; whoever stops it is told what came out so far.
+
+    Args:
+        images: how many there are.
+        merit: the figure that is shown.
+        console: where to write.
+    """
+
+    def __init__(self, images: int, merit: str, console: Console) -> None:
+        self.images, self.merit = images, merit
+        columns = (TextColumn("evaluating"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Bar(*columns, TextColumn("{task.fields[status]}"), console=console, transient=True)
+        self.task = self.bar.add_task("", total=images, status="")
+        self.said = "nothing yet"
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.bar.stop()
+        if kind is KeyboardInterrupt:
+            raise TrainingInterrupted(f"stopped; so far {self.said}.")
+
+    def __call__(self, done: int, figures: dict[str, float]) -> None:
+        score = f"{_SHORT.get(self.merit, self.merit)} {figures[self.merit]:.1%}"
+        self.said = f"{done} of {self.images} images, {score}"
+        self.bar.update(self.task, completed=done, status=score)

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from dyntune.backbones.base import file_name
 from dyntune.core.errors import TrainingError
-from dyntune.core.files import write_json
+from dyntune.core.files import alone_in, write_json
+from dyntune.core.limits import limits_named
 from dyntune.model.forward import activation_rates
 from dyntune.model.objective import Criterion, training_loss
 from dyntune.model.tuned import TunedModel, require_tuned
@@ -96,7 +97,7 @@ def fit(
         raise TrainingError("give settings=... or single options, not both.")
     chosen = settings or TrainSettings.of(**options)
     folder = None if out is None else Path(out)
-    with apart():
+    with apart(), limits_named():
         return _Run(model, train_set, val_set, folder, chosen, progress or Silent(), teacher).train(resume)
 
 
@@ -185,7 +186,7 @@ class _Run:
         self.identity = run_identity(model, settings, train_set, world, teacher)
 
     def train(self, resume: bool) -> FitResult:
-        with caller_randomness_kept(), self._checkpointing(), self._course():
+        with caller_randomness_kept(), self._checkpointing(), self._course(), self._alone():
             epoch, step = self._begin(resume)
             # Thresholds that were shifted, and the shifts, belong to the weights that training leaves behind.
             self.model.set_rate(None)
@@ -221,6 +222,18 @@ class _Run:
             yield
         finally:
             self.model.end_training()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps other processes out of the run's folder."""
+        if self.out is None or not self._main or (self.out.exists() and not self.out.is_dir()):
+            yield
+            return
+        refusal = TrainingError(
+            f"another process is training in {self.out}. Wait for its end, stop it, or give another folder."
+        )
+        with alone_in(self.out, refusal):
+            yield
 
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from dyntune.core.errors import DataError, DyntuneError
-from dyntune.core.files import write_json
+from dyntune.core.files import room_beside, write_json
+from dyntune.core.limits import limits_named
 from dyntune.core.machine import OtherLoad, machine
 from dyntune.core.threads import available_cores, take_threads
 from dyntune.data import load_data
@@ -185,9 +186,9 @@ def main(arguments: list[str]) -> int:
             )
             print(f"{runtime}, batch {last}, images per second: {', '.join(rates)}", file=sys.stderr, flush=True)
 
-        with tempfile.TemporaryDirectory(prefix="dyntune-bench-") as folder:
+        with limits_named(), room_beside(Path(tempfile.gettempdir()) / "dyntune-models") as folder:
             asked = Plan.from_dict(json.loads(plan.read_text("utf-8")))
-            measured = measure_runtime(asked, runtime, Path(folder), before, keep)
+            measured = measure_runtime(asked, runtime, folder, before, keep)
     except (DyntuneError, OSError) as error:
         write_json(result, {"error": str(error)})
         return 1
