@@ -29,7 +29,7 @@ def things(photos, tmp_path_factory):
     """What the commands are given: images, a small benchmark, an adapter with gates and one that folds."""
     root = tmp_path_factory.mktemp("things")
     shutil.copytree(photos, root / "photos")
-    write_vtab_mini(root / "mini", test_images=6, train_images=6, val_images=6)
+    write_vtab_mini(root / "mini", test_images=12, train_images=16, val_images=8)
     for name, spec in (("gated", "dyt"), ("folds", "lora")):
         torch.manual_seed(0)
         model = dyntune.tune(create_backbone(BUILTIN_BACKBONE, num_classes=3), spec)
@@ -41,9 +41,9 @@ def things(photos, tmp_path_factory):
 COMMANDS = {
     "train": "train photos --resume --method linear --out out",
     "compare": "compare photos --resume --methods linear --out out",
-    "noah": "noah photos --population 2 --generations 1 --count 2 --parents 1 --supernet-epochs 1 --out out",
+    "noah": "noah photos --population 2 --generations 1 --parents 1 --supernet-epochs 1 --out out",
     "vtab": "vtab mini --tasks digits --methods linear --retry-failed --out out",
-    "export": "export gated --runtime torch-export --out out",
+    "export": "export gated --runtime torch --out out",
     "merge": "merge folds --out out.safetensors",
     "calibrate": "calibrate gated photos --images 8 --rates 0.5",
 }

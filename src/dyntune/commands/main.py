@@ -27,7 +27,7 @@ from dyntune.training.accelerator import launched_processes
 
 _TOGETHER = ("train",)
 """Commands that several processes, as torchrun starts them, run together; of others each would do and write all."""
-_LOST = re.compile(r"connection (closed|reset)|broken pipe|gloo|nccl|store", re.IGNORECASE)
+_LOST = re.compile(r"connection (closed|reset)|broken pipe|\bgloo\b|\bnccl\b|TCPStore", re.IGNORECASE)
 """What torch says when a process that it talks to has ended."""
 
 app = typer.Typer(

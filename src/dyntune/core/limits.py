@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from dyntune.core.errors import DyntuneError, MachineError
+from dyntune.core.errors import DyntuneError, MachineError, in_one_line
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FEW = (errno.EMFILE, errno.ENFILE)
@@ -89,7 +89,8 @@ def _sentence(kind: str, error: BaseException, folder: Path | None) -> str:
         return "too many files are open in this process. Allow more, ulimit -n 4096, or give fewer --workers."
     if kind == "memory":
         return (
-            "the memory does not suffice. Give a smaller --batch-size (with --accumulate for the same steps), fewer "
+            f"the memory does not suffice: {in_one_line(error)}. Give a smaller "
+            "--batch-size (with --accumulate for the same steps), fewer "
             "--workers, --grad-checkpointing, or a smaller model."
         )
     name = getattr(error, "filename", None)

@@ -39,6 +39,7 @@ def settle_threads_for(model: Runs, most: int = 32) -> str | None:
     """
     if next(model.parameters()).device.type != "cpu":
         return None
-    images = torch.zeros(max(1, min(most, round(_MACS / model.dense_macs))), *model.backbone.image_shape)
+    count = max(1, min(most, round(_MACS / model.dense_macs)))
+    images = torch.randn(count, *model.backbone.image_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return settle_threads(lambda: model.run(images))

@@ -17,7 +17,7 @@ import torch
 
 from dyntune.backbones.hosts import check_arguments, create_backbone, wrap
 from dyntune.core.errors import DyntuneError
-from dyntune.core.files import room_beside, write_json
+from dyntune.core.files import alone_in, room_beside, write_json
 from dyntune.core.shapes import shapes_only
 from dyntune.core.timing import WARM_UP
 from dyntune.model.adapter_folder import read_config
@@ -134,6 +134,11 @@ def bench(
     measured = {}
     with contextlib.ExitStack() as stack:
         folder = keep or stack.enter_context(room_beside(Path(tempfile.gettempdir()) / "dyntune-bench"))
+        if keep:
+            refusal = DyntuneError(
+                f"another process is measuring into {keep}. Wait for its end, or give another folder."
+            )
+            stack.enter_context(alone_in(keep, refusal))
         written = folder / "plan.json"
         if resume and written.exists():
             _require_same(written, plan)
