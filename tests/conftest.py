@@ -165,6 +165,12 @@ def _images_for(host: VisionTransformer, batch: int, seed: int = 0) -> Tensor:
     return torch.randn((batch, host.in_chans, *size), generator=torch.Generator().manual_seed(seed))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--misfortunes", type=int, default=1, help="Kills, and full disks, that each command is tried with."
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import abc
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -91,6 +91,14 @@ class Backbone(nn.Module, abc.ABC):
         self.adopted: tuple[nn.Parameter, ...] = ()
         """Parameters of the host that are not frozen, because another library has put them there to be trained."""
 
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``; batch norms of the host keep their pretrained statistics, which nobody saves."""
+        super().train(mode)
+        for module in self.host.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
     @classmethod
     @abc.abstractmethod
     def knows(cls, host: nn.Module) -> bool:
@@ -147,6 +155,11 @@ class Backbone(nn.Module, abc.ABC):
             elif site.kind == "qkv":
                 yield from (site.part(kind) for kind in ("q", "k", "v") if kind in kinds)
 
+    def in_its_precision(self, images: Tensor) -> Tensor:
+        """Images in the precision of the host's weights, such as bf16; those that are no floating point as they are."""
+        dtype = next(self.host.parameters()).dtype
+        return images.to(dtype) if images.is_floating_point() and dtype.is_floating_point else images
+
     @abc.abstractmethod
     def embed(self, images: Tensor) -> Tokens:
         """Images ``(B, 3, height, width)`` to the tokens that enter the first block."""
@@ -189,8 +202,14 @@ class Backbone(nn.Module, abc.ABC):
 
     @property
     def classes(self) -> int:
-        """Number of classes of the classifier; 0 without one."""
-        return next((head.out_features for head in self.heads if isinstance(head, nn.Linear)), 0)
+        """Outputs of the classifier, those of its last linear map or convolution; 0 where it has none."""
+        for head in self.heads:
+            for module in reversed([*head.modules()]):
+                if isinstance(module, nn.Linear):
+                    return module.out_features
+                if isinstance(module, nn.modules.conv._ConvNd):
+                    return module.out_channels
+        return 0
 
     @property
     @abc.abstractmethod

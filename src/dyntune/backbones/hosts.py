@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dyntune.backbones.base import Backbone
@@ -14,6 +15,11 @@ from dyntune.core.discovery import discover
 from dyntune.core.errors import BackboneError
 
 GROUP = "dyntune.families"
+DATA_PARALLEL = (
+    "nn.DataParallel runs copies of a model that know nothing of each other's gates. Leave it out; several GPUs train "
+    "together with torchrun: torchrun --nproc_per_node 2 -m dyntune.commands.main train ..., or on a script with fit."
+)
+"""What is said to those who use it."""
 
 
 @functools.cache
@@ -40,6 +46,9 @@ def wrap_plain(host: nn.Module) -> Backbone:
     """As ``wrap``, of a host in which no other library's layers are looked for."""
     if type(host).__module__.startswith("transformers.models.timm_wrapper."):
         host = host.timm_model  # type: ignore[assignment]
+    advice = wrapper_advice(host)
+    if advice:
+        raise BackboneError(advice)
     refusals = []
     for family in families().values():
         if family.knows(host):
@@ -50,6 +59,17 @@ def wrap_plain(host: nn.Module) -> Backbone:
     supported = "; ".join(family.supported for family in families().values())
     reason = refusals[0] if refusals else f"it is of no known family. Supported: {supported}."
     raise BackboneError(f"{type(host).__name__} is not supported: {reason}")
+
+
+def wrapper_advice(module: object) -> str | None:
+    """What to do with a module that another one of torch's is wrapped in; None if it is none of these."""
+    if isinstance(module, nn.DataParallel):
+        return DATA_PARALLEL
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return "the model is wrapped in DistributedDataParallel, which fit does itself under torchrun. Give its module."
+    if isinstance(module, torch._dynamo.OptimizedModule):
+        return "the model is compiled already. Give the one that torch.compile was given, and compile what you get."
+    return None
 
 
 def create_backbone(

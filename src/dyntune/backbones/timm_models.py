@@ -32,6 +32,7 @@ from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosted import block_sites, fold_factors
 from dyntune.backbones.origin import BackboneSource
 from dyntune.backbones.sites import Site
+from dyntune.core.attention import bias_of
 from dyntune.core.errors import BackboneError
 from dyntune.core.rotation import Rotation
 from dyntune.core.shapes import shapes_only
@@ -141,11 +142,12 @@ class TimmBackbone(Backbone):
     def _pooled(self, tokens: Tokens, weights: Tensor) -> Tensor:
         """The host's pooling, ``(B, C)``, with weights ``(B, P)`` of the patches."""
         host, x = self.host, tokens.x
-        weights = tokens.cover_prefix(weights).to(x.dtype)
+        weights = tokens.cover_prefix(weights)
         if not self.pools_prefix:
             x, weights = x[:, tokens.prefix :], weights[:, tokens.prefix :]
         if getattr(host, "attn_pool", None) is not None:
-            return host.attn_pool(x, attn_mask=weights.clamp_min(torch.finfo(weights.dtype).tiny).log()[:, None, None])
+            return host.attn_pool(x, attn_mask=bias_of(weights, x.dtype)[:, None, None])
+        weights = weights.to(x.dtype)
         mean = (x * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True)
         most = x.masked_fill(weights.unsqueeze(-1) <= 0, -torch.inf).amax(1)
         return {"avg": mean, "max": most, "avgmax": 0.5 * (mean + most)}[host.global_pool]

@@ -20,13 +20,17 @@ from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.commands.options import option
 from dyntune.core.errors import DataError, SpecError, TrainingError
 from dyntune.core.texts import printable
+from dyntune.core.threads import chosen_by_user, take_threads
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.images import expand_images, read_image
 from dyntune.data.load import forms
 from dyntune.data.sources.base import Held
 from dyntune.model.load import load
+from dyntune.model.trial import settle_threads_for
 from dyntune.model.tuned import TunedModel
 from dyntune.studies.vtab.recipes import Recipe
+from dyntune.training.accelerator import launched_processes
+from dyntune.training.identity import began_with
 from dyntune.training.inputs import Interpolation, Normalisation
 from dyntune.training.settings import TrainSettings
 
@@ -72,7 +76,8 @@ BatchOption = Annotated[int, typer.Option(min=1, help="Images per forward pass."
 WorkersOption = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
 DEFAULT_MODEL = BUILTIN_BACKBONE
 
-_PIPED_WIDTH = None if sys.stdout.isatty() else 160  # a table in a file or a log need not fit a terminal of 80
+_PIPED_WIDTH = None if sys.stdout is not None and sys.stdout.isatty() else 160
+"""A table in a file or a log need not fit a terminal of 80."""
 _MOST_CLASSES = 40
 # Names of files and classes are part of what is printed, and their brackets and colons mean nothing.
 out = Console(width=_PIPED_WIDTH, markup=False, emoji=False)
@@ -92,6 +97,29 @@ def train_settings(*, lr: float, min_lr: float = TrainSettings.min_lr, **others:
 def calibration_images(data: DataSplits) -> LabelledImages:
     """The images that gates are calibrated on: validation images, or training images where there are none."""
     return data.train if data.val is None else data.val
+
+
+def say_threads(model: TunedModel, settings: TrainSettings, folder: Path) -> None:
+    """Takes the number of threads that training on a CPU is quickest with, and says so on standard error.
+
+    A run that goes on takes as many as it began with, because sums of numbers depend on it in their last bits.
+
+    Args:
+        model: what is trained; tried on an image or some.
+        settings: of the training.
+        folder: of the run, or of several.
+    """
+    if chosen_by_user() or launched_processes() > 1 or pick_device(settings.device).type != "cpu":
+        return
+    before = next(filter(None, map(began_with, (folder, *sorted(folder.glob("*/"))))), None)
+    if before is None:
+        training = model.training
+        said = settle_threads_for(model.eval(), settings.batch_size)
+        model.train(training)
+    else:
+        take_threads(before)
+        said = f"{before} threads, as the run began with"
+    err.print(f"threads: {said}", highlight=False, soft_wrap=True)
 
 
 def apply_rate(model: TunedModel, rate: float | None, policy: str | None) -> None:
@@ -255,6 +283,13 @@ def millions(count: float) -> str:
         if count >= size:
             return f"{count / size:.3f} {unit}" if unit == "G" else f"{count / size:.2f} {unit}"
     return f"{count:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """A time in a unit that people read: s, min or h."""
+    if seconds < 100:
+        return f"{max(1, seconds):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def kilobytes(size: int) -> str:

@@ -34,9 +34,10 @@ from dyntune.data.sources.base import Held
 from dyntune.model.load import load
 from dyntune.studies.compare import DENSE, compare_speed
 from dyntune.training.evaluate import evaluate
+from dyntune.training.identity import ASKED
 from dyntune.training.inputs import first_batch
+from dyntune.training.progress import EvaluationBar
 from dyntune.training.seen import Seen
-from dyntune.training.trainer import ASKED
 
 EXAMPLES = ("dyntune eval runs/digits digits", "dyntune eval runs/flowers folder:flowers --split val --json")
 
@@ -72,8 +73,9 @@ def command(
     images = _images_of(held, used)
     trained, chosen = seen.count(images) if seen else (None, None)
     _report_seen(len(images), trained, chosen)
-    with err.status(f"evaluating on {len(images)} images"):
-        result = evaluate(model, images, batch_size=batch_size, workers=workers)
+    with EvaluationBar(len(images), model.task.merit, err) as bar:
+        result = evaluate(model, images, batch_size=batch_size, workers=workers, watch=bar)
+    with err.status("timing it beside the dense backbone"):
         speeds = compare_speed({model.spec: model}, first_batch(images, model, batch_size))
     speed, dense = speeds[model.spec], speeds[DENSE]
     if json:

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import io
+import json
 import logging
+import os
 import pkgutil
 import re
 import sys
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
+import torch
 import typer
 from typer.core import TyperCommand
 
 from dyntune import commands
 from dyntune.commands.common import err
-from dyntune.core.errors import DyntuneError
+from dyntune.core.errors import DyntuneError, TrainingError
+from dyntune.core.limits import limits_named
 from dyntune.core.texts import printable
 from dyntune.core.version import VERSION
 from dyntune.data.datasets import SKIP
+from dyntune.training.accelerator import launched_processes
+
+_TOGETHER = ("train",)
+"""Commands that several processes, as torchrun starts them, run together; of others each would do and write all."""
+_LOST = re.compile(r"connection (closed|reset)|broken pipe|\bgloo\b|\bnccl\b|TCPStore", re.IGNORECASE)
+"""What torch says when a process that it talks to has ended."""
 
 app = typer.Typer(
     help="Adapt pretrained Vision Transformers with few parameters, and skip the tokens that need no work.",
@@ -31,10 +44,17 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     if version:
         typer.echo(VERSION)
         raise typer.Exit
+    if context.invoked_subcommand not in (None, *_TOGETHER) and launched_processes() > 1:
+        raise TrainingError(
+            f"dyntune {context.invoked_subcommand} runs in one process; start it without torchrun or accelerate launch."
+        )
 
 
 class _Command(TyperCommand):
@@ -77,20 +97,20 @@ def main() -> None:
     """Entry point of the ``dyntune`` program."""
     said = _Said()
     logging.getLogger("dyntune").addHandler(said)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # What a terminal or a file cannot show is written in another way; it must not end the work.
-            stream.reconfigure(errors="backslashreplace")
+    _open_streams()
     try:
-        app()
+        with limits_named():
+            _run()
     except (DyntuneError, OSError) as error:
         # An error in a worker process arrives with that process's traceback around it.
         text = str(error).rpartition("Error: ")[2] if "Original Traceback" in str(error) else str(error)
         if "--on-corrupt" not in _options_of(sys.argv[1:]):
             text = text.replace(SKIP, "")
-        err.print("error:", style="bold red", end=" ")
-        err.print("\n".join(map(printable, text.strip().split("\n"))), highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _fail("\n".join(map(printable, text.strip().split("\n"))))
+    except RuntimeError as error:
+        if launched_processes() == 1 or not _LOST.search(str(error)):
+            raise
+        _fail("another of the processes that train together has ended; what it says is the reason.")
     finally:
         logging.getLogger("dyntune").removeHandler(said)
 
@@ -100,6 +120,56 @@ def _options_of(arguments: list[str]) -> set[str]:
     command = typer.main.get_command(app)
     given = next((own for name in arguments if (own := getattr(command, "commands", {}).get(name))), None)
     return {option for parameter in (given.params if given else ()) for option in parameter.opts}
+
+
+def _run() -> None:
+    """The command, and that what it has printed arrives."""
+    try:
+        app()
+    except SystemExit:
+        # The library of the command line ends so, without a word, where nobody reads standard output any more.
+        closed = type(sys.stdout).__name__ == "PacifyFlushWrapper"
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            closed = closed or error.errno == errno.EPIPE
+            with contextlib.suppress(OSError):  # so that Python, at its end, does not try and complain again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            if not closed:
+                raise
+        if not closed:
+            raise
+        _fail("standard output was closed before everything was printed; what a command writes to files is there.")
+
+
+def _open_streams() -> None:
+    """Standard streams that are closed are opened on nothing: the next file would take their place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What a terminal or a file cannot show is written in another way; it must not end the work.
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _fail(text: str) -> NoReturn:
+    err.print("error:", style="bold red", end=" ")
+    err.print(text, highlight=False, soft_wrap=True)
+    # torchrun ends with a report of its own, whose last line comes from this file.
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:
+        told = {"py_callstack": f"error: {text}", "timestamp": str(int(time.time()))}
+        Path(report).write_text(json.dumps({"message": {"message": text, "extraInfo": told}}), encoding="utf-8")
+    sys.stderr.flush()
+    if torch.distributed.is_initialized():
+        # The others may wait for this process for ever; they are not waited for.
+        os._exit(1)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

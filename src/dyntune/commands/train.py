@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from accelerate import PartialState
 
 from dyntune.commands.common import (
     DEFAULT_MODEL,
@@ -33,6 +32,7 @@ from dyntune.commands.common import (
     print_json,
     report_classes,
     report_skipped,
+    say_threads,
     train_settings,
 )
 from dyntune.commands.options import Options, with_options
@@ -45,6 +45,7 @@ from dyntune.model.rates import Calibration, calibrate, dispatchers
 from dyntune.model.tuned import TunedModel, build_tuned
 from dyntune.parts.registry import resolve
 from dyntune.parts.spec import Part
+from dyntune.training.accelerator import is_main_process
 from dyntune.training.inputs import with_pixels_as
 from dyntune.training.progress import ProgressBar
 from dyntune.training.settings import TrainSettings
@@ -100,11 +101,12 @@ def command(
     tuned = build_tuned(model, *given, classes=splits.classes, weights=weights, **arguments)
     tuned.preprocessing = with_pixels_as(tuned.preprocessing, normalisation, interpolation)
     report_classes(splits)
+    say_threads(tuned, settings, run)
     bar = ProgressBar(tuned.spec)
     result = fit(
         tuned, splits.train, chosen, out=run, resume=resume, progress=bar, settings=settings, teacher=taught_by
     )
-    if not PartialState().is_main_process:
+    if not is_main_process():
         return
     calibration = _calibrated(tuned, run, splits)
     figures = cost(tuned)

@@ -38,6 +38,10 @@ class ExportError(DyntuneError, RuntimeError):
     """A model cannot be exported, quantised, checked, or run in a runtime."""
 
 
+class MachineError(DyntuneError, RuntimeError):
+    """The machine is at a limit: no room on a disk, in memory or in shared memory, or too few files may be open."""
+
+
 def in_one_line(error: BaseException) -> str:
     """What a library has to say, fit for the middle of a sentence: its reason alone, without reports and advice.
 

@@ -25,7 +25,7 @@ from dyntune.model.adapter_folder import (
 )
 from dyntune.model.rates import Calibration, dispatchers
 from dyntune.model.tasks import Task, saved_task
-from dyntune.model.tuned import TunedModel
+from dyntune.model.tuned import TunedModel, fingerprint_of
 from dyntune.parts.registry import as_in_files, expand, part_from_dict, resolve
 from dyntune.parts.spec import Part
 
@@ -87,7 +87,11 @@ def load(
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     # Full tuning saves every weight, so the pretrained ones need not be had.
     complete = bool(recorded.get("complete"))
-    host = (backbone or rebuild(origin, pretrained=not complete)).to(dtype)
+    host = backbone or rebuild(origin, pretrained=not complete)
+    # The model may have been brought to its precision after it was tuned, when the fingerprint was taken already.
+    differs = check_backbone and not complete and next(host.parameters()).dtype != dtype
+    before = fingerprint_of(host) if differs else None
+    host = host.to(dtype)
     if config.get("peft") is not None:
         host = _with_peft(host, config["peft"], folder)
     extra = resolve([policy]) if policy else ()
@@ -100,7 +104,7 @@ def load(
             "or put on one without parameters (tome, evit)."
         )
     _require_fit(model, tensors, folder)
-    if check_backbone and not complete and recorded.get("fingerprint") != model.fingerprint:
+    if check_backbone and not complete and recorded.get("fingerprint") not in (model.fingerprint, before or ""):
         raise CheckpointError(
             f"the adapter in {folder} was trained on other weights of {origin.name or 'its backbone'} than those given "
             f"(fingerprint {recorded.get('fingerprint')}, given {model.fingerprint}), so it would predict wrongly. "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -33,6 +35,7 @@ _EXTREME = 0.01
 """A gate that keeps less than this share, or drops less, counts as keeping, or dropping, this share."""
 
 log = logging.getLogger("dyntune")
+_TURN = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -144,9 +147,9 @@ class Calibrated(Gated, Protocol):
 
     def eval(self) -> Any: ...
 
-    def modules(self) -> Iterator[nn.Module]: ...
-
     def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def buffers(self) -> Iterator[Tensor]: ...
 
 
 def set_rate(model: Calibrated, rate: float | None, data: Dataset[Any] | Tensor | None = None) -> None:
@@ -159,15 +162,13 @@ def shift_gates(model: Gated, rate: float | None, calibration: Calibration | Non
     """Shifts the gates' thresholds to those of a calibration; 0, 1 and None need none."""
     gates = dispatchers(model.backbone)
     if rate is None:
-        for gate in gates.values():
-            gate.set_rate(0.0, None)
+        _set(gates, dict.fromkeys(gates, (0.0, None)))
         return
     _require_gates(model, gates)
     if not 0 <= rate <= 1:
         raise SpecError(f"rate {rate:g}: expected a share of the patches, between 0 and 1.")
     if rate in (0, 1):
-        for gate in gates.values():
-            gate.set_rate(math.inf if rate else -math.inf, float(rate))
+        _set(gates, dict.fromkeys(gates, (math.inf if rate else -math.inf, float(rate))))
         return
     if calibration is None:
         raise SpecError(
@@ -175,8 +176,14 @@ def shift_gates(model: Gated, rate: float | None, calibration: Calibration | Non
             "model.set_rate(rate, data), or calibrate it once for all rates: model.calibration = "
             "dyntune.calibrate(model, data) before saving, or dyntune calibrate RUN DATA for a run."
         )
-    for unit, (shift, activation) in calibration.at(rate).items():
-        gates[unit].set_rate(shift, activation)
+    _set(gates, calibration.at(rate))
+
+
+def _set(gates: dict[str, LearnedGate], settings: Mapping[str, tuple[float, float | None]]) -> None:
+    """Shift and rate of every gate, those of one call in all of them, whichever threads call."""
+    with _TURN:
+        for unit, (shift, rate) in settings.items():
+            gates[unit].set_rate(shift, rate)
 
 
 @torch.no_grad()
@@ -213,9 +220,13 @@ def calibrate(
         raise SpecError(f"rates {rates}: expected a list of rates above 0 and below 1, for instance (0.3, 0.5).")
     asked = tuple(sorted({float(rate) for rate in rates}))
     batches = _batches(model, data, images, batch_size)
-    with _as_trained(model, gates):
-        natural = _activations(model, batches)
-        points = [_point(model, gates, batches, rate, natural) for rate in asked]
+    # On a twin: who runs the model in another thread meanwhile sees nothing of what is tried here.
+    model = _twin(model)
+    gates = dispatchers(model.backbone)
+    model.eval()
+    _set(gates, dict.fromkeys(gates, (0.0, None)))
+    natural = _activations(model, batches)
+    points = [_point(model, gates, batches, rate, natural) for rate in asked]
     for rate, (_, came_out) in zip(asked, points, strict=True):
         if abs(_mean(came_out) - rate) > 4 * _CLOSE:
             log.warning(
@@ -353,22 +364,11 @@ def _require_gates(model: Gated, gates: dict[str, LearnedGate]) -> None:
         )
 
 
-@contextmanager
-def _as_trained(model: Calibrated, gates: dict[str, LearnedGate]) -> Iterator[None]:
-    """The model in eval mode with its trained thresholds; afterwards as it was."""
-    modes = {module: module.training for module in model.modules()}
-    rates = {unit: gate.rate for unit, gate in gates.items()}
-    before = {unit: gate.shift.item() for unit, gate in gates.items()}
-    model.eval()
-    for gate in gates.values():
-        gate.set_rate(0.0, None)
-    try:
-        yield
-    finally:
-        for unit, gate in gates.items():
-            gate.set_rate(before[unit], rates[unit])
-        for module, training in modes.items():
-            module.training = training
+def _twin(model: Calibrated) -> Calibrated:
+    """The same model with modes and thresholds of its own; all other tensors are shared."""
+    shifts = {id(gate.shift) for gate in dispatchers(model.backbone).values()}
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors if id(tensor) not in shifts})
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.hosts import create_backbone, wrap
+from dyntune.backbones.hosts import create_backbone, wrap, wrapper_advice
 from dyntune.backbones.origin import BackboneSource, fingerprint
 from dyntune.core.errors import CheckpointError, SpecError
 from dyntune.data.transforms import Preprocessing
@@ -108,6 +108,9 @@ class TunedModel(HubModel):
 
     def set_rate(self, rate: float | None, data: Dataset[Any] | Tensor | None = None) -> None:
         """Chooses the share of patches that gated units compute, without training: shifts the gates' thresholds.
+
+        Threads may call it, and run the model meanwhile: images on their way may meet old thresholds in front and new
+        ones behind.
 
         Args:
             rate: mean over the gated units, between 0 (no patch) and 1 (all); None for the trained thresholds.
@@ -310,6 +313,19 @@ def build_tuned(
     model.classes = tuple(classes)
     model.origin = model.origin.with_weights(None if weights is None else Path(weights).resolve())
     return model
+
+
+def require_tuned(model: object, what: str) -> None:
+    """Raises SpecError unless ``model`` is one that ``tune`` or ``load`` has made."""
+    if not isinstance(model, TunedModel):
+        advice = wrapper_advice(model) or "Tune it first: tune(model, method)."
+        raise SpecError(f"{what} takes a model from tune or load; given {type(model).__name__}. {advice}")
+
+
+def fingerprint_of(host: nn.Module) -> str | None:
+    """What ``TunedModel.fingerprint`` of a model on this host would be, in the precision that it has now."""
+    backbone = wrap(host)
+    return _fingerprint(backbone.plain(), backbone.adopted)
 
 
 def _fingerprint(backbone: Backbone, adopted: Sequence[nn.Parameter]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,9 +15,9 @@ from dyntune.core.errors import DataError
 from dyntune.data.base import LabelledImages
 from dyntune.data.others import Samples, is_dataset
 from dyntune.data.transforms import preprocessed
-from dyntune.model.macs import MacCounter, head_macs
+from dyntune.model.macs import MacCounter
 from dyntune.model.tasks import Classification, Metric
-from dyntune.model.tuned import ExecutionName, TunedModel
+from dyntune.model.tuned import ExecutionName, TunedModel, require_tuned
 from dyntune.training.inputs import data_for, require_labels
 
 
@@ -81,6 +81,7 @@ def evaluate(
     count_macs: bool = True,
     execution: ExecutionName = "compact",
     metric: Metric | None = None,
+    watch: Callable[[int, dict[str, float]], object] | None = None,
 ) -> Evaluation:
     """Runs a model on labelled images, on the device that it is on.
 
@@ -92,10 +93,12 @@ def evaluate(
         count_macs: whether to count what runs; each operator then passes through Python, which costs some time.
         execution: ``compact`` skips tokens, ``masked`` computes all.
         metric: counts the outputs, in place of a fresh one of the model's task.
+        watch: is told after each batch how many images are done, and the task's figures on them.
 
     Raises:
         DataError: there is no image, the data are of no such kind, or a label is not one of the classes.
     """
+    require_tuned(model, "evaluate")
     batches: Iterable[Any] = data  # type: ignore[assignment]
     if is_dataset(data) and not isinstance(data, IterableDataset):
         images_of = data_for(model, data, "the data set")
@@ -114,13 +117,15 @@ def evaluate(
     try:
         for number, given in enumerate(batches):
             batch, targets = (tensor.to(device) for tensor in _pair(given, number))
-            with counter or nullcontext():
+            with counter or nullcontext(), counter.watching(model.backbone) if counter else nullcontext():
                 output = model.run(batch, execution=execution)
             metric.update(output.logits.float(), targets)
             images += len(batch)
             for gate in output.gates:
                 active[gate.unit] = active.get(gate.unit, 0.0) + float(gate.values.float().mean(1).sum())
             tokens = {reduction.unit: reduction.count for reduction in output.reductions}
+            if watch:
+                watch(images, metric.figures())
     finally:
         model.train(training)
     if not images:
@@ -131,7 +136,7 @@ def evaluate(
         figures=metric.figures(),
         activation=sum(rates.values()) / len(rates) if rates else 1.0,
         activation_per_unit=rates,
-        macs=counter.macs / images - head_macs(model.backbone) if counter else None,
+        macs=(counter.macs - counter.head_macs) / images if counter else None,
         tokens_per_unit=tokens,
         merit=model.task.merit,
     )

@@ -51,12 +51,12 @@ def require_matching_head(model: TunedModel, dataset: Dataset[Any]) -> None:
     """
     head = model.backbone.classes
     names = _names(dataset)
-    if not head:
+    if not any(True for module in model.backbone.heads for _ in module.parameters()):
         raise TrainingError(
             "nothing to train: the model has no head. Create it with num_classes=<number of classes>, or put one on a "
             "tower of transformers: dyntune.add_classifier(tower, <number of classes>)."
         )
-    if names is not None and len(names) != head:
+    if names is not None and head and len(names) != head:
         raise TrainingError(
             f"the model's head has {head} classes, the data set {len(names)}. Create the model with "
             f"num_classes={len(names)}."

@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from dyntune.backbones.base import file_name
 from dyntune.core.errors import TrainingError
-from dyntune.core.files import write_json
+from dyntune.core.files import alone_in, write_json
+from dyntune.core.limits import limits_named
 from dyntune.model.forward import activation_rates
 from dyntune.model.objective import Criterion, training_loss
-from dyntune.model.tuned import TunedModel
-from dyntune.training.accelerator import make_accelerator
+from dyntune.model.tuned import TunedModel, require_tuned
+from dyntune.training.accelerator import apart, make_accelerator
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
-from dyntune.training.identity import identity_changes, run_identity
+from dyntune.training.identity import ASKED, identity_changes, run_identity
 from dyntune.training.inputs import data_for, require_labels, require_matching_head, training_images
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.logs import RunLog
@@ -35,7 +36,6 @@ from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE, RunState
 from dyntune.training.teacher import ready_teacher, warn_about_teacher
 
-ASKED = "train.json"
 _ADVICE = "Try a tenth of the learning rate, clip_norm=1, a longer warm-up, or fp32 or bf16 instead of fp16."
 
 
@@ -95,11 +95,13 @@ def fit(
         TrainingError: options do not make sense, ``out`` holds another run, or the loss is not finite.
         TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved.
     """
+    require_tuned(model, "fit")
     if settings is not None and options:
         raise TrainingError("give settings=... or single options, not both.")
     chosen = settings or TrainSettings.of(**options)
     folder = None if out is None else Path(out).expanduser()
-    return _Run(model, train_set, val_set, folder, chosen, progress or Silent(), teacher).train(resume)
+    with apart(), limits_named():
+        return _Run(model, train_set, val_set, folder, chosen, progress or Silent(), teacher).train(resume)
 
 
 class _Step(nn.Module):
@@ -192,7 +194,7 @@ class _Run:
         self.identity = run_identity(model, settings, train_set, world, teacher)
 
     def train(self, resume: bool) -> FitResult:
-        with caller_randomness_kept(), self._checkpointing(), self._course():
+        with caller_randomness_kept(), self._checkpointing(), self._course(), self._alone():
             epoch, step = self._begin(resume)
             if step or epoch:
                 self.look_at_labels()
@@ -232,6 +234,18 @@ class _Run:
             self.model.end_training()
 
     @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps other processes out of the run's folder."""
+        if self.out is None or not self._main or (self.out.exists() and not self.out.is_dir()):
+            yield
+            return
+        refusal = TrainingError(
+            f"another process is training in {self.out}. Wait for its end, stop it, or give another folder."
+        )
+        with alone_in(self.out, refusal):
+            yield
+
+    @contextmanager
     def _checkpointing(self) -> Iterator[None]:
         """Gradient checkpointing where the settings ask for it; afterwards the backbone's switch is as it was."""
         backbone = self.model.backbone
@@ -268,7 +282,9 @@ class _Run:
                 f"{self.out} holds a run already. Continue it with resume (--resume), or give another folder."
             )
         state = RunState.read(self.out)
-        changed = identity_changes(state.identity, self.identity)
+        done = state.epoch * self.steps_per_epoch + state.step
+        settles = any(policy.settles for policy in self.model.policies)
+        changed = identity_changes(state.identity, self.identity, done, self.steps_per_epoch, settles)
         if changed:
             raise TrainingError(
                 f"the run in {self.out} was started differently: {'; '.join(changed)}. Use the same options."
@@ -297,7 +313,7 @@ class _Run:
             seed_all(settings.seed, epoch, 0, step, accelerator.process_index)
             steps = epoch * self.steps_per_epoch + step
             done = epoch + step / self.steps_per_epoch
-            lr = settings.learning_rate(done)
+            lr = settings.learning_rate(done, self.steps_per_epoch)
             set_learning_rate(self.optimizer, lr)
             images, mixed = task.mix(images, targets, self.model.backbone.classes, settings)
             with accelerator.accumulate(self.step_module):
@@ -364,6 +380,8 @@ class _Run:
         if self.out and self._main:
             self.model.save(self.out / "last", measured)
         self._write_state(epoch + 1, 0)
+        if self.out:
+            self.progress.saved(epoch + 1, self.out)
 
     def _evaluate(self) -> Evaluation:
         """This process's share of the validation images, put together with the others'."""

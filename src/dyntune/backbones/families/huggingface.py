@@ -18,6 +18,7 @@ from dyntune.backbones.hosted import HostedAttention, HostedMlp, Ref, block_site
 from dyntune.backbones.origin import BackboneSource
 from dyntune.backbones.sites import Changed, Site, SiteKind
 from dyntune.backbones.units import Block
+from dyntune.core.attention import bias_of
 from dyntune.core.errors import BackboneError
 from dyntune.core.places import Places
 from dyntune.core.rotation import Rotation
@@ -266,7 +267,6 @@ class HuggingFace(Backbone):
                 'the backbone for them: --img-size, or create_backbone("hf:...", img_size=...) in Python.'
             )
         rows, columns = self._grid_of(images)
-        images = images.to(next(self._patch[0].parameters()).dtype)
         embeddings = self.tower.embeddings
         if self.kind.startswith("siglip2"):
             shape = torch.tensor([[rows, columns]], device="cpu")  # its values are looked at
@@ -365,7 +365,7 @@ class HuggingFace(Backbone):
         head, x = self.tower.head, tokens.x
         weights, mask = tokens.provenance.weights, None
         if weights is not None:
-            logs = weights.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny).log()
+            logs = bias_of(weights, x.dtype)
             mask = logs.repeat_interleave(head.attention.num_heads, dim=0).unsqueeze(1)
         read = head.attention(head.probe.expand(len(x), -1, -1), x, x, attn_mask=mask, need_weights=False)[0]
         return (read + head.mlp(head.layernorm(read)))[:, 0]

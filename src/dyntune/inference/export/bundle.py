@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +18,8 @@ from typing import Any
 from torch import Tensor
 
 from dyntune.core.errors import ExportError
-from dyntune.core.files import write_json, write_text
+from dyntune.core.files import room_beside, write_json, write_text
+from dyntune.core.limits import limits_named
 from dyntune.core.version import VERSION
 from dyntune.inference.export.card import export_card
 from dyntune.inference.export.folder import CONFIG, FORMAT, digests, read_config
@@ -98,8 +98,8 @@ class Export:
             runtime.write(self.program, target, self.model.spec)
             return None
         linears = BackboneLinears(self.folded)
-        with tempfile.TemporaryDirectory(prefix=".fp32-", dir=target.parent.parent) as room:
-            exact = Path(room) / target.name
+        with room_beside(target.parent.with_name("fp32")) as room:
+            exact = room / target.name
             runtime.write(self.program, exact, self.model.spec)
             return runtime.quantize(precision, exact, target, linears, calibration_images)
 
@@ -160,9 +160,8 @@ def place_for(folder: Path) -> Iterator[Path]:
     """
     if folder.exists():
         raise ExportError(f"{folder} is there already, and is not overwritten. Give another folder, or remove it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as room:
-        yield Path(room)
+    with limits_named(), room_beside(folder) as room:
+        yield room
 
 
 def record(folder: Path, **figures: Any) -> None:

@@ -51,8 +51,8 @@ class Classification(Task):
         return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
     def loss(self, outputs: Tensor, targets: Tensor, settings: TargetSettings | None = None) -> Tensor:
-        """Cross-entropy. Targets that are mixed are smoothed already."""
-        targets = _as_indices(targets)
+        """Cross-entropy, in fp32. Targets that are mixed are smoothed already."""
+        outputs, targets = outputs.float(), _as_indices(targets)
         if settings is None or settings.mixup or settings.cutmix:
             return F.cross_entropy(outputs, targets)
         return F.cross_entropy(outputs, targets, label_smoothing=settings.label_smoothing)
@@ -69,7 +69,7 @@ class Classification(Task):
 
     def predictions(self, outputs: Tensor, names: Sequence[str] | None, most: int) -> list[dict[str, Any]]:
         """``top``: the classes with their labels and probabilities, the most probable first."""
-        probabilities, labels = outputs.softmax(-1).topk(min(most, outputs.shape[-1]))
+        probabilities, labels = outputs.float().softmax(-1).topk(min(most, outputs.shape[-1]))
         return [
             {
                 "top": [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -21,13 +20,14 @@ from dyntune.studies.noah.evolution import Candidate, SearchSettings, evolve, re
 from dyntune.studies.noah.progress import SearchProgress, SilentSearch
 from dyntune.studies.pictures.search import search_figure
 from dyntune.studies.pictures.style import save_figure
+from dyntune.training.accelerator import launched_processes
 from dyntune.training.evaluate import as_tensors, evaluate
-from dyntune.training.identity import identity_changes, run_identity
+from dyntune.training.identity import ASKED, identity_changes, run_identity
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.progress import Progress
 from dyntune.training.randomness import caller_randomness_kept, seed_all
 from dyntune.training.settings import TrainSettings
-from dyntune.training.trainer import ASKED, FitResult, fit
+from dyntune.training.trainer import FitResult, fit
 
 SEARCH = "search.json"
 SUPERNET = "supernet"
@@ -147,7 +147,7 @@ def search_noah(
     Args:
         settings: of the supernet's training.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_processes() > 1:
         raise TrainingError("the search of noah runs in one process; start it without accelerate launch or torchrun.")
     if part.searched:
         raise TrainingError("noah has sizes already, so there is nothing to search; leave them out.")
