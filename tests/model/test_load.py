@@ -15,7 +15,7 @@ import torch
 import dyntune
 from dyntune.backbones.hosts import create_backbone
 from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError
-from dyntune.core.files import write_atomically
+from dyntune.core.files import SEAL, write_atomically
 from dyntune.model.adapter_folder import CARD, CONFIG, FORMER_CONFIG, FORMER_WEIGHTS, PREVIOUS, WEIGHTS, read_config
 
 TINY = {"img_size": 32, "num_classes": 3}
@@ -53,9 +53,9 @@ def saved(build, tmp_path):
 
 
 def edit(folder, **changes):
-    """Sets entries of the configuration; ``...`` removes one."""
+    """Sets entries of the configuration, as who changes it on purpose would; ``...`` removes one."""
     config = json.loads((folder / CONFIG).read_text())
-    config |= changes
+    config |= {SEAL: ..., **changes}
     (folder / CONFIG).write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
 
 

@@ -257,7 +257,7 @@ def create(name: str, *, weights: str | Path | None = None, pretrained: bool = T
         size = arguments["img_size"]
         height, width = size if isinstance(size, tuple) else (size, size)
         model.pretrained_cfg = model.pretrained_cfg | {"input_size": (model.in_chans, height, width)}
-    if weights is not None:
+    if weights is not None and not next(model.parameters()).is_meta:
         load_weights(model, weights)
     return model
 
