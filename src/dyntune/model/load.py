@@ -34,7 +34,7 @@ from dyntune.model.adapter_folder import (
 from dyntune.model.assembly import empty_copy, install
 from dyntune.model.rates import Calibration, dispatchers
 from dyntune.model.tasks import Task, saved_task
-from dyntune.model.tuned import TunedModel, host_fingerprint, kept_buffers
+from dyntune.model.tuned import TunedModel, host_fingerprint, kept_buffers, require_free
 from dyntune.parts.policies.base import Searching
 from dyntune.parts.registry import as_in_files, expand, part_from_dict, resolve
 from dyntune.parts.spec import Part
@@ -86,6 +86,8 @@ def load(
     folder = Path(folder)
     if isinstance(backbone, TunedModel):
         raise CheckpointError("backbone is a tuned model already; give the plain model, one for each adapter.")
+    if backbone is not None:
+        require_free(backbone)
     config = read_config(folder)
     tensors = read_weights(folder, config)
     saved = _Saved.of(folder, config, task)

@@ -73,7 +73,7 @@ class TunedModel(HubModel):
 
     def __init__(self, host: nn.Module, parts: Sequence[Part]) -> None:
         super().__init__()
-        _require_free(host)
+        require_free(host)
         self.backbone = wrap(host)
         plain = self.backbone.plain()
         dense = trace(plain, ())
@@ -233,7 +233,7 @@ class TunedModel(HubModel):
             raise CheckpointError(
                 f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}: added, removed or "
                 "resized after tune(), so that a saved adapter could not be put on its backbone again. Change the "
-                "model before it is tuned; or save all of it yourself: torch.save(model.state_dict(), FILE)."
+                "model before it is tuned; or save it all yourself: torch.save(dict(model.named_parameters()), FILE)."
             )
         if self.classes is not None and self.backbone.classes not in (0, len(self.classes)):
             raise CheckpointError(
@@ -419,7 +419,7 @@ def _fingerprint(backbone: Backbone, adopted: Sequence[nn.Parameter], dtype: tor
     return None if any(p.is_meta for _, p in weights) else fingerprint(weights, dtype)
 
 
-def _require_free(host: nn.Module) -> None:
+def require_free(host: nn.Module) -> None:
     """Raises BackboneError where a host, or a part of it, belongs to a tuned model that is still there."""
     if any(_owner(parameter) for parameter in host.parameters()):
         gc.collect()  # one that was let go may wait for this

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from dyntune.core.errors import ExportError
-from dyntune.core.files import write_json, write_text
+from dyntune.core.files import sealed, write_json, write_text
 from dyntune.core.version import VERSION
 from dyntune.inference.export.card import export_card
 from dyntune.inference.export.folder import CONFIG, FORMAT, digests, read_config
@@ -87,7 +87,7 @@ class Export:
             "versions": _versions(("torch", "timm", *runtime.runs_with)),
             "files": digests(folder),
         }
-        write_json(folder / CONFIG, config)
+        write_json(folder / CONFIG, sealed(config))
         write_text(folder / CARD, export_card(config))
 
     def _write_model(
@@ -168,7 +168,7 @@ def place_for(folder: Path) -> Iterator[Path]:
 def record(folder: Path, **figures: Any) -> None:
     """Adds figures to ``deploy.json``, such as those of a check, and to the folder's README."""
     config = read_config(folder) | figures
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, sealed(config))
     write_text(folder / CARD, export_card(config))
 
 
