@@ -138,6 +138,11 @@ def _images_for(host: VisionTransformer, batch: int, seed: int = 0) -> Tensor:
     return torch.randn((batch, host.in_chans, *size), generator=torch.Generator().manual_seed(seed))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--fuzz-cases``: how many files are damaged by ``tests/fuzz``."""
+    parser.addoption("--fuzz-cases", type=int, default=360, help="files to damage in tests/fuzz, of all kinds together")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

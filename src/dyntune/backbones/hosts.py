@@ -13,6 +13,7 @@ from dyntune.backbones.base import Backbone
 from dyntune.backbones.origin import BackboneSource
 from dyntune.core.discovery import discover
 from dyntune.core.errors import BackboneError
+from dyntune.core.fields import Range
 from dyntune.data.transforms import LARGEST_SIZE
 
 GROUP = "dyntune.families"
@@ -106,8 +107,9 @@ def check_arguments(name: str | None, arguments: Any) -> dict[str, Any]:
     for key, value in arguments.items():
         numbers = isinstance(value, list) and all(type(item) is int for item in value)
         sizes = value if numbers else [value] if type(value) is int else []
-        if key != "num_classes" and any(size > LARGEST_SIZE for size in sizes):
-            raise BackboneError(f"backbone argument {key}={value}: expected at most {LARGEST_SIZE}.")
+        allowed = Range(0) if key == "num_classes" else Range(1, LARGEST_SIZE)
+        if any(size not in allowed for size in sizes):
+            raise BackboneError(f"backbone argument {key}={value}: expected {allowed}.")
         if not numbers and type(value) not in (int, bool, str):
             raise BackboneError(
                 f"backbone argument {key}={reprlib.repr(value)}: expected a number, a text or a list of numbers."

@@ -13,7 +13,9 @@ from torch import Tensor
 def sample(tensor: Tensor) -> Tensor:
     """At most 64 values of a tensor, evenly spread, ``(values,)``: training changes some of them for certain."""
     flat = tensor.detach().reshape(-1)
-    return flat[torch.linspace(0, max(len(flat) - 1, 0), min(64, len(flat))).long().to(flat.device)]
+    last = max(len(flat) - 1, 0)
+    # In fp32 the end of a large tensor may be rounded to a place behind it.
+    return flat[torch.linspace(0, last, min(64, len(flat))).long().clamp_max(last).to(flat.device)]
 
 
 def values_digest(values: Any) -> str:

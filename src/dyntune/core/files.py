@@ -53,13 +53,23 @@ def read_json(path: Path, error: type[DyntuneError]) -> Any:
         DyntuneError: of the kind ``error``: it is no file of JSON, or larger, deeper or with longer numbers than any
             that is written here.
     """
-    if not path.is_file():  # a pipe would be waited for, a device read for ever
-        raise error(f"{path} is not a file; expected one of JSON.")
     try:
-        with path.open("rb") as file:
-            return parse_json(file.read(LARGEST_JSON + 1))
+        return load_json(path)
     except (ValueError, OSError) as problem:
         raise error(f"{path} is not readable JSON: {in_one_line(problem)}.") from problem
+
+
+def load_json(path: Path) -> Any:
+    """As ``read_json``.
+
+    Raises:
+        ValueError: see there.
+        OSError: the file cannot be opened or read.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device read for ever
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        return parse_json(file.read(LARGEST_JSON + 1))
 
 
 def parse_json(text: bytes) -> Any:
@@ -72,8 +82,8 @@ def parse_json(text: bytes) -> Any:
         raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
     try:
         data = json.loads(text.decode("utf-8"), parse_int=_whole_number)
-    except (RecursionError, MemoryError) as problem:
-        raise ValueError(f"it is nested more than {_DEEPEST} deep") from problem
+    except (RecursionError, MemoryError):
+        raise ValueError(f"it is nested more than {_DEEPEST} deep") from None
     level = [data]
     for _ in range(_DEEPEST):
         level = [

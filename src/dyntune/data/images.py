@@ -55,6 +55,8 @@ def read_image(source: str | os.PathLike[str] | bytes | BinaryIO, name: str | No
     """
     called = name if name is not None else str(source) if isinstance(source, str | os.PathLike) else "an image"
     try:
+        if isinstance(source, str | os.PathLike) and os.path.exists(source) and not os.path.isfile(source):
+            raise OSError("it is no file")  # a pipe would be waited for, a device read for ever
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
             return to_rgb(image)

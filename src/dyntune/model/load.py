@@ -95,7 +95,15 @@ def load(
     if backbone is None:
         _require_known(saved.origin, weights, folder, trust)
     extra = resolve([policy]) if policy else ()
-    saved.check(_without_content(saved, backbone, origin, folder), tensors, folder)
+    try:
+        empty = _without_content(saved, backbone, origin, folder)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever sizes that are none make timm and PyTorch say
+        if isinstance(error, BackboneError) and (backbone is not None or origin.name is None or origin.places):
+            raise  # not for what the file says: it is not there, or is of another kind
+        raise CheckpointError(f"{folder / CONFIG} does not describe a model: {in_one_line(error)}.") from error
+    saved.check(empty, tensors, folder)
     require_unchanged(folder, config)
     # Full tuning saves every weight, so the pretrained ones need not be had.
     host = backbone or rebuild(origin, pretrained=not saved.complete)
@@ -284,8 +292,8 @@ def _require_known(saved: BackboneSource, weights: str | Path | None, folder: Pa
         raise CheckpointError(
             f"{folder} asks for a backbone from {' and '.join(map(repr, unknown))}, from where none was built on this "
             "machine before, and a folder that somebody else may have made does not decide what is fetched or read. If "
-            "you trust who made it: load(folder, trust=True), --trust. Else build the backbone yourself and give it: "
-            "load(folder, backbone=model)."
+            "you trust who made it, say so once: load(folder, trust=True), dyntune predict FOLDER IMAGE --trust. Else "
+            "build the backbone yourself, and give it: load(folder, backbone=model)."
         )
 
 
