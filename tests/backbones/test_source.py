@@ -412,8 +412,9 @@ def test_checkpoints_are_read_as_they_come(make_host, tmp_path, caplog, name):
         {"blocks.3.norm1.weight": torch.ones(32)},
         {"blocks.0.ls1.gamma": torch.ones(32)},
         {"reg_token": torch.ones(1, 4, 32)},
-    ]
-    + [{"dist_token": torch.ones(1, 1, 32)}, {"fc_norm.weight": torch.ones(32)}],
+        {"dist_token": torch.ones(1, 1, 32)},
+        {"fc_norm.weight": torch.ones(32)},
+    ],
 )
 @pytest.mark.parametrize("start", ["", "backbone."])
 def test_tensors_of_another_kind_of_vit_are_no_leftovers(make_host, tmp_path, start, extra):
