@@ -189,12 +189,13 @@ def test_a_second_model_on_a_backbone_is_refused(make_host, images, tmp_path, fi
     host = make_host()
     model = dyntune.tune(host, first).eval()
     answers = model(images)
+    copied, unpickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     for again in (
         lambda: dyntune.load(other, backbone=host),
         lambda: dyntune.tune(host, "linear"),
         lambda: dyntune.tune(copy.copy(host), "linear"),
-        lambda: dyntune.tune(copy.deepcopy(model).backbone.host, "linear"),
-        lambda: dyntune.tune(pickle.loads(pickle.dumps(model)).backbone.host, "linear"),
+        lambda: dyntune.tune(copied.backbone.host, "linear"),
+        lambda: dyntune.tune(unpickled.backbone.host, "linear"),
     ):
         with pytest.raises(BackboneError):
             again()

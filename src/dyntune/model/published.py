@@ -66,8 +66,7 @@ def load_published(model: TunedModel, state: Mapping[str, Any]) -> None:
                 raise CheckpointError(
                     f"{name!r} of the checkpoint has no place in {model.spec}; are the methods the same?"
                 )
-            rows = len(own[whole]) // 3 if third else None
-            shape = own[whole][:rows].shape
+            shape = own[whole].chunk(3)[int(number)].shape if third else own[whole].shape
             if value.shape != shape and not value.numel() == shape.numel() == 1:  # one number is one, however written
                 raise CheckpointError(
                     f"{name!r} of the checkpoint is {tuple(value.shape)}, but {model.spec} needs "

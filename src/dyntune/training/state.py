@@ -98,7 +98,7 @@ class RunState:
             CheckpointError: it is not.
         """
         problems = []
-        for given in filter(None, (self.tensors, self.best_tensors)):
+        for given in (self.tensors, self.best_tensors or self.tensors):  # before the first epoch's end none is the best
             names = sorted((own.keys() - optional - given.keys()) | (given.keys() - own.keys()))
             shapes = [name for name, p in own.items() if name in given and given[name].shape != p.shape]
             spoilt = [name for name, tensor in given.items() if not bool(tensor.isfinite().all())]
