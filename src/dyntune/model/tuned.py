@@ -83,7 +83,9 @@ class TunedModel(HubModel):
         self.origin.remember()
         self.preprocessing: Preprocessing = plain.preprocessing()
         self.task: Task = Classification()
-        self._classes = plain.class_names
+        names = plain.class_names
+        # A classifier that was replaced has other outputs than its configuration has names.
+        self._classes = None if names is None or plain.classes != len(names) else names
         self.parts = settled(host, parts, self.dense_macs)
         self.methods = tuple(part for part in expand(self.parts) if isinstance(part, TuningMethod))
         self.policies = install(self.backbone, self.parts)
