@@ -166,14 +166,24 @@ def _images_for(host: VisionTransformer, batch: int, seed: int = 0) -> Tensor:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--fuzz-cases`` and ``--misfortunes``: how often the suites of damage are tried."""
     parser.addoption(
         "--misfortunes", type=int, default=1, help="Kills, and full disks, that each command is tried with."
     )
+    parser.addoption("--fuzz-cases", type=int, default=360, help="files to damage in tests/fuzz, of all kinds together")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_notes_at_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where backbones were built from is not noted for whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

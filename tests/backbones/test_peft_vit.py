@@ -16,6 +16,7 @@ from dyntune.backbones.hosts import create_backbone
 from dyntune.backbones.peft import TYPES, PeftBackbone
 from dyntune.backbones.sites import Change
 from dyntune.core.errors import BackboneError, CheckpointError
+from dyntune.core.files import SEAL
 from dyntune.core.shapes import shapes_only
 from dyntune.model.adapter_folder import CONFIG
 
@@ -459,6 +460,7 @@ def test_the_configuration_is_plain_json_of_pefts_options(saved):
 def edit(folder, **options):
     config = json.loads((folder / CONFIG).read_text())
     config["peft"]["adapters"]["default"] |= options
+    del config[SEAL]
     (folder / CONFIG).write_text(json.dumps(config))
 
 

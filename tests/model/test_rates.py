@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 
 import dyntune
 from dyntune.core.errors import CheckpointError, DataError, SpecError
+from dyntune.core.files import SEAL
 from dyntune.model.adapter_folder import CONFIG, write_calibration
 from dyntune.model.rates import Calibration, dispatchers
 
@@ -330,9 +331,9 @@ def test_a_calibration_is_written_into_a_saved_adapter(calibrated, make_host, tm
     before = json.loads((tmp_path / CONFIG).read_text())
     assert dyntune.load(tmp_path, backbone=make_host(**SIZE)).calibration is None
     write_calibration(tmp_path, calibrated.calibration)
-    assert json.loads((tmp_path / CONFIG).read_text()) == before | {
-        "calibration": json.loads(json.dumps(calibrated.calibration.to_dict()))
-    }
+    after = json.loads((tmp_path / CONFIG).read_text())
+    assert before.pop(SEAL) != after.pop(SEAL)
+    assert after == before | {"calibration": json.loads(json.dumps(calibrated.calibration.to_dict()))}
     assert dyntune.load(tmp_path, backbone=make_host(**SIZE)).calibration == calibrated.calibration
     before.pop("calibration")
     (tmp_path / CONFIG).write_text(json.dumps(before))

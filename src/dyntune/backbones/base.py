@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dyntune.backbones.origin import BackboneSource
 from dyntune.backbones.sites import Site, SiteKind
 from dyntune.backbones.units import Block, Unit, Where
-from dyntune.core.errors import BackboneError
+from dyntune.core.errors import BackboneError, CheckpointError
 from dyntune.core.tokens import Tokens
 from dyntune.data.transforms import Preprocessing
 
@@ -332,10 +332,18 @@ class Backbone(nn.Module, abc.ABC):
         return {f"{path}.{key}": t for path, module in self._paced() for key, t in module.course_state().items()}
 
     def resume_course(self, state: dict[str, Tensor]) -> None:
-        """Takes up what ``course_state`` gave, after ``begin_training``."""
+        """Takes up what ``course_state`` gave, after ``begin_training``.
+
+        Raises:
+            CheckpointError: it is the state of other modules.
+        """
+        left = dict(state)
         for path, module in self._paced():
             start = f"{path}."
-            module.resume_course({k.removeprefix(start): t for k, t in state.items() if k.startswith(start)})
+            own = {name: left.pop(name) for name in [*left] if name.startswith(start)}
+            module.resume_course({name.removeprefix(start): tensor for name, tensor in own.items()})
+        if left:
+            raise CheckpointError(f"the course of a training is not one of this model: it has {next(iter(left))}.")
 
     def _paced(self) -> Iterator[tuple[str, Paced]]:
         for path, module in self.named_modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from dyntune.backbones.base import Backbone
 from dyntune.backbones.origin import BackboneSource
 from dyntune.core.discovery import discover
 from dyntune.core.errors import BackboneError
+from dyntune.core.fields import Range
+from dyntune.data.transforms import LARGEST_SIZE
 
 GROUP = "dyntune.families"
 DATA_PARALLEL = (
@@ -120,11 +123,17 @@ def check_arguments(name: str | None, arguments: Any) -> dict[str, Any]:
     """
     known = {argument for family in _builders(name or "") for argument in family.arguments}
     if not isinstance(arguments, dict) or not set(arguments) <= known:
-        raise BackboneError(f"backbone arguments {arguments!r}: expected only {', '.join(sorted(known))}.")
+        raise BackboneError(f"backbone arguments {reprlib.repr(arguments)}: expected only {', '.join(sorted(known))}.")
     for key, value in arguments.items():
         numbers = isinstance(value, list) and all(type(item) is int for item in value)
+        sizes = value if numbers else [value] if type(value) is int else []
+        allowed = Range(0) if key == "num_classes" else Range(1, LARGEST_SIZE)
+        if any(size not in allowed for size in sizes):
+            raise BackboneError(f"backbone argument {key}={value}: expected {allowed}.")
         if not numbers and type(value) not in (int, bool, str):
-            raise BackboneError(f"backbone argument {key}={value!r}: expected a number, a text or a list of numbers.")
+            raise BackboneError(
+                f"backbone argument {key}={reprlib.repr(value)}: expected a number, a text or a list of numbers."
+            )
     return arguments
 
 

@@ -170,7 +170,7 @@ def create(
     """
     transformers = library()
     source = name.removeprefix(PREFIX)
-    place = _folder_of(weights) or source
+    place = folder_of(weights) or source
     known = {} if Path(place).is_dir() or revision is None else {"revision": revision}
     with _quiet(transformers), _told(source, weights):
         config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, **known)
@@ -248,7 +248,7 @@ def _state(file: Path) -> dict[str, Tensor]:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _folder_of(weights: str | Path | None) -> str | None:
+def folder_of(weights: str | Path | None) -> str | None:
     """The folder with the configuration that belongs to local weights, if it lies beside them."""
     if weights is None:
         return None

@@ -53,7 +53,11 @@ def command(
     device: DeviceOption = "auto",
     trust: Annotated[
         bool,
-        typer.Option("--trust", help=f"Open an exported {_CODE} file, which may run code, from someone you trust."),
+        typer.Option(
+            "--trust",
+            help=f"You trust who made the folder: open an exported {_CODE} file, which may run code, or read a run's "
+            "backbone from where it says.",
+        ),
     ] = False,
     json: JsonOption = False,
 ) -> None:
@@ -75,7 +79,7 @@ def _model(
 ) -> TunedModel | OpenedModel:
     """What is in the folder: a run, or a model that ``dyntune export`` wrote."""
     if not is_exported(run):
-        model = load(run, policy=policy, weights=weights, device=pick_device(device))
+        model = load(run, policy=policy, weights=weights, device=pick_device(device), trust=trust)
         apply_rate(model, rate, policy)
         return model
     if policy is not None or rate is not None or weights is not None:

@@ -1,9 +1,10 @@
-"""Writing files so that a reader sees the old content or the new, never a part of it; and who writes where."""
+"""Writing files so that a reader sees the old content or the new, who writes where, and reading JSON of anybody's."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dyntune.core.errors import DyntuneError, MachineError
+from dyntune.core.errors import DyntuneError, MachineError, in_one_line
 from dyntune.core.limits import limit
 
 try:
@@ -24,6 +25,14 @@ except ImportError:  # there are no such locks on Windows: leftovers stay, and n
 
 PATIENCE = 6.0
 """Seconds until a folder counts as in use: what a killed process has started may hold it for a moment."""
+LARGEST_JSON = 16 * 2**20
+"""Bytes of a JSON file that is read: the names of a hundred thousand classes are a tenth of it."""
+_DEEPEST = 32
+"""Objects and lists inside one another; what is written here has a handful."""
+_LONGEST_NUMBER = 20
+"""Characters of a whole number: those of 64 bits, with a sign."""
+SEAL = "config_sha256"
+"""The entry of a JSON object with the digest of all its other entries."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -139,6 +148,85 @@ def _lock(handle: int) -> bool:
     except OSError as error:
         return error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
     return True
+
+
+def read_json(path: Path, error: type[DyntuneError]) -> Any:
+    """The content of a JSON file, whoever has written it.
+
+    Raises:
+        DyntuneError: of the kind ``error``: it is no file of JSON, or larger, deeper or with longer numbers than any
+            that is written here.
+    """
+    try:
+        return load_json(path)
+    except (ValueError, OSError) as problem:
+        raise error(f"{path} is not readable JSON: {in_one_line(problem)}.") from problem
+
+
+def load_json(path: Path) -> Any:
+    """As ``read_json``.
+
+    Raises:
+        ValueError: see there.
+        OSError: the file cannot be opened or read.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device read for ever
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        return parse_json(file.read(LARGEST_JSON + 1))
+
+
+def parse_json(text: bytes) -> Any:
+    """What UTF-8 encoded JSON holds.
+
+    Raises:
+        ValueError: see ``read_json``.
+    """
+    if len(text) > LARGEST_JSON:
+        raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
+    try:
+        data = json.loads(text.decode("utf-8"), parse_int=_whole_number)
+    except (RecursionError, MemoryError):
+        raise ValueError(f"it is nested more than {_DEEPEST} deep") from None
+    level = [data]
+    for _ in range(_DEEPEST):
+        level = [
+            item
+            for holder in level
+            if isinstance(holder, dict | list)
+            for item in (holder.values() if isinstance(holder, dict) else holder)
+        ]
+        if not level:
+            return data
+    raise ValueError(f"it is nested more than {_DEEPEST} deep")
+
+
+def sealed(data: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with the digest of its entries among them, so that a damaged one is noticed."""
+    return data | {SEAL: _entries_digest(data)}
+
+
+def seal_holds(data: dict[str, Any]) -> bool:
+    """Whether the entries are those that were sealed; of an object without a seal nobody knows better."""
+    return SEAL not in data or data[SEAL] == _entries_digest(data)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _entries_digest(data: dict[str, Any]) -> str:
+    """Digest of the entries but the seal, however the file is indented and in whatever order they stand."""
+    entries = {key: value for key, value in data.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > _LONGEST_NUMBER:
+        raise ValueError(f"it has a whole number of {len(text)} digits")
+    return int(text)
 
 
 def _umask() -> int:

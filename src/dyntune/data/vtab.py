@@ -1,6 +1,7 @@
 """The layout of a VTAB-1K task: a folder of images with four text files that list the splits."""
 
 import logging
+import os
 import posixpath
 import re
 from collections.abc import Iterable
@@ -57,6 +58,8 @@ def read_list(file: Path) -> ImageList:
     """
     entries: list[Entry] = []
     bad: list[str] = []
+    if file.exists() and not file.is_file():  # a pipe would be waited for, a device read for ever
+        raise OSError("it is no file")
     # Only newlines end a line here, so that the numbers in messages are those an editor shows.
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
@@ -145,7 +148,7 @@ def load_vtab_task(
                     f"{where}: label {label} is out of range. Expected a label from {first} to at most "
                     f"{limit - 1 + first} with {limit} images listed; mend the line."
                 )
-            if on_corrupt == "error" and not (folder / image).is_file():
+            if on_corrupt == "error" and not os.path.isfile(folder / image):  # False for names that none can have
                 raise DataError(
                     f"{where}: there is no image {folder / image}. Expected each listed image below the task folder; "
                     f"restore it or remove the line. {SKIP}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.model.adapter_folder import DESCRIPTION, versioned
+from dyntune.model.adapter_folder import DESCRIPTION, described
 from dyntune.model.objective import training_loss
 from dyntune.model.tasks import Task
 from dyntune.parts.policies.base import Output, TokenPolicy
@@ -41,6 +41,10 @@ class HubModel(nn.Module, abc.ABC):
     @abc.abstractmethod
     def saved_state(self) -> dict[str, Tensor]:
         """What this model holds beyond the pretrained backbone, by its name in files."""
+
+    @abc.abstractmethod
+    def named_in_files(self) -> dict[str, Tensor]:
+        """Every tensor of the backbone and of what is on it, by its name in files."""
 
     @abc.abstractmethod
     def describe(self, results: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -103,8 +107,9 @@ class HubModel(nn.Module, abc.ABC):
             return super().state_dict(*args, **kwargs)
         state: dict[str, Any] = {} if kwargs.get("destination") is None else kwargs["destination"]
         prefix, keep = kwargs.get("prefix", ""), kwargs.get("keep_vars", False)
-        state |= {prefix + name: p if keep else p.detach() for name, p in self.saved_state().items()}
-        description = json.dumps(versioned(self.describe())).encode()
+        own = self.saved_state()
+        state |= {prefix + name: p if keep else p.detach() for name, p in own.items()}
+        description = json.dumps(described(self.describe(), own)).encode()
         state[prefix + DESCRIPTION] = torch.frombuffer(bytearray(description), dtype=torch.uint8)
         return state
 
@@ -114,7 +119,9 @@ class HubModel(nn.Module, abc.ABC):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         own = self.saved_state()
         given = {name: tensor for name, tensor in state_dict.items() if name != DESCRIPTION}
-        missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+        missing = sorted(own.keys() - given.keys())
+        own = self.named_in_files() | own  # what the state holds beside the trained tensors may not have changed here
+        unexpected = sorted(given.keys() - own.keys())
         if strict and (missing or unexpected):
             raise RuntimeError(f"the state is of another model: missing {missing}, unexpected {unexpected}.")
         with torch.no_grad():

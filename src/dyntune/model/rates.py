@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import reprlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """The rates that a model is calibrated for unless others are asked for; those between are interpolated."""
 IMAGES = 256
 """Images that suffice: with some dozen patches each, a gate's quantile is known to a fraction of a point."""
+_LARGEST = float(torch.finfo(torch.float32).max)
 _CLOSE = 0.005
 """Distance of the mean activation to the asked one that is good enough."""
 _EXTREME = 0.01
@@ -106,7 +108,7 @@ class Calibration:
                 and all(len(values) == len(rates) for values in (*shifts.values(), *activations.values()))
                 and all(0 <= share <= 1 for values in activations.values() for share in values)
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"the calibration is not valid: {error!r}. Calibrate again.") from error
         if not sound:
             raise CheckpointError(
@@ -117,8 +119,8 @@ class Calibration:
 
 
 def _numbers(values: Any) -> tuple[float, ...]:
-    if any(type(value) not in (int, float) or not math.isfinite(value) for value in values):
-        raise ValueError(f"expected finite numbers, given {values}")
+    if any(type(value) not in (int, float) or not abs(value) <= _LARGEST for value in values):
+        raise ValueError(f"expected finite numbers, given {reprlib.repr(values)}")
     return tuple(map(float, values))
 
 

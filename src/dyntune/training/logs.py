@@ -58,7 +58,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     """The records of a run; a last line that was cut off by a kill is left out."""
     path = folder / LOG
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             records.append(json.loads(line))
         except ValueError:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dyntune.backbones.base import Backbone
+from dyntune.core.errors import CheckpointError, in_one_line
 from dyntune.training.settings import TrainSettings
 
 MOMENTUM = 0.9
@@ -88,6 +89,41 @@ def _follow(optimizer: torch.optim.Optimizer, rounded: dict[nn.Parameter, nn.Par
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
     optimizer.register_load_state_dict_post_hook(loaded)
+
+
+def fill_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Gives an optimiser the state that it had, checked to be one of its tensors with its settings.
+
+    Args:
+        optimizer: as the run makes it, perhaps wrapped.
+        saved: what its ``state_dict`` gave.
+
+    Raises:
+        CheckpointError: it is another one's, or has a number that is not finite.
+    """
+    try:
+        own, groups = optimizer.state_dict()["param_groups"], saved["param_groups"]
+        kept = [{key: value for key, value in group.items() if key not in ("lr", "initial_lr")} for group in own]
+        given = [{key: group[key] for key in keys} for group, keys in zip(groups, kept, strict=True)]
+        if [_plain(group) for group in given] != [_plain(group) for group in kept]:
+            raise ValueError("it has other settings")
+        by_number = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+        for number, values in saved["state"].items():
+            for name, value in values.items():
+                tensor = torch.as_tensor(value)
+                if tensor.shape not in (by_number[number].shape, ()) or not bool(tensor.isfinite().all()):
+                    raise ValueError(f"{name} of tensor {number} has another shape, or a number that is not finite")
+        optimizer.load_state_dict(saved)
+    except Exception as error:  # whatever PyTorch meets in what is no state
+        raise CheckpointError(
+            f"the saved state of the optimiser is not one of this run: {in_one_line(error)}. Start again with another "
+            "output folder."
+        ) from error
+
+
+def _plain(group: dict[str, Any]) -> dict[str, Any]:
+    """A group of an optimiser with lists for tuples, as a file may have either."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

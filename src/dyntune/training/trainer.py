@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from dyntune.backbones.base import file_name
-from dyntune.core.errors import TrainingError
+from dyntune.core.errors import CheckpointError, TrainingError
 from dyntune.core.files import alone_in, write_json
 from dyntune.core.limits import limits_named
 from dyntune.model.forward import activation_rates
@@ -28,7 +29,7 @@ from dyntune.training.identity import ASKED, identity_changes, run_identity
 from dyntune.training.inputs import data_for, require_labels, require_matching_head, training_images
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.logs import RunLog
-from dyntune.training.optimizer import make_optimizer, pretrained_parameters, set_learning_rate
+from dyntune.training.optimizer import fill_optimizer, make_optimizer, pretrained_parameters, set_learning_rate
 from dyntune.training.progress import Progress, Silent
 from dyntune.training.randomness import EpochSampler, SeededDataset, caller_randomness_kept, seed_all
 from dyntune.training.seen import Seen
@@ -147,6 +148,7 @@ class _Run:
         self.look_at_labels = functools.partial(require_labels, model, train_set, val_set)
         if out is None or not (out / STATE).exists():
             self.look_at_labels()
+        self._require_savable()
         self.select = settings.select if val_set is not None else "last"
         self.images = (train_set, None if self.select == "last" else val_set)
         self.accelerator = make_accelerator(settings)
@@ -260,6 +262,15 @@ class _Run:
     def _main(self) -> bool:
         return self.accelerator.is_main_process
 
+    def _require_savable(self) -> None:
+        """Refuses to train into a folder what could not be saved there; without one, says so."""
+        try:
+            self.model.require_savable()
+        except CheckpointError as error:
+            if self.out is not None:
+                raise TrainingError(f"what is trained could not be saved: {error}") from error
+            logging.getLogger("dyntune").warning("what is trained cannot be saved: %s", error)
+
     def _begin(self, resume: bool) -> tuple[int, int]:
         """Where to start: epoch and step in it; fills model and optimiser when there is something to resume."""
         if self.out is None:
@@ -284,14 +295,22 @@ class _Run:
         state = RunState.read(self.out)
         done = state.epoch * self.steps_per_epoch + state.step
         settles = any(policy.settles for policy in self.model.policies)
-        changed = identity_changes(state.identity, self.identity, done, self.steps_per_epoch, settles)
+        try:
+            changed = identity_changes(state.identity, self.identity, done, self.steps_per_epoch, settles)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.out / STATE} does not say which run it is of ({error!r}). Start again with another folder."
+            ) from error
         if changed:
             raise TrainingError(
                 f"the run in {self.out} was started differently: {'; '.join(changed)}. Use the same options."
             )
+        own = {file_name(name): tensor for name, tensor in self.model.course_tensors().items()}
+        statistics = own.keys() - map(file_name, self.model.tuned_state())
+        state.require_fit(own, statistics, self.out, self.settings.epochs, self.steps_per_epoch)
+        fill_optimizer(self.optimizer, state.optimizer)
         self._fill(state.tensors)
         self.model.backbone.resume_course(state.course)
-        self.optimizer.load_state_dict(state.optimizer)
         if state.scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.best, self.best_epoch = state.best, state.best_epoch
@@ -421,13 +440,14 @@ class _Run:
             raise TrainingError(f"{where} is not finite after an update in epoch {epoch + 1}. {kept}{_ADVICE}")
 
     def _tensors(self) -> dict[str, Tensor]:
-        """The trained tensors, by their names in files."""
-        return {file_name(name): p.detach().cpu() for name, p in self.model.tuned_state().items()}
+        """What training changes, by its names in files."""
+        return {file_name(name): p.detach().cpu() for name, p in self.model.course_tensors().items()}
 
     def _fill(self, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
-            for name, parameter in self.model.tuned_state().items():
-                parameter.copy_(tensors[file_name(name)])
+            for name, tensor in self.model.course_tensors().items():
+                if file_name(name) in tensors:  # states of earlier versions lack statistics
+                    tensor.copy_(tensors[file_name(name)])
 
     def _write_state(self, epoch: int, step: int) -> None:
         if self.out is None or not self._main:

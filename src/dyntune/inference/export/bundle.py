@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from dyntune.core.errors import ExportError
-from dyntune.core.files import room_beside, write_json, write_text
+from dyntune.core.files import room_beside, sealed, write_json, write_text
 from dyntune.core.limits import limits_named
 from dyntune.core.version import VERSION
 from dyntune.inference.export.card import export_card
@@ -87,7 +87,7 @@ class Export:
             "versions": _versions(("torch", "timm", *runtime.runs_with)),
             "files": digests(folder),
         }
-        write_json(folder / CONFIG, config)
+        write_json(folder / CONFIG, sealed(config))
         write_text(folder / CARD, export_card(config))
 
     def _write_model(
@@ -167,7 +167,7 @@ def place_for(folder: Path) -> Iterator[Path]:
 def record(folder: Path, **figures: Any) -> None:
     """Adds figures to ``deploy.json``, such as those of a check, and to the folder's README."""
     config = read_config(folder) | figures
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, sealed(config))
     write_text(folder / CARD, export_card(config))
 
 

@@ -11,6 +11,7 @@ from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
+from dyntune.core.errors import DyntuneError
 from dyntune.core.losses import distillation_loss
 from dyntune.model.tasks.base import Metric, TargetSettings, Task
 
@@ -68,7 +69,18 @@ class Classification(Task):
         return float((outputs.argmax(-1) == targets).float().mean())
 
     def predictions(self, outputs: Tensor, names: Sequence[str] | None, most: int) -> list[dict[str, Any]]:
-        """``top``: the classes with their labels and probabilities, the most probable first."""
+        """``top``: the classes with their labels and probabilities, the most probable first.
+
+        Raises:
+            DyntuneError: an output is not finite, or there are other names than outputs.
+        """
+        if not bool(outputs.isfinite().all()):
+            raise DyntuneError(
+                "the model's outputs are not finite, so they say nothing about the image. Its numbers are too large "
+                "for its precision: use fp32, or weights from before the step that spoilt them."
+            )
+        if names and len(names) != outputs.shape[-1]:
+            raise DyntuneError(f"the model has {outputs.shape[-1]} outputs and names for {len(names)} classes.")
         probabilities, labels = outputs.float().softmax(-1).topk(min(most, outputs.shape[-1]))
         return [
             {

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dyntune.core.errors import CheckpointError
 from dyntune.parts.policies.gating import LearnedGate
 
 
@@ -217,11 +218,20 @@ class Dispatcher(LearnedGate):
         return {name: tensor for name, tensor in pace.items() if tensor is not None}
 
     def resume_course(self, state: dict[str, Tensor]) -> None:
-        """Takes up a pace; w' and b' must come from the same place."""
-        if state:
-            self._reach = None
-            for name, tensor in state.items():
-                setattr(self, name, tensor.to(self.gate.weight.device))
+        """Takes up a pace; w' and b' must come from the same place.
+
+        Raises:
+            CheckpointError: it is no pace of this gate.
+        """
+        if not state:
+            return
+        shapes = {"weight_pace": (), "bias_pace": (), "centre": (self.gate.in_features,)}
+        sound = all(bool(tensor.isfinite().all()) for tensor in state.values())
+        if {name: tuple(tensor.shape) for name, tensor in state.items()} != shapes or not sound:
+            raise CheckpointError(f"the pace of a gate needs finite {', '.join(shapes)}; given {', '.join(state)}.")
+        self._reach = None
+        for name, tensor in state.items():
+            setattr(self, name, tensor.to(self.gate.weight.device))
 
     def end_course(self) -> None:
         """Writes the pace into the weights."""

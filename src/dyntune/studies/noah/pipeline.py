@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from dyntune.core.errors import CheckpointError, TrainingError
+from dyntune.core.errors import CheckpointError, TrainingError, in_one_line
 from dyntune.core.fields import Range
-from dyntune.core.files import write_json
+from dyntune.core.files import load_json, seal_holds, sealed, write_json
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.methods.noah import Noah, Selection, Subnet
 from dyntune.studies.noah.evolution import Candidate, SearchSettings, evolve, require_possible, winner
@@ -198,13 +198,15 @@ class _Record:
             self._write()
             return
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = load_json(path)
+            if not seal_holds(kept):
+                raise ValueError("digests differ")
             changed = identity_changes(kept["identity"], self.identity)
             self.rows, self.seconds = kept["candidates"], kept["seconds"]
             self.scores = {_subnet(row): row["accuracy"] for row in self.rows}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{path} cannot be read ({type(error).__name__}). Remove it to search again."
+                f"{path} cannot be read ({in_one_line(error)}). Remove it to search again."
             ) from error
         if changed:
             raise TrainingError(
@@ -230,7 +232,8 @@ class _Record:
             self._write()
 
     def _write(self) -> None:
-        write_json(self.path, {"identity": self.identity, "seconds": self.seconds, "candidates": self.rows})
+        kept = {"identity": self.identity, "seconds": self.seconds, "candidates": self.rows}
+        write_json(self.path, sealed(kept))
 
 
 def _subnet(row: dict[str, Any]) -> Subnet:
