@@ -37,12 +37,21 @@ from dyntune.data.transforms import Preprocessing
 
 PATCH_DROP = "it drops patches at random (patch_drop_rate); build it with patch_drop_rate=0"
 """Why a host is refused that does so."""
+
+
+def _as_it_is(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return state
+
+
 _FILTERS: dict[type[nn.Module], Callable[..., dict[str, Tensor]]] = {
     vision_transformer.VisionTransformer: vision_transformer.checkpoint_filter_fn,
     eva.Eva: eva.checkpoint_filter_fn,
     naflexvit.NaFlexVit: naflexvit.checkpoint_filter_fn,
     beit.Beit: beit.checkpoint_filter_fn,
-    vision_transformer_relpos.VisionTransformerRelPos: vision_transformer_relpos.checkpoint_filter_fn,
+    # timm 1.0.26 has none for these: it does not resize their tables of biases.
+    vision_transformer_relpos.VisionTransformerRelPos: getattr(
+        vision_transformer_relpos, "checkpoint_filter_fn", _as_it_is
+    ),
 }
 """What makes timm's names of those in a file, by kind of model."""
 _ARGUMENTS = ("num_classes", "global_pool", "dynamic_img_size")
