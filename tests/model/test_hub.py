@@ -120,6 +120,7 @@ def test_the_trainer_trains_saves_and_resumes_it(fresh, tmp_path, spec):
     torch.testing.assert_close(again.eval()(images()), model(images()), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("error:.*checkpointing_.*deprecated")
 def test_the_trainer_checkpoints_gradients_and_accumulates_them(fresh, tmp_path):
     model = fresh("linear")
     given = {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "save_strategy": "no"}

@@ -45,14 +45,20 @@ from dyntune.data.transforms import Preprocessing
 
 PATCH_DROP = "it drops patches at random (patch_drop_rate); build it with patch_drop_rate=0"
 """Why a host is refused that does so."""
+
+
+def _as_it_is(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return state
+
+
 _FILTERS: dict[type[nn.Module], Callable[..., dict[str, Tensor]]] = {
     vision_transformer.VisionTransformer: vision_transformer.checkpoint_filter_fn,
     eva.Eva: eva.checkpoint_filter_fn,
     naflexvit.NaFlexVit: naflexvit.checkpoint_filter_fn,
     beit.Beit: beit.checkpoint_filter_fn,
-    # timm before 1.0.31 reads its own names alone there.
+    # timm 1.0.26 has none for these: it does not resize their tables of biases.
     vision_transformer_relpos.VisionTransformerRelPos: getattr(
-        vision_transformer_relpos, "checkpoint_filter_fn", lambda state, model: state
+        vision_transformer_relpos, "checkpoint_filter_fn", _as_it_is
     ),
     swin_transformer.SwinTransformer: swin_transformer.checkpoint_filter_fn,
     swin_transformer_v2.SwinTransformerV2: swin_transformer_v2.checkpoint_filter_fn,

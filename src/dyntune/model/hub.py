@@ -89,7 +89,7 @@ class HubModel(nn.Module, abc.ABC):
         logits = self.run(pixel_values).logits
         return self.backbone.answer(self.task.loss(logits, labels), logits)
 
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
+    def activation_checkpointing_enable(self, **options: Any) -> None:
         """Lets every block be recomputed in the backward pass, to save memory.
 
         Args:
@@ -97,9 +97,13 @@ class HubModel(nn.Module, abc.ABC):
         """
         self.backbone.switch_gradient_checkpointing(True)
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Lets blocks be remembered."""
         self.backbone.switch_gradient_checkpointing(False)
+
+    # Their names before transformers 5.24, whose Trainer warns of them.
+    gradient_checkpointing_enable = activation_checkpointing_enable
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Every tensor by name; on a host of transformers, the trained ones by their names in files."""

@@ -462,7 +462,10 @@ class HuggingFace(Backbone):
 
     def switch_gradient_checkpointing(self, on: bool) -> None:
         holder = getattr(self.host, "tower", self.host)
-        holder.gradient_checkpointing_enable() if on else holder.gradient_checkpointing_disable()
+        word = "enable" if on else "disable"
+        # The first name is that of transformers 5.24 and later.
+        switch = getattr(holder, f"activation_checkpointing_{word}", None)
+        (switch or getattr(holder, f"gradient_checkpointing_{word}"))()
 
 
 def _join(*names: str) -> str:
