@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,6 +66,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
 WorkersOption = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
 DEFAULT_MODEL = BUILTIN_BACKBONE
+VAL_FRACTION = 0.2
 
 _PIPED_WIDTH = None if sys.stdout.isatty() else 160  # a table in a file or a log need not fit a terminal of 80
 out = Console(width=_PIPED_WIDTH)
@@ -139,6 +141,23 @@ def pick_device(name: str) -> torch.device:
 def print_json(data: Any) -> None:
     """One JSON object on standard output."""
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def print_next(line: str) -> None:
+    """What to do next, as a line that runs as it stands; it is never broken, so that it can be copied."""
+    out.print(f"next: {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_next_eval(run: Path, data: DataSplits, val_fraction: float, on_corrupt: str) -> None:
+    """How to evaluate a run that has been trained: on the test images where there are any, else on those there are."""
+    words = ["dyntune", "eval", str(run), data.name]
+    if data.test is None:
+        words += ["--split", "train" if data.val is None else "val"]
+        if val_fraction != VAL_FRACTION:
+            words += ["--val-fraction", f"{val_fraction:g}"]
+    if on_corrupt != "error":
+        words += ["--on-corrupt", on_corrupt]
+    print_next(shlex.join(words))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from dyntune.commands.common import (
+    VAL_FRACTION,
     BatchOption,
     DataArgument,
     DeviceOption,
@@ -41,7 +42,7 @@ def command(
     run: RunArgument,
     data: DataArgument,
     split: Annotated[Literal["test", "val", "train"], typer.Option(help="Which images.")] = "test",
-    val_fraction: TrainedValFractionOption = 0.2,
+    val_fraction: TrainedValFractionOption = VAL_FRACTION,
     policy: TopPolicyOption = None,
     rate: RateOption = None,
     weights: WeightsOption = None,

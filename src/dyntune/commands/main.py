@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+import shlex
 import sys
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from dyntune import commands
 from dyntune.commands.common import err
 from dyntune.core.errors import DyntuneError
 from dyntune.core.version import VERSION
+from dyntune.training.interrupt import TrainingInterrupted
 
 app = typer.Typer(
     help="Adapt pretrained Vision Transformers with few parameters, and skip the tokens that need no work.",
@@ -59,7 +61,17 @@ def main() -> None:
         text = str(error).rpartition("Error: ")[2] if "Original Traceback" in str(error) else str(error)
         err.print("error:", style="bold red", end=" ")
         err.print(text.strip(), markup=False, highlight=False, soft_wrap=True)
+        if isinstance(error, TrainingInterrupted):
+            err.print(f"next: {_going_on(sys.argv[1:])}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _going_on(arguments: list[str]) -> str:
+    """The command that continues an interrupted one: the same, with ``--resume`` where there is such an option."""
+    command: Any = typer.main.get_command(app)
+    options = [option for parameter in command.commands[arguments[0]].params for option in parameter.opts]
+    resumes = "--resume" in options and "--resume" not in arguments
+    return shlex.join(["dyntune", *arguments, *(["--resume"] if resumes else [])])
 
 
 if __name__ == "__main__":

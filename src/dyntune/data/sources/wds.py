@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from dyntune.core.errors import DataError
+from dyntune.core.errors import DataError, how_to_install
 from dyntune.data.base import DataSplits
 from dyntune.data.sources.base import Request, Source
 from dyntune.data.streams import SHARD_IMAGES, SPLIT_WORDS, collect, open_stream
@@ -59,7 +59,7 @@ class Wds(Source):
         for split, (word, shards) in splits.items():
             stream = open_stream(
                 name,
-                "install dyntune[wds]",
+                how_to_install("wds"),
                 root=str(folder.absolute()),
                 split=word,
                 input_key=SHARD_IMAGES,
