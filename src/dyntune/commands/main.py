@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import re
 import shlex
@@ -23,7 +24,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # its tables cut the names of options where the terminal is narrow
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 
@@ -34,8 +36,11 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-class _Renaming(TyperCommand):
-    """A command that still knows an option's former name, and says the new one."""
+class _Command(TyperCommand):
+    """A command that still knows an option's former name, and is described in whole sentences in the list of all."""
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        return inspect.cleandoc(self.help or "").split("\n\n")[0].replace("\n", " ")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if any(argument.partition("=")[0] == "--tokens" for argument in args):
@@ -44,12 +49,22 @@ class _Renaming(TyperCommand):
         return super().parse_args(ctx, args)
 
 
+def _in_lines(example: str, width: int = 74) -> str:
+    """An example in lines that fit, each but the last with a backslash, so that it can be copied."""
+    lines = [""]
+    for words in re.split(r"(?<= )(?=--)", example):
+        if len(lines[-1]) + len(words) > width and lines[-1]:
+            lines.append("    ")
+        lines[-1] += words
+    return "\n".join(f"  {line}" for line in "\\\n".join(lines).split("\n"))
+
+
 for _info in pkgutil.iter_modules(commands.__path__):
     if _info.name not in ("common", "main", "options"):
         _module = importlib.import_module(f"{commands.__name__}.{_info.name}")
-        _epilog = "\n\n".join(("Examples:", *_module.EXAMPLES))
+        _epilog = "\b\n" + "\n".join(("Examples:", *map(_in_lines, _module.EXAMPLES)))
         _hidden = getattr(_module, "HIDDEN", False)
-        app.command(name=_info.name, cls=_Renaming, epilog=_epilog, hidden=_hidden)(_module.command)
+        app.command(name=_info.name, cls=_Command, epilog=_epilog, hidden=_hidden)(_module.command)
 
 
 def main() -> None:
