@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dyntune.core.errors import BackboneError, in_one_line
+from dyntune.core.errors import BackboneError, how_to_install, in_one_line
 from dyntune.core.files import write_json
 from dyntune.data.transforms import Preprocessing
 
@@ -137,7 +137,7 @@ def library() -> Any:
     except ImportError as error:
         raise BackboneError(
             f"models of Hugging Face need transformers, which cannot be imported ({in_one_line(error)}). Install it: "
-            "pip install 'dyntune[hf]'."
+            f"{how_to_install('hf')}."
         ) from error
     return transformers
 

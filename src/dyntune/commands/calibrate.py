@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from dyntune.commands.common import (
+    VAL_FRACTION,
     BatchOption,
     DataArgument,
     DeviceOption,
@@ -43,7 +44,7 @@ def command(
         RATES
     ),
     images: Annotated[int, typer.Option(min=1, help="Images to use.")] = IMAGES,
-    val_fraction: TrainedValFractionOption = 0.2,
+    val_fraction: TrainedValFractionOption = VAL_FRACTION,
     weights: WeightsOption = None,
     batch_size: BatchOption = 32,
     device: DeviceOption = "auto",

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from dyntune.commands.common import (
+    VAL_FRACTION,
     BatchOption,
     DataArgument,
     DeviceOption,
@@ -52,7 +53,7 @@ def command(
             show_default="test; all of a folder of classes that the run was not trained on",
         ),
     ] = None,
-    val_fraction: TrainedValFractionOption = 0.2,
+    val_fraction: TrainedValFractionOption = VAL_FRACTION,
     policy: TopPolicyOption = None,
     rate: RateOption = None,
     weights: WeightsOption = None,

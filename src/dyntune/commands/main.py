@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import inspect
 import io
 import json
 import logging
 import os
 import pkgutil
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -28,6 +30,7 @@ from dyntune.core.texts import printable
 from dyntune.core.version import VERSION
 from dyntune.data.datasets import SKIP
 from dyntune.training.accelerator import launched_processes
+from dyntune.training.interrupt import TrainingInterrupted
 
 _TOGETHER = ("train",)
 """Commands that several processes, as torchrun starts them, run together; of others each would do and write all."""
@@ -39,7 +42,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # its tables cut the names of options where the terminal is narrow
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 
@@ -58,7 +62,12 @@ def _options(
 
 
 class _Command(TyperCommand):
-    """A command that takes ``~`` for the home folder, and still knows an option's former name and says the new one."""
+    """A command that takes ``~`` for the home folder, knows an option's former name and says the new one, and is
+    described in whole sentences in the list of all.
+    """
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        return inspect.cleandoc(self.help or "").split("\n\n")[0].replace("\n", " ")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if any(argument.partition("=")[0] == "--tokens" for argument in args):
@@ -78,10 +87,20 @@ def _home(value: Any) -> Any:
         raise typer.BadParameter(f"{value}: {error}") from None
 
 
+def _in_lines(example: str, width: int = 74) -> str:
+    """An example in lines that fit, each but the last with a backslash, so that it can be copied."""
+    lines = [""]
+    for words in re.split(r"(?<= )(?=--)", example):
+        if len(lines[-1]) + len(words) > width and lines[-1]:
+            lines.append("    ")
+        lines[-1] += words
+    return "\n".join(f"  {line}" for line in "\\\n".join(lines).split("\n"))
+
+
 for _info in pkgutil.iter_modules(commands.__path__):
     if _info.name not in ("common", "main", "options"):
         _module = importlib.import_module(f"{commands.__name__}.{_info.name}")
-        _epilog = "\n\n".join(("Examples:", *_module.EXAMPLES))
+        _epilog = "\b\n" + "\n".join(("Examples:", *map(_in_lines, _module.EXAMPLES)))
         _hidden = getattr(_module, "HIDDEN", False)
         app.command(name=_info.name, cls=_Command, epilog=_epilog, hidden=_hidden)(_module.command)
 
@@ -106,7 +125,8 @@ def main() -> None:
         text = str(error).rpartition("Error: ")[2] if "Original Traceback" in str(error) else str(error)
         if "--on-corrupt" not in _options_of(sys.argv[1:]):
             text = text.replace(SKIP, "")
-        _fail("\n".join(map(printable, text.strip().split("\n"))))
+        then = f"next: {_going_on(sys.argv[1:])}" if isinstance(error, TrainingInterrupted) else None
+        _fail("\n".join(map(printable, text.strip().split("\n"))), then)
     except RuntimeError as error:
         if launched_processes() == 1 or not _LOST.search(str(error)):
             raise
@@ -157,9 +177,12 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _fail(text: str) -> NoReturn:
+def _fail(text: str, then: str | None = None) -> NoReturn:
+    """Ends the program with an error, and perhaps a line that says what to do next."""
     err.print("error:", style="bold red", end=" ")
     err.print(text, highlight=False, soft_wrap=True)
+    if then is not None:
+        err.print(then, highlight=False, soft_wrap=True)
     # torchrun ends with a report of its own, whose last line comes from this file.
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:
@@ -170,6 +193,14 @@ def _fail(text: str) -> NoReturn:
         # The others may wait for this process for ever; they are not waited for.
         os._exit(1)
     sys.exit(1)
+
+
+def _going_on(arguments: list[str]) -> str:
+    """The command that continues an interrupted one: the same, with ``--resume`` where there is such an option."""
+    command: Any = typer.main.get_command(app)
+    options = [option for parameter in command.commands[arguments[0]].params for option in parameter.opts]
+    resumes = "--resume" in options and "--resume" not in arguments
+    return shlex.join(["dyntune", *arguments, *(["--resume"] if resumes else [])])
 
 
 if __name__ == "__main__":

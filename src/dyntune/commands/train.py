@@ -11,6 +11,7 @@ import typer
 
 from dyntune.commands.common import (
     DEFAULT_MODEL,
+    VAL_FRACTION,
     DataArgument,
     DropPathOption,
     InterpolationOption,
@@ -30,6 +31,7 @@ from dyntune.commands.common import (
     out,
     parts,
     print_json,
+    print_next_eval,
     report_classes,
     report_skipped,
     say_threads,
@@ -83,7 +85,7 @@ def command(
     normalisation: NormalisationOption = "backbone",
     interpolation: InterpolationOption = "backbone",
     img_size: Annotated[int | None, typer.Option(min=1, help="Image height and width in pixels.")] = None,
-    val_fraction: ValFractionOption = 0.2,
+    val_fraction: ValFractionOption = VAL_FRACTION,
     on_corrupt: OnCorruptOption = "error",
     json: JsonOption = False,
 ) -> None:
@@ -134,7 +136,7 @@ def command(
             f"{calibration.rates[0]:g} to {calibration.rates[-1]:g}",
             highlight=False,
         )
-    out.print(f"next: dyntune eval {run} {data}", highlight=False)
+    print_next_eval(run, splits, val_fraction, on_corrupt)
 
 
 def with_rate(specs: list[str], rate: str | None) -> tuple[Part, ...]:

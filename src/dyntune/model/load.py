@@ -17,7 +17,14 @@ from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosts import check_arguments, create_backbone, rebuild, wrap, wrap_plain
 from dyntune.backbones.huggingface_models import PREFIX, folder_of
 from dyntune.backbones.origin import BackboneSource
-from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError, SpecError, in_one_line
+from dyntune.core.errors import (
+    BackboneError,
+    CheckpointError,
+    DyntuneError,
+    SpecError,
+    how_to_install,
+    in_one_line,
+)
 from dyntune.core.shapes import shapes_only
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.adapter_folder import (
@@ -320,7 +327,7 @@ def _with_peft(host: nn.Module, recipe: Any, folder: Path) -> nn.Module:
     except ImportError as error:
         raise CheckpointError(
             f"the adapter in {folder} was trained with layers of PEFT, which is not installed or not complete "
-            f"({error}). Install it: pip install 'dyntune[peft]'."
+            f"({error}). Install it: {how_to_install('peft')}."
         ) from error
     try:
         return with_layers(host, recipe, wrap_plain)

@@ -67,7 +67,7 @@ class Calibration:
             known = f"between {low:g} and {high:g}" if low < high else f"{low:g}"
             raise SpecError(
                 f"rate {rate:g}: this model is calibrated for rates {known} (0 and 1 always go). Give such a rate, or "
-                "calibrate for this one: model.set_rate(rate, data), dyntune calibrate RUN DATA --rates."
+                f"calibrate for this one: model.set_rate(rate, data), dyntune calibrate RUN DATA --rates {rate:g}."
             )
         return {
             unit: (

@@ -8,6 +8,7 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 from dyntune.training.evaluate import Evaluation
 from dyntune.training.interrupt import TrainingInterrupted
@@ -70,11 +71,11 @@ class ProgressBar:
         self.title = title
         self.console = console or Console(stderr=True)
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=Column(overflow="fold")),
             BarColumn(20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", table_column=Column(overflow="fold")),
         )
         self.bar = Bar(*columns, console=self.console, disable=not self.console.is_terminal)
         self.means: dict[str, float] = {}

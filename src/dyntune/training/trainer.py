@@ -469,5 +469,4 @@ class _Run:
 
     def _farewell(self, epoch: int, step: int) -> str:
         where = f"stopped in epoch {epoch + 1} after step {step} of {self.steps_per_epoch}"
-        how = "The same command goes on; train and compare need --resume for it."
-        return f"{where}; the state is saved in {self.out}. {how}" if self.out else f"{where}."
+        return f"{where}; the state is saved in {self.out}: resume goes on from it." if self.out else f"{where}."

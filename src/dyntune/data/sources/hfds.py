@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from dyntune.core.errors import DataError
+from dyntune.core.errors import DataError, how_to_install
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.datasets import SKIP
 from dyntune.data.images import read_image
@@ -59,7 +59,7 @@ class Hfds(Source):
         try:
             import datasets
         except ImportError as error:
-            raise DataError(f"{name} needs the datasets library: install dyntune[hfds].") from error
+            raise DataError(f"{name} needs the datasets library: {how_to_install('hfds')}.") from error
         from timm.data import create_dataset
 
         # Releases before 4 could run a data set's own Python code; some did so without being asked.

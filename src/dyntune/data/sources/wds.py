@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from dyntune.core.errors import DataError
+from dyntune.core.errors import DataError, how_to_install
 from dyntune.data.base import DataSplits
 from dyntune.data.datasets import SKIP
 from dyntune.data.sources.base import Request, Source
@@ -82,7 +82,7 @@ class Wds(Source):
         for split, (word, shards, samples) in splits.items():
             stream = open_stream(
                 name,
-                "install dyntune[wds]",
+                how_to_install("wds"),
                 root=str(folder.absolute()),
                 split=word,
                 input_key=shard_images(),

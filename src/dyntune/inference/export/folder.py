@@ -110,7 +110,7 @@ def open_export(folder: str | Path, threads: int | None = None, *, trust: bool =
         free = " and ".join(name for name, other in registered().items() if not other.needs_trust)
         raise ExportError(
             f"{folder} holds a {Path(runtime.file).suffix} file, which may run code when it is opened. If you trust "
-            "who made it, say so: open_export(folder, trust=True), dyntune predict FOLDER --trust. "
+            "who made it, say so: open_export(folder, trust=True), dyntune predict FOLDER IMAGES --trust. "
             f"Folders for {free} need none."
         )
     _check_files(folder, digests, runtime.file)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from dyntune.core.errors import ExportError, in_one_line
+from dyntune.core.errors import EXTRAS, ExportError, in_one_line
 from dyntune.core.files import room_beside
 from dyntune.core.limits import limits_named
 from dyntune.inference.export.int8.openvino import save_quantized
@@ -30,7 +30,7 @@ class OpenVino(Runtime):
     title = "OpenVINO"
     file = "model.xml"
     writes_with = runs_with = ("openvino",)
-    install = "'dyntune[openvino]'"
+    install = " ".join(EXTRAS["openvino"])
     runner = Runner(
         "openvino",
         'openvino.compile_model(FOLDER / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})',
