@@ -110,7 +110,8 @@ def load(
         if isinstance(error, BackboneError) and (backbone is not None or origin.name is None or origin.places):
             raise  # not for what the file says: it is not there, or is of another kind
         raise CheckpointError(f"{folder / CONFIG} does not describe a model: {in_one_line(error)}.") from error
-    saved.check(empty, tensors, folder)
+    if empty is not None:
+        saved.check(empty, tensors, folder)
     require_unchanged(folder, config)
     # Full tuning saves every weight, so the pretrained ones need not be had.
     host = backbone or rebuild(origin, pretrained=not saved.complete)
@@ -125,6 +126,8 @@ def load(
             "check_backbone=False to load it anyway."
         )
     model = TunedModel(host.to(saved.dtype), (*saved.parts, *extra))
+    if empty is None:
+        saved.check(model.backbone, tensors, folder)
     if any(model.backbone.saved_name(name) not in tensors for name in model.tuned_state()):
         raise SpecError(
             f"{policy} has parameters, which the adapter in {folder} was not trained with. Train it with this policy, "
@@ -304,8 +307,11 @@ def _require_known(saved: BackboneSource, weights: str | Path | None, folder: Pa
         )
 
 
-def _without_content(saved: _Saved, given: nn.Module | None, origin: BackboneSource, folder: Path) -> Backbone:
-    """The backbone with the saved parts on it, as shapes alone: whatever sizes a file names, they take no memory."""
+def _without_content(saved: _Saved, given: nn.Module | None, origin: BackboneSource, folder: Path) -> Backbone | None:
+    """The backbone with the saved parts on it, as shapes alone: whatever sizes a file names, they take no memory.
+
+    None where that cannot be had: some of PEFT's layers compute with their values when they are made.
+    """
     with shapes_only():
         if given is not None:
             host = empty_copy(given)
@@ -314,10 +320,20 @@ def _without_content(saved: _Saved, given: nn.Module | None, origin: BackboneSou
         else:
             host = create_backbone(origin.name, weights=origin.weights, pretrained=False, **origin.arguments)
         if saved.peft is not None:
-            host = _with_peft(host, saved.peft, folder)
+            try:
+                host = _with_peft(host, saved.peft, folder)
+            except CheckpointError as error:
+                if isinstance(error.__cause__, BackboneError) and _needs_content(error.__cause__.__cause__):
+                    return None
+                raise
         backbone = wrap(host.to(saved.dtype))
         install(backbone, saved.parts)
     return backbone
+
+
+def _needs_content(error: BaseException | None) -> bool:
+    """Whether something failed because a tensor had a shape alone."""
+    return isinstance(error, RuntimeError) and "meta tensors" in str(error).lower()
 
 
 def _with_peft(host: nn.Module, recipe: Any, folder: Path) -> nn.Module:
