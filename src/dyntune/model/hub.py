@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 import json
+import logging
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,34 +13,43 @@ import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
+from dyntune.core.errors import TrainingError
 from dyntune.model.adapter_folder import DESCRIPTION, versioned
 from dyntune.model.objective import training_loss
 from dyntune.model.tasks import Task
 from dyntune.parts.policies.base import Output, TokenPolicy
-from dyntune.parts.policies.gating import LearnedGate
+
+log = logging.getLogger("dyntune")
 
 
 class HubModel(nn.Module, abc.ABC):
     """A tuned model as users of transformers know models: ``transformers.Trainer`` trains it, hubs take it.
 
-    On a host of transformers, ``state_dict`` gives the trained tensors alone, because that is what its Trainer saves;
-    with them goes a description in JSON, so that a folder which the Trainer wrote can be loaded as one of ``save``.
+    ``state_dict`` gives the trained tensors alone, by their names in files, because that is what a Trainer saves; with
+    them goes a description in JSON, so that a folder which the Trainer wrote can be loaded as one of ``save``. A merged
+    model has the state of any module.
     """
 
     backbone: Backbone
     policies: tuple[TokenPolicy, ...]
     task: Task
+    unmerged: dict[str, str] | None
     main_input_name: ClassVar[str] = "pixel_values"
     accepts_loss_kwargs: ClassVar[bool] = False
     """The loss is a mean over the batch, which the Trainer has to divide where it accumulates gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(_write_state)
+        self.register_load_state_dict_pre_hook(_read_state)
 
     @abc.abstractmethod
     def run(self, images: Tensor, *, complete: bool = False) -> Output:
         """One forward pass with everything that it decided."""
 
     @abc.abstractmethod
-    def saved_state(self) -> dict[str, Tensor]:
-        """What this model holds beyond the pretrained backbone, by its name in files."""
+    def saved_names(self) -> dict[str, str]:
+        """What this model holds beyond the pretrained backbone: its names in the backbone, and in files."""
 
     @abc.abstractmethod
     def describe(self, results: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -80,6 +89,12 @@ class HubModel(nn.Module, abc.ABC):
         if labels is None:
             return self.backbone.answer(None, self.run(pixel_values).logits)
         if self.training:
+            if getattr(self, "_is_replica", False) and self.policies:
+                raise TrainingError(
+                    "torch.nn.DataParallel trains copies of the model, which forget what its policies count. Start one "
+                    "process for each GPU (torchrun --nproc-per-node 2 train.py), or show it one GPU alone "
+                    "(CUDA_VISIBLE_DEVICES=0)."
+                )
             loss = training_loss(self, pixel_values, labels)
             return self.backbone.answer(loss.total, loss.output.logits)
         logits = self.run(pixel_values).logits
@@ -96,36 +111,6 @@ class HubModel(nn.Module, abc.ABC):
     def gradient_checkpointing_disable(self) -> None:
         """Lets blocks be remembered."""
         self.backbone.switch_gradient_checkpointing(False)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Every tensor by name; on a host of transformers, the trained ones by their names in files."""
-        if self.backbone.config is None:
-            return super().state_dict(*args, **kwargs)
-        state: dict[str, Any] = {} if kwargs.get("destination") is None else kwargs["destination"]
-        prefix, keep = kwargs.get("prefix", ""), kwargs.get("keep_vars", False)
-        state |= {prefix + name: p if keep else p.detach() for name, p in self.saved_state().items()}
-        description = json.dumps(versioned(self.describe())).encode()
-        state[prefix + DESCRIPTION] = torch.frombuffer(bytearray(description), dtype=torch.uint8)
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """The inverse of ``state_dict``."""
-        if self.backbone.config is None:
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        own = self.saved_state()
-        given = {name: tensor for name, tensor in state_dict.items() if name != DESCRIPTION}
-        missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-        if strict and (missing or unexpected):
-            raise RuntimeError(f"the state is of another model: missing {missing}, unexpected {unexpected}.")
-        with torch.no_grad():
-            for name in own.keys() & given.keys():
-                own[name].copy_(given[name])
-        for path, module in self.backbone.named_modules():
-            if isinstance(module, LearnedGate):
-                names = {key: self.backbone.saved_name(f"{path}.{key}") for key in module.saved()}
-                if names and given.keys() >= {*names.values()}:
-                    module.fill({key: given[name] for key, name in names.items()})
-        return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
     def save_pretrained(self, save_directory: str | Path) -> Path:
         """``save``, under the name that transformers and hubs have for it."""
@@ -168,3 +153,51 @@ class HubModel(nn.Module, abc.ABC):
                 create_pr=create_pr,
             )
         return str(commit.commit_url)
+
+
+def _write_state(model: HubModel, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
+    """Leaves of a state what the model holds beyond its backbone, and describes it."""
+    if model.unmerged is not None:
+        return
+    start = f"{prefix}backbone."
+    own = {prefix + saved: state[start + name] for name, saved in model.saved_names().items()}
+    for name in [name for name in state if name.startswith(start)]:
+        del state[name]
+    description = json.dumps(versioned(model.describe())).encode()
+    state.update(own, **{prefix + DESCRIPTION: torch.frombuffer(bytearray(description), dtype=torch.uint8)})
+
+
+def _read_state(
+    model: HubModel,
+    state: dict[str, Tensor],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Gives the tensors of a state the names that modules have; what it does not hold stays as it is."""
+    if model.unmerged is not None:
+        return
+    start = f"{prefix}backbone."
+    unexpected.extend(name for name in state if name.startswith(start))
+    description = state.pop(prefix + DESCRIPTION, None)
+    if description is not None:
+        _warn_of_another(model, json.loads(bytes(description.tolist())))
+    own = model.backbone.state_dict(prefix=start, keep_vars=True)
+    for name, saved in model.saved_names().items():
+        if prefix + saved in state:
+            own[start + name] = state.pop(prefix + saved)
+        else:
+            missing.append(prefix + saved)
+    state.update(own)
+
+
+def _warn_of_another(model: HubModel, theirs: dict[str, Any]) -> None:
+    """Says where a state fits by its names and shapes, and was trained as another model."""
+    ours = json.loads(json.dumps(model.describe()))
+    if theirs.get("parts") != ours["parts"]:
+        log.warning("the state is of a model with %s; it goes into one with %s.", theirs.get("spec"), ours["spec"])
+    elif theirs.get("backbone", {}).get("fingerprint") != ours["backbone"]["fingerprint"]:
+        log.warning("the state was trained on other weights of the backbone than those of this model.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,7 +27,7 @@ from dyntune.model.rates import Calibration, set_rate
 from dyntune.model.tasks import Classification, Task
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import Output
-from dyntune.parts.policies.gating import LearnedGate, gating
+from dyntune.parts.policies.gating import gating
 from dyntune.parts.registry import expand, resolve
 from dyntune.parts.spec import Part, format_spec
 
@@ -132,7 +133,9 @@ class TunedModel(HubModel):
         """
         if steps < 1 or accumulate < 1:
             raise SpecError(f"expected steps and accumulate of at least 1; given {steps} and {accumulate}.")
-        self.backbone.begin_training(steps, None if lr is None else lr * max(1, steps // accumulate))
+        if lr is not None and lr <= 0:
+            raise SpecError(f"expected a peak learning rate above 0, or None where it says nothing; given {lr}.")
+        self.backbone.begin_training(steps, None if lr is None else lr * math.ceil(steps / accumulate))
 
     def end_training(self) -> None:
         """Tells that the training is over, after its last step; another may begin."""
@@ -172,13 +175,13 @@ class TunedModel(HubModel):
         """The trained tensors, by name. They are not copied."""
         return {name: p for name, p in self.backbone.named_parameters() if name in self._tuned}
 
+    def saved_names(self) -> dict[str, str]:
+        return {name: self.backbone.saved_name(name) for name in self.tuned_state() | self.backbone.companions()}
+
     def saved_state(self) -> dict[str, Tensor]:
         """What this model holds beyond the pretrained backbone: the trained tensors, and what belongs to them."""
-        tensors = self.tuned_state() | self.backbone.companions()
-        for path, module in self.backbone.named_modules():
-            if isinstance(module, LearnedGate):
-                tensors |= {f"{path}.{name}": tensor for name, tensor in module.saved().items()}
-        return {self.backbone.saved_name(name): tensor for name, tensor in tensors.items()}
+        state = self.backbone.state_dict(keep_vars=True)  # in which gates stand as they are read
+        return {saved: state[name] for name, saved in self.saved_names().items()}
 
     @property
     def folds(self) -> bool:
