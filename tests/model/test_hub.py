@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 
 import dyntune
@@ -82,6 +83,12 @@ def test_by_keyword_the_model_answers_as_transformers_models_do(fresh):
         assert model(pixel_values=batch["pixel_values"]).loss is None
     with pytest.raises(TypeError, match="none were given"):
         model(labels=batch["labels"])
+    with pytest.raises(TypeError, match="without labels"):
+        model(batch["pixel_values"], labels=batch["labels"])
+    with pytest.raises(TypeError, match="output_hidden_states=True"):
+        model(pixel_values=batch["pixel_values"], output_hidden_states=True)
+    model(pixel_values=batch["pixel_values"], return_dict=True, output_attentions=False)
+    assert model.dtype == torch.float32 and model.device == torch.device("cpu")
 
 
 def test_a_host_of_timm_answers_with_a_dictionary(make_host):
@@ -229,6 +236,35 @@ def test_a_model_goes_to_a_hub_and_comes_back(fresh, tmp_path, monkeypatch):
     assert torch.equal(dyntune.TunedModel.from_pretrained("me/flowers")(images()), model(images()))
     with pytest.raises(CheckpointError, match=r"nobody/none.*fetch dyntune.json and dyntune.safetensors"):
         dyntune.TunedModel.from_pretrained("nobody/none")
+
+
+def test_a_folder_with_two_adapters_is_refused(fresh, tmp_path):
+    model = fresh("linear")
+    model.save(tmp_path)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / TRAINER_WEIGHTS)
+    with pytest.raises(CheckpointError, match="holds two adapters"):
+        dyntune.load(tmp_path)
+    model.save(tmp_path)  # replaces both
+    dyntune.load(tmp_path)
+
+
+def test_hosts_for_other_problems_are_refused(host_folder):
+    host = transformers.AutoModelForImageClassification.from_pretrained(
+        host_folder, problem_type="multi_label_classification"
+    )
+    with pytest.raises(SpecError, match=r"problem_type='multi_label_classification'.*TunedModel.task"):
+        dyntune.tune(host, "linear")
+
+
+@torch.no_grad()
+def test_biases_that_a_merge_adds_are_read_again(make_hf, randomise, tmp_path):
+    model = dyntune.tune(randomise(make_hf("vit", qkv_bias=False)), "ssf").eval()
+    for tensor in model.saved_state().values():
+        tensor += 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+    expected = model(images())
+    model.merge().save_pretrained(tmp_path)
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(images()).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_file_of_another_model_is_no_adapter(host_folder):

@@ -198,6 +198,7 @@ def create(
     built = vision if bare else config
     if num_classes is not None and num_classes != config.num_labels:
         built.num_labels = num_classes
+        built.problem_type = None  # that of the classifier which goes
     if drop_path_rate:
         if not hasattr(vision, "drop_path_rate"):
             raise BackboneError(f"{name} has no drop path; leave drop_path_rate out.")

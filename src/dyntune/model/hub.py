@@ -20,6 +20,8 @@ from dyntune.model.tasks import Task
 from dyntune.parts.policies.base import Output, TokenPolicy
 
 log = logging.getLogger("dyntune")
+_PLAIN = {"return_dict": True}
+"""Arguments of transformers' models whose value for an answer of loss and logits is not False."""
 
 
 class HubModel(nn.Module, abc.ABC):
@@ -67,8 +69,23 @@ class HubModel(nn.Module, abc.ABC):
             raise AttributeError(f"{type(self.backbone.host).__name__} has no config")
         return config
 
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the backbone's weights."""
+        return next(self.backbone.parameters()).dtype
+
     def forward(
-        self, images: Tensor | None = None, *, pixel_values: Tensor | None = None, labels: Tensor | None = None
+        self,
+        images: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        **others: Any,
     ) -> Any:
         """Images to logits; or called by keyword, as transformers calls its models, to a loss and logits.
 
@@ -77,12 +94,25 @@ class HubModel(nn.Module, abc.ABC):
             pixel_values: the same, in place of ``images``.
             labels: what the task takes, for classification class indices ``(B,)``. In train mode the loss is that of
                 ``training_loss``, in eval mode the task's.
+            others: what models of transformers take beside these is refused, but where it asks for nothing more.
 
         Returns:
             Logits ``(B, classes)`` for ``images``. For ``pixel_values`` what ``Backbone.answer`` gives: transformers'
             ``ImageClassifierOutput``, on other hosts a dictionary; with ``loss``, None without labels, and ``logits``.
         """
+        asked = [
+            f"{name}={value!r}"
+            for name, value in others.items()
+            if value is not None and value is not _PLAIN.get(name, False)
+        ]
+        if asked:
+            raise TypeError(
+                f"the model takes images, or pixel_values and labels; given {', '.join(asked)}. Its answer has loss "
+                "and logits alone; run(images) gives what policies decide, features(images) those of patches."
+            )
         if images is not None:
+            if labels is not None:
+                raise TypeError("images come without labels: give pixel_values=..., labels=... for a loss and logits.")
             return self.run(images).logits
         if pixel_values is None:
             raise TypeError("the model takes images, or pixel_values=...; none were given.")

@@ -270,7 +270,8 @@ def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
 
     Raises:
         BackboneError: the model is not supported, or a part is not defined on it.
-        SpecError: a part's name, option or value is wrong, or no part is given.
+        SpecError: a part's name, option or value is wrong, no part is given, or the host's configuration is for another
+            problem than one label for each image.
     """
     if isinstance(model, str):
         raise SpecError(f"tune takes a model, not a name: tune(timm.create_model({model!r}, pretrained=True), ...).")
@@ -279,7 +280,15 @@ def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
     resolved = resolve(parts)
     if not resolved:
         raise SpecError('no tuning method given; for instance tune(model, "dyt:rate=0.5") or tune(model, "linear").')
-    return TunedModel(model, resolved)
+    tuned = TunedModel(model, resolved)
+    problem = getattr(tuned.backbone.config, "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        raise SpecError(
+            f"the host's configuration has problem_type={problem!r}; expected one label for each image, of which the "
+            "training loss is the cross-entropy. For such images set model.config.problem_type = None before tune. For "
+            "another loss do that too, and set the task of the tuned model (TunedModel.task) to one of your own."
+        )
+    return tuned
 
 
 def build_tuned(

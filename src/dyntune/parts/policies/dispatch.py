@@ -29,6 +29,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
         "rate_of": "inference",
         "rate_weight": 10.0,
         "explore": 0.1,
+        "scale": 1.0,
     },
     "published": {
         "bias": 0.0,
@@ -38,9 +39,10 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
         "rate_of": "training",
         "rate_weight": 2.0,
         "explore": None,
+        "scale": 0.1,
     },
 }
-"""What each recipe chooses for the options that are left to it."""
+"""What each recipe chooses for the options that are left to it, ``scale`` among those of the preset ``dyt``."""
 
 
 @dataclass(frozen=True)
