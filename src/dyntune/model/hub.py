@@ -211,7 +211,9 @@ def _read_state(
     if model.unmerged is not None:
         return
     start = f"{prefix}backbone."
-    unexpected.extend(name for name in state if name.startswith(start))
+    for name in [name for name in state if name.startswith(start)]:
+        unexpected.append(name)
+        del state[name]
     description = state.pop(prefix + DESCRIPTION, None)
     if description is not None:
         _warn_of_another(model, json.loads(bytes(description.tolist())))
