@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 import dyntune
 from dyntune.core.errors import BackboneError, SpecError, TrainingError
+from dyntune.model.rates import dispatchers
 from dyntune.model.tasks import Classification
 from dyntune.training.evaluate import evaluate
 from dyntune.training.interrupt import TrainingInterrupted
@@ -358,6 +359,19 @@ def test_the_callers_random_numbers_are_left_alone(make_host, colours):
     torch.manual_seed(3)
     fit(model, *colours, **SHORT)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_pace_of_gates_counts_the_changes_of_the_weights(make_host, colours):
+    paces = set()
+
+    class Watching(Silent):
+        def step(self, figures):
+            paces.update(gate.bias_pace.item() for gate in dispatchers(model.backbone).values())
+
+    model = _model(make_host, "dyt")
+    options = SHORT | {"epochs": 3, "batch_size": len(colours[0]) // 4, "accumulate": 3, "lr": 1e-3}
+    fit(model, *colours, progress=Watching(), **options)
+    assert [*paces] == pytest.approx([6 / (3 * 2 * 1e-3)])  # 4 steps of an epoch change them twice
 
 
 def test_the_last_window_of_accumulated_steps_weighs_like_the_others(make_host, colours):

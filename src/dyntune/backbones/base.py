@@ -315,7 +315,8 @@ class Backbone(nn.Module, abc.ABC):
 
         Args:
             steps: how often ``begin_step`` will be called.
-            travel: how far the optimiser can move a number in the whole training, where that can be said.
+            travel: how far the optimiser could move a number in the whole training at its peak learning rate, where
+                that can be said.
         """
         self.steps, self.step = steps, 0
         for _, module in self._paced():

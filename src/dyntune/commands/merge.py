@@ -68,6 +68,14 @@ def command(
         out.print(f"wrote {file}: the whole model, as dense as its backbone", highlight=False)
         name = type(merged).__name__
         print_next(f"from transformers import {name}; {name}.from_pretrained({str(file)!r})")
+        config = getattr(merged.config, "vision_config", merged.config)
+        # DINO's models take images of any size by themselves.
+        if not config.model_type.startswith("dino") and model.preprocessing.size != (config.image_size,) * 2:
+            out.print(
+                "images have another size than the configuration says: call it with interpolate_pos_encoding=True",
+                highlight=False,
+                soft_wrap=True,
+            )
         return
     tensors = {name: tensor.contiguous() for name, tensor in merged.state_dict().items()}
     write_atomically(file, lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}))

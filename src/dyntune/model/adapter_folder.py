@@ -69,6 +69,8 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any
     if _is_ours(folder / FORMER_CONFIG):
         for name in (FORMER_CONFIG, *FORMER_WEIGHTS):
             (folder / name).unlink(missing_ok=True)
+    if _is_of_trainer(folder / TRAINER_WEIGHTS):
+        (folder / TRAINER_WEIGHTS).unlink()
     write_text(folder / CARD, model_card(config, tensors))
 
 
@@ -119,6 +121,14 @@ def _is_ours(path: Path) -> bool:
     try:
         return bool(read_json(path, CheckpointError)["library"] == "dyntune")
     except (CheckpointError, KeyError, TypeError):
+        return False
+
+
+def _is_of_trainer(path: Path) -> bool:
+    """Whether a file of tensors is one that a Trainer has saved of a tuned model."""
+    try:
+        return path.is_file() and _description(path) != "{}"
+    except (OSError, safetensors.SafetensorError):
         return False
 
 
@@ -181,6 +191,11 @@ def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
         if config.get("tensors_sha256", _ANY) not in (_ANY, _tensors_digest(tensors)):
             raise CheckpointError(f"{folder / TRAINER_WEIGHTS} is damaged (digests differ). Copy the folder again.")
         return tensors
+    if "weights_sha256" in config and _is_of_trainer(folder / TRAINER_WEIGHTS):
+        raise CheckpointError(
+            f"{folder} holds two adapters: that of save(), {CONFIG} and {WEIGHTS}, and one that a Trainer has saved "
+            f"since, {TRAINER_WEIGHTS}. Move the one that you do not mean to another folder."
+        )
     files = [folder / name for name in (WEIGHTS, PREVIOUS, *FORMER_WEIGHTS)]
     path = next((file for file in files if file.is_file()), None)
     if path is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from dyntune.model.rates import Calibration, set_rate
 from dyntune.model.tasks import Classification, Task
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import Output
-from dyntune.parts.policies.gating import LearnedGate, gating
+from dyntune.parts.policies.gating import gating
 from dyntune.parts.registry import expand, resolve
 from dyntune.parts.spec import Part, format_spec
 
@@ -150,7 +151,9 @@ class TunedModel(HubModel):
         """
         if steps < 1 or accumulate < 1:
             raise SpecError(f"expected steps and accumulate of at least 1; given {steps} and {accumulate}.")
-        self.backbone.begin_training(steps, None if lr is None else lr * max(1, steps // accumulate))
+        if lr is not None and lr <= 0:
+            raise SpecError(f"expected a peak learning rate above 0, or None where it says nothing; given {lr}.")
+        self.backbone.begin_training(steps, None if lr is None else lr * math.ceil(steps / accumulate))
 
     def end_training(self) -> None:
         """Tells that the training is over, after its last step; another may begin."""
@@ -261,13 +264,14 @@ class TunedModel(HubModel):
         super().__setstate__(state)
         self._claim()  # a copy has parameters of its own
 
+    def saved_names(self) -> dict[str, str]:
+        names = self.tuned_state() | self.extra_state() | self.backbone.companions()
+        return {name: self.backbone.saved_name(name) for name in names}
+
     def saved_state(self) -> dict[str, Tensor]:
         """What this model holds beyond the pretrained backbone: the trained tensors, and what belongs to them."""
-        tensors = self.tuned_state() | self.extra_state() | self.backbone.companions()
-        for path, module in self.backbone.named_modules():
-            if isinstance(module, LearnedGate):
-                tensors |= {f"{path}.{name}": tensor for name, tensor in module.saved().items()}
-        return {self.backbone.saved_name(name): tensor for name, tensor in tensors.items()}
+        state = self.backbone.state_dict(keep_vars=True)  # in which gates stand as they are read
+        return {saved: state[name] for name, saved in self.saved_names().items()}
 
     @property
     def folds(self) -> bool:
@@ -366,7 +370,8 @@ def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
 
     Raises:
         BackboneError: the model is not supported, or a part is not defined on it.
-        SpecError: a part's name, option or value is wrong, or no part is given.
+        SpecError: a part's name, option or value is wrong, no part is given, or the host's configuration is for another
+            problem than one label for each image.
     """
     if isinstance(model, str):
         raise SpecError(f"tune takes a model, not a name: tune(timm.create_model({model!r}, pretrained=True), ...).")
@@ -375,7 +380,15 @@ def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
     resolved = resolve(parts)
     if not resolved:
         raise SpecError('no tuning method given; for instance tune(model, "dyt:rate=0.5") or tune(model, "linear").')
-    return TunedModel(model, resolved)
+    tuned = TunedModel(model, resolved)
+    problem = getattr(tuned.backbone.config, "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        raise SpecError(
+            f"the host's configuration has problem_type={problem!r}; expected one label for each image, of which the "
+            "training loss is the cross-entropy. For such images set model.config.problem_type = None before tune. For "
+            "another loss do that too, and set the task of the tuned model (TunedModel.task) to one of your own."
+        )
+    return tuned
 
 
 def build_tuned(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -228,8 +229,10 @@ class _Run:
     def _course(self) -> Iterator[None]:
         """Tells the model's modules how far the training goes, and that it is over."""
         settings = self.settings
-        lr = settings.lr if settings.optimizer == "adamw" else None  # steps of SGD have the size of the gradients
-        self.model.begin_training(settings.epochs * self.steps_per_epoch, lr, settings.accumulate)
+        updates = settings.epochs * math.ceil(self.steps_per_epoch / settings.accumulate)
+        # Steps of SGD have the size of the gradients, so that nobody can say how far they go.
+        travel = settings.lr * updates if settings.optimizer == "adamw" else None
+        self.model.backbone.begin_training(settings.epochs * self.steps_per_epoch, travel)
         try:
             yield
         finally:

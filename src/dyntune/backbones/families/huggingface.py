@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import QuickGELU
@@ -47,6 +47,15 @@ _MLPS = (
 )
 """Within a block, an MLP's maps to the hidden layer, the gate first, and the one from it."""
 _NORMS = ("layernorm", "norm", "post_layernorm")
+_BIASES: dict[str, Callable[[Any], Sequence[Site]]] = {
+    "qkv_bias": lambda block: block.attn.maps,
+    "query_bias": lambda block: block.attn.maps[:1],
+    "key_bias": lambda block: block.attn.maps[1:2],
+    "value_bias": lambda block: block.attn.maps[2:],
+    "proj_bias": lambda block: [block.attn.out],
+    "mlp_bias": lambda block: [*block.mlp.maps, block.mlp.out],
+}
+"""Options of configurations that say whether maps have a bias, and the maps of a block."""
 _HEADS = ("classifier", "cls_classifier", "distillation_classifier")
 
 _CLASSES = {
@@ -412,10 +421,11 @@ class HuggingFace(Backbone):
 
     def fold(self) -> dict[str, str]:
         stays = super().fold()
-        # A bias that a fold has given the keys is read from a file only if the configuration names it.
-        if hasattr(self._config, "key_bias"):
-            keys = [cast(HostedAttention, block.attn).maps[1].module for block in self.blocks]
-            self._config.key_bias = any(getattr(module, "bias", None) is not None for module in keys)
+        # A bias that a fold has given a map is read from a file only if the configuration names it.
+        for option, maps in _BIASES.items():
+            if hasattr(self._config, option):
+                modules = [site.module for block in self.blocks for site in maps(block)]
+                setattr(self._config, option, any(getattr(module, "bias", None) is not None for module in modules))
         return stays
 
     def fold_factors(self) -> None:
