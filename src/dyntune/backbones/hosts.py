@@ -20,7 +20,7 @@ from dyntune.data.transforms import LARGEST_SIZE
 GROUP = "dyntune.families"
 DATA_PARALLEL = (
     "nn.DataParallel runs copies of a model that know nothing of each other's gates. Leave it out; several GPUs train "
-    "together with torchrun: torchrun --nproc_per_node 2 -m dyntune.commands.main train ..., or on a script with fit."
+    "together with torchrun: torchrun --nproc-per-node 2 -m dyntune.commands.main train ..., or on a script with fit."
 )
 """What is said to those who use it."""
 

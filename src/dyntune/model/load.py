@@ -115,9 +115,11 @@ def load(
     require_unchanged(folder, config)
     # Full tuning saves every weight, so the pretrained ones need not be had.
     host = backbone or rebuild(origin, pretrained=not saved.complete)
+    given = {saved.fingerprint} if saved.complete else {host_fingerprint(host, dtype) for dtype in (None, saved.dtype)}
+    host = host.to(saved.dtype)
     if saved.peft is not None:
         host = _with_peft(host, saved.peft, folder)
-    given = {saved.fingerprint} if saved.complete else {host_fingerprint(host, dtype) for dtype in (None, saved.dtype)}
+        given.add(host_fingerprint(host))
     if check_backbone and saved.fingerprint not in given:
         raise CheckpointError(
             f"the adapter in {folder} was trained on other weights of {origin.name or 'its backbone'} than those given "
@@ -125,7 +127,7 @@ def load(
             "wrongly. Give the weights it was trained on (weights=FILE, --weights FILE or backbone=model), or "
             "check_backbone=False to load it anyway."
         )
-    model = TunedModel(host.to(saved.dtype), (*saved.parts, *extra))
+    model = TunedModel(host, (*saved.parts, *extra))
     if empty is None:
         saved.check(model.backbone, tensors, folder)
     if any(model.backbone.saved_name(name) not in tensors for name in model.tuned_state()):
@@ -242,7 +244,9 @@ class _Saved:
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             if isinstance(error, DyntuneError):
                 raise CheckpointError(f"{folder / CONFIG}: {error}") from error
-            raise CheckpointError(f"{folder / CONFIG} is not a valid configuration: {reprlib.repr(error)}.") from error
+            raise CheckpointError(
+                f"{folder / CONFIG} is not a valid configuration: {type(error).__name__}: {in_one_line(error)}."
+            ) from error
 
     def check(self, backbone: Backbone, tensors: dict[str, Tensor], folder: Path) -> None:
         """Checks configuration and tensors against each other and against the backbone with the parts on it.
@@ -319,6 +323,7 @@ def _without_content(saved: _Saved, given: nn.Module | None, origin: BackboneSou
             host = rebuild(origin)  # says what to do
         else:
             host = create_backbone(origin.name, weights=origin.weights, pretrained=False, **origin.arguments)
+        host = host.to(saved.dtype)
         if saved.peft is not None:
             try:
                 host = _with_peft(host, saved.peft, folder)
@@ -326,7 +331,7 @@ def _without_content(saved: _Saved, given: nn.Module | None, origin: BackboneSou
                 if isinstance(error.__cause__, BackboneError) and _needs_content(error.__cause__.__cause__):
                     return None
                 raise
-        backbone = wrap(host.to(saved.dtype))
+        backbone = wrap(host)
         install(backbone, saved.parts)
     return backbone
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dyntune.core.errors import DataError, ExportError
+from dyntune.core.errors import DataError, ExportError, in_one_line
 from dyntune.core.files import SEAL, file_digest, read_json, seal_holds
 from dyntune.data.transforms import Preprocessing
 from dyntune.inference.export.registry import lookup, registered
@@ -101,7 +101,9 @@ def open_export(folder: str | Path, threads: int | None = None, *, trust: bool =
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         if isinstance(error, DataError):
             raise ExportError(f"{folder / CONFIG}: {error}") from error
-        raise ExportError(f"{folder / CONFIG} is not a valid configuration: {reprlib.repr(error)}.") from error
+        raise ExportError(
+            f"{folder / CONFIG} is not a valid configuration: {type(error).__name__}: {in_one_line(error)}."
+        ) from error
     except ExportError as error:
         raise ExportError(
             f"{folder / CONFIG} is not a valid configuration here: {error} Install what brings the runtime."
