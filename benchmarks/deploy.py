@@ -53,7 +53,12 @@ class Row:
 def tuned(model: str, spec: str, images: Tensor) -> dyntune.TunedModel:
     """A model with random weights everywhere, zeros of fresh adapters included, and gates that are half open."""
     torch.manual_seed(0)
-    built = dyntune.tune(timm.create_model(model, num_classes=CLASSES), spec).eval()
+    return awake(dyntune.tune(timm.create_model(model, num_classes=CLASSES), spec), images)
+
+
+def awake(built: dyntune.TunedModel, images: Tensor) -> dyntune.TunedModel:
+    """The model itself with what is tuned moved at random, and its gates set."""
+    built.eval()
     with torch.no_grad():
         for parameter in built.tuned_state().values():
             parameter.add_(0.02 * torch.randn_like(parameter))

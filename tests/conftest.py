@@ -18,6 +18,8 @@ from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from timm.models.vitamin import GeGluMlp
@@ -99,7 +101,20 @@ OTHERS = {
     "relpos": {"rel_pos_type": "bias", "shared_rel_pos": True, "img_size": (24, 40), "class_token": True},
 }
 """Kinds with other blocks, rotary embeddings, or biases of relative positions."""
+STAGES = {
+    "img_size": 32,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depths": (2, 2),
+    "num_heads": (2, 4),
+    "window_size": 4,
+    "num_classes": 5,
+}
+"""Two stages: 8 x 8 patches in four windows, which the second block shifts, and 4 x 4 cells of twice the width."""
+STAGED = {"swin": SwinTransformer, "swinv2": SwinTransformerV2}
+"""Classes of kinds with stages."""
 FAMILIES = {
+    **STAGED,
     "distilled": VisionTransformerDistilled,
     **dict.fromkeys(("dinov3", "eva02", "mixed", "pe", "post_norm"), Eva),
     "naflex": NaFlexVit,
@@ -108,7 +123,12 @@ FAMILIES = {
 }
 """Classes of those that are no plain VisionTransformer."""
 
-default_cfgs = generate_default_cfgs({"vit_two_blocks": {"input_size": (3, 32, 32), "classifier": "head"}})
+default_cfgs = generate_default_cfgs(
+    {
+        "vit_two_blocks": {"input_size": (3, 32, 32), "classifier": "head"},
+        "swin_two_stages": {"input_size": (3, 32, 32), "classifier": "head.fc"},
+    }
+)
 
 
 @register_model
@@ -116,6 +136,12 @@ def vit_two_blocks(pretrained: bool = False, **kwargs: object) -> VisionTransfor
     """The built-in backbone with the first two of its blocks alone, which is exported in a sixth of the time."""
     shape = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 2, "num_heads": 3}
     return build_model_with_cfg(VisionTransformer, "vit_two_blocks", pretrained, **(shape | kwargs))
+
+
+@register_model
+def swin_two_stages(pretrained: bool = False, **kwargs: object) -> SwinTransformer:
+    """The tiny Swin by name."""
+    return build_model_with_cfg(SwinTransformer, "swin_two_stages", pretrained, **(STAGES | kwargs))
 
 
 def _randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -130,7 +156,8 @@ def _randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def _make_host(name: str = "plain", *, seed: int = 0, **changes: object) -> VisionTransformer:
-    return _randomise(FAMILIES.get(name, VisionTransformer)(**(SHAPE | (HOSTS | OTHERS)[name] | changes)), seed).eval()
+    shape = STAGES if name in STAGED else SHAPE | (HOSTS | OTHERS)[name]
+    return _randomise(FAMILIES.get(name, VisionTransformer)(**(shape | changes)), seed).eval()
 
 
 def _images_for(host: VisionTransformer, batch: int, seed: int = 0) -> Tensor:
@@ -138,9 +165,25 @@ def _images_for(host: VisionTransformer, batch: int, seed: int = 0) -> Tensor:
     return torch.randn((batch, host.in_chans, *size), generator=torch.Generator().manual_seed(seed))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--fuzz-cases`` and ``--misfortunes``: how often the suites of damage are tried."""
+    parser.addoption(
+        "--misfortunes", type=int, default=1, help="Kills, and full disks, that each command is tried with."
+    )
+    parser.addoption("--fuzz-cases", type=int, default=360, help="files to damage in tests/fuzz, of all kinds together")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_notes_at_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where backbones were built from is not noted for whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,6 +17,7 @@ from dyntune.core.errors import BackboneError, CheckpointError
 from dyntune.data.transforms import Preprocessing
 
 transformers = pytest.importorskip("transformers")
+huggingface_hub = pytest.importorskip("huggingface_hub")
 
 KINDS = (
     "vit",
@@ -589,11 +590,48 @@ def test_a_stranger_cannot_pass_arguments(folder, tmp_path):
         dyntune.load(run)
 
 
-def test_processors_that_scale_pixels_otherwise_are_refused(folder):
+def test_another_scale_of_pixels_is_one_of_mean_and_deviation(folder):
     path = folder("vit")
-    (path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | {"rescale_factor": 1 / 127.5}))
-    with pytest.raises(BackboneError, match="multiplies pixels by"):
-        tuned(create_backbone(f"hf:{path}"), "dyt")
+
+    def preprocessing(**changes):
+        (path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | changes))
+        return tuned(create_backbone(f"hf:{path}"), "linear").preprocessing
+
+    assert preprocessing(rescale_factor=1 / 127.5).mean == pytest.approx((0.2, 0.25, 0.3))
+    assert preprocessing(do_rescale=False).std == pytest.approx((0.2 / 255, 0.3 / 255, 0.4 / 255))
+    nothing = preprocessing(do_rescale=None, do_normalize=None, image_mean=None, image_std=None)
+    assert nothing.mean == nothing.std == (0.5,) * 3
+    with pytest.raises(BackboneError, match="multiplies pixels by 0"):
+        preprocessing(rescale_factor=0)
+    # transformers 5 writes what a processor of images and texts consists of to one file.
+    (path / "processor_config.json").write_text(json.dumps({"image_processor": PROCESSOR | {"image_mean": [0.1] * 3}}))
+    assert preprocessing().mean == (0.1,) * 3
+
+
+def test_labels_may_be_numbered_by_texts(folder):
+    names = {str(number): name for number, name in enumerate("abcde")}
+    host = transformers.AutoModelForImageClassification.from_pretrained(folder("vit"), id2label=names)
+    host.config.id2label = names
+    assert tuned(host, "linear").classes == tuple("abcde")
+
+
+def test_a_processor_that_is_not_in_the_cache_is_fetched_or_told(make_hf, folder, monkeypatch, caplog):
+    host = make_hf("vit")
+    host.name_or_path, asked = "me/far", []
+
+    def download(repository, file, revision=None):
+        asked.append(file)
+        if repository == "me/far" and file == "preprocessor_config.json":
+            return str(folder("vit") / file)
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert tuned(host, "linear").preprocessing.mean == (0.4, 0.5, 0.6)
+    assert asked == ["preprocessor_config.json"] and not caplog.messages
+    other = make_hf("vit")
+    other.name_or_path = "me/farther"
+    assert tuned(other, "linear").preprocessing.mean == (0.5,) * 3
+    assert "me/farther" in caplog.text
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Where backbones come from: weight files of each kind, and hosts that are refused."""
 
+import argparse
 import inspect
 import json
 import os
@@ -12,8 +13,8 @@ import safetensors.torch
 import timm
 import torch
 from timm.layers import Attention
+from timm.models.cait import Cait
 from timm.models.resnet import BasicBlock, ResNet
-from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import (
     DiffParallelScalingBlock,
     ParallelScalingBlock,
@@ -289,9 +290,7 @@ class FlexiblePatches(VisionTransformer):
 
 
 UNSUPPORTED = {
-    "SwinTransformer": lambda: SwinTransformer(
-        img_size=32, patch_size=4, embed_dim=8, depths=(1,), num_heads=(2,), window_size=4
-    ),
+    "Cait": lambda: Cait(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2),
     "ResNet": lambda: ResNet(BasicBlock, (1, 1, 1, 1), base_width=64),
     "ParallelScalingBlock": lambda: tiny(block_fn=ParallelScalingBlock),
     "DiffParallelScalingBlock": lambda: tiny(block_fn=DiffParallelScalingBlock),
@@ -358,3 +357,95 @@ def test_models_of_a_hub_are_built_again_by_name(tmp_path, monkeypatch, place):
     assert ("base_model: somebody/little-vit" in card) == (place == "hf-hub")
     (folder / "config.json").unlink()
     assert wrap(model.backbone.host).origin().name is None
+
+
+def _under(start, state):
+    return {start + name: tensor for name, tensor in state.items()}
+
+
+def _zeros(state):
+    return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+
+
+def _headless(state):
+    return {name: tensor for name, tensor in state.items() if not name.startswith("head")}
+
+
+DECODER = {"mask_token": torch.zeros(1, 1, 32), "decoder_blocks.0.norm1.weight": torch.zeros(8)}
+WHOLE = {
+    "DINO, all of it": lambda s: {
+        "student": _under("module.backbone.", _zeros(s)),
+        "teacher": _under("backbone.", _headless(s)) | {"head.mlp.0.weight": torch.zeros(3, 3)},
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}},
+        "args": argparse.Namespace(lr=0.1),
+    },
+    "DINO, flat": lambda s: (
+        _under("teacher.backbone.", _headless(s)) | _under("student.backbone.", _zeros(_headless(s)))
+    ),
+    "MAE with its decoder": lambda s: {"model": _headless(s) | DECODER, "epoch": 800},
+    "Lightning": lambda s: {
+        "state_dict": _under("model.encoder.", s) | {"criterion.weight": torch.zeros(3)},
+        "hyper_parameters": {"lr": 0.1},
+    },
+    "MoCo v3": lambda s: {
+        "state_dict": _under("module.base_encoder.", s) | _under("module.momentum_encoder.", _zeros(s)),
+    },
+    "averaged weights": lambda s: {"model": _zeros(s), "model_ema": s},
+    "compiled": lambda s: {"model": _under("_orig_mod.", s)},
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_checkpoints_are_read_as_they_come(make_host, tmp_path, caplog, name):
+    source, host = make_host(seed=1), make_host(seed=2)
+    torch.save(WHOLE[name](source.state_dict()), tmp_path / "vit.pth")
+    load_weights(host, tmp_path / "vit.pth")
+    assert_same_backbone(host, source)
+    assert "tensors of the backbone" in caplog.text and len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"blocks.3.norm1.weight": torch.ones(32)},
+        {"blocks.0.ls1.gamma": torch.ones(32)},
+        {"reg_token": torch.ones(1, 4, 32)},
+        {"dist_token": torch.ones(1, 1, 32)},
+        {"fc_norm.weight": torch.ones(32)},
+    ],
+)
+@pytest.mark.parametrize("start", ["", "backbone."])
+def test_tensors_of_another_kind_of_vit_are_no_leftovers(make_host, tmp_path, start, extra):
+    write(tmp_path / "vit.pth", _under(start, make_host(seed=1).state_dict() | extra))
+    with pytest.raises(BackboneError, match=f"not used: {re.escape(next(iter(extra)))}"):
+        load_weights(make_host(), tmp_path / "vit.pth")
+
+
+def test_whole_modules_are_refused_with_the_line_that_converts_them(make_host, tmp_path, monkeypatch):
+    source = make_host(seed=1)
+    torch.save(source, tmp_path / "vit.pth")
+    with pytest.raises(BackboneError, match="a whole model") as error:
+        load_weights(make_host(), tmp_path / "vit.pth")
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"torch\.save\(.*?'weights\.pth'\)", str(error.value))[0])  # what the message says to run
+    host = make_host()
+    load_weights(host, tmp_path / "weights.pth")
+    assert_same_backbone(host, source)
+
+
+def test_weights_that_are_not_finite_are_refused(make_host, tmp_path):
+    state = make_host().state_dict()
+    state["norm.weight"][2] = torch.inf
+    with pytest.raises(BackboneError, match=r"not finite in norm\.weight"):
+        load_weights(make_host(), write(tmp_path / "vit.safetensors", state))
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_the_built_in_backbone_saved_by_timm_is_read(tmp_path, safe):
+    source = timm.create_model("vit_mini_patch4_32.dyntune", pretrained=True, num_classes=4)
+    timm.models.save_for_hf(source, tmp_path, safe_serialization=safe)
+    for host in (
+        create_backbone("vit_mini_patch4_32.dyntune", weights=tmp_path, num_classes=4),
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True),
+    ):
+        assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in host.state_dict().items())

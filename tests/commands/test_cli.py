@@ -144,7 +144,7 @@ def test_methods_lists_every_part_and_the_options_of_one():
     [
         (("cost", "--method", "dyt:rat=0.5"), ("'rat'", "rate", "bottleneck")),
         (("cost", "--method", "adaptfomer"), ("adaptformer",)),
-        (("cost", "--model", "swin_tiny_patch4_window7_224"), ("SwinTransformer", "not supported", "DeiT")),
+        (("cost", "--model", "cait_xxs24_224"), ("Cait", "not supported", "DeiT")),
         (("eval", "nowhere", "digits"), ("nowhere", "dyntune.json")),
         (("predict", "nowhere", "missing*.jpg"), ("missing*.jpg",)),
         (("train", "digitz", "--out", "never"), ("digitz", "digits")),

@@ -4,11 +4,11 @@ from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.commands import demo
 
 
-def test_dense_stands_before_dyt_and_a_runtime_that_cannot_be_used_is_left_out(monkeypatch, capsys):
+def test_dense_stands_before_dyt_and_a_runtime_that_cannot_be_used_is_left_out(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(demo, "LARGE", BUILTIN_BACKBONE)
     monkeypatch.setattr(demo, "RUNTIMES", ("eager", "nowhere"))
     monkeypatch.setitem(demo._WORDS, "nowhere", "Nowhere")
-    table = demo._large()
+    table = demo._large(tmp_path)
     assert [row[0] for row in table.rows] == ["dense, PyTorch", "DyT at half, PyTorch"]
     dense, dyt = table.rows
     assert dense[3:] == ("-", "1.00 x") and dyt[3].endswith(" x")

@@ -62,7 +62,7 @@ def test_a_merged_run_is_a_folder_of_transformers(run, photos, tmp_path):
     with pytest.raises(CheckpointError, match="expected a folder"):
         invoke("merge", run, "--out", tmp_path / "merged.safetensors")
     printed = invoke("merge", run, "--out", tmp_path / "merged")
-    assert f'ViTForImageClassification.from_pretrained("{tmp_path / "merged"}")' in printed
+    assert f"ViTForImageClassification.from_pretrained({str(tmp_path / 'merged')!r})" in printed
     plain = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "merged").eval()
     processor = transformers.ViTImageProcessor.from_pretrained(tmp_path / "merged")
     assert plain.config.id2label == {0: "blue", 1: "green", 2: "red"}

@@ -56,7 +56,9 @@ def test_the_printed_line_builds_the_model(tmp_path, arguments):
     done = CliRunner().invoke(app, ["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged.safetensors")])
     assert done.exit_code == 0, done.exception
     line = next(line for line in done.output.splitlines() if line.startswith("next: "))
-    plain = eval(line.removeprefix("next: "), {"timm": timm}).eval()
+    imports, expression = line.removeprefix("next: ").split("; ")
+    assert imports == "import timm"
+    plain = eval(expression, {"timm": timm}).eval()
     images = torch.randn(2, *model.backbone.image_shape)
     torch.testing.assert_close(plain(images), model(images), atol=1e-4, rtol=1e-4)
 

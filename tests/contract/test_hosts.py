@@ -1,7 +1,8 @@
 """What holds for every family of hosts: any part trains on it, skips tokens, is saved, loaded, merged and counted.
 
 Every part meets the three hosts of another distribution (rotary embeddings, separate maps to queries, keys and values,
-attention that the host computes as a whole) and an EVA02; of timm's other kinds of ViT, each part meets a few.
+attention that the host computes as a whole), an EVA02 and both kinds of Swin, which have stages; of timm's other kinds
+of ViT, each part meets a few.
 """
 
 import re
@@ -19,6 +20,7 @@ from dyntune.parts.policies.gating import LearnedGate
 from dyntune.parts.registry import registered
 
 OUTSIDE = ("rotary", "apart", "windows")
+SWIN = ("swin", "swinv2")
 TIMM = (
     *("plain", "deit3", "clip", "siglip", "average", "qk_norm", "swiglu", "swiglu_packed", "oblong", "distilled"),
     *("res_post", "dinov3", "mixed", "pe", "post_norm", "naflex", "beit", "relpos"),
@@ -33,12 +35,25 @@ OPTIONS = {
 """Parts whose defaults are for deeper hosts."""
 REFUSED = {
     ("evit", "siglip"): "no class token",
-    ("evit", "windows"): "no class token",
     ("evit", "naflex"): "no class token",
-    **{(part, "windows"): "computed by the host as a whole" for part in ("tome", "pyra", "fpet", "dynamicvit", "auto")},
-    **{(part, "windows"): "among the image patches in their places" for part in ("vpt", "noah")},
+    **{("evit", host): "no class token" for host in ("windows", *SWIN)},
+    **{
+        (part, host): "computed by the host as a whole"
+        for part in ("tome", "pyra", "fpet", "dynamicvit", "auto")
+        for host in ("windows", *SWIN)
+    },
+    **{
+        (part, host): "among the image patches in their places"
+        for part in ("vpt", "noah")
+        for host in ("windows", *SWIN)
+    },
+    **{(part, host): "16 and 32 channels" for part in ("fact-tk", "fact-tt", "res-tuning-bypass") for host in SWIN},
     **{(part, "eva02"): "whole slots" for part in ("fact-tk", "fact-tt")},
-    **{(part, host): "norms behind" for part in ("convpass", "res-tuning") for host in ("post_norm", "res_post")},
+    **{
+        (part, host): "norms behind"
+        for part in ("convpass", "res-tuning")
+        for host in ("post_norm", "res_post", "swinv2")
+    },
 }
 """Pairings that are not defined, and what the error says."""
 UNREACHED = r"^blocks\.2\.mlp\.reducers\.pyra\."
@@ -47,7 +62,7 @@ UNREACHED = r"^blocks\.2\.mlp\.reducers\.pyra\."
 
 def pairs():
     for part in registered():
-        yield from ((host, part) for host in (*OUTSIDE, "eva02"))
+        yield from ((host, part) for host in (*OUTSIDE, "eva02", *SWIN))
         start = zlib.crc32(part.encode())
         yield from ((TIMM[(start + step) % len(TIMM)], part) for step in (0, 3, 7))
 
@@ -127,9 +142,9 @@ def test_a_part_on_a_host(build, images_for, tmp_path, host, part):
 
 
 @pytest.mark.parametrize("where", GATES)
-@pytest.mark.parametrize("host", OUTSIDE)
+@pytest.mark.parametrize("host", [*OUTSIDE, "swinv2"])
 def test_a_gate_on_a_host(build, images_for, tmp_path, host, where):
-    if host == "windows" and where != "mlp":
+    if host in ("windows", "swinv2") and where != "mlp":
         with pytest.raises(dyntune.DyntuneError, match="computes as a whole"):
             dyntune.tune(build(host), "lora", f"dispatch:where={where}")
         return

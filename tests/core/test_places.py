@@ -74,3 +74,18 @@ def test_attention_among_some_tokens_has_the_biases_of_their_pairs():
             torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=1e-5)
         padded = attention._padded(*ragged, counts, attention._Between(bias, index), 0.0)  # as on a GPU
         torch.testing.assert_close(padded.flatten(1), torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_what_becomes_of_a_cell_becomes_of_its_patches():
+    """4 x 4 patches, in cells of 2 x 2, then of 1 x 2 of these, of which a policy drops one and numbers the others."""
+    tokens = Tokens(torch.zeros(1, 16, 3), 0, (4, 4))
+    halved = torch.arange(4) // 2
+    tokens = tokens.with_cells(torch.zeros(1, 4, 6), (2, 2), (2 * halved[:, None] + halved).flatten())
+    tokens = tokens.with_cells(torch.zeros(1, 2, 6), (1, 2), torch.tensor([0, 1, 0, 1]))
+    assert tokens.grid == (1, 2)
+    patches = tokens.provenance.of_patches(torch.tensor([[5.0, 7.0]]))
+    assert torch.equal(patches.view(4, 4), torch.tensor([[5.0, 5.0, 7.0, 7.0]]).expand(4, -1))
+    kept = tokens.with_patches(torch.full((1, 1, 6), 9.0), torch.tensor([[-1, 0]]))
+    patches = kept.provenance.of_patches(torch.tensor([[3.0]]), dropped=-1)
+    assert torch.equal(patches.view(4, 4), torch.tensor([[-1.0, -1.0, 3.0, 3.0]]).expand(4, -1))
+    assert tokens.with_x(torch.arange(12.0).view(1, 2, 6)).on_grid().shape == (1, 6, 1, 2)

@@ -1,5 +1,6 @@
 """Reading image files of every mode, and finding them behind command-line arguments."""
 
+import os
 import struct
 import zlib
 
@@ -100,6 +101,12 @@ def test_missing_and_non_image_files_are_errors_that_name_them(tmp_path):
         read_image(tmp_path / "absent.jpg")
 
 
+def test_a_pipe_in_the_place_of_an_image_is_no_wait(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png.*no regular file"):
+        read_image(tmp_path / "a.png")
+
+
 @pytest.fixture
 def photos(tmp_path):
     for name in ("b.JPG", "a.png", "deep/er/c.webp", "notes.txt", "._a.png", ".hidden/d.png", "odd[1].png"):
@@ -119,10 +126,16 @@ def test_expand_images_takes_files_folders_and_patterns(photos):
     assert names("de*") == ["deep/er/c.webp"]
     assert names("odd[1].png") == ["odd[1].png"]
     assert names("notes.txt") == ["notes.txt"]
+    (photos / "odd[1].png").rename(photos / "deep/odd[1].png")
+    (photos / "deep").rename(photos / "set [2024] {a}")
+    assert names("set [2024] {a}/*.png") == ["set [2024] {a}/odd[1].png"]
+    assert names("set [2024] {a}/er/*.webp") == names("set*/er/*") == ["set [2024] {a}/er/c.webp"]
+    (photos / "set [2024] {a}").rename(photos / "deep")
+    (photos / "deep/odd[1].png").rename(photos / "odd[1].png")
     assert names("b.JPG", "*") == ["b.JPG", "a.png", "deep/er/c.webp", "odd[1].png"]
 
 
-@pytest.mark.parametrize("argument", ["gone.jpg", "*.gif", "empty", ""])
+@pytest.mark.parametrize("argument", ["gone.jpg", "*.gif", "empty", "", "~nobody/x.png"])
 def test_expand_images_names_the_argument_that_matches_nothing(photos, argument, monkeypatch):
     (photos / "empty").mkdir()
     monkeypatch.chdir(photos)

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dyntune.data.splits import stratified_take
+from dyntune.data.splits import split_of, stratified_take, take_by_place
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(0, 60), st.text(max_size=3))
@@ -24,3 +24,27 @@ def test_the_choice_is_the_same_everywhere_and_differs_by_key():
     assert stratified_take([0] * 6, 2, key="k")[0] == [2, 3]
     choices = {tuple(stratified_take([0] * 40, 8, key=str(seed))[0]) for seed in range(20)}
     assert len(choices) == 20
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(0, 30), st.floats(0.01, 0.99))
+def test_a_choice_by_place_keeps_every_class_one_and_moves_nothing_back(targets, more, share):
+    places = [f"{target}/{number}" for number, target in enumerate(targets)]
+    chosen, rest = take_by_place(places, targets, share, key="k")
+    assert sorted(chosen + rest) == list(range(len(targets)))
+    assert {targets[i] for i in rest} == set(targets)
+    assert chosen or max(Counter(targets).values()) == 1
+    longer = targets + [0] * more
+    again, _ = take_by_place([*places, *(f"0/new{i}" for i in range(more))], longer, share, key="k")
+    back, taken = set(chosen) - set(again), set(again) - set(chosen)
+    # Only what had to be chosen, being all that was, or had to stay, being all of its class, can change sides.
+    assert not back or len(chosen) == 1
+    assert all(
+        places[i : i + 1] == [] or [t for j, t in enumerate(targets) if j in rest].count(targets[i]) == 1 for i in taken
+    )
+
+
+def test_names_of_splits():
+    words = ("Train", "TRAINING", "train_set", "trainset", "Test", "testing", "Test Images", "val", "Valid", "dev")
+    assert [split_of(word) for word in words] == [*["train"] * 4, *["test"] * 3, *["val"] * 3]
+    for word in ("trains", "test1", "contest", "cat", "train and bus", "validated", "", "set"):
+        assert split_of(word) is None

@@ -72,6 +72,41 @@ def test_bad_samples_of_a_shard_are_named_or_skipped(tmp_path):
     assert len(splits.skipped) == 2 and splits.skipped[0] == f"{tmp_path / 'train-0.tar'}: 0003.png"
 
 
+@pytest.mark.parametrize("cut", ["in an image", "between two samples", "in a header", "a bit of a header", "empty"])
+def test_a_shard_that_was_cut_is_refused(tmp_path, cut, caplog):
+    write_shard(tmp_path / "train-0.tar", shard_samples(0, 6))
+    write_shard(tmp_path / "val-0.tar", shard_samples(8, 2))
+    shard = tmp_path / "train-0.tar"
+    whole = bytearray(shard.read_bytes())
+    if cut == "a bit of a header":
+        whole[6 * 1024 + 150] ^= 1
+    ends = {"in an image": 7 * 1024 + 600, "between two samples": 8 * 1024, "in a header": 8 * 1024 + 100, "empty": 0}
+    shard.write_bytes(whole[: ends.get(cut)])
+    with pytest.raises(DataError, match=r"train-0\.tar is cut off or damaged"):
+        load_data(f"wds/{tmp_path}")
+    if cut != "empty":
+        splits = load_data(f"wds/{tmp_path}", on_corrupt="skip")
+        assert 0 < len(splits.train) < 6 and "train-0.tar is cut off" in caplog.text
+
+
+def test_shards_that_hold_other_than_their_info_file_says_are_refused(tmp_path):
+    write_shard(tmp_path / "a.tar", shard_samples(0, 6))
+    entry = {"name": "train", "filenames": ["a.tar"], "shard_lengths": [9], "num_samples": 9}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": entry}}))
+    with pytest.raises(DataError, match=r"hold 6 samples, but the info file .* says 9"):
+        load_data(f"wds/{tmp_path}")
+
+
+def test_shards_hold_images_of_any_suffix_in_folders_of_any_name(tmp_path):
+    folder = tmp_path / "set [1] {a,b}"
+    folder.mkdir()
+    samples = {f"{i:04d}": {suffix: png((i, 0, 0)), "cls": b"1"} for i, suffix in enumerate(("jfif", "bmp", "avif"))}
+    write_shard(folder / "Training-0.tar", samples)
+    write_shard(folder / "dev-0.tar", shard_samples(20, 1))
+    splits = load_data(f"wds/{folder}")
+    assert len(splits.train) == 3 and len(splits.val) == 1
+
+
 def test_shards_that_are_not_there_are_explained(tmp_path):
     with pytest.raises(DataError, match=r"no folder .*gone"):
         load_data(f"wds/{tmp_path}/gone")

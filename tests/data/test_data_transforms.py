@@ -69,10 +69,10 @@ def test_preprocessing_goes_through_json_unchanged():
     [
         ({"size": [224]}, "cannot be read"),
         ({"size": [0, 224]}, "at least 1 pixel"),
-        ({"mean": [0.5]}, "three numbers"),
+        ({"mean": [0.5]}, "three finite numbers"),
         ({"std": [0.5, 0.5, 0.0]}, "above 0"),
         ({"interpolation": "bicubc"}, "Did you mean 'bicubic'"),
-        ({"crop": 1}, "expected .'interpolation', 'mean', 'size', 'std'"),
+        ({"crop": 1}, "expected the entries .'interpolation', 'mean', 'size', 'std'"),
     ],
 )
 def test_bad_preprocessing_is_explained(change, words):

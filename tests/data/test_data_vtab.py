@@ -65,6 +65,15 @@ def test_a_bad_line_is_named_by_file_and_line(task, line, words):
         load_data(task)
 
 
+def test_labels_that_start_at_1_count_as_one_less(task, caplog):
+    for name, lines in LISTS.items():
+        moved = [f"{(parts := line.rsplit(maxsplit=1))[0]} {int(parts[1]) + 1}" for line in lines]
+        (task / f"{name}.txt").write_text("\n".join(moved))
+    splits = load_data(task)
+    assert splits.train.targets == (0, 2) and splits.val.targets == (1,) and splits.test.targets == (3, 0, 1)
+    assert splits.classes == ("0", "1", "2", "3") and "labels of its lists start at 1" in caplog.text
+
+
 def test_missing_and_empty_lists_are_named(task):
     (task / "val200.txt").write_text("\n \n")
     with pytest.raises(DataError, match=r"val200\.txt is empty"):

@@ -89,10 +89,11 @@ class Marked(Source):
 def test_a_folder_that_a_source_knows_is_not_taken_for_an_image_folder(tmp_path, monkeypatch):
     found = (*sources(), Marked())
     monkeypatch.setattr("dyntune.data.load.sources", lambda: found)
-    (tmp_path / "owl").mkdir()
-    for name in ("1.png", *(f"owl/{number}.png" for number in range(3))):
+    for name in ("owl", "cat"):
+        (tmp_path / name).mkdir()
+    for name in ("1.png", "cat/1.png", *(f"owl/{number}.png" for number in range(3))):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
-    assert load_data(tmp_path).classes == ("owl",)
+    assert load_data(tmp_path).classes == ("cat", "owl")
     (tmp_path / "mark").touch()
     assert load_data(tmp_path).classes == load_data(f"marked:{tmp_path}").classes == (str(tmp_path),)
-    assert load_data(f"folder:{tmp_path}").classes == ("owl",)
+    assert load_data(f"folder:{tmp_path}").classes == ("cat", "owl")

@@ -316,7 +316,7 @@ def test_folders_that_are_refused(tmp_path, make, message):
 
 
 def test_a_folder_of_images_is_named_as_one(photos):
-    with pytest.raises(DataError, match=r"Of images, give folder:"):
+    with pytest.raises(DataError, match=r"Or give folder:"):
         load_data(f"video-folder:{photos}")
 
 
@@ -391,5 +391,5 @@ def test_what_is_kept_of_each_frame_is_all_that_is_kept(tmp_path):
 
 def test_without_pyav_the_extra_is_named(monkeypatch, film):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(DataError, match=r"dyntune\[video\]"):
+    with pytest.raises(DataError, match=r"pip install av, "):
         about(film, "film")

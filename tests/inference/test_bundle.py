@@ -2,6 +2,9 @@
 
 import copy
 import json
+import math
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,6 +18,7 @@ from PIL import Image
 import dyntune
 from dyntune.commands.predict import predict
 from dyntune.core.errors import DataError, ExportError
+from dyntune.core.files import sealed
 from dyntune.inference.export.folder import is_exported, open_export
 from dyntune.inference.export.runtimes.torch import Torch
 
@@ -55,7 +59,7 @@ def run(folder, *arguments):
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_the_runner_says_what_predict_says(exported, tuned, pictures, runtime):
     folder = exported(runtime)
-    assert len((folder / "run.py").read_text().splitlines()) <= 30
+    assert len((folder / "run.py").read_text().splitlines()) <= 70
     lines, imported = run(folder, *pictures, "--top-k", 2)
     assert imported == (["torch"] if runtime == "torch" else [])
     expected = predict(tuned, pictures, 2)
@@ -65,6 +69,27 @@ def test_the_runner_says_what_predict_says(exported, tuned, pictures, runtime):
         assert [name for _, name in said] == [top["class"] for top in row["top"]]
         for (share, _), top in zip(said, row["top"], strict=True):
             assert float(share) == pytest.approx(top["probability"], abs=1e-4)
+
+
+def test_the_runner_takes_folders_and_names_what_it_cannot_read(exported, pictures, tmp_path):
+    album = tmp_path / "album [1]"
+    (album / "deep/.hidden").mkdir(parents=True)
+    content = pictures[0].read_bytes()
+    (album / "a [final].jfif").write_bytes(content)
+    (album / "deep/cut.png").write_bytes(content[:200])
+    (album / "deep/.hidden/b.png").write_bytes(content)
+    (album / "notes.txt").touch()
+    with open(os.fsencode(album) + b"/caf\xe9.png", "wb") as file:
+        file.write(content)
+    folder = shutil.copytree(exported(), tmp_path / "copy")
+    command = [sys.executable, str(folder / "run.py"), str(album), str(tmp_path / "gone.png"), "--top-k", "1"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONIOENCODING": "latin-1"}
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    shown = [line.removeprefix(f"{album}/") for line in done.stdout.splitlines()[::2]]
+    assert shown == ["a [final].jfif", r"caf\udce9.png"]
+    assert "cut.png: " in done.stderr and "gone.png: " in done.stderr and "2 images could not be read" in done.stderr
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
@@ -192,13 +217,16 @@ def test_int8_is_refused_where_it_cannot_be_had(tuned, tmp_path, runtime, words)
 
 
 def _change(**entries):
+    """Changes the configuration on purpose."""
+
     def change(folder):
         path = folder / "deploy.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+        path.write_text(json.dumps(sealed(json.loads(path.read_text()) | entries)))
 
     return change
 
 
+_SPOILT = {"size": [32, 32], "mean": [0.5, math.inf, 0.5], "std": [0.5] * 3, "interpolation": "bicubic"}
 DAMAGE = {
     "a changed model": (lambda folder: (folder / "model.onnx").write_bytes(b"other"), "damaged: model.onnx"),
     "a changed runner": (lambda folder: (folder / "run.py").write_text("import os"), "damaged: run.py"),
@@ -215,6 +243,13 @@ DAMAGE = {
     "no preprocessing": (_change(preprocessing={}), "preprocessing"),
     "a file elsewhere": (_change(files={"../model.onnx": "0"}), "damaged: ../model.onnx"),
     "a model without digest": (_change(files={}), "damaged: model.onnx"),
+    "a mean that is not finite": (_change(preprocessing=_SPOILT), "finite numbers"),
+    "images of any size": (_change(preprocessing=_SPOILT | {"mean": [0] * 3, "size": [10**9] * 2}), "at most 4096"),
+    "classes in one text": (_change(classes="abc"), "list of texts"),
+    "a changed figure": (
+        lambda folder: (folder / "deploy.json").write_text((folder / "deploy.json").read_text().replace("0.5", "0.4")),
+        "not as it was written",
+    ),
 }
 
 
@@ -229,3 +264,27 @@ def test_a_damaged_folder_is_refused_in_words(exported, tmp_path, name):
     damage(folder)
     with pytest.raises(ExportError, match=words):
         open_export(folder)
+
+
+def test_other_names_than_outputs_are_noticed(exported, some_images, tmp_path):
+    folder = shutil.copytree(exported(), tmp_path / "copy")
+    _change(classes=["blue", "green"])(folder)
+    with pytest.raises(ExportError, match=r"3 outputs, but deploy\.json names 2 classes"):
+        open_export(folder)(some_images)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "deploy.json", "missing"])
+def test_the_runner_checks_its_own_files(exported, pictures, tmp_path, name):
+    folder = shutil.copytree(exported(), tmp_path / "copy")
+    if name == "missing":
+        (folder / "model.onnx").unlink()
+    else:
+        content = bytearray((folder / name).read_bytes())
+        place = content.index(b"0.5") + 2 if name == "deploy.json" else len(content) // 2
+        content[place] ^= 1
+        (folder / name).write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, str(folder / "run.py"), str(pictures[0])], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not done.stdout
+    assert f"{'model.onnx' if name == 'missing' else name} missing or not as exported" in done.stderr

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from dyntune.commands.main import app
 from dyntune.core.errors import DataError, ExportError
+from dyntune.core.files import sealed
 
 
 def dyntune(*arguments, error=None):
@@ -63,7 +64,7 @@ def test_predict_reads_classifiers_alone(exported, photos, tmp_path):
     folder = shutil.copytree(exported("torch"), tmp_path / "other")
     config = json.loads((folder / "deploy.json").read_text())
     assert config["task"] == "image-classification"
-    (folder / "deploy.json").write_text(json.dumps(config | {"task": "depth-estimation"}))
+    (folder / "deploy.json").write_text(json.dumps(sealed(config | {"task": "depth-estimation"})))
     images = photos / "test" / "red"
     assert "exported for depth-estimation" in dyntune("predict", folder, images, "--trust", error=ExportError)
 

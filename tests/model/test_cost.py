@@ -1,5 +1,6 @@
 """Counts against the published tables and against closed forms at the numbers of tokens that really ran."""
 
+import copy
 import json
 from functools import partial
 from math import ceil
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import set_fused_attn
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,7 +19,9 @@ import dyntune
 from dyntune.backbones.hosts import wrap
 from dyntune.core.shapes import shapes_only
 from dyntune.model.macs import FusedAttention, MacCounter, Watch, trace
+from dyntune.model.tasks import Metric
 from dyntune.parts.registry import resolve
+from dyntune.training.evaluate import evaluate
 
 DENSE_VIT_B = 17_581_972_224
 RATES = (0.5, 0.7, 0.9, 1.0)
@@ -233,6 +237,55 @@ def test_dense_count_of_every_host_is_that_of_its_own_forward(make_host, images_
     cost = dyntune.cost(model)
     assert cost.head_macs == 32 * 5 * (2 if any_host_name == "distilled" else 1)
     assert cost.macs == model.dense_macs == counter.macs - cost.head_macs
+
+
+class _OnGrid(nn.Module):
+    """A convolution over the patches' features, as heads of dense tasks have one."""
+
+    def __init__(self, width, classes):
+        super().__init__()
+        self.conv = nn.Conv2d(width, classes, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x[:, 1:].mT.unflatten(2, (4, 4))).flatten(2).mean(2)
+
+
+HEADS = {
+    "every token": (None, 17 * 32 * 5),
+    "of one's own": (nn.Sequential(nn.Dropout(0.1), nn.Linear(32, 7), nn.GELU(), nn.Linear(7, 5)), 17 * (32 * 7 + 35)),
+    "convolution": (_OnGrid(32, 5), 16 * 9 * 32 * 5),
+    "norm and map": (nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 5)), 17 * (5 * 32 + 32 * 5)),
+}
+
+
+@pytest.mark.parametrize("policy", [(), ("tome:r=2",), ("dispatch",)], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_are_counted_as_they_run(make_host, images_for, name, policy):
+    """``global_pool=""`` gives them every token; what is left is the same whatever the head."""
+    head, macs = HEADS[name]
+    host = make_host(global_pool="")
+    host.head = copy.deepcopy(head) or host.head
+    model = dyntune.tune(host, "linear", *policy).eval()
+    cost = dyntune.cost(model)
+    assert cost.head_macs == macs
+    pooled = dyntune.cost(dyntune.tune(make_host(), "linear", *policy))
+    assert (cost.macs, cost.norm_macs) == (pooled.macs, pooled.norm_macs)
+    assert model.dense_macs == dyntune.tune(make_host(), "linear").dense_macs
+    images = images_for(host, 2)
+    with MacCounter() as counter, torch.no_grad(), counter.watching(model.backbone):
+        model(images)
+    assert counter.head_macs == 2 * macs
+    labels = torch.zeros(2, dtype=torch.long) if name == "convolution" else torch.zeros(2, 5, dtype=torch.long)
+    if policy != ("dispatch",):
+        assert evaluate(model, [(images, labels)], metric=_Nothing(1)).macs == cost.macs
+
+
+class _Nothing(Metric):
+    def update(self, outputs, targets):
+        pass
+
+    def figures(self):
+        return {}
 
 
 @pytest.mark.parametrize("name", ["plain", "siglip"])

@@ -6,11 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 
 import dyntune
-from dyntune.core.errors import CheckpointError
+from dyntune.core.errors import CheckpointError, SpecError, TrainingError
 from dyntune.model.adapter_folder import CONFIG, TRAINER_WEIGHTS, WEIGHTS
+from dyntune.model.rates import dispatchers
 
 transformers = pytest.importorskip("transformers")
 
@@ -81,6 +83,12 @@ def test_by_keyword_the_model_answers_as_transformers_models_do(fresh):
         assert model(pixel_values=batch["pixel_values"]).loss is None
     with pytest.raises(TypeError, match="none were given"):
         model(labels=batch["labels"])
+    with pytest.raises(TypeError, match="without labels"):
+        model(batch["pixel_values"], labels=batch["labels"])
+    with pytest.raises(TypeError, match="output_hidden_states=True"):
+        model(pixel_values=batch["pixel_values"], output_hidden_states=True)
+    model(pixel_values=batch["pixel_values"], return_dict=True, output_attentions=False)
+    assert model.dtype == torch.float32 and model.device == torch.device("cpu")
 
 
 def test_a_host_of_timm_answers_with_a_dictionary(make_host):
@@ -88,7 +96,6 @@ def test_a_host_of_timm_answers_with_a_dictionary(make_host):
     answer = model(pixel_values=images(), labels=torch.tensor([0, 1, 2]))
     assert answer["loss"].ndim == 0 and torch.equal(answer["logits"], model(images()))
     assert not hasattr(model, "config")
-    assert model.state_dict().keys() > {f"backbone.{name}" for name in model.tuned_state()}
 
 
 @torch.no_grad()
@@ -120,6 +127,7 @@ def test_the_trainer_trains_saves_and_resumes_it(fresh, tmp_path, spec):
     torch.testing.assert_close(again.eval()(images()), model(images()), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("error:.*checkpointing_.*deprecated")
 def test_the_trainer_checkpoints_gradients_and_accumulates_them(fresh, tmp_path):
     model = fresh("linear")
     given = {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "save_strategy": "no"}
@@ -133,21 +141,54 @@ def test_the_trainer_checkpoints_gradients_and_accumulates_them(fresh, tmp_path)
     torch.testing.assert_close(other.tuned_state(), model.tuned_state(), atol=1e-5, rtol=1e-4)  # the loss was divided
 
 
+@pytest.fixture(params=["transformers", "timm"])
+def anywhere(request, fresh, make_host):
+    """``anywhere(spec)``: tuned models on a host of either library, each time the same weights."""
+    return fresh if request.param == "transformers" else lambda spec="dyt:rate=0.5": dyntune.tune(make_host(), spec)
+
+
 @torch.no_grad()
-def test_its_state_is_that_of_the_trained_tensors(fresh, tmp_path):
-    model, other = fresh(), fresh()
+def test_its_state_is_that_of_the_trained_tensors(anywhere, tmp_path):
+    model, other = anywhere(), anywhere()
     for tensor in model.saved_state().values():
         tensor += 0.1
     torch.save(model.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert not other.load_state_dict(state).missing_keys
     assert torch.equal(other.eval()(images()), model.eval()(images()))
-    outer = torch.nn.Sequential(model)
-    assert {name.removeprefix("0.") for name in outer.state_dict()} == state.keys()
+    assert state.keys() == {*model.saved_state(), CONFIG}
+    frozen = [p for p in other.backbone.parameters() if not p.requires_grad]
+    other.load_state_dict(state, assign=True)
+    assert {*frozen} <= {*other.backbone.parameters()}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict(state | {"host.head.weight": torch.zeros(1, 1)})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*backbone.host.head.bias"):
+        other.load_state_dict(state | {"backbone.host.head.bias": state["host.head.bias"]})
     del state["host.head.bias"]
-    with pytest.raises(RuntimeError, match=r"missing \['host.head.bias'\]"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*host.head.bias"):
         other.load_state_dict(state)
     assert other.load_state_dict(state, strict=False).missing_keys == ["host.head.bias"]
+    other.fold()
+    assert other.state_dict().keys() == {f"backbone.{name}" for name in other.backbone.state_dict()}
+
+
+@torch.no_grad()
+def test_wrapped_models_take_their_own_state(anywhere):
+    model, other = anywhere(), anywhere()
+    for tensor in model.saved_state().values():
+        tensor += 0.1
+    for wrap in (torch.nn.Sequential, lambda module: torch.compile(module, backend="eager")):
+        assert not wrap(other).load_state_dict(wrap(model).state_dict()).unexpected_keys
+        assert torch.equal(other.eval()(images()), model.eval()(images()))
+
+
+@torch.no_grad()
+def test_a_state_of_another_model_is_told(fresh, caplog):
+    state = fresh("adaptformer:scale=1").state_dict()
+    fresh("adaptformer:scale=1").load_state_dict(state)
+    assert not caplog.messages
+    fresh("adaptformer:scale=0.1").load_state_dict(state)
+    assert "adaptformer:scale=1" in caplog.text and "adaptformer" in caplog.text
 
 
 @torch.no_grad()
@@ -198,6 +239,35 @@ def test_a_model_goes_to_a_hub_and_comes_back(fresh, tmp_path, monkeypatch):
         dyntune.TunedModel.from_pretrained("nobody/none")
 
 
+def test_a_folder_with_two_adapters_is_refused(fresh, tmp_path):
+    model = fresh("linear")
+    model.save(tmp_path)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / TRAINER_WEIGHTS)
+    with pytest.raises(CheckpointError, match="holds two adapters"):
+        dyntune.load(tmp_path)
+    model.save(tmp_path)  # replaces both
+    dyntune.load(tmp_path)
+
+
+def test_hosts_for_other_problems_are_refused(host_folder):
+    host = transformers.AutoModelForImageClassification.from_pretrained(
+        host_folder, problem_type="multi_label_classification"
+    )
+    with pytest.raises(SpecError, match=r"problem_type='multi_label_classification'.*TunedModel.task"):
+        dyntune.tune(host, "linear")
+
+
+@torch.no_grad()
+def test_biases_that_a_merge_adds_are_read_again(make_hf, randomise, tmp_path):
+    model = dyntune.tune(randomise(make_hf("vit", qkv_bias=False)), "ssf").eval()
+    for tensor in model.saved_state().values():
+        tensor += 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+    expected = model(images())
+    model.merge().save_pretrained(tmp_path)
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(images()).logits, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_file_of_another_model_is_no_adapter(host_folder):
     with pytest.raises(CheckpointError, match=r"model.safetensors was not written by Dyntune"):
         dyntune.load(host_folder)
@@ -221,17 +291,22 @@ def test_the_callback_tells_the_course_of_a_training(fresh, tmp_path):
     class Watching(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             gate = model.backbone.blocks[0].mlp.dispatcher
-            seen.append((model.backbone.step, model.backbone.shared["dispatch-mlp"].progress, gate.paced))
+            seen.append((model.backbone.step, model.backbone.shared["dispatch-mlp"].progress))
+            torch.testing.assert_close(gate.bias_pace.item(), 6 / (3 * 1e-2), rtol=1e-5, atol=0)
 
     model = fresh()
-    train = trainer(model, tmp_path / "run", max_steps=3, gradient_accumulation_steps=2)
+    # An epoch has 4 batches, so its second update has one of them.
+    train = trainer(model, tmp_path / "run", max_steps=3, gradient_accumulation_steps=3, learning_rate=1.0)
+    train.create_optimizer_and_scheduler(3)
+    for group in train.optimizer.param_groups:
+        group["initial_lr"] = 1e-2  # the pace follows the optimiser, not the arguments
     train.add_callback(dyntune.CourseCallback())
     train.add_callback(Watching())
     train.train()
     assert seen == [
-        (2, pytest.approx(1 / 6), True),
-        (4, pytest.approx(3 / 6), True),
-        (6, pytest.approx(5 / 6), True),
+        (3, pytest.approx(2 / 9)),
+        (4, pytest.approx(3 / 9)),
+        (9, pytest.approx(8 / 9)),
     ]
     gate = model.backbone.blocks[0].mlp.dispatcher
     assert not gate.paced and model.backbone.steps is None
@@ -239,8 +314,46 @@ def test_the_callback_tells_the_course_of_a_training(fresh, tmp_path):
     torch.testing.assert_close(loaded.backbone.blocks[0].mlp.dispatcher.gate.bias, gate.gate.bias)
 
 
-def test_a_state_goes_back_into_gates_that_are_paced(fresh):
+def test_no_model_is_the_best_before_its_gates_have_settled(fresh, tmp_path):
+    class Falling(transformers.TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_falling"] = -state.global_step
+
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "falling", "greater_is_better": True}
+    each = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 4}
+    train = trainer(fresh("dyt:course=0.1/0.6,quiet=0.75"), tmp_path, **best, **each)
+    train.add_callback(dyntune.CourseCallback())
+    train.add_callback(Falling())
+    train.train()
+    assert train.state.best_global_step == 3
+
+
+@pytest.mark.parametrize(("name", "paced"), [("AdamW", True), ("SGD", False)])
+def test_a_pace_is_for_optimisers_of_adams_kin(fresh, tmp_path, name, paced):
     model = fresh()
+    optimizer = getattr(torch.optim, name)([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    dyntune.CourseCallback().on_train_begin(
+        transformers.TrainingArguments(str(tmp_path), use_cpu=True),
+        transformers.TrainerState(max_steps=10),
+        None,
+        model=model,
+        optimizer=optimizer,
+    )
+    dyntune.training_loss(model.train(), images(), torch.arange(3))
+    assert model.backbone.blocks[0].mlp.dispatcher.paced == paced
+
+
+def test_only_training_goes_along_the_course(fresh):
+    model = fresh()
+    with pytest.raises(SpecError, match="above 0, or None"):
+        model.begin_training(10, 0.0)
+    model.begin_training(10, 1e-2)
+    dyntune.training_loss(model.eval(), images(), torch.arange(3))
+    assert model.backbone.step == 0
+
+
+def test_a_state_goes_back_into_gates_that_are_paced(anywhere):
+    model = anywhere()
     model.begin_training(10, 1e-2)
     dyntune.training_loss(model.train(), torch.randn(4, 3, 32, 32), torch.arange(4))
     gate = model.backbone.blocks[0].mlp.dispatcher
@@ -251,3 +364,49 @@ def test_a_state_goes_back_into_gates_that_are_paced(fresh):
     model.load_state_dict(state)
     assert gate.paced
     torch.testing.assert_close(gate.linear.weight, before)
+    other = anywhere()
+    other.load_state_dict(state)
+    plain = other.backbone.blocks[0].mlp.dispatcher
+    assert not plain.paced and torch.equal(plain.gate.weight, state["blocks.0.mlp.dispatcher.gate.weight"])
+    torch.testing.assert_close(other.eval()(images()), model.eval()(images()))
+
+
+def test_a_look_at_gates_draws_nothing(fresh):
+    model = fresh()
+    model.begin_training(10, 1e-2)
+    dyntune.training_loss(model.train(), images(), torch.arange(3))
+    before = torch.get_rng_state()
+    model.state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_trainer_resumes_on_a_host_of_timm(make_host, tmp_path):
+    def trained(**options):
+        torch.manual_seed(0)
+        model = dyntune.tune(make_host(), "dyt:rate=0.5,dropout=0")
+        train = trainer(model, tmp_path, max_steps=4, save_steps=2)
+        train.add_callback(dyntune.CourseCallback())
+        train.add_callback(Watching())
+        train.train(**options)
+        return model
+
+    class Watching(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            began.append([gate.gate.bias.item() for gate in dispatchers(model.backbone).values()])
+
+    began = []
+    model = trained()
+    loaded = dyntune.TunedModel.from_pretrained(tmp_path / "checkpoint-4", backbone=make_host())
+    torch.testing.assert_close(loaded(images()), model.eval()(images()))
+    half = dyntune.load(tmp_path / "checkpoint-2", backbone=make_host())
+    trained(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert began == [[2.0] * 3, [gate.gate.bias.item() for gate in dispatchers(half.backbone).values()]]
+
+
+def test_replicas_of_data_parallel_do_not_train_gates(fresh):
+    batch = {"pixel_values": images(), "labels": torch.arange(3)}
+    replica = fresh().train()._replicate_for_data_parallel()
+    with pytest.raises(TrainingError, match="torchrun"):
+        replica(**batch)
+    replica.eval()(**batch)
+    fresh("linear").train()._replicate_for_data_parallel()(**batch)

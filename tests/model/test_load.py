@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -15,8 +16,9 @@ import torch
 import dyntune
 from dyntune.backbones.hosts import create_backbone
 from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError
-from dyntune.core.files import write_atomically
+from dyntune.core.files import SEAL, sealed, write_atomically
 from dyntune.model.adapter_folder import CARD, CONFIG, FORMER_CONFIG, FORMER_WEIGHTS, PREVIOUS, WEIGHTS, read_config
+from dyntune.model.tuned import build_tuned
 
 TINY = {"img_size": 32, "num_classes": 3}
 
@@ -53,9 +55,9 @@ def saved(build, tmp_path):
 
 
 def edit(folder, **changes):
-    """Sets entries of the configuration; ``...`` removes one."""
+    """Sets entries of the configuration, as who changes it on purpose would; ``...`` removes one."""
     config = json.loads((folder / CONFIG).read_text())
-    config |= changes
+    config |= {SEAL: ..., **changes}
     (folder / CONFIG).write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
 
 
@@ -491,3 +493,139 @@ def test_every_weight_and_an_adapter_beside_them_are_complete(make_host, tmp_pat
     model = dyntune.tune(make_host(), "full+adaptformer").eval()
     folder = model.save(tmp_path)
     assert read_config(folder)["backbone"]["complete"]
+
+
+@pytest.fixture
+def made_up(saved):
+    """``made_up(change)``: the folder with a configuration that a stranger has changed and sealed again."""
+
+    def made_up(change):
+        config = json.loads((saved / CONFIG).read_text())
+        change(config)
+        (saved / CONFIG).write_text(json.dumps(sealed(config)))
+        return saved
+
+    return made_up
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        (lambda c: c["preprocessing"].update(mean=[math.inf, 0.5, 0.5]), "finite numbers"),
+        (lambda c: c["preprocessing"].update(std=[0.5, math.nan, 0.5]), "finite numbers"),
+        (lambda c: c["preprocessing"].update(size=[10**9, 10**9]), "at most 4096"),
+        (lambda c: c["preprocessing"].update(size=["32", 32]), "no whole number"),
+        (lambda c: c["parts"][0].update(bottleneck=10**9), "beyond 65536"),
+        (lambda c: c["parts"][0].update(bottleneck=60_000), "expected (60000, 32)"),
+        (lambda c: c["parts"][0].update(scale=1e308), "is not valid"),
+        (lambda c: c["parts"].append({"type": "auto", "budget": 0.5}), "what it has found"),
+        (lambda c: c["backbone"].update(complete=True), "that every weight of the backbone is saved"),
+        (lambda c: c["backbone"].update(dtype="float16", fingerprint=None), "other weights"),
+        (lambda c: c.update(classes=["a", "b"]), "names 2 classes, but the head has 5 outputs"),
+        (lambda c: c.update(classes=[[["a"]]]), "list of names"),
+        (lambda c: c.update(format=True), "has format True"),
+        (lambda c: c.update(extra={"host.norm.weight": True}), "missing host.norm.weight"),
+        (lambda c: c.update(extra={"nowhere": True}), "the model lacks: nowhere"),
+        (lambda c: c.update(extra=["host.norm.weight"]), "whether it is trained"),
+    ],
+)
+def test_what_no_save_has_written_is_refused(made_up, make_host, change, said):
+    refused(made_up(change), make_host, CONFIG, said)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("name", ["blocks.0.mlp.dispatcher.gate.bias", "host.head.weight"])
+def test_numbers_that_are_not_finite_are_refused(saved, make_host, name, value):
+    tensors = safetensors.torch.load_file(saved / WEIGHTS)
+    tensors[name].view(-1)[0] = value
+    replace_weights(saved, safetensors.torch.save(tensors))
+    refused(saved, make_host, str(saved), name, "not finite")
+
+
+def test_numbers_that_the_precision_does_not_hold_and_integers_are_refused(build, make_host, tmp_path):
+    dyntune.tune(make_host().half(), "dyt").save(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / WEIGHTS)
+    for other, said in ((torch.full((5,), 1e6), "not finite in torch.float16"), (torch.ones(5).int(), "torch.int32")):
+        replace_weights(tmp_path, safetensors.torch.save(tensors | {"host.head.bias": other}))
+        refused(tmp_path, make_host, "host.head.bias", said)
+
+
+def test_a_changed_figure_of_the_configuration_is_noticed(saved, make_host):
+    text = (saved / CONFIG).read_text()
+    assert "0.5" in text
+    (saved / CONFIG).write_text(text.replace("0.5", "0.4", 1))
+    refused(saved, make_host, CONFIG, "not as it was written", "remove its entry")
+
+
+@pytest.mark.parametrize(
+    "content,said",
+    [
+        ('{"library": ' + "[" * 3000 + "]" * 3000 + "}", "nested more than"),
+        ('{"library": ' + "[" * 40 + "]" * 40 + "}", "nested more than"),
+        ('{"format": ' + "9" * 5000 + "}", "whole number of 5000 digits"),
+        ('{"library": "' + "x" * 17_000_000 + '"}', "bytes"),
+    ],
+    ids=["deep", "too deep", "long number", "large"],
+)
+def test_json_that_would_take_the_machine_is_refused(saved, make_host, content, said):
+    (saved / CONFIG).write_text(content)
+    refused(saved, make_host, CONFIG, said)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_pipes_and_devices_are_not_waited_for(saved, build, make_host, name):
+    for put in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (saved / name).unlink()
+        put(saved / name)
+        refused(saved, make_host, name, "missing")
+    build(seed=2).save(saved)  # takes their place
+    dyntune.load(saved, backbone=make_host())
+
+
+ELSEWHERE = ["hf-hub:nobody/nothing", "local-dir:/nowhere", "hf:nobody/nothing", "hf:/nowhere"]
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_stranger_does_not_decide_what_is_fetched_or_read(made_up, make_host, monkeypatch, name):
+    def followed(*_, **__):
+        raise AssertionError("it was followed")
+
+    folder = made_up(lambda c: c["backbone"].update(name=name, arguments={"num_classes": 5}))
+    for module in ("dyntune.model.load", "dyntune.backbones.hosts"):
+        monkeypatch.setattr(f"{module}.create_backbone", followed)
+    with pytest.raises(CheckpointError, match="trust=True") as error:
+        dyntune.load(folder)
+    assert name in str(error.value) and str(folder) in str(error.value)
+    dyntune.load(folder, backbone=make_host())
+    with pytest.raises(CheckpointError, match="it was followed"):
+        dyntune.load(folder, trust=True)
+
+
+@torch.no_grad()
+def test_weights_are_read_from_where_they_were_given_on_this_machine(tmp_path, monkeypatch):
+    file = tmp_path / "vit.safetensors"
+    safetensors.torch.save_file(timm.create_model("vit_two_blocks").state_dict(), file)
+    model = build_tuned("vit_two_blocks", "linear", classes="abc", weights=file).eval()
+    folder, images = model.save(tmp_path / "run"), torch.randn(2, 3, 32, 32)
+    assert torch.equal(dyntune.load(folder)(images), model(images))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    with pytest.raises(CheckpointError, match="trust=True"):
+        dyntune.load(folder)
+    assert torch.equal(dyntune.load(folder, weights=file)(images), model(images))  # who gives it knows it
+    assert torch.equal(dyntune.load(folder)(images), model(images))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a third"))
+    assert torch.equal(dyntune.load(folder, trust=True)(images), model(images))
+    inside = shutil.copytree(folder, tmp_path / "sent")
+    config = json.loads((inside / CONFIG).read_text())
+    config["backbone"]["weights"] = str(shutil.copy(file, inside))
+    (inside / CONFIG).write_text(json.dumps(sealed(config)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a fourth"))
+    assert torch.equal(dyntune.load(inside)(images), model(images))  # what lies in the folder belongs to it
+
+
+@torch.no_grad()
+def test_a_model_that_was_converted_after_it_was_tuned_comes_back(build, make_host, images_for, tmp_path):
+    model = build().to(torch.bfloat16)
+    loaded = dyntune.load(model.save(tmp_path), backbone=make_host())
+    images = images_for(model.backbone.host, 2).to(torch.bfloat16)
+    assert torch.equal(loaded(images), model(images))

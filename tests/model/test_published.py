@@ -1,5 +1,7 @@
 """Checkpoints under the names of the public code."""
 
+import re
+
 import pytest
 import torch
 
@@ -67,3 +69,133 @@ def test_the_names_of_our_own_files_are_taken_too(trained, make_host):
     saved = {name: p.detach().clone() for name, p in trained.saved_state().items()}
     dyntune.load_published(model, saved)
     assert all(torch.equal(p, saved[name]) for name, p in model.saved_state().items())
+
+
+HEAD = {"weight": torch.linspace(-1, 1, 5 * 32).reshape(5, 32), "bias": torch.linspace(-1, 1, 5)}
+
+
+def _split(state, names, joint):
+    """A state with the map to queries, keys and values as three, under ``names``."""
+    split = {}
+    for name, tensor in state.items():
+        if ".attn.qkv." in name:
+            for part, own in zip(tensor.chunk(3), names, strict=True):
+                split[name.replace(".attn.qkv.", f".attn.{own}.")] = part
+        else:
+            split[name] = tensor
+    return {joint(name): tensor for name, tensor in split.items()}
+
+
+def _as_adaptformer(name):
+    return re.sub(r"^(blocks\.\d+)\.mlp\.", r"\1.", name)
+
+
+def _as_vpt(name):
+    for ours, theirs in (
+        ("patch_embed.proj", "embeddings.patch_embeddings"),
+        ("pos_embed", "embeddings.position_embeddings"),
+        ("cls_token", "embeddings.cls_token"),
+        ("blocks.", "encoder.layer."),
+        (".norm1.", ".attention_norm."),
+        (".norm2.", ".ffn_norm."),
+        (".mlp.", ".ffn."),
+        (".attn.proj.", ".attn.out."),
+    ):
+        name = name.replace(ours, theirs)
+    return "enc.transformer." + re.sub(r"^norm\.", "encoder.encoder_norm.", name)
+
+
+@torch.no_grad()
+def test_whole_files_of_adaptformer_are_read_with_the_norm_in_front_of_their_head(make_host, randomise, images_for):
+    model = randomise(dyntune.tune(make_host(), "adaptformer:bottleneck=4,scale=learnable"), seed=1).eval()
+    images = images_for(model.backbone.host, 4)
+    state = _split(_published(model), ("q_proj", "k_proj", "v_proj"), _as_adaptformer)
+    assert {"blocks.0.attn.k_proj.bias", "blocks.1.fc1.weight", "blocks.0.adaptmlp.down_proj.weight"} < set(state)
+    norm = torch.nn.BatchNorm1d(32, affine=False, eps=1e-6).eval()
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.5, 2)
+    for name in ("weight", "bias"):
+        del state[f"head.{name}"]
+        state[f"head.1.{name}"] = HEAD[name]
+    state |= {f"head.0.{name}": tensor for name, tensor in norm.state_dict().items()}
+    for name in [*state]:
+        if name.endswith("adaptmlp.scale"):
+            state[name] = state[name][None]  # (1,) in the public code
+    other = dyntune.tune(make_host(seed=9), "adaptformer:bottleneck=4,scale=learnable").eval()
+    dyntune.load_published(other, {"model": state, "epoch": 3})
+    features = {}
+    model.backbone.host.head.register_forward_pre_hook(lambda _, inputs: features.update(x=inputs[0]))
+    model(images)
+    expected = torch.nn.functional.linear(norm(features["x"]), HEAD["weight"], HEAD["bias"])
+    torch.testing.assert_close(other(images), expected, atol=1e-5, rtol=1e-5)
+    del state["blocks.2.attn.v_proj.bias"]
+    with pytest.raises(CheckpointError, match=r"lacks host\.blocks\.2\.attn\.qkv\.bias"):
+        dyntune.load_published(other, state)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["vpt:prompts=2", "vpt:prompts=2,deep=false", "linear"])
+def test_whole_files_of_vpt_are_read(make_host, randomise, images_for, spec):
+    model = randomise(dyntune.tune(make_host(), spec), seed=1).eval()
+    images = images_for(model.backbone.host, 4)
+    host = {n.removeprefix("host."): p for n, p in model.backbone.named_parameters() if n.startswith("host.")}
+    head = {f"head.last_layer.{name}": host.pop(f"head.{name}") for name in ("weight", "bias")}
+    state = _split(host, ("query", "key", "value"), _as_vpt) | head
+    assert {"enc.transformer.encoder.layer.0.ffn.fc1.weight", "enc.transformer.encoder.layer.2.attn.out.bias"} < set(
+        state
+    )
+    if spec != "linear":
+        first, *deep = (p for name, p in model.tuned_state().items() if "vpt" in name)
+        state["enc.transformer.prompt_embeddings"] = first[None]
+        state |= {"enc.transformer.deep_prompt_embeddings": torch.stack(deep)} if deep else {}
+    other = dyntune.tune(make_host(seed=9), spec).eval()
+    dyntune.load_published(other, {name: tensor.clone() for name, tensor in state.items()})
+    assert torch.equal(other(images), model(images))
+
+
+@torch.no_grad()
+def test_petl_vits_names_of_adaptformer_are_taken(make_host, randomise, images_for):
+    spec = "adaptformer:bottleneck=4,bias=false,scale=1"
+    model = randomise(dyntune.tune(make_host(), spec), seed=1).eval()
+    state = {
+        re.sub(
+            r"\.mlp\.parallel\.adapter\.(down|up)_proj", r".adapter_mlp.adapter_\1", n.removeprefix("host.")
+        ): p.clone()
+        for n, p in model.backbone.named_parameters()
+    }
+    assert "blocks.1.adapter_mlp.adapter_up.weight" in state
+    other = dyntune.tune(make_host(seed=9), spec).eval()
+    dyntune.load_published(other, state)
+    images = images_for(model.backbone.host, 4)
+    assert torch.equal(other(images), model(images))
+
+
+def test_the_second_name_of_noahs_bias_is_passed_over(make_host):
+    model = dyntune.tune(make_host(), "noah:prompts=0,ranks=0,bottlenecks=2")
+    state = {f"head.{name}": p.detach().clone() for name, p in model.backbone.host.head.named_parameters()}
+    for index in range(3):
+        state |= {
+            f"blocks.{index}.adapter.ln1.weight": torch.ones(4, 32),
+            f"blocks.{index}.adapter.ln1.bias": torch.ones(4),
+            f"blocks.{index}.adapter.ln2.weight": torch.ones(32, 4),
+            f"blocks.{index}.adapter.ln2.bias": torch.full((32,), 3.0),
+            f"blocks.{index}.adapter.sampled_bias_1": torch.full((32,), 3.0),
+        }
+    dyntune.load_published(model, state)
+    assert model.tuned_state()["blocks.1.mlp.sequential.noah.up_proj.bias"].tolist() == [3.0] * 32
+
+
+def test_numbers_that_are_not_finite_are_refused(trained, make_host):
+    state = _published(trained)
+    state["blocks.1.adaptmlp.up_proj.bias"][3] = torch.nan
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.adaptmlp\.up_proj\.bias' of the checkpoint is not finite"):
+        dyntune.load_published(dyntune.tune(make_host(), "dyt:bottleneck=4"), state)
+
+
+@torch.no_grad()
+def test_a_filled_model_is_saved_whole_where_its_backbone_was_filled_too(trained, make_host, images_for, tmp_path):
+    model = dyntune.tune(make_host(seed=9), "dyt:bottleneck=4").eval()
+    dyntune.load_published(model, _published(trained))
+    loaded = dyntune.load(model.save(tmp_path), backbone=make_host(seed=9))
+    images = images_for(model.backbone.host, 2)
+    assert torch.equal(loaded(images), trained(images))

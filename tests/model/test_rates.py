@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils.data import TensorDataset
 
 import dyntune
 from dyntune.core.errors import CheckpointError, DataError, SpecError
+from dyntune.core.files import SEAL
 from dyntune.model.adapter_folder import CONFIG, write_calibration
 from dyntune.model.rates import Calibration, dispatchers
 
@@ -117,6 +119,45 @@ def test_the_model_is_left_as_it_was(calibrated):
     assert calibrated.target_rate == pytest.approx(0.35, abs=0.01)
     assert again == calibrated.calibration, "a set rate must not change what is measured"
     calibrated.backbone.host.train()
+
+
+def test_who_runs_the_model_meanwhile_sees_nothing_of_a_calibration(make_host, monkeypatch):
+    model = randomised(dyntune.tune(make_host(**SIZE), "dyt")).train()
+    batch, seen = images(4, seed=2), []
+    model.eval()
+    expected = model(batch)
+    model.train()
+    original = type(model).run
+
+    def run(twin, *arguments, **options):
+        modes = model.training
+        seen.append((twin is model, modes, torch.equal(original(model.eval(), batch).logits, expected)))
+        model.train(modes)
+        return original(twin, *arguments, **options)
+
+    monkeypatch.setattr(type(model), "run", run)
+    dyntune.calibrate(model, images(8), RATES)
+    assert len(seen) > 3 and set(seen) == {(False, True, True)}
+
+
+def test_threads_that_set_rates_leave_one_of_them(calibrated):
+    def switch(rate):
+        for _ in range(50):
+            calibrated.set_rate(rate)
+
+    threads = [threading.Thread(target=switch, args=(rate,)) for rate in (0.2, 0.5, 0.8, None)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    left = {unit: (gate.shift.item(), gate.rate) for unit, gate in dispatchers(calibrated.backbone).items()}
+    possible = []
+    for rate in (0.2, 0.5, 0.8, None):
+        calibrated.set_rate(rate)
+        possible.append(
+            {unit: (gate.shift.item(), gate.rate) for unit, gate in dispatchers(calibrated.backbone).items()}
+        )
+    assert left in possible
 
 
 def test_masked_equals_compact_and_logits_are_the_shifted_ones(calibrated):
@@ -290,9 +331,9 @@ def test_a_calibration_is_written_into_a_saved_adapter(calibrated, make_host, tm
     before = json.loads((tmp_path / CONFIG).read_text())
     assert dyntune.load(tmp_path, backbone=make_host(**SIZE)).calibration is None
     write_calibration(tmp_path, calibrated.calibration)
-    assert json.loads((tmp_path / CONFIG).read_text()) == before | {
-        "calibration": json.loads(json.dumps(calibrated.calibration.to_dict()))
-    }
+    after = json.loads((tmp_path / CONFIG).read_text())
+    assert before.pop(SEAL) != after.pop(SEAL)
+    assert after == before | {"calibration": json.loads(json.dumps(calibrated.calibration.to_dict()))}
     assert dyntune.load(tmp_path, backbone=make_host(**SIZE)).calibration == calibrated.calibration
     before.pop("calibration")
     (tmp_path / CONFIG).write_text(json.dumps(before))

@@ -56,7 +56,7 @@ class HostedWindows(OpaqueAttention):
     def norm(self, x):
         return self.block.norm1(x)
 
-    def attended(self, normed):
+    def attended(self, normed, grid):
         return self.block.attn(normed)
 
 

@@ -15,3 +15,14 @@ def test_cells_of_the_page_say_their_column_for_screens_without_room_for_a_head(
     assert "dyt:rate=0.5,<wbr>a&amp;b" in page
     assert page.count("<h2>On &lt;large&gt; models</h2>") == 1, "the first table stands under the page's title"
     assert "content: attr(data-column)" in page and page.count("Random weights.") == 2
+
+
+def test_pictures_say_what_is_seen_and_open_by_themselves():
+    page = _page("A & B", "One.", [TABLE], {"tokens.png": "Patches of <one> image."})
+    assert '<a href="tokens.png" title="open the picture by itself"><img src="tokens.png" alt="Patches of' in page
+    assert 'alt="Patches of &lt;one&gt; image."' in page
+
+
+def test_the_page_follows_the_readers_choice_of_light_or_dark():
+    page = _page("Title", "One.", [TABLE], {})
+    assert "color-scheme: light dark" in page and "prefers-color-scheme: dark" in page

@@ -1,10 +1,15 @@
 """``dyntune`` in processes of its own, to which signals are sent."""
 
 import multiprocessing
+import multiprocessing.util
 import os
+import resource
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,14 +22,17 @@ class Command:
     Args:
         words: of the command line, without ``dyntune``.
         errors: the file that its standard error goes to.
+        fate: what becomes of it on its way, called first, in the process.
         environment: variables that it has besides.
     """
 
-    def __init__(self, words: list[str], errors: Path, **environment: str) -> None:
+    def __init__(
+        self, words: list[str], errors: Path, fate: Callable[[], object] | None = None, **environment: str
+    ) -> None:
         self.errors = errors
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([main.__module__])
-        self._process = context.Process(target=_run, args=(words, errors, environment), daemon=True)
+        self._process = context.Process(target=_run, args=(words, errors, fate, environment), daemon=True)
         self._process.start()
 
     def running(self) -> bool:
@@ -41,10 +49,54 @@ class Command:
         return self._process.exitcode, self.errors.read_text()
 
 
-def _run(words: list[str], errors: Path, environment: dict[str, str]) -> None:
+@dataclass(frozen=True)
+class KilledAt:
+    """Kills the process when it opens, renames, makes or removes a file in a folder for the n-th time; or counts them.
+
+    Args:
+        folder: whose files count.
+        number: of the event, from 1; 0 kills nothing.
+        count: file that the number of events is written to at the end.
+    """
+
+    folder: Path
+    number: int = 0
+    count: Path | None = None
+
+    def __call__(self) -> None:
+        seen, own = 0, os.getpid()
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal seen
+            if event not in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") or os.getpid() != own:
+                return
+            if any(isinstance(word, str) and word.startswith(str(self.folder)) for word in arguments):
+                seen += 1
+                if seen == self.number:
+                    os.kill(own, signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        if self.count is not None:
+            file = self.count
+            multiprocessing.util.Finalize(None, lambda: file.write_text(str(seen)), exitpriority=100)
+
+
+@dataclass(frozen=True)
+class NoRoom:
+    """Lets no file become larger than so many bytes, as on a disk that fills up while it is written."""
+
+    bytes: int
+
+    def __call__(self) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.bytes, self.bytes))
+
+
+def _run(words: list[str], errors: Path, fate: Callable[[], object] | None, environment: dict[str, str]) -> None:
     with errors.open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv = ["dyntune", *words]
+    if fate is not None:
+        fate()
     main()

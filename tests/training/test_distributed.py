@@ -22,9 +22,9 @@ pytestmark = pytest.mark.slow
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "dyntune.commands.main"]
 
 
-def _arguments(photos: Path, out: Path, batch_size: int) -> list[str]:
+def _arguments(photos: Path, out: Path, batch_size: int, device: str = "cpu") -> list[str]:
     arguments = ["train", str(photos), "--out", str(out), "--method", "linear", "--epochs", "1", "--lr", "0.01"]
-    return [*arguments, "--batch-size", str(batch_size), "--device", "cpu", "--warmup-epochs", "0"]
+    return [*arguments, "--batch-size", str(batch_size), "--device", device, "--warmup-epochs", "0"]
 
 
 def test_two_processes_train_like_one_with_twice_the_batch(photos, tmp_path):
@@ -32,8 +32,8 @@ def test_two_processes_train_like_one_with_twice_the_batch(photos, tmp_path):
     (photos / "val" / "red" / "0.png").unlink()
     alone = CliRunner().invoke(app, _arguments(photos, tmp_path / "one", 12))
     assert alone.exit_code == 0, (alone.output, alone.exception)
-    command = [*LAUNCHER, *_arguments(photos, tmp_path / "two", 6)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*LAUNCHER, *_arguments(photos, tmp_path / "two", 6, "auto")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("saved epoch") == 1, "only the main process speaks"
@@ -68,3 +68,38 @@ def test_a_signal_to_one_process_stops_all_of_them_with_the_state_saved(photos, 
         assert status == 1 and errors.count("the state is saved") == 1
     state = RunState.read(out)
     assert state.epoch >= 1 and state.step >= 0
+
+
+def test_what_is_wrong_is_the_last_that_torchrun_says(photos, tmp_path):
+    """A corrupt image that one of the processes meets, while the other one waits for it."""
+    photos = Path(shutil.copytree(photos, tmp_path / "photos"))
+    spoilt = photos / "train" / "red" / "3.png"
+    spoilt.write_bytes(spoilt.read_bytes()[:200])
+    command = [*LAUNCHER, *_arguments(photos, tmp_path / "run", 6)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    last = [line for line in done.stderr.splitlines() if line.strip("= ")][-1]
+    assert "traceback : error: " in last and str(spoilt) in last and "cannot be read as an image" in last
+    assert "RuntimeError" not in done.stderr
+
+
+def test_other_commands_are_refused_where_several_processes_would_do_the_same(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = CliRunner().invoke(app, ["compare", str(photos), "--methods", "linear", "--out", str(tmp_path / "runs")])
+    assert "compare runs in one process" in str(found.exception) and not (tmp_path / "runs").exists()
+
+
+def test_processes_that_cannot_train_together_do_not_train_apart(photos, tmp_path, monkeypatch):
+    """Such as torchrun's on a device that Accelerate does not connect."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("dyntune.training.accelerator.Accelerator", _Alone)
+    found = CliRunner().invoke(app, _arguments(photos, tmp_path / "run", 6, "auto"))
+    assert "2 processes were started" in str(found.exception) and not (tmp_path / "run").exists()
+
+
+class _Alone:
+    num_processes, device = 1, torch.device("cpu")
+
+    def __init__(self, **_):
+        pass

@@ -1,10 +1,15 @@
+import io
+
 import pytest
 import torch
+from rich.console import Console
 from torch.utils.data import TensorDataset
 
 import dyntune
 from dyntune.core.errors import DataError
 from dyntune.training.evaluate import evaluate
+from dyntune.training.interrupt import TrainingInterrupted
+from dyntune.training.progress import EvaluationBar
 
 
 @pytest.fixture
@@ -62,3 +67,23 @@ def test_tokens_that_are_left_are_reported_by_unit(make_host, images_for):
     result = evaluate(dyntune.tune(make_host(), "linear", "tome:r=3/0/5"), TensorDataset(images, torch.zeros(5).long()))
     assert result.tokens_per_unit == {"blocks.0.mlp": 14, "blocks.2.mlp": 9}
     assert (result.activation, result.activation_per_unit) == (1.0, {})
+
+
+def test_who_stops_an_evaluation_is_told_what_came_out_so_far(make_host):
+    """And whoever watches it hears of every batch."""
+    data = TensorDataset(torch.randn(10, 3, 32, 32), torch.arange(10) % 5)
+    model = dyntune.tune(make_host(), "linear")
+    heard = []
+    whole = evaluate(model, data, batch_size=4, watch=lambda done, figures: heard.append((done, figures["accuracy"])))
+    assert [done for done, _ in heard] == [4, 8, 10] and heard[-1][1] == whole.accuracy
+
+    def stopped(done, figures):
+        bar(done, figures)
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with (
+        pytest.raises(TrainingInterrupted, match=f"8 of 10 images, acc {heard[1][1]:.1%}"),
+        EvaluationBar(10, "accuracy", Console(file=io.StringIO())) as bar,
+    ):
+        evaluate(model, data, batch_size=4, watch=stopped)

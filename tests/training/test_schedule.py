@@ -53,6 +53,39 @@ def test_a_schedule_by_epoch_is_constant_within_one():
     assert by_epoch.learning_rate(0.9) == 0
 
 
+FORMS = ("iteration", "epoch", "timm", "timm-lagged")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 1), (1, 2), (1, 7), (2, 1), (2, 5), (3, 3), (9, 1)])
+def test_no_step_of_a_short_run_is_wasted_on_its_warm_up(form, epochs, steps):
+    settings = TrainSettings(epochs=epochs, schedule=form)
+    places = [epoch + step / steps for epoch in range(epochs) for step in range(steps)]
+    rates = [settings.learning_rate(place, steps) for place in places]
+    wasted = epochs * steps >= 10 and form == "iteration"  # its warm-up is a step or more, and begins at 0
+    assert min(rates[wasted:]) > 0 and max(rates) == pytest.approx(1e-3, rel=0.1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_warm_up_ends_within_the_run(form, steps):
+    """Even one that is asked to last as long as the run; up to its end it rises as asked."""
+    settings = TrainSettings(epochs=4, warmup_epochs=4, schedule=form)
+    rates = [settings.learning_rate(epoch + step / steps, steps) for epoch in range(4) for step in range(steps)]
+    assert rates[:-steps] == sorted(rates[:-steps]) and rates[0] == 0
+    expected = 1e-5 + (1e-3 - 1e-5) * 0.5 * (1 + math.cos(math.pi * 0.75))
+    expected = {"timm": expected, "timm-lagged": 1e-5 + (1e-3 - 1e-5) * 0.5}.get(form, 1e-3)
+    assert rates[-1] == pytest.approx(expected)
+
+
+def test_a_run_of_one_step_trains(make_host):
+    data = TensorDataset(torch.randn(3, 3, 32, 32), torch.arange(3))
+    model = dyntune.tune(make_host(), "linear")
+    before = model.backbone.host.head.weight.clone()
+    assert fit(model, data, epochs=1, device="cpu").steps == 1
+    assert not torch.equal(model.backbone.host.head.weight, before)
+
+
 def test_the_cooldown_stays_at_the_lowest_rate():
     settings = TrainSettings(schedule="timm", **TIMM | {"epochs": 110}, cooldown_epochs=10)
     assert settings.learning_rate(50) == pytest.approx(1e-5 + (1e-3 - 1e-5) * 0.5 * (1 + math.cos(math.pi / 2)))

@@ -1,15 +1,22 @@
 """``fit``: what it trains, keeps, writes and refuses."""
 
+import functools
 import json
 import os
 import signal
+import threading
 
 import pytest
+import timm
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import nn
 from torch.utils.data import TensorDataset
 
 import dyntune
-from dyntune.core.errors import TrainingError
+from dyntune.core.errors import BackboneError, SpecError, TrainingError
+from dyntune.model.rates import dispatchers
 from dyntune.model.tasks import Classification
 from dyntune.training.evaluate import evaluate
 from dyntune.training.interrupt import TrainingInterrupted
@@ -201,6 +208,61 @@ def test_the_run_folder_says_what_was_asked(make_host, colours, tmp_path):
     assert set(config["results"]) == {"epoch", "val_accuracy"}
 
 
+class _Saved(Silent):
+    """Looks at what is on disk when it is told that an epoch is saved."""
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def saved(self, epoch, folder):
+        adapter = json.loads((folder / "last" / "dyntune.json").read_text())
+        self.seen.append((epoch, RunState.read(folder).epoch, adapter["results"]["epoch"]))
+
+
+def test_hooks_are_told_when_an_epoch_is_on_disk(make_host, colours, tmp_path):
+    hook, silent = _Saved(), _Saved()
+    fit(_model(make_host), *colours, out=tmp_path / "run", progress=hook, **SHORT)
+    assert hook.seen == [(1, 1, 1), (2, 2, 2)]
+    fit(_model(make_host), *colours, progress=silent, **SHORT)
+    assert silent.seen == []
+
+
+def _accelerate():
+    return [dict(state._shared_state) for state in (AcceleratorState, PartialState, GradientState)]
+
+
+@pytest.mark.parametrize("mine", [None, {"mixed_precision": "bf16", "gradient_accumulation_steps": 3, "cpu": True}])
+def test_accelerate_is_left_as_it_was(make_host, colours, mine, tmp_path):
+    """Whether the caller has an Accelerator already, or makes one afterwards, and when a run fails."""
+    own = mine and Accelerator(**mine)
+    before = _accelerate()
+    try:
+        fit(_model(make_host), *colours, precision="fp32", accumulate=2, **SHORT)
+        with pytest.raises(TrainingError, match="holds a run"):
+            for _ in range(2):
+                fit(_model(make_host), *colours, out=tmp_path, **SHORT)
+        assert _accelerate() == before
+        after = own or Accelerator(mixed_precision="bf16", gradient_accumulation_steps=3, cpu=True)
+        assert after.mixed_precision == "bf16" and after.gradient_accumulation_steps == 3
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def test_runs_in_threads_wait_for_each_other(make_host, colours):
+    models = [_model(make_host) for _ in range(2)]
+    options = [SHORT | {"accumulate": count} for count in (1, 2)]
+    threads = [threading.Thread(target=fit, args=(m, *colours), kwargs=o) for m, o in zip(models, options, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for model, option in zip(models, options, strict=True):
+        alone = _model(make_host)
+        fit(alone, *colours, **option)
+        assert all(torch.equal(p, alone.tuned_state()[name]) for name, p in model.tuned_state().items())
+
+
 class _CtrlC(Silent):
     """Sends the process an interrupt in the middle of a given step."""
 
@@ -299,6 +361,19 @@ def test_the_callers_random_numbers_are_left_alone(make_host, colours):
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_the_pace_of_gates_counts_the_changes_of_the_weights(make_host, colours):
+    paces = set()
+
+    class Watching(Silent):
+        def step(self, figures):
+            paces.update(gate.bias_pace.item() for gate in dispatchers(model.backbone).values())
+
+    model = _model(make_host, "dyt")
+    options = SHORT | {"epochs": 3, "batch_size": len(colours[0]) // 4, "accumulate": 3, "lr": 1e-3}
+    fit(model, *colours, progress=Watching(), **options)
+    assert [*paces] == pytest.approx([6 / (3 * 2 * 1e-3)])  # 4 steps of an epoch change them twice
+
+
 def test_the_last_window_of_accumulated_steps_weighs_like_the_others(make_host, colours):
     """60 images in steps of 20, two at a time: the third step is a window of its own, as if of one step."""
     grads = []
@@ -369,3 +444,139 @@ def test_class_names_of_the_data_are_kept(make_host, tmp_path):
 def test_a_model_that_is_wholly_frozen_is_refused(make_host, colours):
     with pytest.raises(TrainingError, match="every parameter is frozen"):
         fit(_model(make_host).requires_grad_(False), *colours, **SHORT)
+
+
+HEADS = {
+    "of two maps": lambda: nn.Sequential(nn.Linear(32, 7), nn.ReLU(), nn.Dropout(0.1), nn.Linear(7, 5)),
+    "dropout and map": lambda: nn.Sequential(nn.Dropout(0.1), nn.Linear(32, 5)),
+    "with batch norm": lambda: nn.Sequential(nn.BatchNorm1d(32), nn.Linear(32, 5)),
+    "without a map": lambda: _Prototypes(32, 5),
+}
+
+
+class _Prototypes(nn.Module):
+    """Logits are distances, so that nothing tells how many classes there are."""
+
+    def __init__(self, width, classes):
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(classes, width))
+
+    def forward(self, x):
+        return -torch.cdist(x, self.centres)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_of_ones_own_is_trained_saved_and_loaded(make_host, colours, tmp_path, kind):
+    def host():
+        torch.manual_seed(0)
+        made = make_host()
+        made.head = HEADS[kind]()
+        return made
+
+    model = dyntune.tune(host(), "linear")
+    before = evaluate(model, colours[1], count_macs=False).loss
+    fit(model, *colours, out=tmp_path / "run", **SHORT | {"epochs": 4, "lr": 1e-2})
+    assert evaluate(model, colours[1], count_macs=False).loss < before
+    assert model.backbone.classes == (0 if kind == "without a map" else 5)
+    images = colours[1].tensors[0]
+    assert torch.equal(dyntune.load(tmp_path / "run", backbone=host())(images), model(images))
+
+
+def test_a_head_with_other_classes_than_the_data_is_refused(make_host, photos):
+    host = make_host()
+    host.head = HEADS["of two maps"]()
+    with pytest.raises(TrainingError, match="head has 5 classes, the data set 3"):
+        fit(dyntune.tune(host, "linear"), dyntune.data.load_data(str(photos)).train, **SHORT)
+
+
+@pytest.mark.parametrize("call", [fit, evaluate, lambda model, data: dyntune.cost(model)], ids=["fit", "eval", "cost"])
+def test_wrapped_models_are_refused_with_a_word_on_what_to_do(make_host, colours, call):
+    model = _model(make_host)
+    for wrapped, word in (
+        (nn.DataParallel(model), "torchrun"),
+        (torch.compile(model), "compile"),
+        (make_host(), "tune"),
+    ):
+        with pytest.raises(SpecError, match=word):
+            call(wrapped, colours[1])
+
+
+def test_wrapped_hosts_and_copies_of_data_parallel_are_refused(make_host, images_for):
+    with pytest.raises(BackboneError, match="torchrun"):
+        dyntune.tune(nn.DataParallel(make_host()), "dyt")
+    model = _model(make_host)
+    replica = model.backbone._replicate_for_data_parallel()  # as torch makes them, one for each GPU
+    model._modules["backbone"] = replica
+    with pytest.raises(BackboneError, match="torchrun"):
+        model(images_for(replica.host, 1))
+
+
+def test_batch_norms_of_a_hybrid_keep_their_statistics(colours, tmp_path):
+    """They are no parameters, so that nothing saves what training would make of them."""
+
+    def host():
+        torch.manual_seed(0)
+        sizes = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 4, "num_classes": 5}
+        return timm.create_model("vit_small_resnet26d_224", **sizes)
+
+    model = dyntune.tune(host(), "dyt:scale=1")
+    fit(model, colours[0], out=tmp_path / "run", **SHORT | {"epochs": 1})
+    images = colours[1].tensors[0]
+    assert torch.equal(dyntune.load(tmp_path / "run", backbone=host())(images), model(images))
+
+
+def _states_equal(first, second):
+    a, b = RunState.read(first), RunState.read(second)
+    assert (a.epoch, a.step) == (b.epoch, b.step) and a.tensors.keys() == b.tensors.keys()
+    assert all(torch.equal(tensor, b.tensors[name]) for name, tensor in a.tensors.items())
+
+
+LONGER = {
+    "constant rate": ({"lr": 1e-3, "min_lr": 1e-3, "warmup_epochs": 0}, {}),
+    "cool-down": ({"warmup_epochs": 0.2}, {"cooldown_epochs": 1}),
+}
+
+
+@pytest.mark.parametrize("kind", LONGER)
+def test_a_run_is_made_longer_where_that_changes_nothing_of_what_is_done(make_host, colours, tmp_path, kind):
+    options, more = LONGER[kind]
+    short = SHORT | options
+    long = short | more | {"epochs": 3}
+    fit(_model(make_host, "linear"), *colours, out=tmp_path / "run", **short)
+    fit(_model(make_host, "linear"), *colours, out=tmp_path / "run", resume=True, **long)
+    fit(_model(make_host, "linear"), *colours, out=tmp_path / "whole", **long)
+    _states_equal(tmp_path / "run", tmp_path / "whole")
+    assert [r["step"] for r in read_log(tmp_path / "run") if r["kind"] == "val"] == [3, 6, 9]
+
+
+def test_other_lengths_are_refused_with_a_way_to_go_on(make_host, colours, tmp_path):
+    fit(_model(make_host, "linear"), *colours, out=tmp_path / "linear", **SHORT)
+    with pytest.raises(TrainingError, match=r"cooldown_epochs=2, warmup_epochs=0\.2"):
+        fit(_model(make_host, "linear"), *colours, out=tmp_path / "linear", resume=True, **SHORT | {"epochs": 4})
+    advised = SHORT | {"epochs": 4, "cooldown_epochs": 2, "warmup_epochs": 0.2}
+    fit(_model(make_host, "linear"), *colours, out=tmp_path / "linear", resume=True, **advised)
+    fit(_model(make_host), *colours, out=tmp_path / "dyt", **SHORT)
+    with pytest.raises(TrainingError, match="follows the length of the training"):
+        fit(_model(make_host), *colours, out=tmp_path / "dyt", resume=True, **advised)
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), [(10, 2), (5, 4), (40, 1), (20, 3)])
+def test_a_run_goes_on_in_other_processes_with_the_same_images_in_a_step(
+    make_host, colours, tmp_path, batch_size, processes
+):
+    """The state is that of a run of several processes: their order of images and steps are those of one."""
+    fit(_model(make_host, "linear"), *colours, out=tmp_path / "whole", **SHORT)
+    with pytest.raises(TrainingInterrupted):
+        fit(_model(make_host, "linear"), *colours, out=tmp_path / "run", progress=_CtrlC(4), **SHORT)
+    state = RunState.read(tmp_path / "run")
+    state.identity |= {"processes": processes, "settings": state.identity["settings"] | {"batch_size": batch_size}}
+    state.write(tmp_path / "run")
+    resume = functools.partial(fit, _model(make_host, "linear"), *colours, out=tmp_path / "run", resume=True)
+    if batch_size * processes == SHORT["batch_size"]:
+        resume(**SHORT)
+        _states_equal(tmp_path / "run", tmp_path / "whole")
+    else:
+        with pytest.raises(
+            TrainingError, match=f"with batch_size={batch_size * processes} it goes on|batch_size was 40"
+        ):
+            resume(**SHORT)

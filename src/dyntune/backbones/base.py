@@ -10,14 +10,14 @@ import abc
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from torch import Tensor, nn
 
 from dyntune.backbones.origin import BackboneSource
 from dyntune.backbones.sites import Site, SiteKind
 from dyntune.backbones.units import Block, Unit, Where
-from dyntune.core.errors import BackboneError
+from dyntune.core.errors import BackboneError, CheckpointError
 from dyntune.core.tokens import Tokens
 from dyntune.data.transforms import Preprocessing
 
@@ -91,6 +91,14 @@ class Backbone(nn.Module, abc.ABC):
         self.adopted: tuple[nn.Parameter, ...] = ()
         """Parameters of the host that are not frozen, because another library has put them there to be trained."""
 
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``; batch norms of the host keep their pretrained statistics, which nobody saves."""
+        super().train(mode)
+        for module in self.host.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
     @classmethod
     @abc.abstractmethod
     def knows(cls, host: nn.Module) -> bool:
@@ -133,7 +141,10 @@ class Backbone(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def all_sites(self) -> Iterator[Site]:
-        """The host's linear maps, convolutions and norms, each once, in the order of a forward pass."""
+        """The host's linear maps, convolutions and norms, each once, in the order of a forward pass.
+
+        What stands between stages, or in front of the first block, need not be among them.
+        """
 
     def sites(self, *kinds: SiteKind) -> Iterator[Site]:
         """The sites of these kinds, or all, in the order of a forward pass.
@@ -148,6 +159,11 @@ class Backbone(nn.Module, abc.ABC):
                 yield site
             elif site.kind == "qkv":
                 yield from (site.part(kind) for kind in ("q", "k", "v") if kind in kinds)
+
+    def in_its_precision(self, images: Tensor) -> Tensor:
+        """Images in the precision of the host's weights, such as bf16; those that are no floating point as they are."""
+        dtype = next(self.host.parameters()).dtype
+        return images.to(dtype) if images.is_floating_point() and dtype.is_floating_point else images
 
     @abc.abstractmethod
     def embed(self, images: Tensor) -> Tokens:
@@ -212,8 +228,14 @@ class Backbone(nn.Module, abc.ABC):
 
     @property
     def classes(self) -> int:
-        """Number of classes of the classifier; 0 without one."""
-        return next((head.out_features for head in self.heads if isinstance(head, nn.Linear)), 0)
+        """Outputs of the classifier, those of its last linear map or convolution; 0 where it has none."""
+        for head in self.heads:
+            for module in reversed([*head.modules()]):
+                if isinstance(module, nn.Linear):
+                    return module.out_features
+                if isinstance(module, nn.modules.conv._ConvNd):
+                    return module.out_channels
+        return 0
 
     @property
     @abc.abstractmethod
@@ -253,6 +275,24 @@ class Backbone(nn.Module, abc.ABC):
                 yield block.mlp
             if where == "layer":
                 yield block
+
+    def one_width(self, part: str) -> int:
+        """Channels C of every token, for a part that has something in common to all blocks.
+
+        Args:
+            part: its name.
+
+        Raises:
+            BackboneError: the backbone has stages of different widths.
+        """
+        widths = sorted({block.width for block in self.blocks})
+        if len(widths) > 1:
+            raise BackboneError(
+                f"{part} has tensors in common to all blocks, but this backbone has stages whose tokens have "
+                f"{', '.join(map(str, widths[:-1]))} and {widths[-1]} channels. Use a method that puts its own tensors "
+                "on each block, such as adaptformer or lora."
+            )
+        return widths[0]
 
     def plain(self) -> Backbone:
         """The host as it was before other libraries put anything on it, with the same parameters."""
@@ -315,7 +355,8 @@ class Backbone(nn.Module, abc.ABC):
 
         Args:
             steps: how often ``begin_step`` will be called.
-            travel: how far the optimiser can move a number in the whole training, where that can be said.
+            travel: how far the optimiser could move a number in the whole training at its peak learning rate, where
+                that can be said.
         """
         self.steps, self.step = steps, 0
         for _, module in self._paced():
@@ -332,10 +373,18 @@ class Backbone(nn.Module, abc.ABC):
         return {f"{path}.{key}": t for path, module in self._paced() for key, t in module.course_state().items()}
 
     def resume_course(self, state: dict[str, Tensor]) -> None:
-        """Takes up what ``course_state`` gave, after ``begin_training``."""
+        """Takes up what ``course_state`` gave, after ``begin_training``.
+
+        Raises:
+            CheckpointError: it is the state of other modules.
+        """
+        left = dict(state)
         for path, module in self._paced():
             start = f"{path}."
-            module.resume_course({k.removeprefix(start): t for k, t in state.items() if k.startswith(start)})
+            own = {name: left.pop(name) for name in [*left] if name.startswith(start)}
+            module.resume_course({name.removeprefix(start): tensor for name, tensor in own.items()})
+        if left:
+            raise CheckpointError(f"the course of a training is not one of this model: it has {next(iter(left))}.")
 
     def _paced(self) -> Iterator[tuple[str, Paced]]:
         for path, module in self.named_modules():

@@ -11,7 +11,7 @@ from timm.layers import GELU, GELUTanh, QuickGELU
 from torch import Tensor, nn
 
 from dyntune.backbones.sites import JointSite, QueriesApart, Site
-from dyntune.backbones.units import Attention, Block, Mlp, MlpParts, Nonlinearity
+from dyntune.backbones.units import Attention, Block, Mlp, MlpParts, Nonlinearity, OpaqueAttention
 from dyntune.core.tokens import Tokens
 
 
@@ -87,7 +87,9 @@ class _OfModules:
     """What attention and MLP have in common where they are made of the host's modules."""
 
     norm_site: Site | None
+    maps: tuple[Site, ...]
     chain: Chain
+    out: Site
 
     @property
     def norm_first(self) -> bool:
@@ -99,6 +101,13 @@ class _OfModules:
     @property
     def drop_path_rate(self) -> float:
         return _drop_path_rate(self.chain)
+
+    def fold_factors(self) -> None:
+        """Writes what the update is multiplied by, and biases that stand beside their maps, into the maps."""
+        _fold(self.chain, self.out)
+        for site in self.maps:
+            if site.plain and site.biases and site.bias is not None:
+                site.set_bias(site.bias)
 
 
 class HostedAttention(_OfModules, Attention):
@@ -201,12 +210,43 @@ class HostedAttention(_OfModules, Attention):
             return 0.0
         return float(getattr(self.dropout.now, "p", self.dropout.now))
 
-    def fold_factors(self) -> None:
-        """Writes what the update is multiplied by, and biases that stand beside their maps, into the maps."""
-        _fold(self.chain, self.out)
-        for site in self.maps:
-            if site.plain and site.biases and site.bias is not None:
-                site.set_bias(site.bias)
+
+class HostedWhole(_OfModules, OpaqueAttention):
+    """An attention sub-layer that a method of the host computes as a whole, with the host's modules around it.
+
+    ``x`` goes through ``norm``, ``whole`` and ``chain``.
+
+    Args:
+        path: where it stands, for instance ``blocks.3.attn``.
+        width: channels C of its tokens.
+        norm: in front; None where the host has it behind, in ``chain``.
+        qkv: the map to queries, keys and values in ``whole``.
+        out: the output map in ``whole``.
+        whole: a method of a module of the host that calls these maps as modules, ``(B, rows, columns, C)`` to the same.
+        chain: from there to the update: norm, drop path.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        width: int,
+        *,
+        norm: Site | None,
+        qkv: Site,
+        out: Site,
+        whole: Callable[[Tensor], Tensor],
+        chain: Chain,
+    ) -> None:
+        super().__init__(path, width)
+        self.norm_site = norm
+        self.qkv = qkv
+        self.maps = (qkv,)
+        self.out = out
+        self.whole = whole
+        self.chain = tuple(chain)
+
+    def attended(self, normed: Tensor, grid: tuple[int, int]) -> Tensor:
+        return _through(self.chain, self.whole(normed.unflatten(1, grid)).flatten(1, 2))
 
 
 class HostedMlp(_OfModules, Mlp):
@@ -257,10 +297,6 @@ class HostedMlp(_OfModules, Mlp):
     def transform(self, normed: Tensor) -> Tensor:
         return _through(self.chain, normed)
 
-    def fold_factors(self) -> None:
-        """Writes what the update is multiplied by into the last map."""
-        _fold(self.chain, self.out)
-
 
 def _idle(link: Any) -> bool:
     """Whether a link does nothing in evaluation."""
@@ -277,7 +313,7 @@ def _nonlinearity(module: Any) -> Nonlinearity | None:
 
 def block_sites(block: Block) -> Iterator[Site]:
     """The sites of a block of hosted sub-layers, in the order of a forward pass, but for norms that stand behind."""
-    attn, mlp = cast(HostedAttention, block.attn), cast(HostedMlp, block.mlp)
+    attn, mlp = cast("HostedAttention | HostedWhole", block.attn), cast(HostedMlp, block.mlp)
     for part, maps in ((attn, (attn.qkv,)), (mlp, mlp.maps)):
         behind = [link for link in part.chain if isinstance(link, Site) and link.kind in ("norm1", "norm2")]
         yield from (() if part.norm_site is None else (part.norm_site,))
@@ -287,5 +323,5 @@ def block_sites(block: Block) -> Iterator[Site]:
 def fold_factors(blocks: Sequence[Block]) -> None:
     """``Backbone.fold_factors`` of a host whose blocks have hosted sub-layers."""
     for block in blocks:
-        cast(HostedAttention, block.attn).fold_factors()
-        cast(HostedMlp, block.mlp).fold_factors()
+        for part in (block.attn, block.mlp):
+            cast(_OfModules, part).fold_factors()

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import functools
+import reprlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.origin import BackboneSource
 from dyntune.core.discovery import discover
 from dyntune.core.errors import BackboneError
+from dyntune.core.fields import Range
+from dyntune.data.transforms import LARGEST_SIZE
 
 GROUP = "dyntune.families"
+DATA_PARALLEL = (
+    "nn.DataParallel runs copies of a model that know nothing of each other's gates. Leave it out; several GPUs train "
+    "together with torchrun: torchrun --nproc-per-node 2 -m dyntune.commands.main train ..., or on a script with fit."
+)
+"""What is said to those who use it."""
 
 
 @functools.cache
@@ -40,6 +49,9 @@ def wrap_plain(host: nn.Module) -> Backbone:
     """As ``wrap``, of a host in which no other library's layers are looked for."""
     if type(host).__module__.startswith("transformers.models.timm_wrapper."):
         host = host.timm_model  # type: ignore[assignment]
+    advice = wrapper_advice(host)
+    if advice:
+        raise BackboneError(advice)
     refusals = []
     for family in families().values():
         if family.knows(host):
@@ -50,6 +62,17 @@ def wrap_plain(host: nn.Module) -> Backbone:
     supported = "; ".join(family.supported for family in families().values())
     reason = refusals[0] if refusals else f"it is of no known family. Supported: {supported}."
     raise BackboneError(f"{type(host).__name__} is not supported: {reason}")
+
+
+def wrapper_advice(module: object) -> str | None:
+    """What to do with a module that another one of torch's is wrapped in; None if it is none of these."""
+    if isinstance(module, nn.DataParallel):
+        return DATA_PARALLEL
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return "the model is wrapped in DistributedDataParallel, which fit does itself under torchrun. Give its module."
+    if isinstance(module, torch._dynamo.OptimizedModule):
+        return "the model is compiled already. Give the one that torch.compile was given, and compile what you get."
+    return None
 
 
 def create_backbone(
@@ -100,11 +123,17 @@ def check_arguments(name: str | None, arguments: Any) -> dict[str, Any]:
     """
     known = recorded(name or "")
     if not isinstance(arguments, dict) or not set(arguments) <= known:
-        raise BackboneError(f"backbone arguments {arguments!r}: expected only {', '.join(sorted(known))}.")
+        raise BackboneError(f"backbone arguments {reprlib.repr(arguments)}: expected only {', '.join(sorted(known))}.")
     for key, value in arguments.items():
         numbers = isinstance(value, list) and all(type(item) is int for item in value)
+        sizes = value if numbers else [value] if type(value) is int else []
+        allowed = Range(0) if key == "num_classes" else Range(1, LARGEST_SIZE)
+        if any(size not in allowed for size in sizes):
+            raise BackboneError(f"backbone argument {key}={value}: expected {allowed}.")
         if not numbers and type(value) not in (int, bool, str):
-            raise BackboneError(f"backbone argument {key}={value!r}: expected a number, a text or a list of numbers.")
+            raise BackboneError(
+                f"backbone argument {key}={reprlib.repr(value)}: expected a number, a text or a list of numbers."
+            )
     return arguments
 
 

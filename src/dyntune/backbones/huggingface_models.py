@@ -6,7 +6,9 @@ transformers is imported here and nowhere else, when a model of it is asked for 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,9 +17,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dyntune.core.errors import BackboneError, in_one_line
+from dyntune.core.errors import BackboneError, how_to_install, in_one_line
 from dyntune.core.files import write_json
 from dyntune.data.transforms import Preprocessing
+
+log = logging.getLogger("dyntune")
 
 PREFIX = "hf:"
 Pool = Literal["token", "avg", "token+avg"]
@@ -54,6 +58,8 @@ _DEFAULTS: dict[str, tuple[tuple[tuple[float, ...], tuple[float, ...]], str]] = 
 _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Pillow's numbers of resizes."""
 _PROCESSOR, _CONFIG = "preprocessor_config.json", "config.json"
+_JOINT_PROCESSOR = "processor_config.json"
+"""Where transformers 5 puts what processors of images and texts have in common: the former's in ``image_processor``."""
 
 
 class TowerClassifier(nn.Module):
@@ -111,8 +117,11 @@ def add_classifier(tower: nn.Module, classes: int, pool: Pool = "token") -> Towe
         BackboneError: the model is no such tower, or ``pool`` is none of these.
     """
     kinds = {name for _, name in MODELS.values() if name}
-    if type(tower).__name__ not in kinds:
-        raise BackboneError(f"a classifier goes on one of {', '.join(sorted(kinds))}; given {type(tower).__name__}.")
+    given = type(tower).__name__
+    whole = given.replace("VisionTransformer", "VisionModel")
+    if given not in kinds:
+        advice = f" That is what {whole} holds: give {whole}.from_pretrained(...)." if whole in kinds else ""
+        raise BackboneError(f"a classifier goes on one of {', '.join(sorted(kinds))}; given {given}.{advice}")
     if pool not in ("token", "avg", "token+avg"):
         raise BackboneError(f"pool={pool!r}: expected token, avg or token+avg.")
     return TowerClassifier(tower, classes, pool)
@@ -137,7 +146,7 @@ def library() -> Any:
     except ImportError as error:
         raise BackboneError(
             f"models of Hugging Face need transformers, which cannot be imported ({in_one_line(error)}). Install it: "
-            "pip install 'dyntune[hf]'."
+            f"{how_to_install('hf')}."
         ) from error
     return transformers
 
@@ -170,7 +179,7 @@ def create(
     """
     transformers = library()
     source = name.removeprefix(PREFIX)
-    place = _folder_of(weights) or source
+    place = folder_of(weights) or source
     known = {} if Path(place).is_dir() or revision is None else {"revision": revision}
     with _quiet(transformers), _told(source, weights):
         config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, **known)
@@ -189,6 +198,7 @@ def create(
     built = vision if bare else config
     if num_classes is not None and num_classes != config.num_labels:
         built.num_labels = num_classes
+        built.problem_type = None  # that of the classifier which goes
     if drop_path_rate:
         if not hasattr(vision, "drop_path_rate"):
             raise BackboneError(f"{name} has no drop path; leave drop_path_rate out.")
@@ -204,8 +214,6 @@ def create(
     if not holder.name_or_path:
         holder.name_or_path = place
     if not Path(place).is_dir():
-        if pretrained:
-            _fetch(place, known)
         file = _cached(place, _CONFIG, revision)
         holder.dyntune_revision = None if file is None else file.parent.name
     return host
@@ -248,7 +256,7 @@ def _state(file: Path) -> dict[str, Tensor]:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _folder_of(weights: str | Path | None) -> str | None:
+def folder_of(weights: str | Path | None) -> str | None:
     """The folder with the configuration that belongs to local weights, if it lies beside them."""
     if weights is None:
         return None
@@ -296,14 +304,6 @@ def _quiet(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _fetch(repository: str, known: dict[str, str]) -> None:
-    """Has the image processor's file of a repository in the cache, if it has one."""
-    from huggingface_hub import hf_hub_download
-
-    with contextlib.suppress(Exception):  # the weights came from the cache, or there is no such file
-        hf_hub_download(repository, _PROCESSOR, revision=known.get("revision"))
-
-
 def revision_of(host: Any) -> str | None:
     """The commit of the repository that a model was read from, where it is known."""
     return getattr(host, "dyntune_revision", None) or getattr(host.config, "_commit_hash", None)
@@ -319,12 +319,48 @@ def _cached(repository: str, file: str, revision: str | None) -> Path | None:
     return None
 
 
-def _beside(host: Any, file: str) -> dict[str, Any]:
-    """A JSON file that lies beside the weights that a model was read from, or in the cache; empty if there is none."""
+def _processor(host: Any) -> dict[str, Any]:
+    """What the image processor's file beside a model's weights says, or that in their repository; empty without one."""
+    for file, fetch in ((_JOINT_PROCESSOR, False), (_PROCESSOR, False), (_PROCESSOR, True), (_JOINT_PROCESSOR, True)):
+        values = _beside(host, file, fetch)
+        if file == _JOINT_PROCESSOR:
+            values = values.get("image_processor") or {}
+        if values:
+            return values
+    return {}
+
+
+@functools.cache
+def _fetched(repository: str, file: str, revision: str | None) -> Path | None:
+    """A small file of a repository, from the hub; None if the repository has none.
+
+    Where the hub cannot say whether it has one, a warning says that what is usual is taken. It is asked once.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision))
+    except (EntryNotFoundError, HFValidationError) as error:
+        if isinstance(error, LocalEntryNotFoundError) and file == _PROCESSOR:
+            log.warning(
+                "whether %s has a %s is not known, because it cannot be reached: size, mean and deviation of the "
+                "images are those that are usual for the kind of model. Fetch the file once, with a network.",
+                repository,
+                file,
+            )
+        return None
+    except Exception as error:  # a repository that is closed or gone: the network stack has its own errors for this
+        log.warning("%s of %s cannot be had: %s.", file, repository, in_one_line(error))
+        return None
+
+
+def _beside(host: Any, file: str, fetch: bool) -> dict[str, Any]:
+    """A JSON file beside a model's weights, or of its repository: from the cache, or to ``fetch`` the hub; or empty."""
     place = getattr(host, "name_or_path", "") or ""
     path: Path | None = Path(place) / file
     if place and not Path(place).is_dir():
-        path = _cached(place, file, revision_of(host))
+        path = (_fetched if fetch else _cached)(place, file, revision_of(host))
     if not place or path is None or not path.is_file():
         return {}
     try:
@@ -336,7 +372,7 @@ def _beside(host: Any, file: str) -> dict[str, Any]:
 
 def processor_size(host: Any) -> tuple[int, int] | None:
     """Height and width of the images that the image processor beside a model's weights gives."""
-    values = _beside(host, _PROCESSOR)
+    values = _processor(host)
     size = (values.get("crop_size") if values.get("do_center_crop") else None) or values.get("size")
     if isinstance(size, int):
         return size, size
@@ -358,15 +394,17 @@ def preprocessing(host: Any, kind: str, size: tuple[int, int]) -> Preprocessing:
         size: height and width.
 
     Raises:
-        BackboneError: the processor does not scale pixels from 0 to 1 first, as images are scaled here.
+        BackboneError: the processor multiplies pixels by 0.
     """
     family = next(name for name in ("siglip2", "siglip", "clip", "dinov3", "dinov2", "deit", "vit") if name in kind)
     (mean, std), interpolation = _DEFAULTS[family]
-    values = _beside(host, _PROCESSOR)
+    # An entry that is null says as much as one that is absent.
+    values = {name: value for name, value in _processor(host).items() if value is not None}
     factor = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
-    if abs(factor - 1 / 255) > 1e-6:
+    if factor <= 0:
         raise BackboneError(
-            f"the image processor beside {host.name_or_path} multiplies pixels by {factor}; expected 1/255."
+            f"the image processor beside {host.name_or_path} multiplies pixels by {factor}; expected a factor above 0, "
+            "for instance 1/255."
         )
     if values.get("do_normalize") is False:
         mean, std = (0.0,) * 3, (1.0,) * 3
@@ -375,6 +413,10 @@ def preprocessing(host: Any, kind: str, size: tuple[int, int]) -> Preprocessing:
     resample = values.get("resample")
     if isinstance(resample, int) and 0 <= resample < len(_RESAMPLE):
         interpolation = _RESAMPLE[resample]
+    # Pixels are scaled from 0 to 1 here; another scale is one of mean and deviation.
+    scale = 255 * factor
+    if abs(scale - 1) > 1e-6:
+        mean, std = tuple(value / scale for value in mean), tuple(value / scale for value in std)
     return Preprocessing(size, mean, std, interpolation)
 
 
@@ -399,8 +441,9 @@ def write(host: Any, preprocessing: Preprocessing, folder: Path) -> None:
 
 def class_names(config: Any) -> tuple[str, ...] | None:
     """The names of the classes in label order, unless they are mere numbers."""
-    labels = getattr(config, "id2label", None) or {}
-    names = [labels.get(number) for number in range(len(labels))]
+    # Whoever gives the table to from_pretrained as it is in a file gives numbers as texts.
+    labels = {str(number): name for number, name in (getattr(config, "id2label", None) or {}).items()}
+    names = [labels.get(str(number)) for number in range(len(labels))]
     if not names or any(name is None or name == f"LABEL_{number}" for number, name in enumerate(names)):
         return None
     return tuple(map(str, names))

@@ -1,8 +1,14 @@
-"""Where a backbone comes from: its name, how it was built, and the file or hub that its weights were read from."""
+"""Where a backbone comes from: its name, how it was built, and the file or hub that its weights were read from.
+
+Names beyond timm's own and paths are followed on this machine once its user has given them here; a saved adapter may
+come from a stranger, and does not decide what is fetched, or read outside its folder.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,6 +16,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from dyntune.core.digests import sample
 
 
 @dataclass(frozen=True)
@@ -34,16 +42,51 @@ class BackboneSource:
         """Plain JSON values."""
         return asdict(self)
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """What it names beside models of timm's own list: hubs, folders, files."""
+        name = (self.name,) if self.name is not None and ":" in self.name else ()
+        return name if self.weights is None else (*name, self.weights)
 
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    def remember(self) -> None:
+        """Notes for this user of this machine that the places were given here, so that saved models may name them."""
+        for place in self.places:
+            with contextlib.suppress(OSError):  # without a home to note it in, load is told each time
+                note = _note(place)
+                note.parent.mkdir(parents=True, exist_ok=True)
+                note.touch()
+
+    def unknown(self, folder: Path | None = None) -> tuple[str, ...]:
+        """The places that were not given on this machine and do not lie in ``folder``."""
+        return tuple(place for place in self.places if not _note(place).is_file() and not _lies_in(place, folder))
+
+
+def _note(place: str) -> Path:
+    """The file that says that a place was given here."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "dyntune" / "backbones" / hashlib.sha256(place.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _lies_in(place: str, folder: Path | None) -> bool:
+    path = Path(place.partition(":")[2] or place)
+    try:
+        return folder is not None and path.is_absolute() and path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # no path at all, or links in a circle
+        return False
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:
     """A short digest of named tensors that tells two sets of weights apart, from 64 values of each tensor.
 
     It does not depend on device, and reading a few values keeps it quick for a backbone of several GB.
+
+    Args:
+        tensors: by name.
+        dtype: take them as if they were converted to it; None as they are.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors):
-        flat = tensor.detach().reshape(-1)
-        picked = flat[torch.linspace(0, max(len(flat) - 1, 0), min(64, len(flat))).long().to(flat.device)]
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(picked.float().cpu().numpy().tobytes())
+        values = sample(tensor)
+        digest.update(values.to(dtype or values.dtype).float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -13,8 +13,9 @@ from dyntune.core.errors import BackboneError
 
 SiteKind = Literal["patch", "norm1", "qkv", "q", "k", "v", "proj", "norm2", "fc1", "fc2", "norm"]
 """Patch embedding; in each block the norms, the map to queries, keys and values, the output map and the MLP's two maps;
-the last norm. A gated MLP has two sites ``fc1``. Where queries, keys and values have a map in common, each is a part of
-it; where each has a map of its own, there are three sites instead of ``qkv``, or one ``JointSite``."""
+norms outside the blocks, such as the last one. A gated MLP has two sites ``fc1``. Where queries, keys and values have a
+map in common, each is a part of it; where each has a map of its own, there are three sites instead of ``qkv``, or one
+``JointSite``."""
 
 
 class Change(nn.Module):
@@ -39,18 +40,25 @@ class Changed(nn.Module):
     Args:
         base: the host's module.
         bias: gives a bias that the host keeps beside the module; it is added before the changes see the output.
+        host_adds: whether the host adds that bias to what comes out, too; it is taken off again for that.
     """
 
-    def __init__(self, base: nn.Module, bias: Callable[[], Tensor | None] | None = None) -> None:
+    def __init__(
+        self, base: nn.Module, bias: Callable[[], Tensor | None] | None = None, host_adds: bool = False
+    ) -> None:
         super().__init__()
         self.base = base
         self.bias_beside = bias
+        self.host_adds = host_adds
         self.changes = nn.ModuleDict()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         bias = None if self.bias_beside is None else self.bias_beside()
-        return _changed(self.changes, x, y if bias is None else y + bias)
+        if bias is None:
+            return _changed(self.changes, x, y)
+        y = _changed(self.changes, x, y + bias)
+        return y - bias if self.host_adds else y
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -130,6 +138,8 @@ class Site:
         biases: names of the parameters of ``owner`` that are the map's bias, in the order of its output channels, where
             they stand beside it; one that is None, or missing, is zero.
         sizes: output channels of queries, keys and values in a map to all of them, where they are not thirds.
+        host_adds: whether the host adds these biases itself to what the map gives, as it does where an attention is
+            computed as a whole; nobody calls the site then.
     """
 
     kind: SiteKind
@@ -140,6 +150,7 @@ class Site:
     rows: tuple[int, int] | None = None
     biases: tuple[str, ...] = ()
     sizes: tuple[int, ...] = ()
+    host_adds: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """What the host's module makes of ``x``, with whatever is put on it and the bias that stands beside it."""
@@ -284,7 +295,7 @@ class Site:
         """What holds the changes, put there if it is not."""
         module = getattr(self.owner, self.attribute)
         if not isinstance(module, Changed):
-            module = Changed(module, self._beside if self.biases else None)
+            module = Changed(module, self._beside if self.biases else None, self.host_adds)
             setattr(self.owner, self.attribute, module)
         return module
 

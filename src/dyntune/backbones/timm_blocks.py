@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from timm.layers import GluMlp, SwiGLU
@@ -10,59 +10,84 @@ from timm.layers import Mlp as TimmMlp
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor
 
-from dyntune.backbones.hosted import Chain, HostedAttention, HostedMlp, Ref
+from dyntune.backbones.hosted import Chain, HostedAttention, HostedMlp, HostedWhole, Ref
 from dyntune.backbones.sites import Changed, Site, SiteKind
-from dyntune.backbones.units import Block
+from dyntune.backbones.units import Attention, Block
+from dyntune.core.tokens import Tokens
 
 _FIRST = ("fc1", "fc1_g", "fc1_x", "w0", "w1")
 _SECOND = ("fc2", "w2")
 """Names of an MLP's maps to the hidden layer and from it."""
 
 
+def named(host: Any) -> Iterator[tuple[str, Any]]:
+    """Every block of a host by its name there, in the order of a forward pass: in ``blocks``, or stage by stage."""
+    if hasattr(host, "blocks"):
+        yield from ((f"blocks.{index}", one) for index, one in enumerate(host.blocks))
+        return
+    for number, stage in enumerate(host.layers):
+        yield from ((f"layers.{number}.blocks.{index}", one) for index, one in enumerate(stage.blocks))
+
+
 def refusal(host: Any, blocks: tuple[type, ...], attentions: tuple[type, ...]) -> str | None:
     """Why a host's blocks cannot be read; None if they can.
 
     Args:
-        host: timm's model, with ``blocks``.
+        host: timm's model.
         blocks: classes of blocks that can.
         attentions: of attentions.
     """
     if any(isinstance(module, Changed) for module in host.modules()):
         return "another tuned model has changed its modules; build a backbone for each"
-    for index, one in enumerate(host.blocks):
+    for name, one in named(host):
         if type(one) not in blocks:
-            return f"blocks.{index} is a {type(one).__name__}"
+            return f"{name} is a {type(one).__name__}"
         if type(one.attn) not in attentions:
-            return f"blocks.{index}.attn is a {type(one.attn).__name__}"
+            return f"{name}.attn is a {type(one.attn).__name__}"
         if getattr(one.attn, "gate", None) is not None:
-            return f"blocks.{index}.attn is gated"
+            return f"{name}.attn is gated"
         if not isinstance(one.mlp, TimmMlp | GluMlp | SwiGLU | GeGluMlp):
-            return f"blocks.{index}.mlp is a {type(one.mlp).__name__}"
+            return f"{name}.mlp is a {type(one.mlp).__name__}"
     return None
 
 
-def block(index: int, host: Any, width: int, *, factors: tuple[str, str], norm_first: bool = True) -> Block:
+def block(
+    index: int,
+    host: Any,
+    width: int,
+    *,
+    factors: tuple[str, str] = ("", ""),
+    norm_first: bool = True,
+    name: str = "",
+    whole: Callable[[Tensor], Tensor] | None = None,
+    before: Callable[[Tokens], Tokens] | None = None,
+) -> Block:
     """A block of two sub-layers, each between a norm and a drop path.
 
     Args:
         index: its number.
         host: timm's block.
         width: channels C of its tokens.
-        factors: names of what multiplies the two updates: ``ls1`` and ``ls2``, ``gamma_1`` and ``gamma_2``.
+        factors: names of what multiplies the two updates: ``ls1`` and ``ls2``, ``gamma_1`` and ``gamma_2``; empty for
+            nothing.
         norm_first: whether the norms stand in front of attention and MLP, instead of behind them.
+        name: of the block in its model, where it is not ``blocks.INDEX``.
+        whole: a method of the host's block that computes the attention as a whole, as ``HostedWhole`` takes it.
+        before: what the host does in front of the block.
     """
-    path = f"blocks.{index}"
+    path = name or f"blocks.{index}"
     norms = [_site("norm1", index, path, host), _site("norm2", index, path, host)]
     behind: list[Chain] = []
     for factor, norm, drop in zip(factors, norms, ("drop_path1", "drop_path2"), strict=True):
         links = (Ref(host, factor, "gamma"), *(() if norm_first else (norm,)), Ref(host, drop))
         behind.append([link for link in links if isinstance(link, Site) or hasattr(host, link.attribute)])
     attn_norm, mlp_norm = norms if norm_first else (None, None)
-    return Block(
-        index,
-        _attention(index, width, host.attn, attn_norm, behind[0]),
-        _mlp(index, width, host, mlp_norm, behind[1]),
-    )
+    attn: Attention
+    if whole is None:
+        attn = _attention(index, width, f"{path}.attn", host.attn, attn_norm, behind[0])
+    else:
+        attn = _whole(index, width, f"{path}.attn", host.attn, attn_norm, behind[0], whole)
+    return Block(index, attn, _mlp(index, width, f"{path}.mlp", host, mlp_norm, behind[1]), before)
 
 
 def _site(kind: SiteKind, index: int, path: str, owner: Any, name: str = "", biases: tuple[str, ...] = ()) -> Site:
@@ -70,18 +95,35 @@ def _site(kind: SiteKind, index: int, path: str, owner: Any, name: str = "", bia
     return Site(kind, index, f"{path}.{name}", owner, name, biases=biases)
 
 
-def _attention(index: int, width: int, attn: Any, norm: Site | None, behind: Chain) -> HostedAttention:
-    path = f"blocks.{index}.attn"
+def _biases(attn: Any) -> tuple[str, ...]:
+    """Names of the biases that stand beside an attention's map to queries, keys and values."""
+    return ("q_bias", "k_bias", "v_bias") if hasattr(attn, "q_bias") else ()
+
+
+def _whole(
+    index: int,
+    width: int,
+    path: str,
+    attn: Any,
+    norm: Site | None,
+    behind: Chain,
+    whole: Callable[[Tensor], Tensor],
+) -> HostedWhole:
+    qkv = Site("qkv", index, f"{path}.qkv", attn, "qkv", biases=_biases(attn), host_adds=True)
+    out = _site("proj", index, path, attn)
+    return HostedWhole(f"blocks.{index}.attn", width, norm=norm, qkv=qkv, out=out, whole=whole, chain=behind)
+
+
+def _attention(index: int, width: int, path: str, attn: Any, norm: Site | None, behind: Chain) -> HostedAttention:
     if attn.qkv is not None:
-        biases = ("q_bias", "k_bias", "v_bias") if hasattr(attn, "q_bias") else ()
-        maps = [_site("qkv", index, path, attn, biases=biases)]
+        maps = [_site("qkv", index, path, attn, biases=_biases(attn))]
     else:
         maps = [_site("q", index, path, attn, "q_proj"), _site("k", index, path, attn, "k_proj")]
         maps.append(_site("v", index, path, attn, "v_proj"))
     out = _site("proj", index, path, attn)
     inner, q_norm, k_norm = (Ref(attn, name) if hasattr(attn, name) else None for name in ("norm", "q_norm", "k_norm"))
     return HostedAttention(
-        path,
+        f"blocks.{index}.attn",
         width,
         head_width=out.inputs // attn.num_heads,
         norm=norm,
@@ -103,12 +145,13 @@ def _relative(attn: Any) -> Callable[[], Tensor] | None:
     return attn._get_rel_pos_bias if getattr(attn, "relative_position_bias_table", None) is not None else None
 
 
-def _mlp(index: int, width: int, host: Any, norm: Site | None, behind: Chain) -> HostedMlp:
-    path, mlp = f"blocks.{index}.mlp", host.mlp
+def _mlp(index: int, width: int, path: str, host: Any, norm: Site | None, behind: Chain) -> HostedMlp:
+    mlp = host.mlp
     maps = [_site("fc1", index, path, mlp, name) for name in _FIRST if hasattr(mlp, name)]
     out = next(_site("fc2", index, path, mlp, name) for name in _SECOND if hasattr(mlp, name))
     layers: Chain = ()
     if type(mlp) is TimmMlp:
         inside = (maps[0], Ref(mlp, "act"), Ref(mlp, "drop1"), Ref(mlp, "norm"), out, Ref(mlp, "drop2"))
         layers = (*inside, *behind)
-    return HostedMlp(path, width, norm=norm, maps=maps, chain=(Ref(host, "mlp"), *behind), out=out, layers=layers)
+    chain = (Ref(host, "mlp"), *behind)
+    return HostedMlp(f"blocks.{index}.mlp", width, norm=norm, maps=maps, chain=chain, out=out, layers=layers)

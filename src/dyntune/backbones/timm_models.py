@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import io
+import logging
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import safetensors.torch
 import timm
 import torch
 from timm.models import (
     beit,
+    clean_state_dict,
     eva,
-    load_state_dict,
     naflexvit,
+    swin_transformer,
+    swin_transformer_v2,
     vision_transformer,
     vision_transformer_relpos,
 )
 from torch import Tensor, nn
 
 from dyntune.backbones import builtin as _builtin  # noqa: F401  registers the built-in backbone with timm
+from dyntune.backbones import timm_blocks
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosted import block_sites, fold_factors
 from dyntune.backbones.origin import BackboneSource
 from dyntune.backbones.sites import Site
+from dyntune.core.attention import bias_of
 from dyntune.core.errors import BackboneError
 from dyntune.core.rotation import Rotation
 from dyntune.core.shapes import shapes_only
@@ -37,15 +45,32 @@ from dyntune.data.transforms import Preprocessing
 
 PATCH_DROP = "it drops patches at random (patch_drop_rate); build it with patch_drop_rate=0"
 """Why a host is refused that does so."""
+
+
+def _as_it_is(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return state
+
+
 _FILTERS: dict[type[nn.Module], Callable[..., dict[str, Tensor]]] = {
     vision_transformer.VisionTransformer: vision_transformer.checkpoint_filter_fn,
     eva.Eva: eva.checkpoint_filter_fn,
     naflexvit.NaFlexVit: naflexvit.checkpoint_filter_fn,
     beit.Beit: beit.checkpoint_filter_fn,
-    vision_transformer_relpos.VisionTransformerRelPos: vision_transformer_relpos.checkpoint_filter_fn,
+    # timm 1.0.26 has none for these: it does not resize their tables of biases.
+    vision_transformer_relpos.VisionTransformerRelPos: getattr(
+        vision_transformer_relpos, "checkpoint_filter_fn", _as_it_is
+    ),
+    swin_transformer.SwinTransformer: swin_transformer.checkpoint_filter_fn,
+    swin_transformer_v2.SwinTransformerV2: swin_transformer_v2.checkpoint_filter_fn,
 }
 """What makes timm's names of those in a file, by kind of model."""
+_ANCHORS = ("patch_embed.proj.weight", "blocks.0.norm1.weight", "visual.class_embedding", "cls_token", "mask_token")
+"""Names that ViTs have: what stands before them is a prefix."""
+_KIN = ("dist_token", "register_tokens", "storage_tokens", "norm1", "ln_pre", "rope", "rope_embed")
+"""First words of tensors that ViTs of other kinds have."""
 _ARGUMENTS = ("num_classes", "global_pool", "dynamic_img_size")
+
+log = logging.getLogger("dyntune")
 
 
 class TimmBackbone(Backbone):
@@ -101,16 +126,20 @@ class TimmBackbone(Backbone):
         channels, height, width = self.image_shape
         if images.ndim != 4 or images.shape[1] != channels:
             raise BackboneError(f"expected images of shape (B, {channels}, {height}, {width}); given {images.shape}.")
-        if not getattr(self.host, "dynamic_img_size", False) and images.shape[2:] != (height, width):
+        if not self.any_size and images.shape[2:] != (height, width):
             raise BackboneError(
                 f"the backbone was built for images of {height} x {width} pixels; given {tuple(images.shape[2:])}. "
                 "Resize the images, or build the backbone with img_size=... or dynamic_img_size=True."
             )
 
+    @property
+    def any_size(self) -> bool:
+        """Whether the host takes images of other sizes than the one that it was built for."""
+        return getattr(self.host, "dynamic_img_size", False)
+
     def grid_of(self, embedded: Tensor) -> tuple[int, int]:
         """Rows and columns of patches, from what ``patch_embed`` makes of images."""
-        dynamic = getattr(self.host, "dynamic_img_size", False)
-        rows, columns = embedded.shape[1:3] if dynamic else self.host.patch_embed.grid_size
+        rows, columns = embedded.shape[1:3] if self.any_size else self.host.patch_embed.grid_size
         return int(rows), int(columns)
 
     def finish(self, tokens: Tokens) -> Tokens:
@@ -139,11 +168,12 @@ class TimmBackbone(Backbone):
     def _pooled(self, tokens: Tokens, weights: Tensor) -> Tensor:
         """The host's pooling, ``(B, C)``, with weights ``(B, P)`` of the patches."""
         host, x = self.host, tokens.x
-        weights = tokens.cover_prefix(weights).to(x.dtype)
+        weights = tokens.cover_prefix(weights)
         if not self.pools_prefix:
             x, weights = x[:, tokens.prefix :], weights[:, tokens.prefix :]
         if getattr(host, "attn_pool", None) is not None:
-            return host.attn_pool(x, attn_mask=weights.clamp_min(torch.finfo(weights.dtype).tiny).log()[:, None, None])
+            return host.attn_pool(x, attn_mask=bias_of(weights, x.dtype)[:, None, None])
+        weights = weights.to(x.dtype)
         mean = (x * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True)
         most = x.masked_fill(weights.unsqueeze(-1) <= 0, -torch.inf).amax(1)
         return {"avg": mean, "max": most, "avgmax": 0.5 * (mean + most)}[host.global_pool]
@@ -267,7 +297,7 @@ def create(name: str, *, weights: str | Path | None = None, pretrained: bool = T
         size = arguments["img_size"]
         height, width = size if isinstance(size, tuple) else (size, size)
         model.pretrained_cfg = model.pretrained_cfg | {"input_size": (model.in_chans, height, width)}
-    if weights is not None:
+    if weights is not None and not next(model.parameters()).is_meta:
         load_weights(model, weights)
     return model
 
@@ -275,17 +305,22 @@ def create(name: str, *, weights: str | Path | None = None, pretrained: bool = T
 def load_weights(model: Any, path: str | Path) -> None:
     """Loads a local weight file into a ViT of timm's, in place; nothing is unpickled beyond tensors.
 
-    Google's ``.npz`` arrays are mapped by timm's own loader; ``.pth`` and ``.safetensors`` may hold timm's names and
-    those that timm knows for this kind of model: jx, DINOv2 or OpenAI CLIP for a VisionTransformer, EVA, DINOv3, the
-    Perception Encoder or Sapiens2 for an Eva. Position embeddings are resized to the model's grid. The classifier is
-    taken when it fits and otherwise left as it is, as is the representation layer ``pre_logits`` of old in21k files.
+    Google's ``.npz`` arrays are mapped by timm's own loader; ``.pth`` and ``.safetensors`` may hold timm's names
+    and those that timm knows for this kind of model: jx, DINOv2 or OpenAI CLIP for a VisionTransformer, EVA,
+    DINOv3, the Perception Encoder or Sapiens2 for an Eva, the authors' for a Swin. They may stand in dictionaries
+    beside a student, an optimiser or options, under a prefix (``teacher.backbone.``, ``module.encoder.``), and
+    among tensors of which the model has no part, such as MAE's decoder; a log message says what was taken. Position
+    embeddings are resized to the model's grid. The classifier is taken when it fits and otherwise left as it is, as
+    is the representation layer ``pre_logits`` of old in21k files.
+
+    Args:
+        model: filled in place.
+        path: the file, or a folder that ``timm.models.save_for_hf`` has written.
 
     Raises:
         BackboneError: the file is missing, unreadable, or does not hold every tensor of the backbone.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise BackboneError(f"no weight file at {path}. Expected a .npz, .pth or .safetensors file.")
+    path = _weight_file(Path(path))
     read = next((own for kind, own in _FILTERS.items() if isinstance(model, kind)), None)
     if read is None:
         kinds = ", ".join(kind.__name__ for kind in _FILTERS)
@@ -303,25 +338,118 @@ def load_weights(model: Any, path: str | Path) -> None:
             raise BackboneError(
                 f"{path} does not hold a ViT that fits {_size(model)}: {_first_line(error)}."
             ) from error
+        _require_finite(model.named_parameters(), path)
         return
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # timm prints there, where commands print JSON
-            state = read(load_state_dict(str(path), weights_only=True), model)
+        if path.suffix == ".safetensors":
+            held = safetensors.torch.load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # options of a script, which are plain values
+                held = torch.load(path, map_location="cpu", weights_only=True)
+        found = _fitting(held, model, read)
     except Exception as error:
         raise BackboneError(
-            f"cannot read weights from {path}: {_reason(error)}. Expected names that timm reads for this model."
+            f"cannot read weights from {path}: {_reason(error, path)}. Expected names that timm reads for this model."
         ) from error
+    if found.missing or found.left_out:
+        raise BackboneError(
+            f"the weights in {path} do not fit {_size(model)}. "
+            f"Missing or of another shape: {_some(found.missing)}. In the file but not used: {_some(found.left_out)}."
+        )
+    _require_finite(found.tensors.items(), path)
+    if found.place or found.others:
+        where = f" under {found.place!r}" if found.place else ""
+        others = f"; not used: {_some(found.others)}" if found.others else ""
+        log.warning("%s: read the %d tensors of the backbone%s%s.", path, len(found.tensors), where, others)
+    model.load_state_dict(found.tensors, strict=False)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a part of a checkpoint holds of a model.
+
+    Args:
+        place: dictionaries and prefix that it stands under.
+        tensors: by the model's names, of its shapes.
+        missing: tensors of the model, but for its head, that are not among them.
+        left_out: tensors of such a model that this one does not have, or has in another shape.
+        others: tensors of other models beside it.
+    """
+
+    place: str
+    tensors: dict[str, Tensor]
+    missing: list[str]
+    left_out: list[str]
+    others: list[str]
+
+
+def _fitting(held: Any, model: Any, read: Callable[..., dict[str, Tensor]]) -> _Found:
+    """The part of a checkpoint that is the model; where none is, the one that comes closest."""
+    found, problem = [], None
+    for place, state in _states(held, ""):
+        ends = {name.removesuffix(anchor) for anchor in _ANCHORS for name in state if name.endswith(anchor)}
+        starts = [start for start in ends if start.endswith(".")]
+        for start in ("", *sorted(starts, key=lambda start: (_rank(start), start))):
+            own = {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
+            others = sorted(name for name in state if not name.startswith(start))
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):  # timm prints there, where commands print JSON
+                    part = _compared(f"{place}{start}", read(dict(own), model), model, others)
+            except Exception as error:  # names that timm makes nothing of
+                problem = problem or error
+                continue
+            if not part.missing and not part.left_out:
+                return part
+            found.append(part)
+    if not found:
+        raise problem or ValueError("it holds no tensors")
+    return min(found, key=lambda part: len(part.missing) + len(part.left_out))
+
+
+def _states(held: Any, place: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every dictionary of tensors in a checkpoint, and where it stands, the one that is meant to be used first."""
+    if not isinstance(held, Mapping):
+        return
+    tensors = {name: tensor for name, tensor in held.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+    if tensors:
+        yield place, clean_state_dict(tensors)
+    for name in sorted((name for name in held if isinstance(name, str)), key=_rank):
+        if place.count("/") < 3:  # deeper ones are states of optimisers
+            yield from _states(held[name], f"{place}{name}/")
+
+
+def _rank(name: str) -> int:
+    """Which of several copies of a model is meant: averaged weights before the teacher's, and these before others."""
+    marks = ("ema", "teacher", "state_dict", "model", "module")
+    return next((rank for rank, mark in enumerate(marks) if mark in name), len(marks))
+
+
+def _compared(place: str, state: dict[str, Tensor], model: Any, others: list[str]) -> _Found:
     own = model.state_dict()
     head = {name for name in own if name.split(".")[0] in ("head", "head_dist")}
     fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
+    rest = sorted(name for name in set(state) - set(fitting) if name.split(".")[0] not in ("head", "head_dist"))
+    # What bears a name of the model's own parts, or of parts that such models have, is of another model of its kind.
+    kin = [name for name in rest if hasattr(model, name.split(".")[0]) or name.split(".")[0] in _KIN]
     missing = sorted(set(own) - set(fitting) - head)
-    left_out = sorted(name for name in set(state) - set(fitting) if name.split(".")[0] not in ("head", "head_dist"))
-    if missing or left_out:
+    return _Found(place, fitting, missing, kin, sorted({*rest} - {*kin}) + others)
+
+
+def _weight_file(path: Path) -> Path:
+    """The file itself, or the one with the weights in a folder."""
+    files = [path / name for name in ("model.safetensors", "pytorch_model.bin")] if path.is_dir() else [path]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
         raise BackboneError(
-            f"the weights in {path} do not fit {_size(model)}. "
-            f"Missing or of another shape: {_some(missing)}. In the file but not used: {_some(left_out)}."
+            f"no weight file at {path}. Expected a .npz, .pth or .safetensors file, or a folder with model.safetensors."
         )
-    model.load_state_dict(fitting, strict=False)
+    return file
+
+
+def _require_finite(tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
+    spoilt = [name for name, tensor in tensors if not bool(tensor.isfinite().all())]
+    if spoilt:
+        raise BackboneError(f"the weights in {path} are not finite in {_some(spoilt)}. Give others.")
 
 
 def _structure(host: Any) -> str:
@@ -332,26 +460,47 @@ def _structure(host: Any) -> str:
     }
     rope = getattr(host, "rope", None)
     if rope is not None:
-        plain = (bool, int, float, str, tuple, list)
-        settings |= {
-            name: value for name, value in vars(rope).items() if isinstance(value, plain) and name != "training"
-        }
+        settings |= _plain(rope)
         settings["rotate_half"] = getattr(host.blocks[0].attn, "rotate_half", False)
+    if hasattr(host, "layers"):  # stages with windows
+        # That one is switched where a host is wrapped, and gives the same sum.
+        sums = {"qkv_bias_separate": None}
+        settings |= {name: (_plain(one), _plain(one.attn) | sums) for name, one in timm_blocks.named(host)}
     return f"{settings}{text}"
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """The settings that a module keeps as plain values."""
+    kinds = (bool, int, float, str, tuple, list)
+    return {name: value for name, value in vars(module).items() if isinstance(value, kinds) and name != "training"}
 
 
 def _size(model: Any) -> str:
     rows, columns = model.patch_embed.grid_size if hasattr(model, "patch_embed") else model.embeds.pos_embed_grid_size
-    return f"the model (width {model.embed_dim}, {len(model.blocks)} blocks, {rows} x {columns} patches)"
+    blocks = len(list(timm_blocks.named(model)))
+    return f"the model (width {model.embed_dim}, {blocks} blocks, {rows} x {columns} patches)"
 
 
 def _some(names: list[str]) -> str:
     return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: Path) -> str:
     # PyTorch's own words advise to load the file with weights_only=False, which would run code from it.
-    return "it is no file of plain tensors" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+    if not isinstance(error, pickle.UnpicklingError):
+        return _first_line(error)
+    names: list[str] = []
+    with contextlib.suppress(Exception):  # it is no pickle at all
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if not names:
+        return "it is no file of plain tensors"
+    whole = any(name.startswith("torch.nn.modules.") for name in names)
+    taken = ".state_dict()" if whole else '["state_dict"]'
+    return (
+        f"it is no file of plain tensors but {'a whole model' if whole else 'tensors among objects'} "
+        f"({', '.join(sorted(names)[:3])}), and opening it may run code. If you trust who made it, convert it once: "
+        f"torch.save(torch.load('{path.name}', weights_only=False){taken}, 'weights.pth')"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
@@ -260,11 +260,16 @@ class OpaqueAttention(Attention):
     opaque = True
 
     @abc.abstractmethod
-    def attended(self, normed: Tensor) -> Tensor:
-        """The norm's output ``(B, N, C)`` to the update ``(B, N, C)``: attention, LayerScale and drop path."""
+    def attended(self, normed: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The norm's output to the update, both ``(B, N, C)``: attention, LayerScale and drop path.
+
+        Args:
+            normed: a row for each token.
+            grid: rows and columns of the places of tokens behind the prefix.
+        """
 
     def host_update(self, tokens: Tokens) -> Tensor:
-        return self.attended(self.normed(tokens))
+        return self.attended(self.normed(tokens), tokens.grid)
 
     def project(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         raise BackboneError(f"{self.path} is computed by the host as a whole; it has no queries to be read.")
@@ -322,15 +327,23 @@ class Mlp(SubLayer):
 
 
 class Block(Unit):
-    """One transformer block: attention, then MLP."""
+    """One transformer block: attention, then MLP.
+
+    Args:
+        index: its number.
+        attn: its attention.
+        mlp: its MLP.
+        before: what the host does to all tokens in front of it, such as making one of several between two stages.
+    """
 
     kind = "layer"
 
-    def __init__(self, index: int, attn: Attention, mlp: Mlp) -> None:
+    def __init__(self, index: int, attn: Attention, mlp: Mlp, before: Callable[[Tokens], Tokens] | None = None) -> None:
         super().__init__(f"blocks.{index}", mlp.width)
         self.index = index
         self.attn = attn
         self.mlp = mlp
+        self.before = before
         self.prompts = nn.ModuleDict()
 
     def add_prompts(self, name: str, module: nn.Module) -> None:
@@ -355,6 +368,8 @@ class Block(Unit):
 
     def enter(self, tokens: Tokens) -> Tokens:
         """The tokens that this block computes."""
+        if self.before is not None:
+            tokens = self.before(tokens)
         for module in self.prompts.values():
             tokens = module(tokens)
         return tokens

@@ -16,6 +16,7 @@ from dyntune.commands.common import (
     ModelOption,
     PolicyOption,
     WeightsOption,
+    duration,
     err,
     out,
     parts,
@@ -28,7 +29,7 @@ from dyntune.core.errors import SpecError
 from dyntune.parts.spec_list import split_list
 from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.report import DETAILS, details, speed_figure, summary, write
-from dyntune.studies.bench.run import bench
+from dyntune.studies.bench.run import bench, estimate
 from dyntune.studies.bench.runtimes import known_runtimes
 from dyntune.studies.pictures import save_figure
 
@@ -67,8 +68,13 @@ def command(
     device: DeviceOption = "auto",
     plot: Annotated[Path | None, typer.Option(help="Also draw the speed-ups to this file (.png, .svg, .pdf).")] = None,
     folder: Annotated[
-        Path | None, typer.Option("--out", help="Also write results.json, results.md and speed.png to this folder.")
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Also write each measurement as it is made, and results.json, results.md and speed.png, to a folder.",
+        ),
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out what --out holds already.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Throughput, latency, memory and skip efficiency beside the dense model and other peers, run in turns."""
@@ -80,6 +86,8 @@ def command(
         raise typer.BadParameter("--pretrained and --weights name two sources of the backbone's weights; give one.")
     if plot is not None and plot.suffix.lower() not in _PICTURES:
         raise typer.BadParameter(f"--plot {plot}: expected a file name ending in {', '.join(_PICTURES)}.")
+    if resume and folder is None:
+        raise typer.BadParameter("--resume goes on with the measurements in --out; give the folder.")
     plan = replace(
         plan,
         run=None if run is None else str(run),
@@ -91,8 +99,17 @@ def command(
         batch_sizes=_sizes(batch_size),
         device=pick_device(device).type,
     )
+    kept = "" if folder is None else f", each is written to {folder} as it is made"
+    err.print(
+        f"about {duration(estimate(plan))} for {len(plan.runtimes)} runtimes, {len(plan.batch_sizes)} batch sizes and "
+        f"{1 + len(plan.against)} models{kept}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     with err.status("") as status:
-        report = bench(plan, lambda name: status.update(f"measuring {name}"))
+        keep = None if folder is None else folder / "measurements"
+        report = bench(plan, lambda name: status.update(f"measuring {name}"), keep=keep, resume=resume)
     if folder is not None:
         write(report, folder)
     if plot is not None:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from dyntune.commands.common import (
+    VAL_FRACTION,
     BatchOption,
     DataArgument,
     DeviceOption,
@@ -15,7 +16,6 @@ from dyntune.commands.common import (
     RunArgument,
     TrainedValFractionOption,
     WeightsOption,
-    calibration_images,
     err,
     millions,
     pick_device,
@@ -24,7 +24,7 @@ from dyntune.commands.common import (
     report_skipped,
 )
 from dyntune.core.errors import SpecError
-from dyntune.data import load_data
+from dyntune.data import load_held
 from dyntune.model.adapter_folder import write_calibration
 from dyntune.model.cost import cost
 from dyntune.model.load import load
@@ -44,7 +44,7 @@ def command(
         RATES
     ),
     images: Annotated[int, typer.Option(min=1, help="Images to use.")] = IMAGES,
-    val_fraction: TrainedValFractionOption = 0.2,
+    val_fraction: TrainedValFractionOption = VAL_FRACTION,
     weights: WeightsOption = None,
     batch_size: BatchOption = 32,
     device: DeviceOption = "auto",
@@ -60,10 +60,11 @@ def command(
     except ValueError:
         raise SpecError(f"--rates {rates!r}: expected shares of the patches, written 0.3/0.5/0.7.") from None
     model = load(run, weights=weights, device=pick_device(device))
-    splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
-    report_skipped(splits)
+    held = load_held(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
+    report_skipped(held)
+    found = held.splits.get("val") or held.splits.get("train") or held.all
     with err.status("calibrating"):
-        calibration = calibrate(model, calibration_images(splits), asked, images=images, batch_size=batch_size)
+        calibration = calibrate(model, found, asked, images=images, batch_size=batch_size)
     write_calibration(run, calibration)
     model.calibration = calibration
     rows = []

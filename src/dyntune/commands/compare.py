@@ -18,6 +18,7 @@ from dyntune.commands.common import (
     out,
     print_json,
     print_table,
+    report_classes,
     train_settings,
 )
 from dyntune.commands.options import Options, with_options
@@ -68,6 +69,7 @@ def command(
     """Train several methods alike, evaluate them on the test split, time them in turns, and write a page."""
     specs = split_specs(methods)
     splits = load_data(data)
+    report_classes(splits)
     rows, models = compare(
         specs,
         splits,

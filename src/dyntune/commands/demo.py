@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from dyntune.commands.common import DEFAULT_MODEL, JsonOption, err, out, print_json, print_table
+from dyntune.commands.common import DEFAULT_MODEL, JsonOption, err, out, print_json, print_table, say_threads
 from dyntune.core.errors import DyntuneError
 from dyntune.core.machine import machine
 from dyntune.data import load_data
+from dyntune.model.tuned import build_tuned
 from dyntune.studies.bench.peers import DENSE
 from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.run import bench
@@ -45,6 +46,7 @@ def command(
     """
     settings = TrainSettings(epochs=epochs, batch_size=32, lr=5e-3, device="cpu", seed=seed)
     splits = load_data("digits")
+    say_threads(build_tuned(DEFAULT_MODEL, SPECS[0], classes=splits.classes).eval(), settings, folder)
     rows, models = compare(
         SPECS, splits, folder, model=DEFAULT_MODEL, settings=settings, resume=True, progress=ProgressBar
     )
@@ -55,7 +57,7 @@ def command(
         "The backbone stays frozen. The gates of DyT are trained to compute half of the patches in the MLPs and skip "
         "the rest; the table says what they computed."
     )
-    further = [_large()] if speed else []
+    further = [_large(folder / "speed")] if speed else []
     page = write_report(folder, "Dyntune demo: handwritten digits", intro, rows, models, splits.test, *further)
     if json:
         print_json(
@@ -76,7 +78,7 @@ def command(
     out.print(f"{training:.0f} s of training, measured on {machine()}\npage: {page}", highlight=False)
 
 
-def _large() -> Table:
+def _large(keep: Path) -> Table:
     """What dispatch means at a size that people deploy: DyT on ViT-B/16 beside the dense model, one image at a time."""
     usable = []
     for runtime in RUNTIMES:
@@ -88,7 +90,7 @@ def _large() -> Table:
             usable.append(runtime)
     plan = Plan(model=LARGE, parts=("dyt:rate=0.5",), runtimes=tuple(usable), rounds=7, seconds=0.2)
     with err.status("") as status:
-        report = bench(plan, lambda name: status.update(f"timing ViT-B/16, {_WORDS[name]}"))
+        report = bench(plan, lambda name: status.update(f"timing ViT-B/16, {_WORDS[name]}"), keep=keep, resume=True)
     dense = next(row for row in report.rows if row.name == DENSE)
     rows = [
         (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from dyntune.commands.clips import ViewsOption, with_views
 from dyntune.commands.common import (
+    VAL_FRACTION,
     BatchOption,
     DataArgument,
     DeviceOption,
@@ -29,11 +31,15 @@ from dyntune.commands.common import (
     require_classes,
 )
 from dyntune.core.errors import DataError
-from dyntune.data import load_data
+from dyntune.data import LabelledImages, load_held
+from dyntune.data.sources.base import Held
 from dyntune.model.load import load
 from dyntune.studies.compare import DENSE, compare_speed
 from dyntune.training.evaluate import evaluate
+from dyntune.training.identity import ASKED
 from dyntune.training.inputs import first_batch
+from dyntune.training.progress import EvaluationBar
+from dyntune.training.seen import Seen
 
 EXAMPLES = ("dyntune eval runs/digits digits", "dyntune eval runs/flowers folder:flowers --split val --json")
 
@@ -41,8 +47,14 @@ EXAMPLES = ("dyntune eval runs/digits digits", "dyntune eval runs/flowers folder
 def command(
     run: RunArgument,
     data: DataArgument,
-    split: Annotated[Literal["test", "val", "train"], typer.Option(help="Which images.")] = "test",
-    val_fraction: TrainedValFractionOption = 0.2,
+    split: Annotated[
+        Literal["all", "train", "val", "test"] | None,
+        typer.Option(
+            help="Which images: those of a split, or all.",
+            show_default="test; all of a folder of classes that the run was not trained on",
+        ),
+    ] = None,
+    val_fraction: TrainedValFractionOption = VAL_FRACTION,
     policy: TopPolicyOption = None,
     rate: RateOption = None,
     weights: WeightsOption = None,
@@ -57,39 +69,100 @@ def command(
     model = load(run, weights=weights, device=pick_device(device), policy=policy)
     apply_rate(model, rate, policy)
     model.preprocessing = with_views(model.preprocessing, views)
-    splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
-    report_skipped(splits)
-    require_classes(model, splits)
-    images = getattr(splits, split)
-    if images is None:
-        raise DataError(f"{data} has no {split} split.")
-    with err.status(f"evaluating on {len(images)} images"):
-        result = evaluate(model, images, batch_size=batch_size, workers=workers)
+    held = load_held(data, classes=model.classes, val_fraction=val_fraction, on_corrupt=on_corrupt)
+    report_skipped(held)
+    require_classes(model, held)
+    seen = Seen.read(run)
+    used = split or _default_split(held, seen, run)
+    images = _images_of(held, used)
+    trained, chosen = seen.count(images) if seen else (None, None)
+    _report_seen(images, trained, chosen)
+    with EvaluationBar(len(images), model.task.merit, err) as bar:
+        result = evaluate(model, images, batch_size=batch_size, workers=workers, watch=bar)
+    with err.status("timing it beside the dense backbone"):
         speeds = compare_speed({model.spec: model}, first_batch(images, model, batch_size))
     speed, dense = speeds[model.spec], speeds[DENSE]
+    clip = model.preprocessing.clip
+    dense_macs = model.dense_macs * (1 if clip is None else clip.views)
     if json:
         report = {
             "run": str(run),
             "data": data,
-            "split": split,
-            "skipped": len(splits.skipped),
+            "split": used,
+            "skipped": len(held.skipped),
+            "trained_on": trained,
+            "selected_on": chosen,
             **result.to_dict(),
-            "dense_macs": model.dense_macs,
+            "dense_macs": dense_macs,
         }
         report["images_per_second"] = speed.images_per_second
         print_json({**report, "dense_images_per_second": dense.images_per_second, "speedup": speed.speedup})
         return
     macs = result.macs or 0.0
-    one = "image" if model.preprocessing.clip is None else "video"
+    one, seen_at_once = ("image", "image") if clip is None else ("video", "clip")
     rows = [
         (result.merit, f"{result.score:.2%}"),
         *([("active patches", f"{result.activation:.1%}")] if result.activation_per_unit else []),
-        (f"MACs per {one}", f"{millions(macs)} ({macs / model.dense_macs:.1%} of dense)"),
+        (f"MACs per {one}", f"{millions(macs)} ({macs / dense_macs:.1%} of dense)"),
         (
-            f"{'image' if one == 'image' else 'clip'}s per second",
+            f"{seen_at_once}s per second",
             f"{speed.images_per_second:.0f} ({speed.speedup:.2f} x dense)",
         ),
         *((f"active in {unit}", f"{rate:.1%}") for unit, rate in result.activation_per_unit.items()),
         *((f"tokens in {unit}", str(count)) for unit, count in result.tokens_per_unit.items()),
     ]
-    print_table(f"{model.spec} on {result.images} {split} {one}s of {data}", ("", ""), rows)
+    print_table(f"{model.spec} on {result.images} {used} {images.noun}s of {data}", ("", ""), rows)
+
+
+def _default_split(held: Held, seen: Seen | None, run: Path) -> str:
+    """Which images are evaluated on if nobody says so, and where that is not the test split, a line that says it.
+
+    Raises:
+        DataError: there is no test split, or it cannot be told which images are new to the run.
+    """
+    if not held.plain:
+        if "test" in held.splits or len(held.splits) > 1:
+            return "test"
+        (only,) = held.splits
+        err.print(f"{held.name} has the {only} split alone: evaluating on that", soft_wrap=True)
+        return only
+    everything = held.all
+    items = f"{everything.noun}s"
+    if seen is None and (run / ASKED).is_file():
+        raise DataError(
+            f"{run} is a run of a version that did not remember which {items} it was trained on, and {held.name} does "
+            "not say by its folders which are for testing. Give --split all to evaluate on all of them, those of its "
+            "training among them if it was trained on this folder, or give a folder with test/ in it."
+        )
+    trained, chosen = seen.count(everything) if seen else (None, None)
+    if trained or chosen:
+        return "test"
+    why = (
+        f"was not trained on any {everything.noun} of it"
+        if trained == 0
+        else f"does not say which {items} it was trained on"
+    )
+    err.print(
+        f"{held.name} has no splits, and {run} {why}: evaluating on all {len(everything)} {items}", soft_wrap=True
+    )
+    return "all"
+
+
+def _images_of(held: Held, split: str) -> LabelledImages:
+    if split == "all":
+        return held.all
+    if split not in held.splits:
+        there = ", ".join(held.splits)
+        raise DataError(f"{held.name} has no {split} split, only {there}. Give --split with one of these, or all.")
+    return held.splits[split]
+
+
+def _report_seen(images: LabelledImages, trained: int | None, chosen: int | None) -> None:
+    """Says how many of the images the run has seen before."""
+    items = f"{images.noun}s"
+    if trained is None or chosen is None:
+        err.print(f"which of the {items} the run was trained on is not known: it does not say", soft_wrap=True)
+        return
+    told = f"of the {len(images)} {items}, the run was trained on {trained}, and its epoch was chosen on {chosen}"
+    better = f": its figures are better than they are on new {items}" if trained or chosen else ""
+    err.print(told + better, soft_wrap=True)

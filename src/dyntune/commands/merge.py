@@ -9,17 +9,18 @@ import safetensors.torch
 import typer
 
 from dyntune.backbones import huggingface_models
+from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.backbones.hosts import rebuild
-from dyntune.commands.common import RunArgument, WeightsOption, out
+from dyntune.commands.common import RunArgument, WeightsOption, out, print_next
 from dyntune.core.errors import CheckpointError
 from dyntune.core.files import write_atomically
 from dyntune.core.shapes import shapes_only
 from dyntune.model.load import load
 
 EXAMPLES = (
-    "dyntune merge runs/flowers --out flowers.safetensors",
-    "dyntune merge runs/flowers --weights ViT-B_16.npz --out flowers.safetensors",
-    "dyntune merge runs/flowers_hf --out flowers_hf",
+    "dyntune merge runs/lora --out lora.safetensors",
+    "dyntune merge runs/lora --weights ViT-B_16.npz --out lora.safetensors",
+    "dyntune merge runs/lora-hf --out lora-hf",
 )
 
 
@@ -65,14 +66,22 @@ def command(
     if folder:
         huggingface_models.write(merged, model.preprocessing, file)
         out.print(f"wrote {file}: the whole model, as dense as its backbone", highlight=False)
-        out.print(f'next: {type(merged).__name__}.from_pretrained("{file}")', highlight=False, soft_wrap=True)
+        name = type(merged).__name__
+        print_next(f"from transformers import {name}; {name}.from_pretrained({str(file)!r})")
+        config = getattr(merged.config, "vision_config", merged.config)
+        # DINO's models take images of any size by themselves.
+        if not config.model_type.startswith("dino") and model.preprocessing.size != (config.image_size,) * 2:
+            out.print(
+                "images have another size than the configuration says: call it with interpolate_pos_encoding=True",
+                highlight=False,
+                soft_wrap=True,
+            )
         return
     tensors = {name: tensor.contiguous() for name, tensor in merged.state_dict().items()}
     write_atomically(file, lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}))
-    arguments = ", ".join(f"{name}={value!r}" for name, value in sorted(model.origin.arguments.items()))
+    arguments = model.origin.arguments | {"checkpoint_path": str(file)}
     out.print(f"wrote {file}: the whole model, as dense as its backbone", highlight=False)
-    out.print(
-        f'next: timm.create_model("{model.origin.name}", {arguments}, checkpoint_path="{file}")',
-        highlight=False,
-        soft_wrap=True,
-    )
+    written = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    # The built-in backbone is timm's once it has been registered there.
+    modules = "dyntune, timm" if model.origin.name == BUILTIN_BACKBONE else "timm"
+    print_next(f"import {modules}; timm.create_model({model.origin.name!r}, {written})")

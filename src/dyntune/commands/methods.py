@@ -6,8 +6,8 @@ import dataclasses
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.padding import Padding
+from rich.text import Text
 
 from dyntune.backbones.hosts import create_backbone
 from dyntune.commands.common import JsonOption, err, millions, out, print_json, print_table
@@ -100,10 +100,9 @@ def _options(part: type[Part]) -> dict[str, Any]:
 
 def _show_options(part: type[Part]) -> None:
     described = _options(part)
-    out.print(
-        f"[bold]{described['name']}[/bold]: {described['summary']}\nSource: {described['source']}", highlight=False
-    )
+    title = Text.assemble((described["name"], "bold"), f": {described['summary']}\nSource: {described['source']}")
+    out.print(title)
     for option in described["options"]:
         default = format_value(option["default"]) or "(empty)"
-        out.print(f"\n  [bold]{option['name']}[/bold]={escape(default)}", highlight=False)
-        out.print(Padding(escape(option["help"]), (0, 0, 0, 6)), highlight=False)
+        out.print(Text.assemble("\n  ", (option["name"], "bold"), f"={default}"))
+        out.print(Padding(Text(option["help"]), (0, 0, 0, 6)))

@@ -10,6 +10,7 @@ import typer
 
 from dyntune.commands.common import (
     DEFAULT_MODEL,
+    VAL_FRACTION,
     DataArgument,
     DropPathOption,
     InterpolationOption,
@@ -22,6 +23,8 @@ from dyntune.commands.common import (
     kilobytes,
     out,
     print_json,
+    print_next_eval,
+    report_classes,
     report_skipped,
     train_settings,
 )
@@ -81,7 +84,7 @@ def command(
     drop_path: DropPathOption = 0.1,
     normalisation: NormalisationOption = "backbone",
     interpolation: InterpolationOption = "backbone",
-    val_fraction: ValFractionOption = 0.2,
+    val_fraction: ValFractionOption = VAL_FRACTION,
     on_corrupt: OnCorruptOption = "error",
     json: JsonOption = False,
 ) -> None:
@@ -95,6 +98,7 @@ def command(
         )
     splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(splits)
+    report_classes(splits)
     if splits.val is None:
         raise DataError(f"{data} has no validation split, which the search needs.")
 
@@ -136,4 +140,4 @@ def command(
     )
     out.print(f"saved epoch {result.fit.best_epoch} to {run} ({kilobytes(figures.adapter_bytes)})", highlight=False)
     out.print(f"its sizes: --method {spec}", highlight=False, soft_wrap=True)
-    out.print(f"next: dyntune eval {run} {data}", highlight=False)
+    print_next_eval(run, splits, val_fraction, on_corrupt)

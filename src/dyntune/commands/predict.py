@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from dyntune.commands.common import (
     DeviceOption,
     ImagesArgument,
     JsonOption,
+    Pictures,
     RateOption,
     RunArgument,
     TopPolicyOption,
@@ -25,8 +27,8 @@ from dyntune.commands.common import (
     print_table,
 )
 from dyntune.core.errors import ExportError
-from dyntune.data import build_transform, expand_images, read_image
-from dyntune.data.videos import Video, expand_videos
+from dyntune.data import build_transform, read_image
+from dyntune.data.videos import Video
 from dyntune.inference.export.folder import OpenedModel, is_exported, open_export
 from dyntune.inference.export.registry import registered
 from dyntune.model.load import load
@@ -56,7 +58,11 @@ def command(
     device: DeviceOption = "auto",
     trust: Annotated[
         bool,
-        typer.Option("--trust", help=f"Open an exported {_CODE} file, which may run code, from someone you trust."),
+        typer.Option(
+            "--trust",
+            help=f"You trust who made the folder: open an exported {_CODE} file, which may run code, or read a run's "
+            "backbone from where it says.",
+        ),
     ] = False,
     json: JsonOption = False,
 ) -> None:
@@ -67,16 +73,17 @@ def command(
         model.preprocessing = preprocessing
     elif views is not None:
         model = replace(model, preprocessing=preprocessing)
-    clip = preprocessing.clip
-    paths = expand_images(images) if clip is None else expand_videos(images)
-    predictions = [
-        row for i in range(0, len(paths), batch_size) for row in predict(model, paths[i : i + batch_size], top_k)
-    ]
+    pictures = Pictures(images, videos=preprocessing.clip is not None)
+    batches = pictures.batches(batch_size, _prepare(model))
+    predictions = [row for batch in batches for row in _predicted(model, batch, top_k)]
     if json:
-        print_json({"predictions": predictions})
-        return
-    cells = [{"image" if clip is None else "video": row["image"], **task_of(model).cells(row)} for row in predictions]
-    print_table(f"{model.spec} from {run}", tuple(cells[0]), [tuple(row.values()) for row in cells])
+        failed = [{"image": name, "error": error} for name, error in pictures.failed.items()]
+        print_json({"predictions": predictions, "failed": failed})
+    elif predictions:
+        one = "video" if pictures.videos else "image"
+        cells = [{one: row["image"], **task_of(model).cells(row)} for row in predictions]
+        print_table(f"{model.spec} from {run}", tuple(cells[0]), [tuple(row.values()) for row in cells])
+    pictures.finish()
 
 
 def _model(
@@ -84,7 +91,7 @@ def _model(
 ) -> TunedModel | OpenedModel:
     """What is in the folder: a run, or a model that ``dyntune export`` wrote."""
     if not is_exported(run):
-        model = load(run, policy=policy, weights=weights, device=pick_device(device))
+        model = load(run, policy=policy, weights=weights, device=pick_device(device), trust=trust)
         apply_rate(model, rate, policy)
         return model
     if policy is not None or rate is not None or weights is not None:
@@ -100,16 +107,27 @@ def _model(
     return open_export(run, trust=trust)
 
 
-@torch.inference_mode()
-def predict(model: TunedModel | OpenedModel, paths: list[Path], top_k: int) -> list[dict[str, Any]]:
+def predict(model: TunedModel | OpenedModel, paths: Sequence[Path], top_k: int) -> list[dict[str, Any]]:
     """For each image or video its path and what the model's task makes of its outputs, such as ``top_k`` classes."""
+    prepare, clip = _prepare(model), model.preprocessing.clip
+    read = [(path, prepare(read_image(path) if clip is None else Video(path))) for path in paths]
+    return _predicted(model, read, top_k)
+
+
+def _prepare(model: TunedModel | OpenedModel) -> Callable[[Any], torch.Tensor]:
+    """From an image to what the model takes, from a video to all of its views."""
+    return build_transform(model.preprocessing, every_view=True)
+
+
+@torch.inference_mode()
+def _predicted(
+    model: TunedModel | OpenedModel, prepared: Sequence[tuple[Path, torch.Tensor]], top_k: int
+) -> list[dict[str, Any]]:
     clip, task = model.preprocessing.clip, task_of(model)
-    transform = build_transform(model.preprocessing, every_view=True)
-    read = [transform(read_image(path) if clip is None else Video(path)) for path in paths]
-    batch, views = in_views(torch.stack(read), clip)
+    batch, views = in_views(torch.stack([tensor for _, tensor in prepared]), clip)
     outputs = model(batch if isinstance(model, OpenedModel) else batch.to(next(model.parameters()).device))
     predictions = task.predictions(over_views(outputs, views, task, clip), model.classes, top_k)
-    return [{"image": str(path), **prediction} for path, prediction in zip(paths, predictions, strict=True)]
+    return [{"image": str(path), **prediction} for (path, _), prediction in zip(prepared, predictions, strict=True)]
 
 
 def task_of(model: TunedModel | OpenedModel) -> Task:

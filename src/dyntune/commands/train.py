@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from accelerate import PartialState
 
 from dyntune.commands.clips import ClipOptions
 from dyntune.commands.common import (
     DEFAULT_MODEL,
+    VAL_FRACTION,
     DataArgument,
     DropPathOption,
     InterpolationOption,
@@ -32,7 +32,10 @@ from dyntune.commands.common import (
     out,
     parts,
     print_json,
+    print_next_eval,
+    report_classes,
     report_skipped,
+    say_threads,
     train_settings,
 )
 from dyntune.commands.options import Options, with_options
@@ -45,6 +48,7 @@ from dyntune.model.rates import Calibration, calibrate, dispatchers
 from dyntune.model.tuned import TunedModel, build_tuned
 from dyntune.parts.registry import resolve
 from dyntune.parts.spec import Part
+from dyntune.training.accelerator import is_main_process
 from dyntune.training.inputs import with_pixels_as
 from dyntune.training.progress import ProgressBar
 from dyntune.training.settings import TrainSettings
@@ -84,7 +88,7 @@ def command(
     interpolation: InterpolationOption = "backbone",
     img_size: Annotated[int | None, typer.Option(min=1, help="Image height and width in pixels.")] = None,
     clip: Annotated[ClipOptions, Options(ClipOptions)],
-    val_fraction: ValFractionOption = 0.2,
+    val_fraction: ValFractionOption = VAL_FRACTION,
     on_corrupt: OnCorruptOption = "error",
     json: JsonOption = False,
 ) -> None:
@@ -103,11 +107,13 @@ def command(
     arguments |= of_clips
     tuned = build_tuned(model, *given, classes=splits.classes, weights=weights, **arguments)
     tuned.preprocessing = clip.preprocessing(with_pixels_as(tuned.preprocessing, normalisation, interpolation))
+    report_classes(splits)
+    say_threads(tuned, settings, run)
     bar = ProgressBar(tuned.spec)
     result = fit(
         tuned, splits.train, chosen, out=run, resume=resume, progress=bar, settings=settings, teacher=taught_by
     )
-    if not PartialState().is_main_process:
+    if not is_main_process():
         return
     calibration = _calibrated(tuned, run, splits)
     figures = cost(tuned)
@@ -135,7 +141,7 @@ def command(
             f"{calibration.rates[0]:g} to {calibration.rates[-1]:g}",
             highlight=False,
         )
-    out.print(f"next: dyntune eval {run} {data}", highlight=False)
+    print_next_eval(run, splits, val_fraction, on_corrupt)
 
 
 def with_rate(specs: list[str], rate: str | None) -> tuple[Part, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -11,10 +11,12 @@ import typer
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from dyntune.commands.common import (
     DeviceOption,
     ImagesArgument,
+    Pictures,
     RateOption,
     RunArgument,
     TopPolicyOption,
@@ -25,8 +27,10 @@ from dyntune.commands.common import (
     pick_device,
 )
 from dyntune.core.errors import DyntuneError
-from dyntune.data import Preprocessing, build_transform, expand_images, load_data, read_image
-from dyntune.data.videos import Video, expand_videos
+from dyntune.core.texts import printable
+from dyntune.data import Preprocessing, build_transform
+from dyntune.data.load import load_held
+from dyntune.data.transforms import preprocessed
 from dyntune.model.forward import activation_rates
 from dyntune.model.load import load
 from dyntune.model.tuned import TunedModel
@@ -39,13 +43,15 @@ from dyntune.studies.pictures import (
     save_figure,
     token_figure,
 )
-from dyntune.training.evaluate import evaluate
 
 EXAMPLES = (
     'dyntune visualize runs/flowers "photos/*.jpg" --out pictures',
     "dyntune visualize runs/clips film.mp4 --out pictures",
     "dyntune visualize runs/flowers photo.jpg --rates-on folder:flowers --rates-on digits --out pictures",
 )
+
+_BATCH = 64
+"""Images per forward pass of a whole data set."""
 
 
 def command(
@@ -69,39 +75,40 @@ def command(
     model = load(run, weights=weights, device=pick_device(device), policy=policy)
     apply_rate(model, rate, policy)
     clip = model.preprocessing.clip
-    paths = expand_images(images) if clip is None else expand_videos(images)
+    found = Pictures(images, videos=clip is not None)
     if not model.policies:
         raise DyntuneError(
             f"{model.spec} in {run} has no token policy: every token is computed, so there is nothing to show."
         )
     if clip is not None:
         per_figure = 1  # each frame is a picture
+    transform = build_transform(model.preprocessing)
+
+    def prepare(given: Any) -> tuple[list[Image.Image], Tensor]:
+        """The pictures to draw on, and what the model is given."""
+        tensor = transform(given)
+        return ([given] if clip is None else _seen(tensor, model.preprocessing)), tensor
+
     rates = []
-    for start in range(0, len(paths), per_figure):
-        chosen = paths[start : start + per_figure]
-        names = [path.name for path in chosen]
-        if clip is None:
-            pictures = [read_image(path) for path in chosen]
-            batch = torch.stack([build_transform(model.preprocessing)(picture) for picture in pictures])
-        else:
-            batch = build_transform(model.preprocessing)(Video(chosen[0])).unsqueeze(0)
-            pictures = _seen(batch[0], model.preprocessing)
+    for number, read in enumerate(found.batches(per_figure, prepare), 1):
+        names = [path.name for path, _ in read]
+        pictures = [picture for _, (drawn_on, _) in read for picture in drawn_on]
+        if clip is not None:
             names = [f"frame {number}" for number in range(len(pictures))]
         with torch.inference_mode():
-            output = model.run(batch.to(next(model.parameters()).device))
-        number, gates, grid = start // per_figure + 1, output.gates, output.grid
-        slices = model.backbone.slices
+            output = model.run(torch.stack([tensor for _, (_, tensor) in read]).to(next(model.parameters()).device))
+        gates, grid, slices = output.gates, output.grid, model.backbone.slices
         if slices > 1:  # tokens of the whole clip, each of several frames, of which the first stands for all
             pictures = pictures[:: len(pictures) // slices]
             gates, grid = tuple(by_slices(gates, slices)), (grid[0] // slices, grid[1])
         if output.gates:
-            rates.append(len(chosen) * activation_rates(output.gates).cpu())
+            rates.append(len(read) * activation_rates(output.gates).cpu())
             if clip is None:
                 _write(token_figure(pictures, gates, grid, names), folder / f"tokens-{number}.{suffix}")
             else:
                 _write(frames_figure(pictures, gates, grid), folder / f"tokens-{number}.{suffix}")
                 film = frames_animation(pictures, gates, grid, folder / f"tokens-{number}.gif")
-                out.print(f"wrote {film}", highlight=False)
+                out.print(f"wrote {printable(str(film))}", highlight=False)
         if output.reductions:
             if slices > 1:
                 pictures = [Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))]
@@ -110,21 +117,29 @@ def command(
         if not output.gates and not output.reductions:
             raise DyntuneError(f"{model.spec} in {run} skips, merges and drops no token, so there is nothing to show.")
     if rates:
-        mean = (torch.stack(rates).sum(0) / len(paths)).tolist()
+        mean = (torch.stack(rates).sum(0) / found.read).tolist()
         rate_of = {model.spec: list(zip((gate.unit for gate in output.gates), mean, strict=True))}
         _write(activation_figure(rate_of, {model.spec: model.target_rate}), folder / f"activation.{suffix}")
     if rates_on:
         _write(_rates_on(model, rates_on), folder / f"activation-data.{suffix}")
+    found.finish()
 
 
 def _rates_on(model: TunedModel, names: list[str]) -> Figure:
-    """The activation rate per block on several data sets."""
+    """The activation rate per block on several data sets, whose labels do not matter."""
     rates = {}
     for name in names:
-        splits = load_data(name)
-        images = splits.test or splits.val or splits.train
-        with err.status(f"running on {len(images)} images of {name}"):
-            rates[name] = list(evaluate(model, images, count_macs=False).activation_per_unit.items())
+        splits = load_held(name).splits
+        images = next(splits[split] for split in ("test", "val", "train") if split in splits)
+        summed: Tensor = torch.zeros(())
+        with err.status(f"running on {len(images)} {images.noun}s of {printable(name)}"), torch.inference_mode():
+            for batch, _ in DataLoader(preprocessed(images, model.preprocessing), _BATCH):
+                gates = model.run(batch.to(next(model.parameters()).device)).gates
+                summed = summed + len(batch) * activation_rates(gates).cpu()
+        mean = (summed / len(images)).tolist()
+        if not gates:
+            raise DyntuneError(f"{model.spec} has no gates, so that there are no activation rates for --rates-on.")
+        rates[name] = list(zip((gate.unit for gate in gates), mean, strict=True))
     return activation_figure(rates, dict.fromkeys(names, model.target_rate))
 
 
@@ -137,4 +152,4 @@ def _seen(clip: Tensor, preprocessing: Preprocessing) -> list[Image.Image]:
 
 def _write(figure: Figure, file: Path) -> None:
     save_figure(figure, file)
-    out.print(f"wrote {file}", highlight=False)
+    out.print(f"wrote {printable(str(file))}", highlight=False)

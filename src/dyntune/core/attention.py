@@ -10,6 +10,8 @@ _EPSILON = 1e-6
 """Of DynamicViT's masked softmax."""
 _FEWEST = 2
 """Rows of the shortest sequence that a traced attention is for."""
+_LEAST = 2.0**-64
+"""Weight of a key that counts for nothing: below the rounding of the others, and with a gradient that is finite."""
 
 
 def attend(projected: Projected, tokens: Tokens, dropout: float = 0.0) -> Tensor:
@@ -47,6 +49,20 @@ def attend(projected: Projected, tokens: Tokens, dropout: float = 0.0) -> Tensor
                 mask = of_keys if mask is None else mask + of_keys
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
     return attended.flatten(-2)
+
+
+def bias_of(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to a key's logits so that it counts for ``weights`` keys, ``log w``, in ``dtype``.
+
+    Where w is 0 the logarithm is that of the least weight. In softmax its gradient is that of the weight itself,
+    ``E_j (v_j - y) / Z`` with E_j the exponential and Z their sum: a hidden key learns what it would bring.
+
+    Args:
+        weights: of keys, at least 0, of any shape.
+        dtype: of the logits.
+    """
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    return (weights + _LEAST * (1 - weights)).log().to(dtype)
 
 
 class _Between:
@@ -182,17 +198,20 @@ def _hidden(q: Tensor, k: Tensor, v: Tensor, present: Tensor, bias: Tensor | Non
 
     ``P_ij = (E_ij M_ij + eps / N) / (sum_k E_ik M_ik + eps)`` with ``E = exp(L - max of the row over all keys)``, M_ij
     the presence of j, M_ii = 1 and eps = 1e-6. Dropout is left out, as in the published code.
+
+    With eps the row's maximum does not cancel, the less the more a hidden key holds it, so it has a gradient.
     """
     logits = _logits(q, k, bias)
     count = logits.shape[-1]
     seen = present[:, None, None, :].to(logits.dtype)
     seen = seen + (1 - seen) * torch.eye(count, dtype=logits.dtype, device=logits.device)
-    weights = (logits - logits.detach().amax(-1, keepdim=True)).exp() * seen
+    weights = (logits - logits.amax(-1, keepdim=True)).exp() * seen
     weights = (weights + _EPSILON / count) / (weights.sum(-1, keepdim=True) + _EPSILON)
     return weights.to(v.dtype) @ v
 
 
 def _logits(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """``(B, H, N, N)``, in fp32."""
-    logits = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5
+    """``(B, H, N, N)``, at least in fp32."""
+    products = q @ k.transpose(-2, -1)
+    logits = products.to(torch.promote_types(products.dtype, torch.float32)) * q.shape[-1] ** -0.5
     return logits if bias is None else logits + bias

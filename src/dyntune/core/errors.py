@@ -10,6 +10,19 @@ _LONGEST = 300
 """Characters of a library's message that are quoted."""
 
 
+EXTRAS = {
+    "hfds": ("datasets",),
+    "wds": ("webdataset",),
+    "search": ("optuna",),
+    "peft": ("peft",),
+    "hf": ("transformers",),
+    "video": ("av",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "openvino": ("openvino", "nncf"),
+}
+"""What is not needed for training and running, by the extra of pyproject.toml, and the packages that it brings."""
+
+
 class DyntuneError(Exception):
     """Base of every error that Dyntune raises on purpose; the command line prints it as one message, exit status 1."""
 
@@ -38,6 +51,10 @@ class ExportError(DyntuneError, RuntimeError):
     """A model cannot be exported, quantised, checked, or run in a runtime."""
 
 
+class MachineError(DyntuneError, RuntimeError):
+    """The machine is at a limit: no room on a disk, in memory or in shared memory, or too few files may be open."""
+
+
 def in_one_line(error: BaseException) -> str:
     """What a library has to say, fit for the middle of a sentence: its reason alone, without reports and advice.
 
@@ -48,6 +65,11 @@ def in_one_line(error: BaseException) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # some libraries colour their messages
     words = " ".join(plain.split("\n\n")[0].split()).rstrip(" .") or type(error).__name__
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST].rstrip()} ..."
+
+
+def how_to_install(extra: str) -> str:
+    """The command that brings an extra. Dyntune is on no package index, so nobody is told to look for it on one."""
+    return f"pip install {' '.join(EXTRAS[extra])}, or in a checkout of Dyntune pip install -e '.[{extra}]'"
 
 
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> str:

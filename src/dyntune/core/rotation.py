@@ -46,11 +46,14 @@ class Rotation:
     def turn(self, x: Tensor, rows: Tensor) -> Tensor:
         """Queries or keys ``(..., H, D)`` rotated by ``rows``, in the wider of the two precisions."""
         width = x.shape[-1]
-        sines, cosines = rows[..., :width], rows[..., width:]
-        if self.half:
-            first, second = x.chunk(2, dim=-1)
-            turned = torch.cat([-second, first], dim=-1)
-        else:
-            first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-            turned = torch.stack([-second, first], dim=-1).flatten(-2)
-        return (x * cosines + turned * sines).to(x.dtype)
+        # Halves by themselves: one tensor of all turned channels would be written once more, and negated.
+        halves = (self._pair(t) for t in (x, rows[..., :width], rows[..., width:]))
+        (first, second), (sine, other_sine), (cosine, other_cosine) = halves
+        turned = first * cosine - second * sine, second * other_cosine + first * other_sine
+        joined = torch.cat(turned, dim=-1) if self.half else torch.stack(turned, dim=-1).flatten(-2)
+        return joined.to(x.dtype)
+
+    def _pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The channels that come first in their pairs, and those that they are rotated with."""
+        first, second = x.chunk(2, dim=-1) if self.half else x.unflatten(-1, (-1, 2)).unbind(-1)
+        return first, second

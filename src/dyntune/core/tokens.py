@@ -18,16 +18,20 @@ class Provenance:
     """Which image patches the P tokens behind the prefix stand for; without any field, token j is patch j.
 
     Args:
-        owner: ``(B, patches of the image)``, for each image patch the number, from 0 to P - 1, of the token that it has
-            become part of; -1 where it was dropped. None before anything was merged, dropped or reordered.
-        sizes: ``(B, P)``, how many image patches a token counts for in a mean; None where all count alike.
+        owner: ``(B, places)``, for each place of the grid, which is an image patch or a cell of several, the number,
+            from 0 to P - 1, of the token that it has become part of; -1 where it was dropped. None before a policy has
+            merged, dropped or reordered anything.
+        sizes: ``(B, P)``, how many places a token counts for in a mean; None where all count alike.
         present: ``(B, P)``, 1 for the tokens that are there and 0 for those that training keeps behind a mask; it
             carries the gradient of the decision. None where all are there.
+        cells: ``(patches of the image,)``, for each image patch the number of the place that it is in, on a host that
+            makes one token of several patches between its stages; None where each patch is a place.
     """
 
     owner: Tensor | None = None
     sizes: Tensor | None = None
     present: Tensor | None = None
+    cells: Tensor | None = None
 
     @property
     def weights(self) -> Tensor | None:
@@ -40,6 +44,11 @@ class Provenance:
 
     def of_patches(self, values: Tensor, dropped: float = 0.0) -> Tensor:
         """One value per token, ``(B, P)`` or ``(B, P, C)``, as one per image patch; ``dropped`` where it is gone."""
+        values = self.of_places(values, dropped)
+        return values if self.cells is None else values[:, self.cells.to(values.device)]
+
+    def of_places(self, values: Tensor, dropped: float = 0.0) -> Tensor:
+        """As ``of_patches``, as one per place of the grid."""
         if self.owner is None:
             return values
         owner = self.owner.to(values.device)
@@ -84,7 +93,8 @@ class Tokens:
         x: features, ``(B, N, C)`` or ``(M, C)``.
         prefix: leading tokens of every image (class, register, prompts) that are no image patches. They are always
             computed.
-        grid: rows and columns of patches in the image.
+        grid: rows and columns of the places that the tokens behind the prefix have: the patches of the image, or cells
+            of several patches on a host that makes one token of them between its stages.
         keys: ``(B, N)`` with 1 for the tokens that may be attended to, 0 for the others; None means all.
         counts: tokens of each image in the ragged layout, as numbers or, in a traced graph, as a tensor ``(B,)``; None
             where nothing asks which token is whose.
@@ -164,14 +174,26 @@ class Tokens:
             owner = moved.gather(1, self.provenance.owner.clamp_min(0)).masked_fill(gone, -1)
         x = torch.cat([self.x[:, : self.prefix], patches.to(self.x.dtype)], dim=1)
         places = self.places.following(owner, patches.shape[1])
-        return replace(self.with_x(x), provenance=Provenance(owner, sizes), places=places, key_bias=key_bias)
+        provenance = Provenance(owner, sizes, cells=self.provenance.cells)
+        return replace(self.with_x(x), provenance=provenance, places=places, key_bias=key_bias)
+
+    def with_cells(self, x: Tensor, grid: tuple[int, int], moved: Tensor) -> Tokens:
+        """The tokens that a host makes of these between two stages, each in its place on a coarser grid; dense only.
+
+        Args:
+            x: ``(B, prefix + rows * columns, C)``, maybe of another width.
+            grid: its rows and columns.
+            moved: ``(rows * columns of this grid,)``, for each place the number of that on the new grid.
+        """
+        cells = moved if self.provenance.cells is None else moved[self.provenance.cells]
+        return replace(self.with_x(x), grid=grid, provenance=replace(self.provenance, cells=cells))
 
     def with_present(self, present: Tensor) -> Tokens:
         """The same tokens, of which those with ``present`` 0, ``(B, P)``, are kept behind a mask."""
         return replace(self, provenance=replace(self.provenance, present=present))
 
     def on_grid(self) -> Tensor:
-        """The features of every image patch, ``(B, C, rows, columns)``; merged patches share those of their token.
+        """The features at every place of the grid, ``(B, C, rows, columns)``; merged ones share those of their token.
 
         Raises:
             DyntuneError: a patch was dropped, so that it has none.
@@ -182,7 +204,7 @@ class Tokens:
                 "patches were dropped, so they have no features; a task that needs them all needs a policy that merges "
                 "(tome, pyra, fpet, evit with fuse=true) or dispatch, which keeps every token."
             )
-        return self.provenance.of_patches(self.patches).transpose(1, 2).unflatten(2, self.grid)
+        return self.provenance.of_places(self.patches).transpose(1, 2).unflatten(2, self.grid)
 
     def with_prompts(self, prompts: Tensor) -> Tokens:
         """The same tokens with ``prompts``, ``(B, p, C)``, in place of those inserted before; dense layout only."""

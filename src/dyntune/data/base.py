@@ -1,6 +1,8 @@
 """What every data set here is: labelled images that can be read by index, given a transform, cut and pickled."""
 
 import copy
+import hashlib
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +10,8 @@ from typing import Any, Self
 
 from PIL import Image
 from torch.utils.data import Dataset
+
+from dyntune.core.errors import DataError
 
 
 class LabelledImages(Dataset[tuple[Any, int]], ABC):
@@ -29,10 +33,23 @@ class LabelledImages(Dataset[tuple[Any, int]], ABC):
     """Whether ``read`` gives videos instead of images."""
 
     def __init__(self, targets: Sequence[int], *, skipped: Sequence[str] = ()) -> None:
-        self.targets: tuple[int, ...] = tuple(int(target) for target in targets)
+        found: list[int] = []
+        for target in targets:
+            try:
+                found.append(operator.index(target))  # not int(), which would cut 2.7 to 2
+            except TypeError as error:
+                raise DataError(
+                    f"the label of image {len(found)} is {target!r:.80}. Expected a single whole number from 0."
+                ) from error
+        self.targets: tuple[int, ...] = tuple(found)
         self.skipped: tuple[str, ...] = tuple(skipped)
         self.transform: Callable[[Image.Image], Any] | None = None
         self.classes: tuple[str, ...] | None = None
+
+    @property
+    def noun(self) -> str:
+        """What one of them is called in messages."""
+        return "video" if self.videos else "image"
 
     @abstractmethod
     def read(self, index: int) -> Image.Image:
@@ -45,6 +62,14 @@ class LabelledImages(Dataset[tuple[Any, int]], ABC):
     @abstractmethod
     def source(self, index: int) -> str:
         """Where the image at ``index`` comes from: a file, with its list-file line where there is one."""
+
+    def place(self, index: int) -> str | None:
+        """The image's path below the root of its data set, which keeps it in its split; None where there is none."""
+        return None
+
+    def identity(self, index: int) -> str:
+        """Knows the image again, wherever it lies later: of files a digest of their content, else of the source."""
+        return hashlib.blake2b(self.source(index).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
     def with_transform(self, transform: Callable[[Image.Image], Any] | None) -> Self:
         """The same data set, giving ``(transform(image), label)``; this one is left as it is."""
@@ -79,6 +104,12 @@ class ImageSubset(LabelledImages):
 
     def source(self, index: int) -> str:
         return self.parent.source(self.indices[index])
+
+    def place(self, index: int) -> str | None:
+        return self.parent.place(self.indices[index])
+
+    def identity(self, index: int) -> str:
+        return self.parent.identity(self.indices[index])
 
 
 @dataclass(frozen=True)

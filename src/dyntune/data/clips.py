@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from dyntune.core.errors import DataError, unknown_name
 from dyntune.core.fields import Range, require_ranges
+
+_LARGEST = 4096
+"""Of the numbers of a sampling that a file may ask for."""
 
 
 class Footage(Protocol):
@@ -82,11 +86,15 @@ class Sampling:
         """
         known = cls().to_dict()
         if not isinstance(values, Mapping) or set(values) != set(known):
-            raise DataError(f"the sampling of clips is {values!r}: expected the entries {sorted(known)}.")
+            raise DataError(f"the sampling of clips is {reprlib.repr(values)}: expected the entries {sorted(known)}.")
         for key, value in values.items():
             right = (int, float) if type(known[key]) is float else (type(known[key]),)
             if type(value) not in right:
-                raise DataError(f"{key}={value!r} of the sampling of clips: expected a {type(known[key]).__name__}.")
+                raise DataError(
+                    f"{key}={reprlib.repr(value)} of the sampling of clips: expected a {type(known[key]).__name__}."
+                )
+            if not isinstance(value, str) and not value <= _LARGEST:
+                raise DataError(f"{key}={reprlib.repr(value)} of the sampling of clips: expected at most {_LARGEST}.")
         return cls(**values)
 
     def training_indices(self, count: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Labelled images from image files, from memory, and from several data sets; and the folder where data sets lie."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from itertools import accumulate
@@ -11,6 +12,9 @@ from PIL import Image
 from dyntune.core.errors import DataError
 from dyntune.data.base import LabelledImages
 from dyntune.data.images import read_image
+
+SKIP = "Or load the data set with on_corrupt='skip' (--on-corrupt skip), which leaves such images out."
+_PIECE = 256 * 1024
 
 
 def data_root(root: Path | None = None) -> Path:
@@ -25,26 +29,55 @@ class FileImages(LabelledImages):
         paths: one image file for each label.
         targets: zero-based labels.
         origins: for each image the list-file line that names it, for errors; ``None`` where there is no list.
+        root: the folder below which images are known by their paths; ``None`` where they are known by their order.
     """
 
     reads_files = True
 
     def __init__(
-        self, paths: Sequence[str | os.PathLike[str]], targets: Sequence[int], origins: Sequence[str] | None = None
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        targets: Sequence[int],
+        origins: Sequence[str] | None = None,
+        root: Path | None = None,
     ) -> None:
         super().__init__(targets)
         if len(paths) != len(self.targets) or (origins is not None and len(origins) != len(paths)):
             raise DataError(
-                f"{len(paths)} image paths do not go with {len(self.targets)} labels: expected one for one."
+                f"{len(paths)} {self.noun} paths do not go with {len(self.targets)} labels: expected one for one."
             )
         self.paths = tuple(os.fspath(path) for path in paths)
         self.origins = None if origins is None else tuple(origins)
+        self.root = root
 
     def read(self, index: int) -> Image.Image:
-        return read_image(self.paths[index], self.source(index))
+        try:
+            return read_image(self.paths[index], self.source(index))
+        except DataError as error:
+            raise DataError(f"{error} {SKIP}") from error
 
     def source(self, index: int) -> str:
         return self.paths[index] if self.origins is None else f"{self.paths[index]} ({self.origins[index]})"
+
+    def place(self, index: int) -> str | None:
+        return None if self.root is None else Path(self.paths[index]).relative_to(self.root).as_posix()
+
+    def identity(self, index: int) -> str:
+        try:
+            return content_digest(self.paths[index])
+        except OSError:  # such a file is an error, or left out, where it is read
+            return super().identity(index)
+
+
+def content_digest(path: str | os.PathLike[str]) -> str:
+    """Digest of a file's size and content; of a large one, of its beginning, middle and end."""
+    size = os.path.getsize(path)
+    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+    with open(path, "rb") as file:
+        for start in (0,) if size <= 3 * _PIECE else (0, (size - _PIECE) // 2, size - _PIECE):
+            file.seek(start)
+            digest.update(file.read(3 * _PIECE if size <= 3 * _PIECE else _PIECE))
+    return digest.hexdigest()
 
 
 class ArrayImages(LabelledImages):
@@ -84,6 +117,9 @@ class EncodedImages(LabelledImages):
     def read(self, index: int) -> Image.Image:
         return read_image(self.files[index], self.source(index))
 
+    def identity(self, index: int) -> str:
+        return hashlib.blake2b(self.files[index], digest_size=8).hexdigest()
+
     def source(self, index: int) -> str:
         return f"{self.name} image {index}"
 
@@ -103,13 +139,21 @@ class JoinedImages(LabelledImages):
         self.classes = parts[0].classes
 
     def read(self, index: int) -> Image.Image:
-        part, position = self._place(index)
+        part, position = self._part(index)
         return part.read(position)
 
     def source(self, index: int) -> str:
-        part, position = self._place(index)
+        part, position = self._part(index)
         return part.source(position)
 
-    def _place(self, index: int) -> tuple[LabelledImages, int]:
+    def place(self, index: int) -> str | None:
+        part, position = self._part(index)
+        return part.place(position)
+
+    def identity(self, index: int) -> str:
+        part, position = self._part(index)
+        return part.identity(position)
+
+    def _part(self, index: int) -> tuple[LabelledImages, int]:
         number = max(number for number, start in enumerate(self.starts[:-1]) if start <= index % len(self))
         return self.parts[number], index % len(self) - self.starts[number]

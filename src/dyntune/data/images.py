@@ -1,24 +1,60 @@
 """Image files: finding them in folders and behind command-line arguments, and reading them as RGB images."""
 
+import functools
 import glob
 import io
+import logging
 import os
-from collections.abc import Iterator, Sequence
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from dyntune.core.errors import DataError
+from dyntune.core.texts import printable
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_NO_PICTURES = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
+"""Formats that Pillow knows when it sees them, but cannot read a picture of by itself."""
+_NO_DATA = ("thumbs.db", "desktop.ini")
+"""What file managers leave in folders."""
+_NO_FOLDERS = ("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information")
+"""Folders that archives, file systems and servers leave beside others."""
+_DRAWN = re.compile(r"(tokens|reductions)-.+|activation|tradeoff|search|accuracy_over_macs", re.IGNORECASE)
+"""Names of the pictures that ``visualize`` and the studies write, without suffix."""
+
+log = logging.getLogger("dyntune")
+
+
+def image_suffixes() -> frozenset[str]:
+    """Suffixes of the files that Pillow reads here, in small letters; those of its plug-ins are among them."""
+    Image.init()
+    return _readable(len(Image.EXTENSION), len(Image.OPEN))
+
+
+@functools.cache
+def _readable(extensions: int, formats: int) -> frozenset[str]:
+    """The suffixes, as long as there are so many extensions and formats: a plug-in registers more of them."""
+
+    def reads(name: str) -> bool:
+        return name in Image.OPEN and name not in _NO_PICTURES and (name != "EPS" or EpsImagePlugin.has_ghostscript())
+
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if reads(name))
 
 
 def is_image_name(name: str | os.PathLike[str]) -> bool:
     """Whether a file name has an image suffix and is not hidden (as the ``._x.jpg`` companions of some archives)."""
     path = Path(name)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in image_suffixes() and not path.name.startswith(".")
+
+
+def is_data_folder(name: str) -> bool:
+    """Whether a folder of this name can hold data: it is neither hidden nor one that tools leave behind."""
+    return not name.startswith(".") and name.lower() not in _NO_FOLDERS
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -53,8 +89,11 @@ def read_image(source: str | os.PathLike[str] | bytes | BinaryIO, name: str | No
     Raises:
         DataError: there is no such file, or it cannot be decoded as an image; a truncated file counts as undecodable.
     """
-    called = name if name is not None else str(source) if isinstance(source, str | os.PathLike) else "an image"
+    path = source if isinstance(source, str | os.PathLike) else None
+    called = printable(name if name is not None else "an image" if path is None else os.fspath(path))
     try:
+        if path is not None and not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no regular file")  # opening a pipe or a device may wait for ever
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
             return to_rgb(image)
@@ -65,8 +104,8 @@ def read_image(source: str | os.PathLike[str] | bytes | BinaryIO, name: str | No
     except Exception as error:
         # Decoders fail with many types (OSError, SyntaxError, ValueError, zlib.error, ...): all mean a bad image.
         raise DataError(
-            f"{called}: cannot be read as an image ({error}). Expected a complete file in a format that Pillow reads; "
-            "replace or remove it, or load the data set with on_corrupt='skip' (--on-corrupt skip)."
+            f"{called}: cannot be read as an image ({printable(str(error))}). Expected a complete file in a format "
+            "that Pillow reads; replace or remove it."
         ) from error
 
 
@@ -74,37 +113,115 @@ def list_images(folder: Path) -> list[Path]:
     """All image files under ``folder`` at any depth, by suffix, sorted by path; hidden files and folders are left out.
 
     Links to folders are followed; one that leads back to a folder above it is left out rather than followed for ever.
+    Folders further down that hold nothing but pictures that Dyntune drew are left out too.
     """
+    return scan_images(folder)[0]
+
+
+def scan_images(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """As ``list_images``, and of the files that it leaves out, how many there are of each suffix."""
     found: list[Path] = []
+    left: Counter[str] = Counter()
+    for parent, files in walk_data(folder):
+        images = [name for name in files if is_image_name(name)]
+        if parent != folder and drawn(images):
+            left["pictures drawn by dyntune"] += len(images)
+            images = []
+        found += [parent / name for name in images]
+        left += suffixes_of(name for name in files if not is_image_name(name))
+    return sorted(found), left
+
+
+def walk_data(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and all that can hold data below it, links followed but for those that lead back; with their files."""
     seen: dict[str, frozenset[str]] = {str(folder): frozenset({os.path.realpath(folder)})}
     for parent, folders, files in os.walk(folder, followlinks=True):
         above = seen.pop(parent)
         inside = []
         for name in folders:
             real = os.path.realpath(os.path.join(parent, name))
-            if not name.startswith(".") and real not in above:
+            if is_data_folder(name) and real not in above:
                 inside.append(name)
                 seen[os.path.join(parent, name)] = above | {real}
         folders[:] = inside
-        found += [Path(parent, name) for name in files if is_image_name(name)]
-    return sorted(found)
+        yield Path(parent), files
 
 
-def _matches(argument: str) -> Iterator[Path]:
-    """Image files behind one argument; a file that exists is taken at its word, whatever its suffix."""
+def suffixes_of(names: Iterable[str]) -> Counter[str]:
+    """How many files there are of each suffix, without hidden ones and those that file managers leave."""
+    shown = (name for name in names if not name.startswith(".") and name.lower() not in _NO_DATA)
+    return Counter(Path(name).suffix.lower() or "no suffix" for name in shown)
+
+
+def drawn(images: Sequence[str]) -> bool:
+    """Whether a folder's images are those that ``visualize`` or a study writes, by their names."""
+    return bool(images) and all(_DRAWN.fullmatch(Path(name).stem) for name in images)
+
+
+def report_left_out(
+    place: str | os.PathLike[str], left: Counter[str], expected: str = "images which Pillow reads"
+) -> None:
+    """Says in a line how many files of each suffix are not what was expected, if there are any."""
+    if left:
+        kinds = ", ".join(f"{count} {printable(kind)}" for kind, count in left.most_common())
+        log.warning(
+            "%s: left out %d files that are no %s: %s.",
+            printable(os.fspath(place)),
+            left.total(),
+            expected,
+            kinds,
+        )
+
+
+def matches(argument: str, inside: Callable[[Path], Sequence[Path]], named: Callable[[str], bool]) -> Iterator[Path]:
+    """What one argument of a command stands for; a file that exists is taken at its word, whatever its suffix.
+
+    Args:
+        argument: a file, a folder or a pattern.
+        inside: what is taken of a folder.
+        named: whether a file that a pattern finds is taken, by its name.
+    """
     if not argument:
         return  # Path("") would be the current folder
-    path = Path(argument).expanduser()
+    path = _home(argument)
     if path.is_dir():
-        yield from list_images(path)
+        yield from inside(path)
     elif path.exists():
         yield path
     else:
-        for hit in sorted(glob.glob(str(path), recursive=True)):
+        for hit in sorted(glob.glob(_pattern(path), recursive=True)):
             if Path(hit).is_dir():
-                yield from list_images(Path(hit))
-            elif is_image_name(hit):
+                yield from inside(Path(hit))
+            elif named(hit):
                 yield Path(hit)
+
+
+def _home(argument: str) -> Path:
+    """The path with ``~`` replaced; a name that merely begins so stays as it is."""
+    try:
+        return Path(argument).expanduser()
+    except RuntimeError:
+        return Path(argument)
+
+
+def _folder(path: Path) -> list[Path]:
+    images, left = scan_images(path)
+    if images:
+        report_left_out(path, left)
+    return images
+
+
+def _pattern(path: Path) -> str:
+    """The path as a pattern in which folders that are there stand for themselves, whatever signs their names have."""
+    known, *rest = path.parts
+    there = Path(known)
+    fixed = glob.escape(known) if there.exists() else known
+    for number, part in enumerate(rest):
+        if not (there / part).exists():
+            return os.path.join(fixed, *rest[number:])
+        there /= part
+        fixed = os.path.join(fixed, glob.escape(part))
+    return fixed
 
 
 def expand_images(paths: Sequence[str]) -> list[Path]:
@@ -119,11 +236,11 @@ def expand_images(paths: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for argument in paths:
-        hits = list(_matches(argument))
+        hits = list(matches(argument, _folder, is_image_name))
         if not hits:
             raise DataError(
                 f"no image found for {argument!r}. Expected an image file, a folder that holds images "
-                f"({' '.join(sorted(IMAGE_SUFFIXES))}) or a pattern that matches some; check the spelling."
+                f"({' '.join(sorted(image_suffixes()))}) or a pattern that matches some; check the spelling."
             )
         found.update(dict.fromkeys(hits))
     return list(found)

@@ -3,14 +3,16 @@
 import difflib
 import functools
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from dyntune.core.discovery import discover
 from dyntune.core.errors import DataError
 from dyntune.data.base import DataSplits, ImageSubset, LabelledImages
-from dyntune.data.sources.base import Request, Source
+from dyntune.data.sources.base import Held, Request, Source
 
 GROUP = "dyntune.sources"
 
@@ -57,13 +59,45 @@ def load_data(
     Raises:
         DataError: there is no such data set, or it is malformed, or it can neither be found nor downloaded.
     """
+    source, request = _asked(data, seed, val_fraction, root, on_corrupt)
+    splits = source.load(request)
+    return splits.map(_without_unreadable) if on_corrupt == "skip" else splits
+
+
+def load_held(
+    data: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    seed: int = 0,
+    val_fraction: float = 0.2,
+    root: Path | None = None,
+    on_corrupt: Literal["error", "skip"] = "error",
+) -> Held:
+    """The images of a data set to evaluate a model on: as ``load_data``, but a test folder alone is enough.
+
+    Args:
+        data: as for ``load_data``, and so are those that are not named here.
+        classes: names of the model's classes; class folders are given their labels by them.
+    """
+    source, request = _asked(data, seed, val_fraction, root, on_corrupt)
+    held = source.held(request, classes)
+    if on_corrupt == "skip":
+        held = replace(held, splits={name: _without_unreadable(split) for name, split in held.splits.items()})
+    for split in held.splits.values():
+        split.classes = held.classes
+    return held
+
+
+def _asked(
+    data: str | Path, seed: int, val_fraction: float, root: Path | None, on_corrupt: Literal["error", "skip"]
+) -> tuple[Source, Request]:
+    """The source of a data set, and what it is asked for; raises DataError for options that make no sense."""
     if on_corrupt not in ("error", "skip"):
         raise DataError(f"on_corrupt={on_corrupt!r}: expected 'error' or 'skip'.")
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction={val_fraction!r}: expected a share above 0 and below 1, such as 0.2.")
     source, given = _find_source(data)
-    splits = source.load(Request(os.fspath(data), given, seed, val_fraction, root, on_corrupt))
-    return splits.map(_without_unreadable) if on_corrupt == "skip" else splits
+    return source, Request(os.fspath(data), given, seed, val_fraction, root, on_corrupt)
 
 
 def _find_source(data: str | Path) -> tuple[Source, str]:
@@ -118,7 +152,7 @@ def _without_unreadable(data: LabelledImages) -> LabelledImages:
     bad = [data.source(index) for index, fine in enumerate(good) if not fine]
     if len(bad) == len(data):
         raise DataError(
-            f"none of the {len(data)} images of a split can be read, the first being {bad[0]}. "
-            "Expected complete image files; check that the data set was copied whole."
+            f"none of the {len(data)} {data.noun}s of a split can be read, the first being {bad[0]}. "
+            f"Expected complete {data.noun} files; check that the data set was copied whole."
         )
     return ImageSubset(data, [index for index, fine in enumerate(good) if fine], skipped=bad)

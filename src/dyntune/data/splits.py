@@ -1,10 +1,28 @@
 """Cutting a data set in two with the classes in proportion, the same way on every machine and library version."""
 
 import hashlib
+import re
+import unicodedata
 from collections.abc import Sequence
 
 from dyntune.core.errors import DataError
 from dyntune.data.base import DataSplits, ImageSubset, LabelledImages
+
+_WORDS = dict.fromkeys(("train", "training"), "train") | {"test": "test", "testing": "test"}
+_WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
+_FILLING = frozenset(
+    {"data", "dataset", "folder", "image", "images", "img", "imgs", "list", "seg", "set", "split", "video", "videos"}
+)
+
+
+def split_of(name: str) -> str | None:
+    """Which split a folder, file or list of that name is: ``train``, ``val``, ``test``, or None for any other name.
+
+    Capitals do not matter, nor do words that say nothing: ``Training``, ``test_set``, ``seg_train`` and ``valset`` are
+    splits too.
+    """
+    words = [word for word in re.split(r"[^a-z]+", name.lower()) if word and word not in _FILLING]
+    return _WORDS.get(words[0].removesuffix("set")) if len(words) == 1 and not re.search(r"\d", name) else None
 
 
 def stratified_take(targets: Sequence[int], count: int, *, key: str) -> tuple[list[int], list[int]]:
@@ -37,17 +55,55 @@ def stratified_take(targets: Sequence[int], count: int, *, key: str) -> tuple[li
     return sorted(chosen), [position for position in range(len(targets)) if position not in chosen]
 
 
+def take_by_place(
+    places: Sequence[str], targets: Sequence[int], share: float, *, key: str
+) -> tuple[list[int], list[int]]:
+    """Choose about ``share`` of the items by where each lies, so that items which come or go later move no other.
+
+    An item is chosen where the hash of ``key`` and its place is below ``share``. Only where that would be a whole
+    class, its item with the highest hash stays; and where it would be none at all, that with the lowest is chosen, if
+    its class has another.
+
+    Returns:
+        (chosen, rest): two sorted lists of positions that together are all of them.
+    """
+
+    def height(position: int) -> float:
+        # Systems differ in how they write accents, and in nothing else.
+        place = unicodedata.normalize("NFC", places[position]).encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.blake2b(f"{key}/".encode() + place, digest_size=8).digest()) / 2**64
+
+    members: dict[int, list[tuple[float, int]]] = {}
+    for position, target in enumerate(targets):
+        members.setdefault(target, []).append((height(position), position))
+    chosen: list[int] = []
+    for found in members.values():
+        found.sort()
+        count = sum(its_height < share for its_height, _ in found)
+        chosen += [position for _, position in found[: min(count, len(found) - 1)]]
+    if not chosen:
+        chosen = [position for _, position in sorted(found[0] for found in members.values() if len(found) > 1)[:1]]
+    return sorted(chosen), sorted(set(range(len(targets))) - set(chosen))
+
+
 def split_off(data: LabelledImages, fraction: float, *, key: str) -> tuple[LabelledImages, LabelledImages]:
-    """Split ``fraction`` of a data set off, stratified: (what is left, what was split off).
+    """Split ``fraction`` of a data set off: (what is left, what was split off).
+
+    Images of folders are split by their paths, so that images that are added later do not move the others; those of
+    other data sets by their positions, with the classes in proportion.
 
     Raises:
         DataError: no class has two images, so that nothing can be split off.
     """
-    chosen, rest = stratified_take(data.targets, max(1, round(len(data) * fraction)), key=key)
+    places = [place for index in range(len(data)) if (place := data.place(index)) is not None]
+    if len(places) == len(data):
+        chosen, rest = take_by_place(places, data.targets, fraction, key=key)
+    else:
+        chosen, rest = stratified_take(data.targets, max(1, round(len(data) * fraction)), key=key)
     if not chosen:
         raise DataError(
-            f"cannot split {fraction:.0%} off {len(data)} images: every class must keep one image and none has two. "
-            "Add images, or give the validation and test images as splits of their own."
+            f"cannot split {fraction:.0%} off {len(data)} {data.noun}s: every class must keep one and none has two. "
+            f"Add {data.noun}s, or give those to validate and to test on as splits of their own."
         )
     return ImageSubset(data, rest), ImageSubset(data, chosen)
 
@@ -75,11 +131,13 @@ def assemble(
         if split is None:
             continue
         if not len(split):
-            raise DataError(f"{name}: the {split_name} split has no images. Expected at least one; add images to it.")
+            raise DataError(
+                f"{name}: the {split_name} split has no {split.noun}s. Expected at least one; add {split.noun}s to it."
+            )
         if min(split.targets) < 0:
             raise DataError(
                 f"{name}: the {split_name} split has the label {min(split.targets)}. Expected zero-based labels; "
-                "leave images without a label out."
+                f"leave {split.noun}s without a label out."
             )
         names += [str(label) for label in range(len(names), max(split.targets) + 1)]
     if val is None:

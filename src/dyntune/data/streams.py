@@ -4,19 +4,37 @@ import contextlib
 import io
 import logging
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from dyntune.core.errors import DataError
 from dyntune.data.datasets import EncodedImages
-from dyntune.data.images import read_image, to_rgb
+from dyntune.data.images import image_suffixes, read_image, to_rgb
 
 MEMORY_LIMIT = 4 * 1024**3
-SPLIT_WORDS = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
-    ("val", "valid", "validation"), "val"
-)
-SHARD_IMAGES = "jpg;jpeg;png;webp"
+_BLOCK = 512
+
+
+def shard_images() -> str:
+    """The suffixes of images in shards, as timm asks for them; of several images of a sample the first is taken."""
+    common = ("jpg", "jpeg", "png", "webp")
+    return ";".join((*common, *sorted({suffix[1:] for suffix in image_suffixes()} - set(common))))
+
+
+def is_whole(shard: Path) -> bool:
+    """Whether a tar file ends as one does; readers pass over what is missing behind a cut, without a word."""
+    try:
+        with tarfile.open(shard) as archive:
+            for _ in archive:
+                pass
+            assert archive.fileobj is not None  # it is open
+            archive.fileobj.seek(archive.offset)
+            # An archive ends with blocks of zeros; a header that cannot be read ends it for tarfile, too.
+            return archive.fileobj.read(_BLOCK) == bytes(_BLOCK)
+    except (tarfile.TarError, OSError, EOFError, zlib.error):
+        return False
 
 
 def open_stream(name: str, hint: str, **settings: Any) -> Any:
@@ -67,11 +85,11 @@ def _reader_warnings() -> Iterator[list[str]]:
 
 def _bad_members(shards: Sequence[Path]) -> list[str]:
     """The images in local shards that cannot be decoded, as ``shard: member``."""
-    bad = []
+    bad, suffixes = [], image_suffixes()
     for shard in shards:
         with contextlib.suppress(tarfile.TarError, OSError, EOFError), tarfile.open(shard) as archive:
             for member in archive:
-                if member.isfile() and Path(member.name).suffix.lower()[1:] in SHARD_IMAGES.split(";"):
+                if member.isfile() and Path(member.name).suffix.lower() in suffixes:
                     file = archive.extractfile(member)
                     try:
                         read_image(file.read() if file else b"")

@@ -1,5 +1,6 @@
 """From a PIL image to the tensor that a backbone expects."""
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -11,7 +12,12 @@ from torch.utils.data import Dataset
 from dyntune.core.errors import DataError, unknown_name
 from dyntune.data.base import LabelledImages
 from dyntune.data.clips import ClipTransform, Sampling
+from dyntune.data.others import Samples, accepted
 
+LARGEST_SIZE = 4096
+"""Pixels on a side of the images that a file may ask for; one of that size takes 200 MB."""
+_LARGEST_NUMBER = 1e6
+"""Of a mean or deviation, which lie between 0 and 1, or 255 for those who have another scale."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -36,13 +42,19 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if len(self.size) != 2 or min(self.size) < 1:
             raise DataError(f"image size {self.size}: expected (height, width), both at least 1 pixel.")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        finite = all(abs(number) <= _LARGEST_NUMBER for number in (*self.mean, *self.std))
+        if len(self.mean) != 3 or len(self.std) != 3 or not finite or min(self.std) <= 0:
             raise DataError(
-                f"mean {self.mean} and std {self.std}: expected three numbers each, the std above 0, "
+                f"mean {self.mean} and std {self.std}: expected three finite numbers each, the std above 0, "
                 "because images are read as RGB; use a backbone with three input channels."
             )
         if self.interpolation not in INTERPOLATIONS:
             raise DataError(unknown_name("interpolation", self.interpolation, INTERPOLATIONS))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is prepared: ``(3, height, width)``, of clips ``(frames, 3, height, width)``."""
+        return (3, *self.size) if self.clip is None else (self.clip.frames, 3, *self.size)
 
     @classmethod
     def from_timm(cls, vit: torch.nn.Module) -> Self:
@@ -89,18 +101,26 @@ class Preprocessing:
             clip = Sampling.from_dict(values["clip"])
             values = {name: value for name, value in values.items() if name != "clip"}
         fields = {"size", "mean", "std", "interpolation"}
-        if set(values) != fields:
-            raise DataError(f"preprocessing has the entries {sorted(values)}: expected {sorted(fields)}.")
+        if not isinstance(values, Mapping) or set(values) != fields:
+            raise DataError(f"preprocessing is {reprlib.repr(values)}: expected the entries {sorted(fields)}.")
         try:
-            height, width = (int(length) for length in values["size"])
+            height, width = (_whole(length) for length in values["size"])
             mean = tuple(float(value) for value in values["mean"])
             std = tuple(float(value) for value in values["std"])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise DataError(
-                f"preprocessing {dict(values)} cannot be read ({error}): expected size as two whole numbers, mean and "
-                "std as three numbers each."
+                f"preprocessing {reprlib.repr(dict(values))} cannot be read ({error}): expected size as two whole "
+                "numbers, mean and std as three numbers each."
             ) from error
+        if max(height, width) > LARGEST_SIZE:
+            raise DataError(f"image size {height} x {width}: expected at most {LARGEST_SIZE} pixels on a side.")
         return cls((height, width), mean, std, str(values["interpolation"]), clip)
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int:
+        raise ValueError(f"{reprlib.repr(number)} is no whole number")
+    return number
 
 
 def build_transform(
@@ -161,20 +181,22 @@ def preprocessed(
     train: bool = False,
     augment: Literal["none", "timm"] = "none",
     every_view: bool = False,
-) -> Dataset[Any]:
-    """Labelled PIL images or videos with ``build_transform`` put on; any other data set as it is.
+) -> LabelledImages | Samples:
+    """PIL images or videos with ``build_transform`` put on; tensors as they are.
 
     Raises:
-        DataError: they are videos, and the backbone takes images, or the other way round.
+        DataError: the data set is of no kind that is known, see ``dyntune.data.others.accepted``; or it is of videos,
+            and the backbone takes images, or the other way round.
     """
-    if not isinstance(dataset, LabelledImages) or dataset.transform is not None:
-        return dataset
-    if dataset.videos and preprocessing.clip is None:
+    found = accepted(dataset)
+    if found.transform is not None or (isinstance(found, Samples) and not found.pictures):
+        return found
+    if found.videos and preprocessing.clip is None:
         raise DataError(
             "the data are videos, but the backbone takes images. Give --frames 8, in Python ClipClassifier."
         )
-    if not dataset.videos and preprocessing.clip is not None:
+    if not found.videos and preprocessing.clip is not None:
         raise DataError(
             "the data are images, but the backbone takes clips of videos. Leave --frames out, or give videos."
         )
-    return dataset.with_transform(build_transform(preprocessing, train=train, augment=augment, every_view=every_view))
+    return found.with_transform(build_transform(preprocessing, train=train, augment=augment, every_view=every_view))

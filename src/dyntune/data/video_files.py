@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dyntune.core.errors import DataError, in_one_line
+from dyntune.core.errors import DataError, how_to_install, in_one_line
 from dyntune.core.files import write_atomically
+from dyntune.core.texts import printable
 
 FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif"
 """Containers that are opened. FFmpeg would take a picture called ``.mp4`` as a video of one frame, and follow lists of
@@ -88,8 +89,8 @@ def read_frames(
                     found[number] = change(_upright(frame))
                 if done > wanted[-1]:
                     break
-        except _av().error.FFmpegError as error:
-            stopped = in_one_line(error)
+        except require_reader().error.FFmpegError as error:
+            stopped = printable(in_one_line(error))
         missing = [number for number in wanted if number not in found]
         if missing and not stopped and last is not None and done >= (1 - _LOST) * count:
             found |= dict.fromkeys(missing, change(_upright(last)))
@@ -98,7 +99,7 @@ def read_frames(
         why = f" ({stopped})" if stopped else ""
         raise DataError(
             f"{name}: stops after {done} of {count} frames{why}, and frame {missing[0]} is wanted. Expected a complete "
-            "file; copy it again, or load the data set with on_corrupt='skip' (--on-corrupt skip)."
+            "file; copy it again."
         )
     return [found[number] for number in indices]
 
@@ -112,7 +113,7 @@ def write_video(path: Path, frames: Iterable[np.ndarray], *, rate: int = 12, cod
         rate: frames per second.
         codec: FFmpeg's name of the encoder, ``libx264`` for H.264.
     """
-    av = _av()
+    av = require_reader()
 
     def write(target: Path) -> None:
         with av.open(str(target), "w", format="mp4") as container:
@@ -165,7 +166,7 @@ def _upright(frame: Any) -> Image.Image:
 @contextmanager
 def _opened(source: Source, name: str) -> Iterator[tuple[Any, Any]]:
     """A container and its first stream of pictures."""
-    av = _av()
+    av = require_reader()
     given = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
     if isinstance(given, str) and not os.path.isfile(given):
         raise DataError(f"{name}: there is no such video file. Restore it, or remove it from the data set.")
@@ -174,8 +175,8 @@ def _opened(source: Source, name: str) -> Iterator[tuple[Any, Any]]:
         container = av.open(given, "r", options=safe, metadata_errors="ignore")
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise DataError(
-            f"{name}: cannot be opened as a video ({in_one_line(error)}). Expected a complete file; replace or remove "
-            "it, or load the data set with on_corrupt='skip' (--on-corrupt skip)."
+            f"{name}: cannot be opened as a video ({printable(in_one_line(error))}). Expected a complete file; replace "
+            "or remove it."
         ) from error
     with container:
         stream = next(iter(container.streams.video), None)
@@ -186,9 +187,14 @@ def _opened(source: Source, name: str) -> Iterator[tuple[Any, Any]]:
         yield container, stream
 
 
-def _av() -> Any:
+def require_reader() -> Any:
+    """PyAV.
+
+    Raises:
+        DataError: it is not installed.
+    """
     try:
         import av
     except ImportError as error:
-        raise DataError("videos need PyAV, which is not installed: pip install 'dyntune[video]'.") from error
+        raise DataError(f"videos need PyAV, which is not installed: {how_to_install('video')}.") from error
     return av

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import glob
+import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from dyntune.core.errors import DataError
-from dyntune.data.base import LabelledImages
-from dyntune.data.images import is_image_name, read_image
-from dyntune.data.video_files import About, about, read_frames
+from dyntune.core.texts import printable
+from dyntune.data.datasets import FileImages, content_digest
+from dyntune.data.images import is_image_name, matches, read_image, report_left_out, suffixes_of, walk_data
+from dyntune.data.video_files import About, about, read_frames, require_reader
 
 VIDEO_SUFFIXES = frozenset(
     {".3gp", ".asf", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm"}
     | {".wmv"}
 )
+SKIP = "Or load the data set with on_corrupt='skip' (--on-corrupt skip), which leaves such videos out."
 
 
 class Video:
@@ -27,11 +31,13 @@ class Video:
     Args:
         source: a file, the bytes of one, or a folder of frames, whose order is that of their names.
         name: what to call it in errors; by default its path.
+        advice: what errors say at their end.
     """
 
-    def __init__(self, source: str | os.PathLike[str] | bytes, name: str | None = None) -> None:
+    def __init__(self, source: str | os.PathLike[str] | bytes, name: str | None = None, advice: str = "") -> None:
         self.source = source if isinstance(source, bytes) else os.fspath(source)
-        self.name = name or ("a video" if isinstance(source, bytes) else os.fspath(source))
+        self.name = printable(name or ("a video" if isinstance(source, bytes) else os.fspath(source)))
+        self.advice = advice
         self._about: About | None = None
 
     def about(self) -> About:
@@ -41,7 +47,9 @@ class Video:
             DataError: it cannot be opened, or holds no pictures.
         """
         if self._about is None:
-            self._about = About(len(self._frames()), (0, 0), None) if self._folder else about(self.source, self.name)
+            with self._advised():
+                folder = self._folder
+                self._about = About(len(self._frames()), (0, 0), None) if folder else about(self.source, self.name)
         return self._about
 
     def __len__(self) -> int:
@@ -57,10 +65,11 @@ class Video:
         wrong = [index for index in indices if not 0 <= index < count]
         if wrong:
             raise DataError(f"{self.name}: has {count} frames, numbered from 0; frame {wrong[0]} is wanted.")
-        if self._folder:
-            frames = self._frames()
-            return [change(read_image(frames[index])) for index in indices]
-        return read_frames(self.source, self.name, indices, count, change)
+        with self._advised():
+            if self._folder:
+                frames = self._frames()
+                return [change(read_image(frames[index])) for index in indices]
+            return read_frames(self.source, self.name, indices, count, change)
 
     def load(self) -> None:
         """Reads the first and the last frame, which tells a video that is whole from one that is not.
@@ -70,46 +79,65 @@ class Video:
         """
         self.read([0, len(self) - 1], lambda frame: None)
 
+    @contextmanager
+    def _advised(self) -> Iterator[None]:
+        try:
+            yield
+        except DataError as error:
+            raise DataError(f"{error} {self.advice}".rstrip()) from error
+
     @property
     def _folder(self) -> bool:
         return isinstance(self.source, str) and os.path.isdir(self.source)
 
     def _frames(self) -> list[Path]:
-        frames = sorted(path for path in Path(str(self.source)).iterdir() if path.is_file() and is_image_name(path))
+        frames = _frames_in(Path(str(self.source)))
         if not frames:
             raise DataError(f"{self.name}: no frames in the folder. Expected image files, ordered by their names.")
         return frames
 
 
-class LabelledVideos(LabelledImages):
+class LabelledVideos(FileImages):
     """Videos, of which ``read`` gives a ``Video`` instead of an image.
 
     Args:
         paths: one file, or folder of frames, for each label.
         targets: zero-based labels.
         origins: for each video the list-file line that names it, for errors; None where there is no list.
+        root: the folder below which videos are known by their paths; None where they are known by their order.
     """
 
-    reads_files = True
     videos = True
 
     def __init__(
-        self, paths: Sequence[str | os.PathLike[str]], targets: Sequence[int], origins: Sequence[str] | None = None
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        targets: Sequence[int],
+        origins: Sequence[str] | None = None,
+        root: Path | None = None,
     ) -> None:
-        super().__init__(targets)
-        if len(paths) != len(self.targets):
-            raise DataError(f"{len(paths)} videos do not go with {len(self.targets)} labels: expected one for one.")
-        self.paths = tuple(os.fspath(path) for path in paths)
-        self.origins = None if origins is None else tuple(origins)
+        super().__init__(paths, targets, origins, root)
+        if any(map(is_video_name, self.paths)):
+            require_reader()
         self._opened: dict[int, Video] = {}
 
     def read(self, index: int) -> Video:  # type: ignore[override]
         """The video at ``index``; what is known of its length is kept."""
         index = range(len(self.paths))[index]
-        return self._opened.setdefault(index, Video(self.paths[index], self.source(index)))
+        return self._opened.setdefault(index, Video(self.paths[index], self.source(index), SKIP))
 
-    def source(self, index: int) -> str:
-        return self.paths[index] if self.origins is None else f"{self.paths[index]} ({self.origins[index]})"
+    def identity(self, index: int) -> str:
+        """Of a folder of frames by their number and the content of the first, the middle and the last."""
+        path = Path(self.paths[index])
+        if not path.is_dir():
+            return super().identity(index)
+        frames = _frames_in(path)
+        known = [content_digest(frames[place]) for place in (0, len(frames) // 2, -1)] if frames else []
+        return hashlib.blake2b(f"{len(frames)} {known}".encode(), digest_size=8).hexdigest()
+
+
+def _frames_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and is_image_name(path))
 
 
 def is_video_name(name: str | os.PathLike[str]) -> bool:
@@ -118,39 +146,63 @@ def is_video_name(name: str | os.PathLike[str]) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".")
 
 
+def holds_frames(files: Sequence[str]) -> bool:
+    """Whether a folder with these files holds the frames of a video, and not videos."""
+    return any(map(is_image_name, files)) and not any(map(is_video_name, files))
+
+
 def list_videos(folder: Path) -> list[Path]:
     """Video files and folders of frames under ``folder``, sorted; hidden ones are left out.
 
     A folder below it that holds image files and no video is the frames of one.
     """
+    return scan_videos(folder)[0]
+
+
+def scan_videos(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """As ``list_videos``, and of the files that it leaves out, how many there are of each suffix."""
     found: list[Path] = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        videos = [Path(parent, name) for name in files if is_video_name(name)]
-        if not videos and Path(parent) != folder and any(map(is_image_name, files)):
-            found.append(Path(parent))
-        found += videos
-    return sorted(found)
+    left: Counter[str] = Counter()
+    for parent, files in walk_data(folder):
+        if parent != folder and holds_frames(files):
+            found.append(parent)
+            left += suffixes_of(name for name in files if not is_image_name(name))
+        else:
+            found += [parent / name for name in files if is_video_name(name)]
+            left += suffixes_of(name for name in files if not is_video_name(name))
+    return sorted(found), left
+
+
+def report_left(place: Path, left: Counter[str]) -> None:
+    """Says in a line how many files of each suffix are no videos, if there are any."""
+    report_left_out(place, left, "videos, nor frames of one in a folder of their own")
 
 
 def expand_videos(arguments: Sequence[str]) -> list[Path]:
-    """The videos behind command-line arguments: files, folders of frames, folders of videos, or globs.
+    """The videos that command-line arguments stand for, in the order of the arguments, each once.
+
+    Args:
+        arguments: files; folders of frames; folders of videos, searched at every depth; patterns.
 
     Raises:
-        DataError: an argument names none.
+        DataError: an argument stands for no video.
     """
-    found: list[Path] = []
+    found: dict[Path, None] = {}
     for argument in arguments:
-        path = Path(argument).expanduser()
-        if path.is_dir():
-            own = list_videos(path)
-            if not own and any(is_image_name(entry) for entry in path.iterdir()):
-                own = [path]
-        elif path.exists():
-            own = [path]
-        else:
-            own = [Path(hit) for hit in sorted(glob.glob(str(path), recursive=True)) if is_video_name(hit)]
-        if not own:
-            raise DataError(f"no videos behind {argument!r}. Expected video files, folders of frames, or globs.")
-        found += own
-    return found
+        hits = list(matches(argument, _inside, is_video_name))
+        if not hits:
+            raise DataError(
+                f"no videos behind {argument!r}. Expected a video file, a folder of frames, a folder that holds videos "
+                f"({' '.join(sorted(VIDEO_SUFFIXES))}) or a pattern that matches some; check the spelling."
+            )
+        found.update(dict.fromkeys(hits))
+    if any(map(is_video_name, found)):
+        require_reader()
+    return list(found)
+
+
+def _inside(path: Path) -> list[Path]:
+    videos, left = scan_videos(path)
+    if videos:
+        report_left(path, left)
+    return videos or [path] * bool(_frames_in(path))

@@ -1,18 +1,24 @@
 """The layout of a VTAB-1K task: a folder of images with four text files that list the splits."""
 
+import logging
+import os
 import posixpath
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from dyntune.core.errors import DataError, unknown_name
+from dyntune.core.texts import printable
 from dyntune.data.base import DataSplits
-from dyntune.data.datasets import FileImages
+from dyntune.data.datasets import SKIP, FileImages
 
 LISTS = ("train800", "val200", "train800val200", "test")
 TRAINS = ("train800", "train800val200")
-LINE = "an image path below the task folder, white space, and a zero-based label, such as 'images/test/000123.jpg 17'"
+LINE = "an image path below the task folder, white space, and a whole label, such as 'images/test/000123.jpg 17'"
+
+log = logging.getLogger("dyntune")
 
 
 class Entry(NamedTuple):
@@ -52,6 +58,8 @@ def read_list(file: Path) -> ImageList:
     """
     entries: list[Entry] = []
     bad: list[str] = []
+    if file.exists() and not file.is_file():  # a pipe would be waited for, a device read for ever
+        raise OSError("it is no file")
     # Only newlines end a line here, so that the numbers in messages are those an editor shows.
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
@@ -66,6 +74,11 @@ def read_list(file: Path) -> ImageList:
             case _:
                 bad.append(f"line {number}: malformed line {line.strip()[:200]!r}")
     return ImageList(file, tuple(entries), tuple(bad))
+
+
+def first_label(lists: Iterable[ImageList]) -> int:
+    """The lowest label: 1 where all lists of a task count from there, else 0."""
+    return int(min((entry.label for images in lists for entry in images.entries), default=0) == 1)
 
 
 def _read_faultless(file: Path) -> ImageList:
@@ -97,7 +110,8 @@ def load_vtab_task(
 ) -> DataSplits:
     """Load a VTAB-1K task folder with ``{train800,val200,train800val200,test}.txt`` and the images they list.
 
-    The number of classes is the largest label over all four lists plus one; classes are named by their numbers.
+    Labels count from 0; where the lowest of all four lists is 1, each counts as one less. The number of classes is the
+    largest label over all four lists plus one; classes are named by their numbers.
 
     Args:
         path: the task folder.
@@ -120,24 +134,29 @@ def load_vtab_task(
     if not folder.is_dir():
         raise DataError(f"no folder {folder}. Expected a VTAB-1K task folder; check the spelling.")
     lists = {each: _read_faultless(folder / f"{each}.txt") for each in LISTS}
+    first = first_label(lists.values())
+    if first:
+        log.warning("%s: the labels of its lists start at 1; each counts as one less.", printable(str(folder)))
     # A data set cannot have more classes than images: this catches a mistyped label before it sizes a huge head.
     limit = sum(images.lines for images in lists.values())
     splits = {}
     for each, images in lists.items():
         origins = [f"{images.file} line {entry.line}" for entry in images.entries]
         for (image, label, _), where in zip(images.entries, origins, strict=True):
-            if not 0 <= label < limit:
+            if not first <= label < limit + first:
                 raise DataError(
-                    f"{where}: label {label} is out of range. Expected a zero-based label, 0 to at most {limit - 1} "
-                    f"with {limit} images listed; mend the line."
+                    f"{where}: label {label} is out of range. Expected a label from {first} to at most "
+                    f"{limit - 1 + first} with {limit} images listed; mend the line."
                 )
-            if on_corrupt == "error" and not (folder / image).is_file():
+            if on_corrupt == "error" and not os.path.isfile(folder / image):  # False for names that none can have
                 raise DataError(
                     f"{where}: there is no image {folder / image}. Expected each listed image below the task folder; "
-                    "restore it, remove the line, or load the data set with on_corrupt='skip' (--on-corrupt skip)."
+                    f"restore it or remove the line. {SKIP}"
                 )
         splits[each] = FileImages(
-            [folder / entry.path for entry in images.entries], [entry.label for entry in images.entries], origins
+            [folder / entry.path for entry in images.entries],
+            [entry.label - first for entry in images.entries],
+            origins,
         )
     count = 1 + max(max(split.targets) for split in splits.values())
     return DataSplits(

@@ -22,6 +22,7 @@ from dyntune.inference.packed import pack
 from dyntune.model.executions import Execution
 from dyntune.model.forward import run
 from dyntune.model.rates import shift_gates
+from dyntune.model.trial import settle_threads_for
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.policies.base import Output, TokenPolicy
 from dyntune.parts.registry import resolve
@@ -142,6 +143,9 @@ def optimize(
 ) -> OptimizedModel:
     """A fast copy of a model for inference in this process; its logits are those of the model but for rounding.
 
+    On a CPU it also takes the number of threads of this process with which it runs quickest, by a trial of a second,
+    unless OMP_NUM_THREADS or torch.set_num_threads() has set one; ``notes`` say which.
+
     Args:
         model: a tuned model, or a plain one that ``tune`` would take.
         rate: share of the patches that gated units shall compute, for a calibrated model; None leaves it as it is set.
@@ -161,6 +165,9 @@ def optimize(
     shared = [(joint, "read") for joint in optimized.joints.values()]
     halved = hosted if precision == "bf16" else ()
     optimized.notes.append(pack([*hosted, *shared], math.prod(optimized.backbone.grid), halved))
+    taken = settle_threads_for(optimized)
+    if taken:
+        optimized.notes.append(taken)
     return optimized
 
 

@@ -10,7 +10,7 @@ fail on one that is not theirs; folders of earlier versions, which have that nam
 from __future__ import annotations
 
 import hashlib
-import json
+import reprlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,19 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dyntune.core.errors import CheckpointError
-from dyntune.core.files import write_atomically, write_json, write_text
+from dyntune.core.digests import values_digest
+from dyntune.core.errors import CheckpointError, in_one_line
+from dyntune.core.files import (
+    LARGEST_JSON,
+    SEAL,
+    parse_json,
+    read_json,
+    seal_holds,
+    sealed,
+    write_atomically,
+    write_json,
+    write_text,
+)
 from dyntune.core.version import VERSION
 from dyntune.model.card import model_card
 from dyntune.model.rates import Calibration
@@ -53,11 +64,13 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any
     payload = safetensors.torch.save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"}
     )
-    config = versioned(about) | {"weights_sha256": hashlib.sha256(payload).hexdigest()}
+    config = sealed(versioned(about) | {"weights_sha256": hashlib.sha256(payload).hexdigest()})
     _replace(folder, payload, config)
     if _is_ours(folder / FORMER_CONFIG):
         for name in (FORMER_CONFIG, *FORMER_WEIGHTS):
             (folder / name).unlink(missing_ok=True)
+    if _is_of_trainer(folder / TRAINER_WEIGHTS):
+        (folder / TRAINER_WEIGHTS).unlink()
     write_text(folder / CARD, model_card(config, tensors))
 
 
@@ -67,9 +80,14 @@ def versioned(about: dict[str, Any]) -> dict[str, Any]:
     return {"library": "dyntune", "format": FORMAT, **versions, **about}
 
 
+def described(about: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The configuration of an adapter whose tensors stand beside it in one file."""
+    return sealed(versioned(about) | {"tensors_sha256": _tensors_digest(tensors)})
+
+
 def write_calibration(folder: Path, calibration: Calibration) -> None:
     """Puts a calibration into a saved adapter, in place of one that is there; the rest of it stays as it is."""
-    write_json(folder / CONFIG, read_config(folder) | {"calibration": calibration.to_dict()})
+    write_json(folder / CONFIG, sealed(read_config(folder) | {"calibration": calibration.to_dict()}))
 
 
 def _replace(folder: Path, payload: bytes, config: dict[str, Any]) -> None:
@@ -78,7 +96,7 @@ def _replace(folder: Path, payload: bytes, config: dict[str, Any]) -> None:
     Until the configuration is replaced, it is the old weights that belong to it, so they stay until then.
     """
     weights, previous = folder / WEIGHTS, folder / PREVIOUS
-    if weights.exists() and _belongs(weights.read_bytes(), folder):
+    if weights.is_file() and _belongs(weights.read_bytes(), folder):
         write_atomically(previous, lambda path: shutil.copyfile(weights, path))
     try:
         write_atomically(weights, lambda path: path.write_bytes(payload))
@@ -101,8 +119,16 @@ def _belongs(payload: bytes, folder: Path) -> bool:
 def _is_ours(path: Path) -> bool:
     """Whether a file is the configuration of an adapter of Dyntune."""
     try:
-        return bool(json.loads(path.read_text(encoding="utf-8"))["library"] == "dyntune")
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(read_json(path, CheckpointError)["library"] == "dyntune")
+    except (CheckpointError, KeyError, TypeError):
+        return False
+
+
+def _is_of_trainer(path: Path) -> bool:
+    """Whether a file of tensors is one that a Trainer has saved of a tuned model."""
+    try:
+        return path.is_file() and _description(path) != "{}"
+    except (OSError, safetensors.SafetensorError):
         return False
 
 
@@ -118,27 +144,39 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"no saved adapter in {folder}: {CONFIG} is missing. Give the folder that save() or train wrote."
         )
-    try:
-        text = _description(path) if path.name == TRAINER_WEIGHTS else path.read_text(encoding="utf-8")
-        config = json.loads(text)
-    except (ValueError, OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}.") from error
+    config = _description(path) if path.name == TRAINER_WEIGHTS else read_json(path, CheckpointError)
     if not isinstance(config, dict) or config.get("library") != "dyntune":
         other = " (it may be an adapter of PEFT, which peft.PeftModel.from_pretrained reads)"
         raise CheckpointError(f"{path} was not written by Dyntune{other if path.name == FORMER_CONFIG else ''}.")
-    if not isinstance(config.get("format"), int) or config["format"] > FORMAT:
+    if type(config.get("format")) is not int or not 1 <= config["format"] <= FORMAT:
         raise CheckpointError(
-            f"{path} has format {config.get('format')!r}; this Dyntune reads up to {FORMAT}. Upgrade Dyntune."
+            f"{path} has format {reprlib.repr(config.get('format'))}; this Dyntune reads up to {FORMAT}. "
+            "Upgrade Dyntune."
         )
     return config
 
 
-def _description(path: Path) -> str:
-    """The JSON in a file of tensors that a Trainer has written; empty without any."""
-    with safetensors.safe_open(path, "pt") as file:
-        if DESCRIPTION not in file.keys():  # noqa: SIM118  it is no mapping
-            return "{}"
-        return bytes(file.get_tensor(DESCRIPTION).tolist()).decode()
+def require_unchanged(folder: Path, config: dict[str, Any]) -> None:
+    """Raises CheckpointError where a configuration is not the one that was written."""
+    if not seal_holds(config):
+        raise CheckpointError(
+            f"{folder / CONFIG} is not as it was written (digests differ). Copy the folder again; or, if you have "
+            f'changed it on purpose, remove its entry "{SEAL}".'
+        )
+
+
+def _description(path: Path) -> Any:
+    """The JSON in a file of tensors that a Trainer has written; an empty object without any."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            if DESCRIPTION not in file.keys():  # noqa: SIM118  it is no mapping
+                return {}
+            part = file.get_slice(DESCRIPTION)
+            if part.get_dtype() != "U8" or len(part.get_shape()) != 1 or part.get_shape()[0] > LARGEST_JSON:
+                raise ValueError(f"{DESCRIPTION} is no text")
+            return parse_json(file.get_tensor(DESCRIPTION).numpy().tobytes())
+    except (ValueError, OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {in_one_line(error)}.") from error
 
 
 def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
@@ -148,8 +186,16 @@ def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
         CheckpointError: there are none.
     """
     if "weights_sha256" not in config and (folder / TRAINER_WEIGHTS).is_file():
-        tensors = safetensors.torch.load_file(folder / TRAINER_WEIGHTS)
-        return {name: tensor for name, tensor in tensors.items() if name != DESCRIPTION}
+        tensors = _tensors((folder / TRAINER_WEIGHTS).read_bytes(), folder / TRAINER_WEIGHTS)
+        del tensors[DESCRIPTION]
+        if config.get("tensors_sha256", _ANY) not in (_ANY, _tensors_digest(tensors)):
+            raise CheckpointError(f"{folder / TRAINER_WEIGHTS} is damaged (digests differ). Copy the folder again.")
+        return tensors
+    if "weights_sha256" in config and _is_of_trainer(folder / TRAINER_WEIGHTS):
+        raise CheckpointError(
+            f"{folder} holds two adapters: that of save(), {CONFIG} and {WEIGHTS}, and one that a Trainer has saved "
+            f"since, {TRAINER_WEIGHTS}. Move the one that you do not mean to another folder."
+        )
     files = [folder / name for name in (WEIGHTS, PREVIOUS, *FORMER_WEIGHTS)]
     path = next((file for file in files if file.is_file()), None)
     if path is None:
@@ -160,7 +206,18 @@ def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is damaged or does not belong to {CONFIG} (digests differ). Copy the folder again."
         )
+    return _tensors(payload, path)
+
+
+_ANY = object()
+
+
+def _tensors(payload: bytes, path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(payload)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}.") from error
+    except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {in_one_line(error)}.") from error
+
+
+def _tensors_digest(tensors: dict[str, Tensor]) -> str:
+    return values_digest(dict(sorted(tensors.items())))

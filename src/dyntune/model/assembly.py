@@ -142,8 +142,12 @@ class CopyTrial:
 
     @cached_property
     def _empty(self) -> nn.Module:
-        """The host with tensors on the meta device."""
-        tensors: dict[int, Tensor] = {id(b): b.to("meta") for b in self._host.buffers()}
-        for p in self._host.parameters():
-            tensors[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
-        return copy.deepcopy(self._host, tensors)
+        return empty_copy(self._host)
+
+
+def empty_copy(host: nn.Module) -> nn.Module:
+    """A copy of a model with tensors on the meta device."""
+    tensors: dict[int, Tensor] = {id(b): b.to("meta") for b in host.buffers()}
+    for p in host.parameters():
+        tensors[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+    return copy.deepcopy(host, tensors)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
+from dyntune.core.texts import for_markdown, for_markdown_code
 
 
 def model_card(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
@@ -21,7 +22,8 @@ def model_card(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     results = "".join(f"| {name} | {value} |\n" for name, value in sorted(config["results"].items()))
     classes = config["classes"]
-    shown = ", ".join(classes[:20]) + (f" and {len(classes) - 20} more" if len(classes) > 20 else "") if classes else ""
+    more = f" and {len(classes) - 20} more" if classes and len(classes) > 20 else ""
+    shown = ", ".join(map(for_markdown, classes[:20])) + more if classes else ""
     metadata = [
         "---",
         "library_name: dyntune",
@@ -32,7 +34,7 @@ def model_card(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     ]
     sections = [
         "\n".join(metadata),
-        f"# `{config['spec']}` on `{backbone}`",
+        f"# {for_markdown_code(config['spec'])} on {for_markdown_code(backbone)}",
         f"An adapter made with Dyntune {config['dyntune_version']}: {count:,} trained values, {size:,} bytes. "
         "The backbone is not in this folder; it is built from its name or from a local weight file.",
         '```python\nimport dyntune\n\nmodel = dyntune.load("path/to/this/folder")   # in eval mode\n'

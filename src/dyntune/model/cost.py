@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from dyntune.model.macs import Trace, head_macs, trace
-from dyntune.model.tuned import TunedModel
+from dyntune.model.macs import Trace, trace
+from dyntune.model.tuned import TunedModel, require_tuned
 from dyntune.parts.policies.base import TokenPolicy
 from dyntune.parts.policies.gating import GatingPolicy
 from dyntune.parts.spec import format_spec
@@ -88,6 +88,7 @@ def cost(model: TunedModel) -> Cost:
 
     Nothing is computed: shapes alone are traced, so it is quick for any size and works for a model on the meta device.
     """
+    require_tuned(model, "cost")
     parameters = dict(model.backbone.named_parameters())
     head = model.backbone.head_parameters()
     trained = model.tuned_state()
@@ -103,7 +104,7 @@ def cost(model: TunedModel) -> Cost:
         head_params=sum(parameters[name].numel() for name in head),
         total_params=sum(p.numel() for p in parameters.values()),
         macs=traced.macs,
-        head_macs=head_macs(model.backbone),
+        head_macs=traced.head_macs,
         dense_macs=model.dense_macs,
         adapter_bytes=sum(p.numel() * p.element_size() for p in model.saved_state().values()),
         embedding_macs=traced.embedding_macs,

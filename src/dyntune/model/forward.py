@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dyntune.backbones.base import Backbone
+from dyntune.backbones.hosts import DATA_PARALLEL
 from dyntune.backbones.units import Block, Unit
+from dyntune.core.errors import BackboneError
 from dyntune.core.tokens import Projected, Tokens
 from dyntune.model.executions import Execution
 from dyntune.parts.policies.base import Gate, Output, Reduction, TokenPolicy
@@ -33,14 +35,18 @@ def run(
         backbone: with its methods' and policies' modules.
         policies: which tokens there are and which a unit computes; an empty sequence computes every token (DyT's
             "complete model").
-        images: ``(B, 3, height, width)``.
+        images: ``(B, 3, height, width)``; they are brought to the precision of the backbone's weights.
         execution: how gated units compute.
         watch: called with the tokens that the embedding gives, and behind every block with those that leave it.
     """
+    if getattr(backbone, "_is_replica", False):  # of nn.DataParallel, which wraps from outside
+        raise BackboneError(DATA_PARALLEL)
     bypass = backbone.bypass
+    images = backbone.in_its_precision(images)
     # No gradient goes from a bypass to the blocks, so they need not remember anything for it.
     with torch.set_grad_enabled(torch.is_grad_enabled() and bypass is None):
         tokens = backbone.embed(images)
+    grid = tokens.grid
     if watch:
         watch(tokens)
     stream = bypass.begin(tokens.x) if bypass else None
@@ -62,7 +68,7 @@ def run(
     return Output(
         backbone.readout(finished),
         tuple(decision for decision in decisions if isinstance(decision, Gate)),
-        finished.grid,
+        grid,
         tuple(decision for decision in decisions if isinstance(decision, Reduction)),
         finished,
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 import json
+import logging
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,34 +13,49 @@ import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.model.adapter_folder import DESCRIPTION, versioned
+from dyntune.core.errors import TrainingError
+from dyntune.model.adapter_folder import DESCRIPTION, described
 from dyntune.model.objective import training_loss
 from dyntune.model.tasks import Task
 from dyntune.parts.policies.base import Output, TokenPolicy
-from dyntune.parts.policies.gating import LearnedGate
+
+log = logging.getLogger("dyntune")
+_PLAIN = {"return_dict": True}
+"""Arguments of transformers' models whose value for an answer of loss and logits is not False."""
 
 
 class HubModel(nn.Module, abc.ABC):
     """A tuned model as users of transformers know models: ``transformers.Trainer`` trains it, hubs take it.
 
-    On a host of transformers, ``state_dict`` gives the trained tensors alone, because that is what its Trainer saves;
-    with them goes a description in JSON, so that a folder which the Trainer wrote can be loaded as one of ``save``.
+    ``state_dict`` gives the trained tensors alone, by their names in files, because that is what a Trainer saves; with
+    them goes a description in JSON, so that a folder which the Trainer wrote can be loaded as one of ``save``. A merged
+    model has the state of any module.
     """
 
     backbone: Backbone
     policies: tuple[TokenPolicy, ...]
     task: Task
+    unmerged: dict[str, str] | None
     main_input_name: ClassVar[str] = "pixel_values"
     accepts_loss_kwargs: ClassVar[bool] = False
     """The loss is a mean over the batch, which the Trainer has to divide where it accumulates gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(_write_state)
+        self.register_load_state_dict_pre_hook(_read_state)
 
     @abc.abstractmethod
     def run(self, images: Tensor, *, complete: bool = False) -> Output:
         """One forward pass with everything that it decided."""
 
     @abc.abstractmethod
-    def saved_state(self) -> dict[str, Tensor]:
-        """What this model holds beyond the pretrained backbone, by its name in files."""
+    def saved_names(self) -> dict[str, str]:
+        """What this model holds beyond the pretrained backbone: its names in the backbone, and in files."""
+
+    @abc.abstractmethod
+    def named_in_files(self) -> dict[str, Tensor]:
+        """Every tensor of the backbone and of what is on it, by its name in files."""
 
     @abc.abstractmethod
     def describe(self, results: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -58,8 +73,23 @@ class HubModel(nn.Module, abc.ABC):
             raise AttributeError(f"{type(self.backbone.host).__name__} has no config")
         return config
 
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the backbone's weights."""
+        return next(self.backbone.parameters()).dtype
+
     def forward(
-        self, images: Tensor | None = None, *, pixel_values: Tensor | None = None, labels: Tensor | None = None
+        self,
+        images: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        **others: Any,
     ) -> Any:
         """Images to logits; or called by keyword, as transformers calls its models, to a loss and logits.
 
@@ -68,24 +98,43 @@ class HubModel(nn.Module, abc.ABC):
             pixel_values: the same, in place of ``images``.
             labels: what the task takes, for classification class indices ``(B,)``. In train mode the loss is that of
                 ``training_loss``, in eval mode the task's.
+            others: what models of transformers take beside these is refused, but where it asks for nothing more.
 
         Returns:
             Logits ``(B, classes)`` for ``images``. For ``pixel_values`` what ``Backbone.answer`` gives: transformers'
             ``ImageClassifierOutput``, on other hosts a dictionary; with ``loss``, None without labels, and ``logits``.
         """
+        asked = [
+            f"{name}={value!r}"
+            for name, value in others.items()
+            if value is not None and value is not _PLAIN.get(name, False)
+        ]
+        if asked:
+            raise TypeError(
+                f"the model takes images, or pixel_values and labels; given {', '.join(asked)}. Its answer has loss "
+                "and logits alone; run(images) gives what policies decide, features(images) those of patches."
+            )
         if images is not None:
+            if labels is not None:
+                raise TypeError("images come without labels: give pixel_values=..., labels=... for a loss and logits.")
             return self.run(images).logits
         if pixel_values is None:
             raise TypeError("the model takes images, or pixel_values=...; none were given.")
         if labels is None:
             return self.backbone.answer(None, self.run(pixel_values).logits)
         if self.training:
+            if getattr(self, "_is_replica", False) and self.policies:
+                raise TrainingError(
+                    "torch.nn.DataParallel trains copies of the model, which forget what its policies count. Start one "
+                    "process for each GPU (torchrun --nproc-per-node 2 train.py), or show it one GPU alone "
+                    "(CUDA_VISIBLE_DEVICES=0)."
+                )
             loss = training_loss(self, pixel_values, labels)
             return self.backbone.answer(loss.total, loss.output.logits)
         logits = self.run(pixel_values).logits
         return self.backbone.answer(self.task.loss(logits, labels), logits)
 
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
+    def activation_checkpointing_enable(self, **options: Any) -> None:
         """Lets every block be recomputed in the backward pass, to save memory.
 
         Args:
@@ -93,39 +142,13 @@ class HubModel(nn.Module, abc.ABC):
         """
         self.backbone.switch_gradient_checkpointing(True)
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Lets blocks be remembered."""
         self.backbone.switch_gradient_checkpointing(False)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Every tensor by name; on a host of transformers, the trained ones by their names in files."""
-        if self.backbone.config is None:
-            return super().state_dict(*args, **kwargs)
-        state: dict[str, Any] = {} if kwargs.get("destination") is None else kwargs["destination"]
-        prefix, keep = kwargs.get("prefix", ""), kwargs.get("keep_vars", False)
-        state |= {prefix + name: p if keep else p.detach() for name, p in self.saved_state().items()}
-        description = json.dumps(versioned(self.describe())).encode()
-        state[prefix + DESCRIPTION] = torch.frombuffer(bytearray(description), dtype=torch.uint8)
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """The inverse of ``state_dict``."""
-        if self.backbone.config is None:
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        own = self.saved_state()
-        given = {name: tensor for name, tensor in state_dict.items() if name != DESCRIPTION}
-        missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-        if strict and (missing or unexpected):
-            raise RuntimeError(f"the state is of another model: missing {missing}, unexpected {unexpected}.")
-        with torch.no_grad():
-            for name in own.keys() & given.keys():
-                own[name].copy_(given[name])
-        for path, module in self.backbone.named_modules():
-            if isinstance(module, LearnedGate):
-                names = {key: self.backbone.saved_name(f"{path}.{key}") for key in module.saved()}
-                if names and given.keys() >= {*names.values()}:
-                    module.fill({key: given[name] for key, name in names.items()})
-        return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+    # Their names before transformers 5.24, whose Trainer warns of them.
+    gradient_checkpointing_enable = activation_checkpointing_enable
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
     def save_pretrained(self, save_directory: str | Path) -> Path:
         """``save``, under the name that transformers and hubs have for it."""
@@ -168,3 +191,56 @@ class HubModel(nn.Module, abc.ABC):
                 create_pr=create_pr,
             )
         return str(commit.commit_url)
+
+
+def _write_state(model: HubModel, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
+    """Leaves of a state what the model holds beyond its backbone, and describes it."""
+    if model.unmerged is not None:
+        return
+    start = f"{prefix}backbone."
+    own = {saved: state[start + name] for name, saved in model.saved_names().items()}
+    for name in [name for name in state if name.startswith(start)]:
+        del state[name]
+    description = json.dumps(described(model.describe(), own)).encode()
+    state.update((prefix + saved, tensor) for saved, tensor in own.items())
+    state[prefix + DESCRIPTION] = torch.frombuffer(bytearray(description), dtype=torch.uint8)
+
+
+def _read_state(
+    model: HubModel,
+    state: dict[str, Tensor],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Gives the tensors of a state the names that modules have; what it does not hold stays as it is."""
+    if model.unmerged is not None:
+        return
+    start = f"{prefix}backbone."
+    for name in [name for name in state if name.startswith(start)]:
+        unexpected.append(name)
+        del state[name]
+    description = state.pop(prefix + DESCRIPTION, None)
+    if description is not None:
+        _warn_of_another(model, json.loads(bytes(description.tolist())))
+    own = model.backbone.state_dict(keep_vars=True)
+    expected = model.saved_names()
+    for name in own:
+        saved = prefix + model.backbone.saved_name(name)  # a state may hold more than what has changed here
+        if saved in state:
+            own[name] = state.pop(saved)
+        elif name in expected:
+            missing.append(saved)
+    state.update((start + name, tensor) for name, tensor in own.items())
+
+
+def _warn_of_another(model: HubModel, theirs: dict[str, Any]) -> None:
+    """Says where a state fits by its names and shapes, and was trained as another model."""
+    ours = json.loads(json.dumps(model.describe()))
+    if theirs.get("parts") != ours["parts"]:
+        log.warning("the state is of a model with %s; it goes into one with %s.", theirs.get("spec"), ours["spec"])
+    elif theirs.get("backbone", {}).get("fingerprint") != ours["backbone"]["fingerprint"]:
+        log.warning("the state was trained on other weights of the backbone than those of this model.")

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import reprlib
 import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dyntune.backbones.hosts import check_arguments, rebuild, wrap_plain
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.hosts import check_arguments, create_backbone, rebuild, wrap, wrap_plain
+from dyntune.backbones.huggingface_models import PREFIX, folder_of
 from dyntune.backbones.origin import BackboneSource
-from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError, SpecError, in_one_line
+from dyntune.core.errors import (
+    BackboneError,
+    CheckpointError,
+    DyntuneError,
+    SpecError,
+    how_to_install,
+    in_one_line,
+)
+from dyntune.core.shapes import shapes_only
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.adapter_folder import (
     CARD,
@@ -22,12 +36,19 @@ from dyntune.model.adapter_folder import (
     WEIGHTS,
     read_config,
     read_weights,
+    require_unchanged,
 )
+from dyntune.model.assembly import empty_copy, install
 from dyntune.model.rates import Calibration, dispatchers
 from dyntune.model.tasks import Task, saved_task
-from dyntune.model.tuned import TunedModel
+from dyntune.model.tuned import TunedModel, host_fingerprint, kept_buffers, require_free
+from dyntune.parts.policies.base import Searching
 from dyntune.parts.registry import as_in_files, expand, part_from_dict, resolve
 from dyntune.parts.spec import Part
+
+_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+_LARGEST = 65536
+"""A whole number beyond it is no size of a part: none has so many channels, tokens or experts."""
 
 
 def load(
@@ -39,6 +60,7 @@ def load(
     check_backbone: bool = True,
     policy: str | None = None,
     task: Task | None = None,
+    trust: bool = False,
     tokens: str | None = None,
 ) -> TunedModel:
     """Builds the backbone of a saved adapter and puts the adapter on; the model comes in eval mode.
@@ -53,11 +75,16 @@ def load(
         policy: a token policy without parameters to put on top, for instance ``"tome:r=8"``. The gates then see other
             tokens than they were calibrated on, so a saved calibration is left out.
         task: what the outputs mean, for an adapter that was trained for another task than classification.
+        trust: whether you trust who made the folder: a backbone of a hub, a folder or a file is looked for where it
+            says only if you do, or if such a model was built from there on this machine before. timm's own models
+            need none.
         tokens: the former name of ``policy``.
 
     Raises:
-        CheckpointError: the folder is incomplete, damaged or of a newer format, or does not fit the backbone.
-        BackboneError: the backbone cannot be built, or ``policy`` is not defined on the model.
+        CheckpointError: the folder is incomplete, damaged or of a newer format, does not fit the backbone, or needs
+            ``trust``.
+        BackboneError: the backbone cannot be built or belongs to another tuned model, or ``policy`` is not defined on
+            the model.
         SpecError: ``policy`` has parameters, which nobody has trained.
     """
     if tokens is not None:
@@ -66,55 +93,60 @@ def load(
     folder = Path(folder)
     if isinstance(backbone, TunedModel):
         raise CheckpointError("backbone is a tuned model already; give the plain model, one for each adapter.")
+    if backbone is not None:
+        require_free(backbone)
     config = read_config(folder)
     tensors = read_weights(folder, config)
-    try:
-        parts = _parts(config)
-        recorded = config["backbone"]
-        name, arguments = recorded["name"], recorded["arguments"]
-        origin = BackboneSource(name, check_arguments(name, arguments), recorded["weights"])
-        origin = origin if weights is None else origin.with_weights(weights)
-        dtype = {
-            str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        }[recorded["dtype"]]
-        preprocessing = Preprocessing.from_dict(config["preprocessing"])
-        task = saved_task(config.get("task"), task)
-        classes = _classes(config)
-        calibration = None if config.get("calibration") is None else Calibration.from_dict(config["calibration"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is not a valid configuration: {error!r}.") from error
-    except DyntuneError as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
-    # Full tuning saves every weight, so the pretrained ones need not be had.
-    complete = bool(recorded.get("complete"))
-    host = (backbone or rebuild(origin, pretrained=not complete)).to(dtype)
-    if config.get("peft") is not None:
-        host = _with_peft(host, config["peft"], folder)
+    saved = _Saved.of(folder, config, task)
+    origin = saved.origin if weights is None else saved.origin.with_weights(weights)
+    if backbone is None:
+        _require_known(saved.origin, weights, folder, trust)
     extra = resolve([policy]) if policy else ()
-    model = TunedModel(host, (*parts, *extra))
-    tuned = model.tuned_state() if extra else {}
-    untrained = {name for name in tuned if model.backbone.saved_name(name) not in tensors}
-    if any(name.partition(".")[0] in ("blocks", "shared") for name in untrained):
+    try:
+        empty = _without_content(saved, backbone, origin, folder)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever sizes that are none make timm and PyTorch say
+        if isinstance(error, BackboneError) and (backbone is not None or origin.name is None or origin.places):
+            raise  # not for what the file says: it is not there, or is of another kind
+        raise CheckpointError(f"{folder / CONFIG} does not describe a model: {in_one_line(error)}.") from error
+    if empty is not None:
+        saved.check(empty, tensors, folder)
+    require_unchanged(folder, config)
+    # Full tuning saves every weight, so the pretrained ones need not be had.
+    host = backbone or rebuild(origin, pretrained=not saved.complete)
+    given = {saved.fingerprint} if saved.complete else {host_fingerprint(host, dtype) for dtype in (None, saved.dtype)}
+    host = host.to(saved.dtype)
+    if saved.peft is not None:
+        host = _with_peft(host, saved.peft, folder)
+        given.add(host_fingerprint(host))
+    if check_backbone and saved.fingerprint not in given:
+        raise CheckpointError(
+            f"the adapter in {folder} was trained on other weights of {origin.name or 'its backbone'} than those given "
+            f"(fingerprint {saved.fingerprint}, given {' or '.join(sorted(map(str, given)))}), so it would predict "
+            "wrongly. Give the weights it was trained on (weights=FILE, --weights FILE or backbone=model), or "
+            "check_backbone=False to load it anyway."
+        )
+    model = TunedModel(host, (*saved.parts, *extra))
+    if empty is None:
+        saved.check(model.backbone, tensors, folder)
+    if any(model.backbone.saved_name(name) not in tensors for name in model.tuned_state()):
         raise SpecError(
             f"{policy} has parameters, which the adapter in {folder} was not trained with. Train it with this policy, "
             "or put on one without parameters (tome, evit)."
         )
-    _require_fit(model, tensors, folder)
-    if check_backbone and not complete and recorded.get("fingerprint") != model.fingerprint:
-        raise CheckpointError(
-            f"the adapter in {folder} was trained on other weights of {origin.name or 'its backbone'} than those given "
-            f"(fingerprint {recorded.get('fingerprint')}, given {model.fingerprint}), so it would predict wrongly. "
-            "Give the weights it was trained on (weights=FILE, --weights FILE or backbone=model), or "
-            "check_backbone=False to load it anyway."
-        )
+    model.adopt(saved.extra)
+    own = model.named_in_files() | model.saved_state()
     with torch.no_grad():
-        for name, tensor in model.saved_state().items():
-            tensor.copy_(tensors[name])
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+    if backbone is None:
+        origin.remember()
     model.origin = origin
-    model.preprocessing = preprocessing
-    model.task = task
-    model.classes = classes
-    model.calibration = _fitting(calibration, model, folder) if not extra else None
+    model.preprocessing = saved.preprocessing
+    model.task = saved.task
+    model.classes = saved.classes
+    model.calibration = None if extra else saved.calibration
     return model.to(device).eval()
 
 
@@ -151,16 +183,162 @@ def from_pretrained(
 TunedModel.from_pretrained = staticmethod(from_pretrained)
 
 
-def _fitting(calibration: Calibration | None, model: TunedModel, folder: Path) -> Calibration | None:
-    """The calibration, checked to be one of the gates that the model has."""
-    gates = dispatchers(model.backbone).keys()
-    if calibration is not None and calibration.shifts.keys() != gates:
-        wrong = ", ".join(sorted(calibration.shifts.keys() ^ gates)[:5])
+@dataclass(frozen=True)
+class _Saved:
+    """What the configuration of a saved adapter says.
+
+    Args:
+        parts: tuning methods, token policies and presets.
+        origin: what builds the backbone.
+        complete: whether every weight of the backbone is among the tensors.
+        fingerprint: of the backbone.
+        dtype: of its weights.
+        extra: tensors that are saved beside those of the methods, and whether a gradient trains them.
+        peft: what builds the layers of PEFT, as JSON values.
+        preprocessing: what images go through.
+        task: what the outputs mean.
+        classes: names of the classes.
+        calibration: thresholds for other rates.
+    """
+
+    parts: tuple[Part, ...]
+    origin: BackboneSource
+    complete: bool
+    fingerprint: str | None
+    dtype: torch.dtype
+    extra: dict[str, bool]
+    peft: Any
+    preprocessing: Preprocessing
+    task: Task
+    classes: tuple[str, ...] | None
+    calibration: Calibration | None
+
+    @classmethod
+    def of(cls, folder: Path, config: dict[str, Any], task: Task | None) -> _Saved:
+        """Reads a configuration.
+
+        Raises:
+            CheckpointError: an entry is missing, or is none that ``save`` writes.
+        """
+        try:
+            recorded = config["backbone"]
+            name, weights = recorded["name"], recorded["weights"]
+            if not all(text is None or isinstance(text, str) for text in (name, weights, recorded["fingerprint"])):
+                raise TypeError("the name, weights and fingerprint of the backbone must be texts")
+            extra = config.get("extra", {})
+            if not isinstance(extra, dict) or not all(type(trained) is bool for trained in extra.values()):
+                raise TypeError("extra must say for each tensor whether it is trained")
+            return cls(
+                parts=_parts(config),
+                origin=BackboneSource(name, check_arguments(name, recorded["arguments"]), weights),
+                complete=recorded.get("complete") is True,
+                fingerprint=recorded["fingerprint"],
+                dtype=_DTYPES[recorded["dtype"]],
+                extra=extra,
+                peft=config.get("peft"),
+                preprocessing=Preprocessing.from_dict(config["preprocessing"]),
+                task=saved_task(config.get("task"), task),
+                classes=_classes(config),
+                calibration=None if config.get("calibration") is None else Calibration.from_dict(config["calibration"]),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            if isinstance(error, DyntuneError):
+                raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+            raise CheckpointError(
+                f"{folder / CONFIG} is not a valid configuration: {type(error).__name__}: {in_one_line(error)}."
+            ) from error
+
+    def check(self, backbone: Backbone, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Checks configuration and tensors against each other and against the backbone with the parts on it.
+
+        Args:
+            backbone: with or without content.
+            tensors: by name.
+            folder: where they were read.
+
+        Raises:
+            CheckpointError: they are not of one model, or a number is not finite.
+        """
+        file = folder / CONFIG
+        held = {backbone.saved_name(name): p for name, p in chain(backbone.named_parameters(), kept_buffers(backbone))}
+        unknown = self.extra.keys() - held.keys()
+        if unknown:
+            raise CheckpointError(f"{file}: extra names tensors that the model lacks: {_some(unknown)}.")
+        trained = {backbone.saved_name(name): p for name, p in backbone.named_parameters() if p.requires_grad}
+        companions = {backbone.saved_name(name): tensor for name, tensor in backbone.companions().items()}
+        own = trained | companions | {name: held[name] for name in self.extra}
+        _require_fit(backbone, own, tensors, folder)
+        idle = {id(parameter) for parameter in backbone.plain().idle}
+        parameters = {backbone.saved_name(name) for name, p in backbone.named_parameters() if id(p) not in idle}
+        if self.complete and not parameters <= tensors.keys():
+            raise CheckpointError(
+                f"{file} says that every weight of the backbone is saved, but {_some(parameters - tensors.keys())} "
+                "are not. Get the folder again from who made it."
+            )
+        if self.classes is not None and backbone.classes not in (0, len(self.classes)):
+            raise CheckpointError(
+                f"{file} names {len(self.classes)} classes, but the head has {backbone.classes} outputs. Give as many "
+                "names, or none (null)."
+            )
+        gates = dispatchers(backbone).keys()
+        if self.calibration is not None and self.calibration.shifts.keys() != gates:
+            wrong = _some(self.calibration.shifts.keys() ^ gates)
+            raise CheckpointError(
+                f"{file}: the calibration is not one of this model's gates ({wrong}). Calibrate again (dyntune "
+                "calibrate RUN DATA), or remove the entry."
+            )
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() != own[name].is_floating_point():
+                raise CheckpointError(f"{folder}: {name} is of {tensor.dtype}, expected {own[name].dtype}.")
+            if not bool(tensor.to(own[name].dtype).isfinite().all()):
+                raise CheckpointError(
+                    f"{folder}: {name} has values that are not finite in {own[name].dtype}, so the model would predict "
+                    "nothing. Take a checkpoint from before the step that spoilt it."
+                )
+
+
+def _require_known(saved: BackboneSource, weights: str | Path | None, folder: Path, trust: bool) -> None:
+    """Raises CheckpointError where a folder of somebody else would decide what is fetched, or read outside of it."""
+    source = saved if weights is None else saved.with_weights(None)
+    complete = (saved.name or "").startswith(PREFIX) and folder_of(weights) is not None  # the name is not followed then
+    unknown = () if trust or complete else source.unknown(folder)
+    if unknown:
         raise CheckpointError(
-            f"{folder / CONFIG}: the calibration is not one of this model's gates ({wrong}). Calibrate again (dyntune "
-            "calibrate RUN DATA), or remove the entry."
+            f"{folder} asks for a backbone from {' and '.join(map(repr, unknown))}, from where none was built on this "
+            "machine before, and a folder that somebody else may have made does not decide what is fetched or read. If "
+            "you trust who made it, say so once: load(folder, trust=True), dyntune predict FOLDER IMAGE --trust. Else "
+            "build the backbone yourself, and give it: load(folder, backbone=model)."
         )
-    return calibration
+
+
+def _without_content(saved: _Saved, given: nn.Module | None, origin: BackboneSource, folder: Path) -> Backbone | None:
+    """The backbone with the saved parts on it, as shapes alone: whatever sizes a file names, they take no memory.
+
+    None where that cannot be had: some of PEFT's layers compute with their values when they are made.
+    """
+    with shapes_only():
+        if given is not None:
+            host = empty_copy(given)
+        elif origin.name is None:
+            host = rebuild(origin)  # says what to do
+        else:
+            host = create_backbone(origin.name, weights=origin.weights, pretrained=False, **origin.arguments)
+        host = host.to(saved.dtype)
+        if saved.peft is not None:
+            try:
+                host = _with_peft(host, saved.peft, folder)
+            except CheckpointError as error:
+                if isinstance(error.__cause__, BackboneError) and _needs_content(error.__cause__.__cause__):
+                    return None
+                raise
+        backbone = wrap(host)
+        install(backbone, saved.parts)
+    return backbone
+
+
+def _needs_content(error: BaseException | None) -> bool:
+    """Whether something failed because a tensor had a shape alone."""
+    return isinstance(error, RuntimeError) and "meta tensors" in str(error).lower()
 
 
 def _with_peft(host: nn.Module, recipe: Any, folder: Path) -> nn.Module:
@@ -170,7 +348,7 @@ def _with_peft(host: nn.Module, recipe: Any, folder: Path) -> nn.Module:
     except ImportError as error:
         raise CheckpointError(
             f"the adapter in {folder} was trained with layers of PEFT, which is not installed or not complete "
-            f"({error}). Install it: pip install 'dyntune[peft]'."
+            f"({error}). Install it: {how_to_install('peft')}."
         ) from error
     try:
         return with_layers(host, recipe, wrap_plain)
@@ -184,13 +362,21 @@ def _classes(config: dict[str, Any]) -> tuple[str, ...] | None:
     if names is None:
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"classes must be a list of names; given {names!r}.")
+        raise CheckpointError(f"classes must be a list of names; given {reprlib.repr(names)}.")
     return tuple(names)
 
 
 def _parts(config: dict[str, Any]) -> tuple[Part, ...]:
     """The saved parts; under the preset that the user named, as long as it still stands for the same parts."""
     parts = tuple(part_from_dict(part) for part in config["parts"])
+    for part in parts:
+        if isinstance(part, Searching):
+            raise CheckpointError(f"{part.name()} is no part of a saved model, which says what it has found.")
+        values = (
+            value for option in asdict(part).values() for value in (option if type(option) is tuple else (option,))
+        )
+        if any(type(value) is int and value > _LARGEST for value in values):
+            raise CheckpointError(f"{part.name()} has an option beyond {_LARGEST}, which no backbone has room for.")
     try:
         named = resolve([config["spec"]])
         former = as_in_files(named)
@@ -199,20 +385,24 @@ def _parts(config: dict[str, Any]) -> tuple[Part, ...]:
     return next((found for found in (named, former) if expand(found) == parts), parts)
 
 
-def _require_fit(model: TunedModel, tensors: dict[str, Tensor], folder: Path) -> None:
+def _require_fit(backbone: Backbone, own: dict[str, Tensor], tensors: dict[str, Tensor], folder: Path) -> None:
     """Raises CheckpointError unless the saved tensors are exactly those of the model, by name and shape."""
-    own = model.saved_state()
     shapes = {name: (tuple(p.shape), tuple(tensors[name].shape)) for name, p in own.items() if name in tensors}
     problems = [f"missing {name}" for name in sorted(own.keys() - tensors.keys())]
     problems += [f"unexpected {name}" for name in sorted(tensors.keys() - own.keys())]
     problems += [f"{name} is {theirs}, expected {ours}" for name, (ours, theirs) in shapes.items() if ours != theirs]
-    head = {model.backbone.saved_name(name) for name in model.backbone.head_parameters()}
+    head = {backbone.saved_name(name) for name in backbone.head_parameters()}
     if any(name in problem for problem in problems for name in head):
         biases = (tensors[name] for name in sorted(head) if name in tensors and name.endswith("bias"))
-        classes = next((len(bias) for bias in biases), 0)
-        problems.insert(0, f"its head has {classes} classes, that of the backbone given {model.backbone.classes}")
+        classes = next((len(bias) for bias in biases if bias.ndim), 0)
+        problems.insert(0, f"its head has {classes} classes, that of the backbone given {backbone.classes}")
     if problems:
         raise CheckpointError(
             f"the adapter in {folder} does not fit the backbone: {'; '.join(problems[:5])}"
             f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}."
         )
+
+
+def _some(names: Iterable[str]) -> str:
+    first = sorted(names)
+    return ", ".join(first[:5]) + (f" and {len(first) - 5} more" if len(first) > 5 else "")

@@ -9,7 +9,8 @@ sees what ran, fused attention included, and a new method needs no formula of it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any, cast
@@ -40,11 +41,41 @@ def _attention_macs(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: An
 
 
 class MacCounter(TorchDispatchMode):
-    """Counts the MACs of everything that runs inside ``with MacCounter() as counter``; the sum is ``counter.macs``."""
+    """Counts the MACs of everything that runs inside ``with MacCounter() as counter``; the sum is ``counter.macs``.
+
+    Attributes:
+        macs: of everything.
+        head_macs: the share of them that runs in a classifier, inside ``with counter.watching(backbone)``.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.macs: float = 0
+        self.head_macs: float = 0
+
+    @contextmanager
+    def watching(self, backbone: Backbone) -> Iterator[None]:
+        """Tells the classifier's MACs from the others, whatever it is made of and however many tokens it reads."""
+        began: list[float] = []
+
+        def enter(*_: Any) -> None:
+            began.append(self.macs)
+
+        def leave(*_: Any) -> None:
+            start = began.pop()
+            if not began:  # a head may be part of another
+                self.head_macs += self.macs - start
+
+        hooks = [
+            hook
+            for head in dict.fromkeys(backbone.heads)
+            for hook in (head.register_forward_pre_hook(enter), head.register_forward_hook(leave))
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -191,11 +222,6 @@ class Planned(Compact):
         return torch.empty(images * count, dtype=torch.long, device=tokens.x.device), (count,) * images
 
 
-def head_macs(backbone: Backbone) -> int:
-    """MACs per image of the classifier."""
-    return sum(head.in_features * head.out_features for head in backbone.heads if isinstance(head, nn.Linear))
-
-
 @dataclass(frozen=True)
 class Trace:
     """What one forward pass of one image computes, in inference.
@@ -204,6 +230,7 @@ class Trace:
         embedding_macs: MACs in front of the blocks.
         block_macs: MACs of each block.
         norm_macs: MACs behind the blocks, without the head.
+        head_macs: MACs of the head.
         attention_tokens: tokens in the attention of each block.
         mlp_tokens: tokens in the MLP of each block.
         gates: the gates of the pass; their values mean nothing.
@@ -213,6 +240,7 @@ class Trace:
     embedding_macs: int
     block_macs: tuple[int, ...]
     norm_macs: int
+    head_macs: int
     attention_tokens: tuple[int, ...]
     mlp_tokens: tuple[int, ...]
     gates: tuple[Gate, ...]
@@ -264,7 +292,7 @@ class _Traced(nn.Module):
         pieces = [*(block.path for block in blocks), "norm"]
         tokens: list[Tokens] = []
         marks: list[float] = []
-        with Watch() as watch, FusedAttention(watch):
+        with Watch() as watch, FusedAttention(watch), watch.watching(self.backbone):
 
             def passed(leaving: Tokens) -> None:
                 tokens.append(leaving)
@@ -272,7 +300,7 @@ class _Traced(nn.Module):
                 watch.piece = pieces[len(marks) - 1]
 
             output = run(self.backbone, policies, images, Planned(watch), passed)
-            marks.append(watch.macs - head_macs(self.backbone))
+            marks.append(watch.macs - watch.head_macs)
         entered = {block.path: block.enter(before).x.shape[1] for block, before in zip(blocks, tokens, strict=False)}
         entered |= {reduction.unit: reduction.count for reduction in output.reductions if reduction.unit in entered}
         # Rounded at the marks, not between them: so the parts make the whole where a gate's count is a fraction.
@@ -282,6 +310,7 @@ class _Traced(nn.Module):
             first,
             tuple(inner),
             last,
+            round(watch.head_macs),
             tuple(entered.values()),
             tuple(leaving.x.shape[1] for leaving in tokens[1:]),
             output.gates,

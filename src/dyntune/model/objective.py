@@ -85,7 +85,8 @@ def training_loss(
     """
     criterion = criterion or model.task.loss
     _warn_without_course(model)
-    model.backbone.begin_step(epoch, step)
+    if model.training:
+        model.backbone.begin_step(epoch, step)
     output = model.run(images)
     terms: dict[str, Tensor] = {}
 

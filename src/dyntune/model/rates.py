@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import reprlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -27,12 +30,14 @@ RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """The rates that a model is calibrated for unless others are asked for; those between are interpolated."""
 IMAGES = 256
 """Images that suffice: with some dozen patches each, a gate's quantile is known to a fraction of a point."""
+_LARGEST = float(torch.finfo(torch.float32).max)
 _CLOSE = 0.005
 """Distance of the mean activation to the asked one that is good enough."""
 _EXTREME = 0.01
 """A gate that keeps less than this share, or drops less, counts as keeping, or dropping, this share."""
 
 log = logging.getLogger("dyntune")
+_TURN = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Calibration:
             known = f"between {low:g} and {high:g}" if low < high else f"{low:g}"
             raise SpecError(
                 f"rate {rate:g}: this model is calibrated for rates {known} (0 and 1 always go). Give such a rate, or "
-                "calibrate for this one: model.set_rate(rate, data), dyntune calibrate RUN DATA --rates."
+                f"calibrate for this one: model.set_rate(rate, data), dyntune calibrate RUN DATA --rates {rate:g}."
             )
         return {
             unit: (
@@ -103,7 +108,7 @@ class Calibration:
                 and all(len(values) == len(rates) for values in (*shifts.values(), *activations.values()))
                 and all(0 <= share <= 1 for values in activations.values() for share in values)
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"the calibration is not valid: {error!r}. Calibrate again.") from error
         if not sound:
             raise CheckpointError(
@@ -114,8 +119,8 @@ class Calibration:
 
 
 def _numbers(values: Any) -> tuple[float, ...]:
-    if any(type(value) not in (int, float) or not math.isfinite(value) for value in values):
-        raise ValueError(f"expected finite numbers, given {values}")
+    if any(type(value) not in (int, float) or not abs(value) <= _LARGEST for value in values):
+        raise ValueError(f"expected finite numbers, given {reprlib.repr(values)}")
     return tuple(map(float, values))
 
 
@@ -144,9 +149,9 @@ class Calibrated(Gated, Protocol):
 
     def eval(self) -> Any: ...
 
-    def modules(self) -> Iterator[nn.Module]: ...
-
     def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def buffers(self) -> Iterator[Tensor]: ...
 
 
 def set_rate(model: Calibrated, rate: float | None, data: Dataset[Any] | Tensor | None = None) -> None:
@@ -159,15 +164,13 @@ def shift_gates(model: Gated, rate: float | None, calibration: Calibration | Non
     """Shifts the gates' thresholds to those of a calibration; 0, 1 and None need none."""
     gates = dispatchers(model.backbone)
     if rate is None:
-        for gate in gates.values():
-            gate.set_rate(0.0, None)
+        _set(gates, dict.fromkeys(gates, (0.0, None)))
         return
     _require_gates(model, gates)
     if not 0 <= rate <= 1:
         raise SpecError(f"rate {rate:g}: expected a share of the patches, between 0 and 1.")
     if rate in (0, 1):
-        for gate in gates.values():
-            gate.set_rate(math.inf if rate else -math.inf, float(rate))
+        _set(gates, dict.fromkeys(gates, (math.inf if rate else -math.inf, float(rate))))
         return
     if calibration is None:
         raise SpecError(
@@ -175,8 +178,14 @@ def shift_gates(model: Gated, rate: float | None, calibration: Calibration | Non
             "model.set_rate(rate, data), or calibrate it once for all rates: model.calibration = "
             "dyntune.calibrate(model, data) before saving, or dyntune calibrate RUN DATA for a run."
         )
-    for unit, (shift, activation) in calibration.at(rate).items():
-        gates[unit].set_rate(shift, activation)
+    _set(gates, calibration.at(rate))
+
+
+def _set(gates: dict[str, LearnedGate], settings: Mapping[str, tuple[float, float | None]]) -> None:
+    """Shift and rate of every gate, those of one call in all of them, whichever threads call."""
+    with _TURN:
+        for unit, (shift, rate) in settings.items():
+            gates[unit].set_rate(shift, rate)
 
 
 @torch.no_grad()
@@ -213,9 +222,13 @@ def calibrate(
         raise SpecError(f"rates {rates}: expected a list of rates above 0 and below 1, for instance (0.3, 0.5).")
     asked = tuple(sorted({float(rate) for rate in rates}))
     batches = _batches(model, data, images, batch_size)
-    with _as_trained(model, gates):
-        natural = _activations(model, batches)
-        points = [_point(model, gates, batches, rate, natural) for rate in asked]
+    # On a twin: who runs the model in another thread meanwhile sees nothing of what is tried here.
+    model = _twin(model)
+    gates = dispatchers(model.backbone)
+    model.eval()
+    _set(gates, dict.fromkeys(gates, (0.0, None)))
+    natural = _activations(model, batches)
+    points = [_point(model, gates, batches, rate, natural) for rate in asked]
     for rate, (_, came_out) in zip(asked, points, strict=True):
         if abs(_mean(came_out) - rate) > 4 * _CLOSE:
             log.warning(
@@ -236,8 +249,7 @@ def _point(
         execution = _AtQuantiles(_targets(natural, aim))
         for batch in batches:
             model.run(_to_device(batch, model), execution=execution)
-        total = sum(map(len, batches))
-        shifts = {unit: -summed / total for unit, summed in execution.summed.items()}
+        shifts = {unit: -summed / execution.counted[unit] for unit, summed in execution.summed.items()}
         with _shifted(gates, shifts):
             return shifts, _activations(model, batches)
 
@@ -259,13 +271,16 @@ class _AtQuantiles(Compact):
     def __init__(self, targets: dict[str, float]) -> None:
         self.targets = targets
         self.summed = dict.fromkeys(targets, 0.0)
-        """Of each gated unit, the sum over all images of the threshold that their batch was given."""
+        """Of each gated unit, the sum over all images, or frames, of the threshold that their batch was given."""
+        self.counted = dict.fromkeys(targets, 0)
+        """How many images or frames each gated unit has seen."""
 
     def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
         gate = policy.gate(unit, tokens)
         if unit.path in self.targets and gate.logits is not None:
             between = threshold(gate.logits, self.targets[unit.path])
             self.summed[unit.path] += len(gate.logits) * between.item()
+            self.counted[unit.path] += len(gate.logits)
             gate = replace(gate, values=(gate.logits > between).to(gate.values.dtype))
         return tokens.with_x(self.computed(unit, tokens, gate)), gate
 
@@ -353,22 +368,11 @@ def _require_gates(model: Gated, gates: dict[str, LearnedGate]) -> None:
         )
 
 
-@contextmanager
-def _as_trained(model: Calibrated, gates: dict[str, LearnedGate]) -> Iterator[None]:
-    """The model in eval mode with its trained thresholds; afterwards as it was."""
-    modes = {module: module.training for module in model.modules()}
-    rates = {unit: gate.rate for unit, gate in gates.items()}
-    before = {unit: gate.shift.item() for unit, gate in gates.items()}
-    model.eval()
-    for gate in gates.values():
-        gate.set_rate(0.0, None)
-    try:
-        yield
-    finally:
-        for unit, gate in gates.items():
-            gate.set_rate(before[unit], rates[unit])
-        for module, training in modes.items():
-            module.training = training
+def _twin(model: Calibrated) -> Calibrated:
+    """The same model with modes and thresholds of its own; all other tensors are shared."""
+    shifts = {id(gate.shift) for gate in dispatchers(model.backbone).values()}
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors if id(tensor) not in shifts})
 
 
 @contextmanager

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Sequence
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.hosts import create_backbone, wrap
+from dyntune.backbones.hosts import create_backbone, wrap, wrapper_advice
 from dyntune.backbones.origin import BackboneSource, fingerprint
-from dyntune.core.errors import CheckpointError, SpecError
+from dyntune.core.digests import sample
+from dyntune.core.errors import BackboneError, CheckpointError, SpecError
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.adapter_folder import write_adapter
 from dyntune.model.assembly import install, settled
@@ -26,7 +32,7 @@ from dyntune.model.rates import Calibration, set_rate
 from dyntune.model.tasks import Classification, Task
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import Output
-from dyntune.parts.policies.gating import LearnedGate, gating
+from dyntune.parts.policies.gating import gating
 from dyntune.parts.registry import expand, resolve
 from dyntune.parts.spec import Part, format_spec
 
@@ -35,6 +41,8 @@ log = logging.getLogger("dyntune")
 ExecutionName = Literal["masked", "compact"]
 _EXECUTIONS: dict[str, Execution] = {"masked": Masked(), "compact": Compact()}
 _TRAINING, _INFERENCE = Sampled(), _EXECUTIONS["compact"]
+_OWNERS = WeakIdKeyDictionary()
+"""The tuned model that each parameter of a host belongs to, as long as there is one."""
 
 
 class TunedModel(HubModel):
@@ -66,21 +74,29 @@ class TunedModel(HubModel):
 
     def __init__(self, host: nn.Module, parts: Sequence[Part]) -> None:
         super().__init__()
+        require_free(host)
         self.backbone = wrap(host)
         plain = self.backbone.plain()
         dense = trace(plain, ())
         self.dense_macs, self.dense_block_macs = dense.macs, dense.block_macs
         self.fingerprint = _fingerprint(plain, self.backbone.adopted)
         self.origin: BackboneSource = plain.origin()
+        self.origin.remember()
         self.preprocessing: Preprocessing = plain.preprocessing()
         self.task: Task = Classification()
-        self._classes = plain.class_names
+        names = plain.class_names
+        # A classifier that was replaced has other outputs than its configuration has names.
+        self._classes = None if names is None or plain.classes != len(names) else names
         self.parts = settled(host, parts, self.dense_macs)
         self.methods = tuple(part for part in expand(self.parts) if isinstance(part, TuningMethod))
         self.policies = install(self.backbone, self.parts)
         self._tuned = frozenset(name for name, p in self.backbone.named_parameters() if p.requires_grad)
+        self._shapes = {name: tensor.shape for name, tensor in self._held()}
+        self._before = {name: sample(t).cpu() for name, t in self._held() if name not in self._tuned and not t.is_meta}
+        """Some values of each tensor that the methods leave as it is."""
         self.calibration: Calibration | None = None
         self.unmerged: dict[str, str] | None = None
+        self._claim()
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -109,6 +125,9 @@ class TunedModel(HubModel):
     def set_rate(self, rate: float | None, data: Dataset[Any] | Tensor | None = None) -> None:
         """Chooses the share of patches that gated units compute, without training: shifts the gates' thresholds.
 
+        Threads may call it, and run the model meanwhile: images on their way may meet old thresholds in front and new
+        ones behind.
+
         Args:
             rate: mean over the gated units, between 0 (no patch) and 1 (all); None for the trained thresholds.
             data: images to calibrate on for this call: ``(N, 3, height, width)``, preprocessed, or a data set of
@@ -132,7 +151,9 @@ class TunedModel(HubModel):
         """
         if steps < 1 or accumulate < 1:
             raise SpecError(f"expected steps and accumulate of at least 1; given {steps} and {accumulate}.")
-        self.backbone.begin_training(steps, None if lr is None else lr * max(1, steps // accumulate))
+        if lr is not None and lr <= 0:
+            raise SpecError(f"expected a peak learning rate above 0, or None where it says nothing; given {lr}.")
+        self.backbone.begin_training(steps, None if lr is None else lr * math.ceil(steps / accumulate))
 
     def end_training(self) -> None:
         """Tells that the training is over, after its last step; another may begin."""
@@ -159,7 +180,8 @@ class TunedModel(HubModel):
     def features(self, images: Tensor) -> Tensor:
         """Features of every image patch behind the last norm, for dense tasks: ``(B, C, rows, columns)``.
 
-        Patches that were merged share the features of their token.
+        Patches that were merged share the features of their token. A host with stages has features of the last one's
+        cells, fewer rows and columns.
 
         Raises:
             DyntuneError: a policy has dropped patches.
@@ -169,16 +191,87 @@ class TunedModel(HubModel):
         return tokens.on_grid()
 
     def tuned_state(self) -> dict[str, Tensor]:
-        """The trained tensors, by name. They are not copied."""
-        return {name: p for name, p in self.backbone.named_parameters() if name in self._tuned}
+        """The trained tensors, by name: those of the methods, and whatever else requires a gradient. Not copied."""
+        named = self.backbone.named_parameters()
+        return {name: p for name, p in named if name in self._tuned or p.requires_grad}
+
+    def course_tensors(self) -> dict[str, Tensor]:
+        """What training changes, by name: the trained tensors, and statistics that modules keep. Not copied."""
+        return self.tuned_state() | dict(kept_buffers(self.backbone))
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """What has been changed, or is trained, beside the methods: unfrozen tensors, replaced weights, statistics."""
+        before = self._before.items()
+        held = dict(self._held())
+        changed = {name: held[name] for name, values in before if name in held and _differs(held[name], values)}
+        return {name: p for name, p in self.tuned_state().items() if name not in self._tuned} | changed
+
+    def adopt(self, extra: dict[str, bool]) -> None:
+        """Counts tensors among what is trained and saved that the methods would leave as they are.
+
+        Args:
+            extra: whether a gradient trains them, by their names in files.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        own = self.named_in_files()
+        if extra.keys() - own.keys():
+            raise CheckpointError(f"the model has no tensor {', '.join(sorted(extra.keys() - own.keys())[:5])}.")
+        for name, trained in extra.items():
+            if trained and isinstance(own[name], nn.Parameter):
+                own[name].requires_grad_(True)
+
+    def named_in_files(self) -> dict[str, Tensor]:
+        """Every tensor of the backbone and of what is on it, by its name in files. Not copied."""
+        return {self.backbone.saved_name(name): tensor for name, tensor in self._held()}
+
+    def require_savable(self) -> None:
+        """Raises CheckpointError where a saved adapter could not be loaded again, or would lack what is trained."""
+        if self.unmerged is not None:
+            raise CheckpointError(
+                "the model is merged: its adapter is part of the backbone's weights now. Save it before merging, or "
+                "save the whole model with safetensors.torch.save_model(model.backbone.host, FILE)."
+            )
+        shapes = {f"backbone.{name}": shape for name, shape in self._shapes.items()}
+        trained = [name for name, p in self.named_parameters() if p.requires_grad and p.shape != shapes.get(name)]
+        held = dict(self._held())
+        changed = [f"backbone.{name}" for name, shape in self._shapes.items() if held.get(name, _NONE).shape != shape]
+        if trained or changed:
+            names = sorted({*trained, *changed})
+            raise CheckpointError(
+                f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}: added, removed or "
+                "resized after tune(), so that a saved adapter could not be put on its backbone again. Change the "
+                "model before it is tuned; or save it all yourself: torch.save(dict(model.named_parameters()), FILE)."
+            )
+        if self.classes is not None and self.backbone.classes not in (0, len(self.classes)):
+            raise CheckpointError(
+                f"the model's head has {self.backbone.classes} outputs, but classes has {len(self.classes)} names. "
+                "Give a name for each, or model.classes = None."
+            )
+
+    def _held(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter of the backbone, and every buffer that belongs to its state."""
+        yield from self.backbone.named_parameters()
+        yield from kept_buffers(self.backbone)
+
+    def _claim(self) -> None:
+        owner = weakref.ref(self)
+        for parameter in self.backbone.host.parameters():
+            _OWNERS[parameter] = owner
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._claim()  # a copy has parameters of its own
+
+    def saved_names(self) -> dict[str, str]:
+        names = self.tuned_state() | self.extra_state() | self.backbone.companions()
+        return {name: self.backbone.saved_name(name) for name in names}
 
     def saved_state(self) -> dict[str, Tensor]:
         """What this model holds beyond the pretrained backbone: the trained tensors, and what belongs to them."""
-        tensors = self.tuned_state() | self.backbone.companions()
-        for path, module in self.backbone.named_modules():
-            if isinstance(module, LearnedGate):
-                tensors |= {f"{path}.{name}": tensor for name, tensor in module.saved().items()}
-        return {self.backbone.saved_name(name): tensor for name, tensor in tensors.items()}
+        state = self.backbone.state_dict(keep_vars=True)  # in which gates stand as they are read
+        return {saved: state[name] for name, saved in self.saved_names().items()}
 
     @property
     def folds(self) -> bool:
@@ -197,7 +290,11 @@ class TunedModel(HubModel):
         if self.unmerged is None:
             for spec, reason in self.fold().items():
                 log.warning("%s is not merged: %s.", spec, reason)
-        return self if self.unmerged else self.backbone.host
+        if self.unmerged:
+            return self
+        for parameter in self.backbone.host.parameters():
+            _OWNERS.pop(parameter, None)  # nothing of this model is left: whoever has the host may tune it again
+        return self.backbone.host
 
     def fold(self) -> dict[str, str]:
         """As ``merge``, without a word; gives ``unmerged``."""
@@ -216,14 +313,18 @@ class TunedModel(HubModel):
             The folder.
 
         Raises:
-            CheckpointError: the model is merged, or ``folder`` is a file.
+            CheckpointError: the model is merged, or what is trained could not be loaded again; a tensor is not finite;
+                or ``folder`` is a file.
         """
-        if self.unmerged is not None:
+        self.require_savable()
+        tensors = self.saved_state()
+        spoilt = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+        if spoilt:
             raise CheckpointError(
-                "the model is merged: its adapter is part of the backbone's weights now. Save it before merging, or "
-                "save the whole model with safetensors.torch.save_model(model.backbone.host, FILE)."
+                f"{', '.join(spoilt[:5])}: not finite, so that the model would predict nothing. Nothing was saved; "
+                "go back to weights from before the step that spoilt them."
             )
-        write_adapter(Path(folder), self.saved_state(), self.describe(results))
+        write_adapter(Path(folder), tensors, self.describe(results))
         return Path(folder)
 
     def describe(self, results: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -235,6 +336,7 @@ class TunedModel(HubModel):
         idle = {id(parameter) for parameter in self.backbone.plain().idle}
         named = self.backbone.named_parameters()
         every = {self.backbone.saved_name(name) for name, p in named if id(p) not in idle}
+        extra = self.extra_state()
         return {
             "spec": self.spec,
             "parts": [part.to_dict() for part in expand(self.parts)],
@@ -242,8 +344,9 @@ class TunedModel(HubModel):
                 **self.origin.to_dict(),
                 "fingerprint": self.fingerprint,
                 "dtype": str(next(self.backbone.parameters()).dtype).removeprefix("torch."),
-                "complete": self.saved_state().keys() == every,
+                "complete": self.saved_state().keys() >= every,
             },
+            "extra": {self.backbone.saved_name(name): tensor.requires_grad for name, tensor in extra.items()},
             "peft": self.backbone.recipe(),
             "preprocessing": self.preprocessing.to_dict(),
             "task": self.task.name,
@@ -267,7 +370,8 @@ def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
 
     Raises:
         BackboneError: the model is not supported, or a part is not defined on it.
-        SpecError: a part's name, option or value is wrong, or no part is given.
+        SpecError: a part's name, option or value is wrong, no part is given, or the host's configuration is for another
+            problem than one label for each image.
     """
     if isinstance(model, str):
         raise SpecError(f"tune takes a model, not a name: tune(timm.create_model({model!r}, pretrained=True), ...).")
@@ -276,7 +380,15 @@ def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
     resolved = resolve(parts)
     if not resolved:
         raise SpecError('no tuning method given; for instance tune(model, "dyt:rate=0.5") or tune(model, "linear").')
-    return TunedModel(model, resolved)
+    tuned = TunedModel(model, resolved)
+    problem = getattr(tuned.backbone.config, "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        raise SpecError(
+            f"the host's configuration has problem_type={problem!r}; expected one label for each image, of which the "
+            "training loss is the cross-entropy. For such images set model.config.problem_type = None before tune. For "
+            "another loss do that too, and set the task of the tuned model (TunedModel.task) to one of your own."
+        )
+    return tuned
 
 
 def build_tuned(
@@ -308,12 +420,63 @@ def build_tuned(
         model.task.initialise(head)
     model.classes = tuple(classes)
     model.origin = model.origin.with_weights(None if weights is None else Path(weights).resolve())
+    model.origin.remember()
     return model
 
 
-def _fingerprint(backbone: Backbone, adopted: Sequence[nn.Parameter]) -> str | None:
+def require_tuned(model: object, what: str) -> None:
+    """Raises SpecError unless ``model`` is one that ``tune`` or ``load`` has made."""
+    if not isinstance(model, TunedModel):
+        advice = wrapper_advice(model) or "Tune it first: tune(model, method)."
+        raise SpecError(f"{what} takes a model from tune or load; given {type(model).__name__}. {advice}")
+
+
+def host_fingerprint(host: nn.Module, dtype: torch.dtype | None = None) -> str | None:
+    """The ``TunedModel.fingerprint`` of a host that nothing is on yet, as if it were converted to ``dtype``."""
+    backbone = wrap(host)
+    return _fingerprint(backbone.plain(), backbone.adopted, dtype)
+
+
+def _fingerprint(backbone: Backbone, adopted: Sequence[nn.Parameter], dtype: torch.dtype | None = None) -> str | None:
     """Digest of the weights that are the same for every adapter: without the head, and what was trained before."""
     trained = backbone.head_parameters() | {n for n, p in backbone.named_parameters() if any(p is a for a in adopted)}
     left_out = {backbone.saved_name(name) for name in trained}
     weights = [(name, p) for name, p in backbone.weights() if name not in left_out]
-    return None if any(p.is_meta for _, p in weights) else fingerprint(weights)
+    return None if any(p.is_meta for _, p in weights) else fingerprint(weights, dtype)
+
+
+def require_free(host: nn.Module) -> None:
+    """Raises BackboneError where a host, or a part of it, belongs to a tuned model that is still there."""
+    if any(_owner(parameter) for parameter in host.parameters()):
+        gc.collect()  # one that was let go may wait for this
+    owner = next(filter(None, map(_owner, host.parameters())), None)
+    if owner is not None:
+        raise BackboneError(
+            f"the backbone belongs to another tuned model already ({owner.spec}), and two on one backbone would change "
+            "each other's answers. Give each a backbone of its own: build it again, or copy.deepcopy(backbone) before "
+            "the first is tuned."
+        )
+
+
+def _owner(parameter: nn.Parameter) -> TunedModel | None:
+    reference = _OWNERS.get(parameter)
+    return None if reference is None else reference()
+
+
+_NONE = torch.empty(0, 0, device="meta")
+
+
+def kept_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that belong to a module's state, such as the statistics of a batch norm."""
+    for path, part in module.named_modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if name not in part._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
+
+
+def _differs(tensor: Tensor, before: Tensor) -> bool:
+    """Whether a tensor has other values than those that were sampled from it before, but for its precision."""
+    if tensor.is_meta:
+        return False
+    now = sample(tensor).cpu()
+    return not torch.equal(now, before.to(now.dtype))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 import re
 import types
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor
 
 from dyntune.core.discovery import named
@@ -138,6 +138,8 @@ def split_spec(text: str) -> list[tuple[str, dict[str, str]]]:
     return parts
 
 
+_LARGEST = float(torch.finfo(torch.float32).max)
+"""What tensors hold; a larger number would become an infinite one in them."""
 _HINTS: dict[type[Part], dict[str, Any]] = {}
 
 
@@ -199,7 +201,7 @@ def coerce(value: Any, hint: Any) -> Any:
             if isinstance(value, list | tuple):
                 return tuple(coerce(item, get_args(member)[0]) for item in value)
         elif member is float:
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST:
                 return float(value)
         elif type(value) is member:
             return value

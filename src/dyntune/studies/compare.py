@@ -127,9 +127,9 @@ def compare(
 def compare_speed(models: dict[str, TunedModel], images: Tensor) -> dict[str, Throughput]:
     """Images per second of tuned models and of the untouched backbone, ``DENSE``, in turns on one batch."""
     first = next(iter(models.values()))
-    device = next(first.parameters()).device
+    like = next(first.parameters())
     plain = rebuild(first.origin, pretrained=False) if first.origin.name else copy.deepcopy(first.backbone.plain().host)
-    contestants: dict[str, Callable[[Tensor], Any]] = {DENSE: plain.to(device).eval()}
+    contestants: dict[str, Callable[[Tensor], Any]] = {DENSE: plain.to(like).eval()}
     contestants |= {spec: model.eval() for spec, model in models.items()}
     with torch.inference_mode():
-        return measure_throughput(contestants, images.to(device), reference=DENSE)
+        return measure_throughput(contestants, images.to(like), reference=DENSE)

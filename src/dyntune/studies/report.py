@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from dyntune.core.files import write_atomically, write_json, write_text
 from dyntune.core.machine import machine
+from dyntune.core.texts import for_csv, for_markdown, for_markdown_code
 from dyntune.data.base import LabelledImages
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.spec_list import folder_name
@@ -84,7 +85,7 @@ def methods_table(rows: Sequence[Row]) -> Table:
 def markdown_table(table: Table) -> str:
     """A table in Markdown."""
     lines = ["| " + " | ".join(table.columns) + " |", "| --- |" + " ---: |" * (len(table.columns) - 1)]
-    lines += ["| " + " | ".join((f"`{name}`", *cells)) + " |" for name, *cells in table.rows]
+    lines += ["| " + " | ".join((for_markdown_code(name), *cells)) + " |" for name, *cells in table.rows]
     return "\n".join(lines)
 
 
@@ -128,10 +129,12 @@ def write_report(
             pictures[name] = text
     methods = methods_table(rows)
     tables = "".join(f"\n## {table.title}\n\n{markdown_table(table)}\n\n{table.note}\n" for table in further)
-    body = f"{intro}\n\n{markdown_table(methods)}\n\n{methods.note}\n{tables}"
+    body = f"{for_markdown(intro)}\n\n{markdown_table(methods)}\n\n{methods.note}\n{tables}"
     write_text(
         out / "results.md",
-        f"# {title}\n\n{body}\n" + "\n\n".join(f"![{text}]({file})" for file, text in pictures.items()) + "\n",
+        f"# {for_markdown(title)}\n\n{body}\n"
+        + "\n\n".join(f"![{for_markdown(text)}]({file})" for file, text in pictures.items())
+        + "\n",
     )
     write_text(out / "index.html", _page(title, intro, (methods, *further), pictures))
     return out / "index.html"
@@ -191,7 +194,7 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
                 r.test.activation,
             ]
             speed = [r.speed.images_per_second, r.speed.speedup, r.speed.speedup_low, r.speed.speedup_high]
-            writer.writerow([r.method, *figures, *speed, r.train_seconds])
+            writer.writerow([for_csv(r.method), *figures, *speed, r.train_seconds])
 
 
 def _breakable(cell: str) -> str:
@@ -202,7 +205,9 @@ def _breakable(cell: str) -> str:
 def _page(title: str, intro: str, tables: Sequence[Table], pictures: dict[str, str]) -> str:
     """One HTML page without scripts or anything from elsewhere."""
     figures = "".join(
-        f'<figure><img src="{html.escape(file)}" alt=""><figcaption>{html.escape(text)}</figcaption></figure>'
+        f'<figure><a href="{html.escape(file)}" title="open the picture by itself">'
+        f'<img src="{html.escape(file)}" alt="{html.escape(text)}"></a>'
+        f"<figcaption>{html.escape(text)}</figcaption></figure>"
         for file, text in pictures.items()
     )
     first, *further = map(_html_table, tables)
@@ -237,23 +242,27 @@ _TEMPLATE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }}
+:root {{ color-scheme: light dark; --line: #ddd; --faint: #555; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --line: #444; --faint: #aaa; }} }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem; }}
+body > p {{ max-width: 60rem; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .4rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }}
+th, td {{ padding: .4rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }}
 th {{ white-space: normal; }}
 th:first-child, td:first-child {{ text-align: left; white-space: normal; min-width: 18rem; overflow-wrap: anywhere; }}
 td:first-child {{ font-family: ui-monospace, monospace; }}
 h1, p, figcaption {{ overflow-wrap: anywhere; }}
 figure {{ margin: 2.5rem 0; }}
-img {{ max-width: 100%; height: auto; }}
-figcaption, .note {{ color: #555; font-size: .9rem; }}
+img {{ display: block; box-sizing: border-box; width: 100%; height: auto; }}
+img {{ padding: .5rem; background: #fff; border-radius: .4rem; }}
+figcaption, .note {{ color: var(--faint); font-size: .9rem; }}
 @media (max-width: 60rem) {{
   thead {{ display: none; }}
   table, tbody, tr {{ display: block; }}
-  tr {{ margin: 1rem 0; border: 1px solid #ddd; border-radius: .4rem; }}
+  tr {{ margin: 1rem 0; border: 1px solid var(--line); border-radius: .4rem; }}
   td, td:first-child {{ display: flex; justify-content: space-between; gap: 1rem; min-width: 0; border: 0; }}
-  td:first-child {{ font-weight: bold; border-bottom: 1px solid #ddd; }}
-  td:not(:first-child)::before {{ content: attr(data-column); color: #555; }}
+  td:first-child {{ font-weight: bold; border-bottom: 1px solid var(--line); }}
+  td:not(:first-child)::before {{ content: attr(data-column); color: var(--faint); }}
 }}
 </style>
 </head>

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from dyntune.core.errors import DataError
+from dyntune.data.base import LabelledImages
 from dyntune.data.clips import Sampling
+from dyntune.data.others import Samples, is_dataset
 from dyntune.data.transforms import preprocessed
-from dyntune.model.macs import MacCounter, head_macs
+from dyntune.model.macs import MacCounter
 from dyntune.model.tasks import Classification, Metric, Task
-from dyntune.model.tuned import ExecutionName, TunedModel
+from dyntune.model.tuned import ExecutionName, TunedModel, require_tuned
+from dyntune.training.inputs import data_for, require_labels
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ class Evaluation:
         return {"images": values.pop("images"), **values.pop("figures"), **values}
 
 
-def as_tensors(dataset: Dataset[Any], model: TunedModel) -> Dataset[Any]:
-    """Labelled PIL images, or all views of videos, with the preprocessing put on; any other data set as it is."""
+def as_tensors(dataset: Dataset[Any], model: TunedModel) -> LabelledImages | Samples:
+    """PIL images, or all views of videos, with the model's preprocessing put on; tensors as they are."""
     return preprocessed(dataset, model.preprocessing, every_view=True)
 
 
@@ -97,24 +100,31 @@ def evaluate(
     count_macs: bool = True,
     execution: ExecutionName = "compact",
     metric: Metric | None = None,
+    watch: Callable[[int, dict[str, float]], object] | None = None,
 ) -> Evaluation:
     """Runs a model on labelled images, on the device that it is on.
 
     Args:
         model: put in eval mode for the run, and back afterwards.
-        data: a data set of (image, target), or an iterable of batches.
+        data: a data set of (image, target), as for ``fit``, or an iterable of batches.
         batch_size: images per forward pass.
         workers: processes that read images.
         count_macs: whether to count what runs; each operator then passes through Python, which costs some time.
         execution: ``compact`` skips tokens, ``masked`` computes all.
         metric: counts the outputs, in place of a fresh one of the model's task.
+        watch: is told after each batch how many images are done, and the task's figures on them.
 
     Raises:
-        DataError: there is no image.
+        DataError: there is no image, the data are of no such kind, or a label is not one of the classes.
     """
-    batches: Iterable[tuple[Tensor, Tensor]] = (
-        DataLoader(as_tensors(data, model), batch_size, num_workers=workers) if isinstance(data, Dataset) else data
-    )
+    require_tuned(model, "evaluate")
+    batches: Iterable[Any] = data  # type: ignore[assignment]
+    if is_dataset(data) and not isinstance(data, IterableDataset):
+        images_of = data_for(model, data, "the data set")
+        require_labels(model, images_of, beforehand=False)
+        batches = DataLoader(as_tensors(images_of, model), batch_size, num_workers=workers)
+    elif isinstance(data, DataLoader) and isinstance(data.dataset, LabelledImages) and data.dataset.transform is None:
+        raise DataError("the batches would be of PIL images. Give the data set itself, which is preprocessed then.")
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -124,10 +134,10 @@ def evaluate(
     tokens: dict[str, int] = {}
     counter = MacCounter() if count_macs else None
     try:
-        for batch, targets in batches:
-            batch, views = in_views(batch.to(device), model.preprocessing.clip)
-            targets = targets.to(device)
-            with counter or nullcontext():
+        for number, given in enumerate(batches):
+            batch, targets = (tensor.to(device) for tensor in _pair(given, number))
+            batch, views = in_views(batch, model.preprocessing.clip)
+            with counter or nullcontext(), counter.watching(model.backbone) if counter else nullcontext():
                 output = model.run(batch, execution=execution)
             outputs = over_views(output.logits.float(), views, model.task, model.preprocessing.clip)
             metric.update(outputs, targets)
@@ -135,6 +145,8 @@ def evaluate(
             for gate in output.gates:
                 active[gate.unit] = active.get(gate.unit, 0.0) + len(targets) * float(gate.values.float().mean())
             tokens = {reduction.unit: reduction.count for reduction in output.reductions}
+            if watch:
+                watch(images, metric.figures())
     finally:
         model.train(training)
     if not images:
@@ -145,7 +157,20 @@ def evaluate(
         figures=metric.figures(),
         activation=sum(rates.values()) / len(rates) if rates else 1.0,
         activation_per_unit=rates,
-        macs=counter.macs / images - head_macs(model.backbone) if counter else None,
+        macs=(counter.macs - counter.head_macs) / images if counter else None,
         tokens_per_unit=tokens,
         merit=model.task.merit,
+    )
+
+
+def _pair(batch: Any, number: int) -> tuple[Tensor, Tensor]:
+    """Images and targets of a batch; raises DataError for one of another kind."""
+    if isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        images, targets = batch
+        if images.is_floating_point() and images.dtype != torch.float64:
+            return images, targets
+    raise DataError(
+        f"batch {number} is not one of images and targets. Expected (images, targets), float32 tensors (batch, 3, "
+        "height, width), of clips (batch, frames, 3, height, width), that are preprocessed, and a target for each; or "
+        "give the data set itself."
     )

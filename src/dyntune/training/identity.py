@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -16,6 +19,9 @@ from dyntune.parts.registry import as_in_files, expand, part_from_dict, resolve
 from dyntune.parts.spec import Part, format_spec
 from dyntune.training.settings import TrainSettings
 from dyntune.training.teacher import teacher_identity
+
+ASKED = "train.json"
+"""The file in a run's folder that holds its identity."""
 
 
 def run_identity(
@@ -37,29 +43,95 @@ def run_identity(
         "classes": model.classes,
         "preprocessing": model.preprocessing.to_dict(),
         "processes": processes,
+        "threads": torch.get_num_threads(),
         "train_images": len(train_set),  # type: ignore[arg-type]
         "data": _data_digest(train_set),
         "teacher": teacher_identity(teacher),
     }
 
 
-def identity_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def identity_changes(
+    before: dict[str, Any], now: dict[str, Any], done: int | None = None, steps: int = 1, settles: bool = False
+) -> list[str]:
     """What differs between two identities, in words; settings that do not touch the weights may differ.
 
-    What an older run did not record cannot be compared.
+    So may how the images of a step are shared out among processes; and the length of the training, where the steps that
+    are done would have had the same learning rates. What an older run did not record cannot be compared.
+
+    Args:
+        before: of the run.
+        now: of that which shall go on with it.
+        done: steps that the run has done; None where nothing tells.
+        steps: of an epoch.
+        settles: whether something in the model follows how far the training is, so that its length must not change.
     """
-    changed = TrainSettings(**now["settings"]).differences(before["settings"])
+    settings, former = TrainSettings(**now["settings"]), before["settings"]
+    free: set[str] = set()
+    images = [run["settings"].get("batch_size", 0) * run.get("processes", 1) for run in (before, now)]
+    if images[0] == images[1]:
+        free.add("batch_size")
+    if done is not None and not settles and _same_rates(former, settings, done, steps):
+        free |= {"epochs", "warmup_epochs", "cooldown_epochs"}
+    changed = settings.differences(former, free)
+    if done and any(change.startswith("epochs ") for change in changed):
+        changed.append(_longer(former, settings, settles))
     parts = _parts(before)
     if parts != _parts(now):
         changed.append(f"spec was {before['spec']}, is {now['spec']}")
         if before["spec"] == now["spec"]:
             meant = "+".join(map(format_spec, parts))
             changed[-1] += f", which stands for something else in this version: the run needs {meant}"
-    return changed + [
-        f"{key} was {before[key]}, is {value}"
-        for key, value in now.items()
-        if key not in ("settings", "spec", "parts") and key in before and value != before[key]
-    ]
+    left_out = {"settings", "spec", "parts", "threads"} | ({"processes"} if "batch_size" in free else set())
+    for key, value in now.items():
+        old = before.get(key, value)
+        if key in left_out or old == value or (key == "data" and old is None):
+            continue
+        changed.append(f"{key} was {old}, is {value}")
+        if key == "data":
+            changed[-1] += (
+                " (images were added, removed or renamed, or an earlier version has split their folder in another way)"
+            )
+    if "processes" in before and before["processes"] != now["processes"] and "processes" not in left_out:
+        share, rest = divmod(images[0], now["processes"])
+        if not rest:
+            changed.append(f"a step of the run has {images[0]} images: with batch_size={share} it goes on")
+    return changed
+
+
+def _same_rates(former: dict[str, Any], now: TrainSettings, done: int, steps: int) -> bool:
+    """Whether the steps that are done would have had the learning rates that they had, and there are not too many."""
+    known = {field.name for field in dataclasses.fields(TrainSettings)}
+    before = TrainSettings(**{name: value for name, value in former.items() if name in known})
+    if done > now.epochs * steps:
+        return False
+    looked_at = range(0, done, max(1, done // 10_000))
+    return all(
+        math.isclose(before.learning_rate(step / steps, steps), now.learning_rate(step / steps, steps), rel_tol=1e-9)
+        for step in looked_at
+    )
+
+
+def _longer(former: dict[str, Any], now: TrainSettings, settles: bool) -> str:
+    """What is said to those who want another length."""
+    if settles:
+        return "what the model learns follows the length of the training, so that another one needs a run of its own"
+    before = TrainSettings(**former)
+    more = now.epochs - before.epochs
+    if more <= 0:
+        return "the epochs that are done would have had other learning rates"
+    return (
+        "the epochs that are done would have had other learning rates; more of them go on at the last one with "
+        f"cooldown_epochs={before.cooldown_epochs + more}, warmup_epochs={before.warmup:g}"
+    )
+
+
+def began_with(folder: Path) -> int | None:
+    """The number of threads that the run in a folder began with; None where there is none, or it says nothing."""
+    try:
+        threads = json.loads((folder / ASKED).read_text(encoding="utf-8"))["threads"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return threads if type(threads) is int and threads > 0 else None
 
 
 def _parts(identity: dict[str, Any]) -> list[Part]:
@@ -75,5 +147,5 @@ def _data_digest(dataset: Dataset[Any]) -> str | None:
         return None
     digest = hashlib.sha256()
     for index, target in enumerate(dataset.targets):
-        digest.update(f"{target} {Path(dataset.source(index)).name}\n".encode())
+        digest.update(f"{target} {Path(dataset.source(index)).name}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]

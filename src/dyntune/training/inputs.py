@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dyntune.core.errors import TrainingError
+from dyntune.core.errors import DataError, TrainingError
+from dyntune.core.texts import printable
 from dyntune.data.base import LabelledImages
+from dyntune.data.others import Samples, accepted, check_labels
 from dyntune.data.transforms import Preprocessing, preprocessed
+from dyntune.model.tasks import Classification
 from dyntune.model.tuned import TunedModel
+from dyntune.training.randomness import caller_randomness_kept
 from dyntune.training.settings import TrainSettings
+
+log = logging.getLogger("dyntune")
 
 Normalisation = Literal["backbone", "inception", "imagenet", "none"]
 Interpolation = Literal["backbone", "bilinear", "bicubic"]
@@ -35,28 +44,137 @@ def with_pixels_as(
 
 
 def require_matching_head(model: TunedModel, dataset: Dataset[Any]) -> None:
-    """Raises TrainingError when the classifier cannot be that of the data set."""
+    """Gives the model the data set's class names if it has none.
+
+    Raises:
+        TrainingError: the classifier cannot be that of the data set, or class names are not texts, one for each class.
+    """
     head = model.backbone.classes
-    names = getattr(dataset, "classes", None)
-    if not head:
+    names = _names(dataset)
+    if not any(True for module in model.backbone.heads for _ in module.parameters()):
         raise TrainingError(
             "nothing to train: the model has no head. Create it with num_classes=<number of classes>, or put one on a "
             "tower of transformers: dyntune.add_classifier(tower, <number of classes>)."
         )
-    if names and len(names) != head:
+    if names is not None and head and len(names) != head:
         raise TrainingError(
             f"the model's head has {head} classes, the data set {len(names)}. Create the model with "
             f"num_classes={len(names)}."
         )
+    if model.classes is None and names is not None:
+        model.classes = tuple(map(str, names))
+    if model.classes is not None and (
+        len(model.classes) != head or not all(isinstance(name, str) for name in model.classes)
+    ):
+        shown = ", ".join(f"{name!r}" for name in model.classes[:5])
+        raise TrainingError(
+            f"model.classes has {len(model.classes)} names ({shown}): expected a text for each of the head's {head} "
+            "classes, such as model.classes = ['cat', 'dog'], or None."
+        )
 
 
-def training_images(dataset: Dataset[Any], model: TunedModel, settings: TrainSettings) -> Dataset[Any]:
+def data_for(model: TunedModel, dataset: Any, name: str) -> LabelledImages | Samples:
+    """A data set of any kind that is known, whose samples the model can be trained or evaluated on.
+
+    Args:
+        name: what to call it in messages, such as ``the training set``.
+
+    Raises:
+        DataError: it is of another kind, or its first image does not fit the model.
+    """
+    found = accepted(dataset, name)
+    if not len(found) or (isinstance(found, LabelledImages) and found.transform is None):
+        return found
+    if isinstance(found, Samples) and found.pictures:
+        return found
+    with caller_randomness_kept():
+        image = found[0][0]
+    fits = isinstance(image, Tensor) and image.is_floating_point() and image.dtype != torch.float64
+    if not fits or not _runs(model, image):
+        what = (
+            f"{image.dtype} of shape {tuple(image.shape)}" if isinstance(image, Tensor) else f"{type(image).__name__}"
+        )
+        kind = "PIL images" if model.preprocessing.clip is None else "videos"
+        raise DataError(
+            f"the first image of {name} is {what}: the model takes float32 tensors of shape "
+            f"{model.preprocessing.shape}, or {kind}, which are preprocessed for it."
+        )
+    return found
+
+
+def _runs(model: TunedModel, image: Tensor) -> bool:
+    """Whether the model takes an image; one of the size that it was pretrained with is not tried."""
+    if image.shape == model.preprocessing.shape:
+        return True
+    parameter, training = next(model.parameters()), model.training
+    try:
+        with torch.no_grad(), caller_randomness_kept():
+            model.eval().run(image[None].to(parameter.device, parameter.dtype))
+    except (RuntimeError, ValueError, AssertionError, IndexError):
+        return False
+    finally:
+        model.train(training)
+    return True
+
+
+def require_labels(
+    model: TunedModel,
+    train_set: LabelledImages | Samples,
+    val_set: LabelledImages | Samples | None = None,
+    *,
+    beforehand: bool = True,
+) -> None:
+    """Looks at the labels before the first step, and says which of them only the validation images have.
+
+    Args:
+        beforehand: also where it takes reading images; without it labels are then looked at as they are read.
+
+    Raises:
+        DataError: a label is not one of the classes; the message has its index. Or a data set has other classes.
+    """
+    if not isinstance(model.task, Classification):
+        return
+    named = [tuple(map(str, names)) for data in (train_set, val_set) if (names := _names(data)) is not None]
+    if len(named) == 2 and named[0] != named[1]:
+        raise DataError(
+            f"the training set has the classes {_some(named[0])}, the validation set {_some(named[1])}. Expected the "
+            "same in the same order, because labels count them."
+        )
+    if not beforehand and isinstance(train_set, Samples):
+        train_set.expect_labels(model.backbone.classes or None)
+        return
+    with caller_randomness_kept():
+        found = [
+            check_labels(data, model.backbone.classes or None) for data in (train_set, val_set) if data is not None
+        ]
+    unseen = sorted(found[-1] - found[0])
+    if unseen:
+        names = model.classes
+        shown = ", ".join(f"{label} ({printable(names[label])})" if names else f"{label}" for label in unseen[:10])
+        log.warning(
+            "the validation set has %d labels that no training image has, which cannot be learned: %s.",
+            len(unseen),
+            shown,
+        )
+
+
+def _names(dataset: Any) -> Sequence[Any] | None:
+    """The data set's class names; None without any."""
+    names: Any = getattr(dataset, "classes", None)
+    return names if hasattr(names, "__len__") and len(names) else None
+
+
+def _some(names: Sequence[Any]) -> str:
+    return ", ".join(printable(str(name)) for name in names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def training_images(dataset: LabelledImages | Samples, model: TunedModel, settings: TrainSettings) -> Dataset[Any]:
     """The training images as tensors; a data set with a transform of its own is left as it is.
 
     Raises:
         TrainingError: augmentation is asked of a data set with a transform of its own.
     """
-    if isinstance(dataset, LabelledImages) and dataset.transform is None:
+    if dataset.transform is None and (isinstance(dataset, LabelledImages) or dataset.pictures):
         return preprocessed(dataset, model.preprocessing, train=True, augment=settings.augment)
     if settings.augment != "none":
         raise TrainingError("augment needs a data set of PIL images; this one has a transform of its own.")

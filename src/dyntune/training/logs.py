@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from dyntune.core.files import write_text
+from dyntune.core.limits import limit, limits_named
+
+log = logging.getLogger("dyntune")
 
 LOG = "log.jsonl"
 
@@ -35,22 +39,26 @@ class RunLog:
             step: steps since the beginning of the run.
             values: figures; numbers go to TensorBoard too.
         """
-        with self.path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.writer.add_scalar(f"{kind}/{name}", value, step)
+        with limits_named():
+            with self.path.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self.writer.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        """Writes what is still in memory."""
-        self.writer.close()
+        """Writes what is still in memory; where that cannot be done, TensorBoard's files lack their end."""
+        try:
+            self.writer.close()
+        except OSError as error:
+            log.warning("TensorBoard's files lack their end: %s", limit(error) or error)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The records of a run; a last line that was cut off by a kill is left out."""
     path = folder / LOG
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             records.append(json.loads(line))
         except ValueError:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dyntune.backbones.base import Backbone
+from dyntune.core.errors import CheckpointError, in_one_line
 from dyntune.training.settings import TrainSettings
 
 MOMENTUM = 0.9
@@ -18,7 +19,7 @@ MOMENTUM = 0.9
 def make_optimizer(
     trained: Sequence[nn.Parameter], settings: TrainSettings, pretrained: Collection[nn.Parameter] = frozenset()
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD with momentum on the trained tensors.
+    """AdamW or SGD with momentum on the trained tensors; on those in half precision, in fp32.
 
     Args:
         trained: the tensors, in the order in which a saved state lists them.
@@ -26,9 +27,11 @@ def make_optimizer(
             tensors decay.
         pretrained: which of them come from the pretrained backbone.
     """
+    rounded = {p: nn.Parameter(p.detach().float()) for p in trained if p.dtype in (torch.bfloat16, torch.float16)}
+    slow = {rounded.get(p, p) for p in pretrained}
+    trained = [rounded.get(p, p) for p in trained]
     groups: list[dict[str, Any]] = [{"params": list(trained)}]
     if settings.backbone_lr != 1:
-        slow = set(pretrained)
         groups = [
             {"params": [p for p in trained if p not in slow]},
             {"params": [p for p in trained if p in slow], "lr_factor": settings.backbone_lr},
@@ -49,7 +52,78 @@ def make_optimizer(
     else:
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
     set_learning_rate(optimizer, settings.lr)
+    if rounded:
+        _follow(optimizer, rounded)
     return optimizer
+
+
+def _follow(optimizer: torch.optim.Optimizer, rounded: dict[nn.Parameter, nn.Parameter]) -> None:
+    """Trains tensors in fp32 of which a model has rounded copies: in these, small changes would be lost.
+
+    Args:
+        optimizer: of the tensors in fp32; they are saved and loaded with its state.
+        rounded: for each parameter of the model, the tensor that is trained in its place.
+    """
+
+    @torch.no_grad()
+    def before(*_: Any) -> None:
+        for parameter, exact in rounded.items():
+            if not torch.equal(parameter, exact.to(parameter.dtype)):  # paced gates take other tensors on their way
+                exact.copy_(parameter)
+            exact.grad = None if parameter.grad is None else parameter.grad.float()
+
+    @torch.no_grad()
+    def after(*_: Any) -> None:
+        for parameter, exact in rounded.items():
+            parameter.copy_(exact)
+            parameter.grad = None
+            if optimizer.state[exact]:
+                optimizer.state[exact]["exact"] = exact.detach()
+
+    @torch.no_grad()
+    def loaded(*_: Any) -> None:
+        for exact in rounded.values():
+            if "exact" in optimizer.state[exact]:
+                exact.copy_(optimizer.state[exact]["exact"])
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+    optimizer.register_load_state_dict_post_hook(loaded)
+
+
+def fill_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Gives an optimiser the state that it had, checked to be one of its tensors with its settings.
+
+    Args:
+        optimizer: as the run makes it, perhaps wrapped.
+        saved: what its ``state_dict`` gave.
+
+    Raises:
+        CheckpointError: it is another one's, or has a number that is not finite.
+    """
+    try:
+        own, groups = optimizer.state_dict()["param_groups"], saved["param_groups"]
+        kept = [{key: value for key, value in group.items() if key not in ("lr", "initial_lr")} for group in own]
+        given = [{key: group[key] for key in keys} for group, keys in zip(groups, kept, strict=True)]
+        if [_plain(group) for group in given] != [_plain(group) for group in kept]:
+            raise ValueError("it has other settings")
+        by_number = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+        for number, values in saved["state"].items():
+            for name, value in values.items():
+                tensor = torch.as_tensor(value)
+                if tensor.shape not in (by_number[number].shape, ()) or not bool(tensor.isfinite().all()):
+                    raise ValueError(f"{name} of tensor {number} has another shape, or a number that is not finite")
+        optimizer.load_state_dict(saved)
+    except Exception as error:  # whatever PyTorch meets in what is no state
+        raise CheckpointError(
+            f"the saved state of the optimiser is not one of this run: {in_one_line(error)}. Start again with another "
+            "output folder."
+        ) from error
+
+
+def _plain(group: dict[str, Any]) -> dict[str, Any]:
+    """A group of an optimiser with lists for tuples, as a file may have either."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 from dyntune.training.evaluate import Evaluation
+from dyntune.training.interrupt import TrainingInterrupted
 
 _SHORT = {"accuracy": "acc"}
 """Figures of merit as a narrow line names them."""
 
 
 class Progress(Protocol):
-    """Told about every step and evaluation of a run; a context manager around the whole."""
+    """Told about every step, evaluation and saved epoch of a run; a context manager around the whole.
+
+    Derive from ``Silent`` to say something to some of it only.
+    """
 
     def __enter__(self) -> Self: ...
 
@@ -29,6 +35,9 @@ class Progress(Protocol):
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """The epoch has been evaluated on the validation split."""
+
+    def saved(self, epoch: int, folder: Path) -> None:
+        """What a run is resumed from after ``epoch`` epochs, and that epoch's adapter, are on disk in ``folder``."""
 
 
 class Silent:
@@ -45,6 +54,8 @@ class Silent:
 
     def evaluated(self, evaluation: Evaluation) -> None: ...
 
+    def saved(self, epoch: int, folder: Path) -> None: ...
+
 
 class ProgressBar:
     """One bar for the run, with running means of the loss terms; one line per epoch when the output is no terminal.
@@ -60,11 +71,11 @@ class ProgressBar:
         self.title = title
         self.console = console or Console(stderr=True)
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=Column(overflow="fold")),
             BarColumn(20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", table_column=Column(overflow="fold")),
         )
         self.bar = Bar(*columns, console=self.console, disable=not self.console.is_terminal)
         self.means: dict[str, float] = {}
@@ -98,9 +109,42 @@ class ProgressBar:
         if not self.console.is_terminal:
             self.console.print(f"{self.label}: {self._status()} {self.validation}", highlight=False, soft_wrap=True)
 
+    def saved(self, epoch: int, folder: Path) -> None: ...
+
     def _status(self) -> str:
         terms = " ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in self.means.items() if n.startswith("loss"))
         activation = f" active {self.means['activation']:.0%}" if "activation" in self.means else ""
         merits = (n for n in self.means if n not in ("activation", "images_per_second") and not n.startswith("loss"))
         score = " ".join(f"{_SHORT.get(n, n)} {self.means[n]:.1%}" for n in merits)
         return f"{terms} {score}{activation} {self.means['images_per_second']:.0f} img/s"
+
+
+class EvaluationBar:
+    """One bar for an evaluation, with the time that is left; whoever stops it is told what came out so far.
+
+    Args:
+        images: how many there are.
+        merit: the figure that is shown.
+        console: where to write.
+    """
+
+    def __init__(self, images: int, merit: str, console: Console) -> None:
+        self.images, self.merit = images, merit
+        columns = (TextColumn("evaluating"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Bar(*columns, TextColumn("{task.fields[status]}"), console=console, transient=True)
+        self.task = self.bar.add_task("", total=images, status="")
+        self.said = "nothing yet"
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.bar.stop()
+        if kind is KeyboardInterrupt:
+            raise TrainingInterrupted(f"stopped; so far {self.said}.")
+
+    def __call__(self, done: int, figures: dict[str, float]) -> None:
+        score = f"{_SHORT.get(self.merit, self.merit)} {figures[self.merit]:.1%}"
+        self.said = f"{done} of {self.images} images, {score}"
+        self.bar.update(self.task, completed=done, status=score)

@@ -9,7 +9,15 @@ Schedule = Literal["iteration", "epoch", "timm", "timm-lagged"]
 
 
 def warmup_cosine(
-    epoch: float, *, form: Schedule, epochs: float, warmup: float, lr: float, min_lr: float, warmup_lr: float
+    epoch: float,
+    *,
+    form: Schedule,
+    epochs: float,
+    warmup: float,
+    lr: float,
+    min_lr: float,
+    warmup_lr: float,
+    steps: int | None = None,
 ) -> float:
     """The learning rate at a point of a run; after ``epochs`` it stays at ``min_lr``.
 
@@ -17,6 +25,9 @@ def warmup_cosine(
     ends. ``timm`` is timm's ``CosineLRScheduler``: once per epoch, and the cosine has been falling since epoch 0, so it
     begins below ``lr``. ``timm-lagged`` is the same one epoch late, which is what code gives that steps the scheduler
     with the epoch's own number at the epoch's end.
+
+    The warm-up ends before the cosine does, so that a short run gets to the peak. One that is shorter than what the
+    rate changes by, a step or an epoch, would only be a first one at ``warmup_lr``, which is mostly 0: there is none.
 
     Args:
         epoch: epochs done, with the fraction of the running one.
@@ -26,7 +37,12 @@ def warmup_cosine(
         lr: peak.
         min_lr: end of the cosine.
         warmup_lr: where the warm-up begins.
+        steps: steps of an epoch; None where they are many.
     """
+    tick = (1 / steps if steps else 0.0) if form == "iteration" else 1.0
+    warmup = min(warmup, epochs - (2 * tick if form == "timm-lagged" else tick))
+    if warmup < tick:
+        warmup = 0.0
     if form != "iteration":
         epoch = float(math.floor(epoch))
     if form == "timm-lagged":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -32,7 +33,7 @@ class TrainSettings:
             (``full``, ``bitfit``); above 0 and at most 1. What is new (adapters, predictors, the head) has factor 1.
         weight_decay: weight decay of the trained tensors.
         decay_1d: whether weight decay holds for biases and other tensors of one dimension too.
-        warmup_epochs: epochs of linear warm-up; None stands for a tenth of all.
+        warmup_epochs: epochs of linear warm-up; None stands for a tenth of all. It ends before the last step.
         warmup_lr: learning rate at which the warm-up begins.
         cooldown_epochs: the last epochs, spent at ``min_lr``.
         schedule: learning rate per iteration or per epoch; timm's cosine counts the warm-up as its part. See
@@ -119,11 +120,12 @@ class TrainSettings:
         """Epochs of warm-up."""
         return self.epochs / 10 if self.warmup_epochs is None else self.warmup_epochs
 
-    def learning_rate(self, epoch: float) -> float:
+    def learning_rate(self, epoch: float, steps: int | None = None) -> float:
         """The learning rate of a step, by ``schedule``.
 
         Args:
             epoch: epochs done, with the fraction of the running one.
+            steps: of an epoch; None where they are many.
         """
         return warmup_cosine(
             epoch,
@@ -133,15 +135,20 @@ class TrainSettings:
             lr=self.lr,
             min_lr=self.min_lr,
             warmup_lr=self.warmup_lr,
+            steps=steps,
         )
 
-    def differences(self, other: dict[str, Any]) -> list[str]:
+    def differences(self, other: dict[str, Any], besides: Collection[str] = ()) -> list[str]:
         """What differs from ``other``, settings as a dictionary, among what decides the trained weights.
 
         An option that ``other`` does not have yet was at its default.
+
+        Args:
+            other: the settings of another run.
+            besides: names of settings that may differ too.
         """
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         other = defaults | other
-        free = {"workers", "device", "log_every", "gradient_checkpointing"}
+        free = {"workers", "device", "log_every", "gradient_checkpointing", *besides}
         mine = dataclasses.asdict(self)
         return [f"{k} was {other[k]}, is {mine[k]}" for k in mine if k not in free and mine[k] != other[k]]

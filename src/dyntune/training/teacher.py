@@ -76,4 +76,5 @@ def teacher_identity(teacher: nn.Module | None) -> str | None:
     if teacher is None:
         return None
     kind = teacher.spec if isinstance(teacher, TunedModel) else type(getattr(teacher, "host", teacher)).__name__
-    return f"{kind} {fingerprint(teacher.state_dict().items())}"
+    weights = teacher.backbone if isinstance(teacher, TunedModel) else teacher
+    return f"{kind} {fingerprint(weights.state_dict().items())}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -16,25 +18,26 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from dyntune.backbones.base import file_name
-from dyntune.core.errors import TrainingError
-from dyntune.core.files import write_json
+from dyntune.core.errors import CheckpointError, TrainingError
+from dyntune.core.files import alone_in, write_json
+from dyntune.core.limits import limits_named
 from dyntune.model.forward import activation_rates
 from dyntune.model.objective import Criterion, training_loss
-from dyntune.model.tuned import TunedModel
-from dyntune.training.accelerator import make_accelerator
+from dyntune.model.tuned import TunedModel, require_tuned
+from dyntune.training.accelerator import apart, make_accelerator
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
-from dyntune.training.identity import identity_changes, run_identity
-from dyntune.training.inputs import require_matching_head, training_images
+from dyntune.training.identity import ASKED, identity_changes, run_identity
+from dyntune.training.inputs import data_for, require_labels, require_matching_head, training_images
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.logs import RunLog
-from dyntune.training.optimizer import make_optimizer, pretrained_parameters, set_learning_rate
+from dyntune.training.optimizer import fill_optimizer, make_optimizer, pretrained_parameters, set_learning_rate
 from dyntune.training.progress import Progress, Silent
 from dyntune.training.randomness import EpochSampler, SeededDataset, caller_randomness_kept, seed_all
+from dyntune.training.seen import Seen
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE, RunState
 from dyntune.training.teacher import ready_teacher, warn_about_teacher
 
-ASKED = "train.json"
 _ADVICE = "Try a tenth of the learning rate, clip_norm=1, a longer warm-up, or fp32 or bf16 instead of fp16."
 
 
@@ -71,13 +74,14 @@ def fit(
     """Trains a tuned model in place; afterwards it holds the weights of the best epoch and is in eval mode.
 
     With ``out``, the folder holds the adapter of the best epoch (for ``load``), that of the last one in ``last``,
-    ``log.jsonl``, TensorBoard files, and the state that ``resume`` continues from: a run that was stopped at any
-    moment comes to the same weights, bit for bit on a CPU, as one that was not.
+    ``log.jsonl``, TensorBoard files, which images the run has seen, and the state that ``resume`` continues from: a run
+    that was stopped at any moment comes to the same weights, bit for bit on a CPU, as one that was not.
 
     Args:
         model: from ``tune``.
-        train_set: (image, target) pairs, for classification (image, label); PIL images are preprocessed as the backbone
-            expects.
+        train_set: a data set that is read by index and gives (image, target) pairs, for classification (image, label);
+            PIL images are preprocessed as the backbone expects, tensors must be. Parts of data sets, torchvision's,
+            and those of Hugging Face with an image and a label in each row do too.
         val_set: what the best epoch is picked on; without it the last epoch is kept.
         out: the run's folder; None keeps nothing on disk.
         resume: continue what ``out`` holds, or start if there is nothing.
@@ -89,14 +93,17 @@ def fit(
         options: single options of ``TrainSettings``, for instance ``epochs=10, lr=1e-3``.
 
     Raises:
+        DataError: a data set is of no such kind, or a label is not one of the classes.
         TrainingError: options do not make sense, ``out`` holds another run, or the loss is not finite.
         TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved.
     """
+    require_tuned(model, "fit")
     if settings is not None and options:
         raise TrainingError("give settings=... or single options, not both.")
     chosen = settings or TrainSettings.of(**options)
-    folder = None if out is None else Path(out)
-    return _Run(model, train_set, val_set, folder, chosen, progress or Silent(), teacher).train(resume)
+    folder = None if out is None else Path(out).expanduser()
+    with apart(), limits_named():
+        return _Run(model, train_set, val_set, folder, chosen, progress or Silent(), teacher).train(resume)
 
 
 class _Step(nn.Module):
@@ -127,21 +134,27 @@ class _Run:
     def __init__(
         self,
         model: TunedModel,
-        train_set: Dataset[Any],
-        val_set: Dataset[Any] | None,
+        train_set: Any,
+        val_set: Any,
         out: Path | None,
         settings: TrainSettings,
         progress: Progress,
         teacher: nn.Module | None,
     ) -> None:
         self.model, self.out, self.settings = model, out, settings
+        train_set = data_for(model, train_set, "the training set")
+        val_set = None if val_set is None else data_for(model, val_set, "the validation set")
         require_matching_head(model, train_set)
-        if model.classes is None and getattr(train_set, "classes", None):
-            model.classes = tuple(map(str, cast(Any, train_set).classes))
+        # A run that goes on is compared with how it began first.
+        self.look_at_labels = functools.partial(require_labels, model, train_set, val_set)
+        if out is None or not (out / STATE).exists():
+            self.look_at_labels()
+        self._require_savable()
         self.select = settings.select if val_set is not None else "last"
+        self.images = (train_set, None if self.select == "last" else val_set)
         self.accelerator = make_accelerator(settings)
         self.progress = progress if self._main else Silent()
-        size = len(train_set)  # type: ignore[arg-type]
+        size = len(train_set)
         if not size:
             raise TrainingError("the training set is empty.")
         world = self.accelerator.num_processes
@@ -164,7 +177,7 @@ class _Run:
         self.val_loader: DataLoader[Any] | None = None
         if val_set is not None:
             images = as_tensors(val_set, model)
-            share = range(self.accelerator.process_index, len(images), world)  # type: ignore[arg-type]
+            share = range(self.accelerator.process_index, len(images), world)
             self.val_loader = DataLoader(Subset(images, share), settings.batch_size, num_workers=settings.workers)
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
@@ -184,8 +197,10 @@ class _Run:
         self.identity = run_identity(model, settings, train_set, world, teacher)
 
     def train(self, resume: bool) -> FitResult:
-        with caller_randomness_kept(), self._checkpointing(), self._course():
+        with caller_randomness_kept(), self._checkpointing(), self._course(), self._alone():
             epoch, step = self._begin(resume)
+            if step or epoch:
+                self.look_at_labels()
             # Thresholds that were shifted, and the shifts, belong to the weights that training leaves behind.
             self.model.set_rate(None)
             self.model.calibration = None
@@ -214,12 +229,26 @@ class _Run:
     def _course(self) -> Iterator[None]:
         """Tells the model's modules how far the training goes, and that it is over."""
         settings = self.settings
-        lr = settings.lr if settings.optimizer == "adamw" else None  # steps of SGD have the size of the gradients
-        self.model.begin_training(settings.epochs * self.steps_per_epoch, lr, settings.accumulate)
+        updates = settings.epochs * math.ceil(self.steps_per_epoch / settings.accumulate)
+        # Steps of SGD have the size of the gradients, so that nobody can say how far they go.
+        travel = settings.lr * updates if settings.optimizer == "adamw" else None
+        self.model.backbone.begin_training(settings.epochs * self.steps_per_epoch, travel)
         try:
             yield
         finally:
             self.model.end_training()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps other processes out of the run's folder."""
+        if self.out is None or not self._main or (self.out.exists() and not self.out.is_dir()):
+            yield
+            return
+        refusal = TrainingError(
+            f"another process is training in {self.out}. Wait for its end, stop it, or give another folder."
+        )
+        with alone_in(self.out, refusal):
+            yield
 
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:
@@ -236,6 +265,15 @@ class _Run:
     def _main(self) -> bool:
         return self.accelerator.is_main_process
 
+    def _require_savable(self) -> None:
+        """Refuses to train into a folder what could not be saved there; without one, says so."""
+        try:
+            self.model.require_savable()
+        except CheckpointError as error:
+            if self.out is not None:
+                raise TrainingError(f"what is trained could not be saved: {error}") from error
+            logging.getLogger("dyntune").warning("what is trained cannot be saved: %s", error)
+
     def _begin(self, resume: bool) -> tuple[int, int]:
         """Where to start: epoch and step in it; fills model and optimiser when there is something to resume."""
         if self.out is None:
@@ -251,20 +289,31 @@ class _Run:
                 raise TrainingError(f"{self.out} is not empty.{begun} Give another folder, or remove it.")
             if self._main:
                 write_json(self.out / ASKED, self.identity)
+                Seen.by(*self.images).write(self.out)
             return 0, 0
         if not resume:
             raise TrainingError(
                 f"{self.out} holds a run already. Continue it with resume (--resume), or give another folder."
             )
         state = RunState.read(self.out)
-        changed = identity_changes(state.identity, self.identity)
+        done = state.epoch * self.steps_per_epoch + state.step
+        settles = any(policy.settles for policy in self.model.policies)
+        try:
+            changed = identity_changes(state.identity, self.identity, done, self.steps_per_epoch, settles)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.out / STATE} does not say which run it is of ({error!r}). Start again with another folder."
+            ) from error
         if changed:
             raise TrainingError(
                 f"the run in {self.out} was started differently: {'; '.join(changed)}. Use the same options."
             )
+        own = {file_name(name): tensor for name, tensor in self.model.course_tensors().items()}
+        statistics = own.keys() - map(file_name, self.model.tuned_state())
+        state.require_fit(own, statistics, self.out, self.settings.epochs, self.steps_per_epoch)
+        fill_optimizer(self.optimizer, state.optimizer)
         self._fill(state.tensors)
         self.model.backbone.resume_course(state.course)
-        self.optimizer.load_state_dict(state.optimizer)
         if state.scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.best, self.best_epoch = state.best, state.best_epoch
@@ -286,7 +335,7 @@ class _Run:
             seed_all(settings.seed, epoch, 0, step, accelerator.process_index)
             steps = epoch * self.steps_per_epoch + step
             done = epoch + step / self.steps_per_epoch
-            lr = settings.learning_rate(done)
+            lr = settings.learning_rate(done, self.steps_per_epoch)
             set_learning_rate(self.optimizer, lr)
             images, mixed = task.mix(images, targets, self.model.backbone.classes, settings)
             with accelerator.accumulate(self.step_module):
@@ -353,6 +402,8 @@ class _Run:
         if self.out and self._main:
             self.model.save(self.out / "last", measured)
         self._write_state(epoch + 1, 0)
+        if self.out:
+            self.progress.saved(epoch + 1, self.out)
 
     def _evaluate(self) -> Evaluation:
         """This process's share of the validation images, put together with the others'."""
@@ -392,13 +443,14 @@ class _Run:
             raise TrainingError(f"{where} is not finite after an update in epoch {epoch + 1}. {kept}{_ADVICE}")
 
     def _tensors(self) -> dict[str, Tensor]:
-        """The trained tensors, by their names in files."""
-        return {file_name(name): p.detach().cpu() for name, p in self.model.tuned_state().items()}
+        """What training changes, by its names in files."""
+        return {file_name(name): p.detach().cpu() for name, p in self.model.course_tensors().items()}
 
     def _fill(self, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
-            for name, parameter in self.model.tuned_state().items():
-                parameter.copy_(tensors[file_name(name)])
+            for name, tensor in self.model.course_tensors().items():
+                if file_name(name) in tensors:  # states of earlier versions lack statistics
+                    tensor.copy_(tensors[file_name(name)])
 
     def _write_state(self, epoch: int, step: int) -> None:
         if self.out is None or not self._main:
@@ -420,5 +472,4 @@ class _Run:
 
     def _farewell(self, epoch: int, step: int) -> str:
         where = f"stopped in epoch {epoch + 1} after step {step} of {self.steps_per_epoch}"
-        how = "The same command goes on; train and compare need --resume for it."
-        return f"{where}; the state is saved in {self.out}. {how}" if self.out else f"{where}."
+        return f"{where}; the state is saved in {self.out}: resume goes on from it." if self.out else f"{where}."

@@ -2,6 +2,7 @@
 
 import pytest
 import timm
+import torch
 from torch import nn
 
 import dyntune
@@ -49,3 +50,15 @@ def test_a_backbone_without_biases_is_refused(make_host):
             module.bias = None
     with pytest.raises(BackboneError, match="none outside its head; use linear"):
         dyntune.tune(host, "bitfit")
+
+
+def test_tables_of_relative_positions_are_no_biases_whatever_they_are_called(make_host):
+    host = make_host("beit")
+    names = {name for name, _ in host.named_parameters() if name.endswith("bias_table")}
+    assert names
+    for block in host.blocks:
+        block.attn.register_parameter("bias", nn.Parameter(torch.zeros(3, 9)))  # as other code calls its table
+    model = dyntune.tune(host, "bitfit")
+    trained = {name.removeprefix("host.") for name in model.tuned_state()}
+    assert not trained & names and not any(name.endswith("attn.bias") for name in trained)
+    assert {"blocks.0.attn.q_bias", "blocks.0.attn.v_bias", "blocks.0.norm1.bias", "patch_embed.proj.bias"} < trained

@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 import dyntune
 from dyntune.core.errors import SpecError, TrainingError
+from dyntune.core.files import SEAL
 from dyntune.model.adapter_folder import CONFIG
 from dyntune.model.rates import dispatchers
 from dyntune.parts.policies.dispatch import Dispatch
@@ -303,6 +304,7 @@ def test_a_saved_model_that_knows_no_recipe_keeps_the_name_of_its_preset(make_ho
     file = tmp_path / CONFIG
     config = json.loads(file.read_text())
     config["spec"] = "dyt:rate=0.7"
+    del config[SEAL]
     for name in ("recipe", "course", "quiet", "moves", "complete_course"):
         del config["parts"][1][name]
     config["parts"][1] |= {"bias": 0.0, "rate_weight": 2.0, "rate_of": "training", "explore": None}

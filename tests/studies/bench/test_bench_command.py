@@ -17,7 +17,7 @@ from dyntune.studies.bench import worker
 from dyntune.studies.bench.measure import Row
 from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.report import details, speed_figure, summary
-from dyntune.studies.bench.run import Report, bench
+from dyntune.studies.bench.run import Report, bench, estimate
 from dyntune.studies.bench.worker import Measured, measure_runtime
 from dyntune.studies.pictures import save_figure
 
@@ -105,7 +105,7 @@ def test_a_run_is_set_to_a_rate_on_the_timed_images(run, tmp_path):
 
 
 def test_the_command_prints_both_tables_and_the_notes(monkeypatch):
-    monkeypatch.setattr("dyntune.commands.bench.bench", lambda plan, progress: made_by_hand())
+    monkeypatch.setattr("dyntune.commands.bench.bench", lambda plan, progress, **_: made_by_hand())
     text = " ".join(run_bench("--method", "dyt").split())
     for words in ("dyt on vit: images per second", "GMACs", "p99 ms", "memory MB", "1.30 x [1.17-1.43]", "a machine"):
         assert words in text
@@ -223,3 +223,45 @@ def test_the_picture_has_a_panel_per_batch_size_and_a_bar_per_row(tmp_path):
     assert heights == [[1.3, 1.3, 1.3], [1.3, 1.3]]
     with Image.open(save_figure(figure, tmp_path / "speed.png")) as image:
         assert image.format == "PNG"
+
+
+def test_a_measurement_that_was_stopped_goes_on_with_the_rest(monkeypatch, tmp_path):
+    """Each batch size is on disk when it is measured; --resume measures the others alone, and of the same plan."""
+    monkeypatch.setattr(
+        "dyntune.studies.bench.run.subprocess.run",
+        lambda command, **_: SimpleNamespace(returncode=worker.main(command[3:])),
+    )
+    sizes, real = [], worker.measure
+
+    def measure(entries, images, **options):
+        if len(sizes) == 1:
+            sizes.append("stopped")
+            raise KeyboardInterrupt
+        sizes.append(len(images))
+        return real(entries, images, **options)
+
+    monkeypatch.setattr(worker, "measure", measure)
+    words = ("--method", "dyt", "--batch-size", "2,1", "--out", tmp_path / "out", "--json", *QUICK)
+    message = run_bench(*words, error=DyntuneError)
+    assert "--resume goes on" in message and sizes == [2, "stopped"]
+    kept = json.loads((tmp_path / "out" / "measurements" / "eager.json").read_text())
+    assert [row["batch_size"] for row in kept["rows"]] == [2, 2]
+    message = run_bench(*words, "--rounds", "3", "--resume", error=DyntuneError)
+    assert "another plan: rounds was 2, is 3" in message
+    report = json.loads(run_bench(*words, "--resume"))
+    assert sizes == [2, "stopped", 1]
+    assert [row["batch_size"] for row in report["rows"]] == [2, 2, 1, 1]
+    assert report["rows"][:2] == kept["rows"]
+    run_bench(*words)
+    assert sizes[3:] == [2, 1], "without --resume everything is measured anew"
+    assert "--out" in run_bench("--resume", *QUICK, error=SystemExit)
+
+
+def test_how_long_it_will_take_is_said_beforehand(monkeypatch, run):
+    monkeypatch.setattr("dyntune.studies.bench.run._macs_per_second", lambda: 1e9)
+    short = {"run": str(run), "batch_sizes": (1,), "rounds": 10, "seconds": 0.0}
+    large = {"model": "vit_base_patch16_224", "batch_sizes": (8, 32), "rounds": 10, "seconds": 0.0}
+    seconds = 17.58 * 40 * 2 * 16  # both models, with what is run beside the rounds
+    assert estimate(Plan(parts=("dyt",), **large)) == pytest.approx(seconds, rel=0.01)
+    assert estimate(Plan(**short)) < 20 < estimate(Plan(**short | {"rounds": 100, "seconds": 0.2}))
+    assert 0 < estimate(Plan(model="nobody's", **short | {"run": None})) < 20

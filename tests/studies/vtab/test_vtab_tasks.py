@@ -73,6 +73,17 @@ def test_folders_are_found_under_either_name(root):
     assert len(load_task(SMALL.tasks[0], folders["cifar"], "train800").val) == 2
 
 
+def test_lists_whose_labels_start_at_1_are_taken(root):
+    for file in (root / "cifar100").glob("*.txt"):
+        lines = [line.rsplit(maxsplit=1) for line in file.read_text().splitlines()]
+        file.write_text("".join(f"{path} {int(label) + 1}\n" for path, label in lines))
+    data = load_task(SMALL.tasks[0], find_folders(SMALL, root)["cifar"], "train800")
+    assert set(data.train.targets) == {0, 1, 2} and data.classes == ("0", "1", "2")
+    (root / "kitti/test.txt").write_text("".join(f"images/test/{n:06d}.jpg {n % 2 + 1}\n" for n in range(4)))
+    with pytest.raises(DataError, match="labels up to 2 in its lists, expected the 2 labels 0 to 1"):
+        find_folders(SMALL, root)
+
+
 def test_everything_that_is_wrong_is_in_one_error(root):
     shutil.rmtree(root / "oxford_iiit_pet")
     for name in ("000001", "000003"):

@@ -65,6 +65,7 @@ class ClipClassifier(nn.Module):
         backbone = self._interface()
         tokens = backbone.embed(clips)
         for block in backbone.blocks:
+            tokens = block.enter(tokens)
             tokens = tokens.with_x(tokens.x + block.update(tokens))
         return backbone.readout(backbone.finish(tokens))
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import QuickGELU
@@ -18,6 +18,7 @@ from dyntune.backbones.hosted import HostedAttention, HostedMlp, Ref, block_site
 from dyntune.backbones.origin import BackboneSource
 from dyntune.backbones.sites import Changed, Site, SiteKind
 from dyntune.backbones.units import Block
+from dyntune.core.attention import bias_of
 from dyntune.core.errors import BackboneError
 from dyntune.core.places import Places
 from dyntune.core.rotation import Rotation
@@ -46,6 +47,15 @@ _MLPS = (
 )
 """Within a block, an MLP's maps to the hidden layer, the gate first, and the one from it."""
 _NORMS = ("layernorm", "norm", "post_layernorm")
+_BIASES: dict[str, Callable[[Any], Sequence[Site]]] = {
+    "qkv_bias": lambda block: block.attn.maps,
+    "query_bias": lambda block: block.attn.maps[:1],
+    "key_bias": lambda block: block.attn.maps[1:2],
+    "value_bias": lambda block: block.attn.maps[2:],
+    "proj_bias": lambda block: [block.attn.out],
+    "mlp_bias": lambda block: [*block.mlp.maps, block.mlp.out],
+}
+"""Options of configurations that say whether maps have a bias, and the maps of a block."""
 _HEADS = ("classifier", "cls_classifier", "distillation_classifier")
 
 _CLASSES = {
@@ -266,7 +276,6 @@ class HuggingFace(Backbone):
                 'the backbone for them: --img-size, or create_backbone("hf:...", img_size=...) in Python.'
             )
         rows, columns = self._grid_of(images)
-        images = images.to(next(self._patch[0].parameters()).dtype)
         embeddings = self.tower.embeddings
         if self.kind.startswith("siglip2"):
             shape = torch.tensor([[rows, columns]], device="cpu")  # its values are looked at
@@ -374,7 +383,7 @@ class HuggingFace(Backbone):
         head, x = self.tower.head, tokens.x
         weights, mask = tokens.provenance.weights, None
         if weights is not None:
-            logs = weights.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny).log()
+            logs = bias_of(weights, x.dtype)
             mask = logs.repeat_interleave(head.attention.num_heads, dim=0).unsqueeze(1)
         read = head.attention(head.probe.expand(len(x), -1, -1), x, x, attn_mask=mask, need_weights=False)[0]
         return (read + head.mlp(head.layernorm(read)))[:, 0]
@@ -421,10 +430,11 @@ class HuggingFace(Backbone):
 
     def fold(self) -> dict[str, str]:
         stays = super().fold()
-        # A bias that a fold has given the keys is read from a file only if the configuration names it.
-        if hasattr(self._config, "key_bias"):
-            keys = [cast(HostedAttention, block.attn).maps[1].module for block in self.blocks]
-            self._config.key_bias = any(getattr(module, "bias", None) is not None for module in keys)
+        # A bias that a fold has given a map is read from a file only if the configuration names it.
+        for option, maps in _BIASES.items():
+            if hasattr(self._config, option):
+                modules = [site.module for block in self.blocks for site in maps(block)]
+                setattr(self._config, option, any(getattr(module, "bias", None) is not None for module in modules))
         return stays
 
     def fold_factors(self) -> None:
@@ -471,7 +481,10 @@ class HuggingFace(Backbone):
 
     def switch_gradient_checkpointing(self, on: bool) -> None:
         holder = getattr(self.host, "tower", self.host)
-        holder.gradient_checkpointing_enable() if on else holder.gradient_checkpointing_disable()
+        word = "enable" if on else "disable"
+        # The first name is that of transformers 5.24 and later.
+        switch = getattr(holder, f"activation_checkpointing_{word}", None)
+        (switch or getattr(holder, f"gradient_checkpointing_{word}"))()
 
 
 def _join(*names: str) -> str:

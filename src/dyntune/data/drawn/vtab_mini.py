@@ -2,7 +2,6 @@
 
 import io
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from dyntune.core.errors import DataError
-from dyntune.core.files import write_json
+from dyntune.core.files import room_beside, write_json
+from dyntune.core.limits import limits_named
 from dyntune.data.drawn.mini_drawn import (
     CELLS,
     COUNTS,
@@ -166,8 +166,8 @@ def _write_task(root: Path, number: int, seed: int, sizes: dict[str, int]) -> No
             rng = np.random.default_rng([seed, number, stream, index])
             files[split].append((_jpeg(task.draw(rng, label, Place(seed, split, turn))), label))
     files["train800val200"] = files["train800"] + files["val200"]
-    with tempfile.TemporaryDirectory(dir=root, prefix=f".{task.folder}.") as scratch:
-        folder = Path(scratch) / task.folder
+    with limits_named(), room_beside(root / task.folder) as scratch:
+        folder = scratch / task.folder
         for split, images in files.items():
             (folder / "images" / split).mkdir(parents=True)
             lines = []

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from dyntune.data.base import DataSplits, LabelledImages
-from dyntune.data.datasets import data_root
+from dyntune.data.datasets import JoinedImages, data_root
 from dyntune.data.splits import assemble
 
 
@@ -61,6 +61,33 @@ class Request:
         return assemble(self.name, train, val, test, classes, seed=self.seed, val_fraction=self.val_fraction)
 
 
+@dataclass(frozen=True)
+class Held:
+    """The images that a DATA argument holds to evaluate on.
+
+    Args:
+        name: the argument as it was written.
+        splits: the splits that there are, of ``train``, ``val`` and ``test``.
+        classes: class names in label order.
+        plain: whether nothing but their paths says which split images are in: no folder or list does.
+    """
+
+    name: str
+    splits: dict[str, LabelledImages]
+    classes: tuple[str, ...]
+    plain: bool = False
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Sources of all images left out as unreadable."""
+        return tuple(source for split in self.splits.values() for source in split.skipped)
+
+    @property
+    def all(self) -> LabelledImages:
+        """The images of all splits."""
+        return JoinedImages(list(self.splits.values()))
+
+
 class Source:
     """A kind of data source; found by being the one such class of a module here, or by an entry point.
 
@@ -94,3 +121,17 @@ class Source:
             DataError: there is no such data set, or it is malformed, or it can neither be found nor downloaded.
         """
         raise NotImplementedError
+
+    def held(self, request: Request, classes: Sequence[str] | None = None) -> Held:
+        """The images to evaluate on; unlike ``load``, also of data without training images, where a source knows such.
+
+        Args:
+            request: names the data set.
+            classes: names of the model's classes, where they are known.
+
+        Raises:
+            DataError: as for ``load``.
+        """
+        data = self.load(request)
+        splits = {"train": data.train, "val": data.val, "test": data.test}
+        return Held(request.name, {name: split for name, split in splits.items() if split is not None}, data.classes)

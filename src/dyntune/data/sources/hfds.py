@@ -1,17 +1,18 @@
 """Data sets of the Hugging Face hub, read by index through timm's data set factory."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
-from dyntune.core.errors import DataError
+from dyntune.core.errors import DataError, how_to_install
 from dyntune.data.base import DataSplits, LabelledImages
+from dyntune.data.datasets import SKIP
 from dyntune.data.images import read_image
+from dyntune.data.others import hub_columns
 from dyntune.data.sources.base import Request, Source
-
-VAL_SPLITS = ("validation", "val", "valid", "dev")
+from dyntune.data.splits import split_of
 
 
 class ReaderImages(LabelledImages):
@@ -29,30 +30,19 @@ class ReaderImages(LabelledImages):
             file = self.reader[index][0]
         except Exception as error:
             raise DataError(
-                f"{self.source(index)}: cannot be opened ({error}). Expected an image; restore it, or load the data "
-                "set with on_corrupt='skip' (--on-corrupt skip)."
+                f"{self.source(index)}: cannot be opened ({error}). Expected an image; restore it. {SKIP}"
             ) from error
         with file:
-            return read_image(file, self.source(index))
+            try:
+                return read_image(file, self.source(index))
+            except DataError as error:
+                raise DataError(f"{error} {SKIP}") from error
 
     def source(self, index: int) -> str:
         name = None
         with contextlib.suppress(Exception):
             name = self.reader.filename(index)
         return f"{self.name} image {index}" + (f" ({name})" if name else "")
-
-
-def _hub_columns(features: Mapping[str, Any]) -> tuple[str, str]:
-    """The image and label columns: ``image`` and ``label`` where there are such, else by their types."""
-    images = [column for column, feature in features.items() if type(feature).__name__ == "Image"]
-    labels = [column for column, feature in features.items() if type(feature).__name__ == "ClassLabel"]
-    image = "image" if "image" in images else next(iter(images), None)
-    # Of fine and coarse labels (as in CIFAR-100) the one with more classes is the task.
-    by_type = max(labels, key=lambda column: features[column].num_classes, default=None)
-    label = "label" if "label" in features else by_type
-    if image is None or label is None:
-        raise ValueError(f"its columns are {', '.join(features)}, of which none holds images or none holds labels")
-    return image, label
 
 
 class Hfds(Source):
@@ -69,7 +59,7 @@ class Hfds(Source):
         try:
             import datasets
         except ImportError as error:
-            raise DataError(f"{name} needs the datasets library: install dyntune[hfds].") from error
+            raise DataError(f"{name} needs the datasets library: {how_to_install('hfds')}.") from error
         from timm.data import create_dataset
 
         # Releases before 4 could run a data set's own Python code; some did so without being asked.
@@ -78,19 +68,21 @@ class Hfds(Source):
         try:
             builder = datasets.load_dataset_builder(short, cache_dir=str(root))
             available = [str(split) for split in builder.info.splits or datasets.get_dataset_split_names(short)]
-            if "train" not in available:
+            # Of several words for one split, the plain one.
+            named = sorted(available, key=lambda word: word not in ("train", "validation", "test"))
+            words = {split: word for word in reversed(named) if (split := split_of(word))}
+            if "train" not in words:
                 raise ValueError(f"it has no split named 'train', only {', '.join(available)}")
             # The columns of a folder of files are known only once it is loaded; timm finds it in the cache after that.
-            features = datasets.load_dataset(short, split="train", cache_dir=str(root)).features
-            image, label = _hub_columns(features)
-            wanted = [split for split in ("train", "test", *VAL_SPLITS) if split in available]
+            features = datasets.load_dataset(short, split=words["train"], cache_dir=str(root)).features
+            image, label = hub_columns(features)
             readers = {
-                split: create_dataset(name, root=str(root), split=split, input_key=image, target_key=label).reader
-                for split in wanted
+                split: create_dataset(name, root=str(root), split=word, input_key=image, target_key=label).reader
+                for split, word in words.items()
             }
             # The column alone, because reading whole rows would decode any further images in them.
             sets = {
-                split: ReaderImages(reader, reader.dataset.select_columns([label])[label], f"{name} {split}")
+                split: ReaderImages(reader, reader.dataset.select_columns([label])[label], f"{name} {words[split]}")
                 for split, reader in readers.items()
             }
         except Exception as error:
@@ -99,8 +91,7 @@ class Hfds(Source):
                 f"a label column that is at hand in {root} or can be downloaded; without a network, put its files "
                 "(parquet, or an image folder) into a folder and give hfds/ and that folder's path."
             ) from error
-        val = next((sets[split] for split in VAL_SPLITS if split in sets), None)
-        test = sets.get("test")
+        val, test = sets.get("val"), sets.get("test")
         if test is not None and set(test.targets) == {-1}:
             test = None
         # Not the reader's: in older releases of timm it knows none for a column that is not called "label".

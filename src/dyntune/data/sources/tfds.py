@@ -2,7 +2,8 @@
 
 from dyntune.data.base import DataSplits
 from dyntune.data.sources.base import Request, Source
-from dyntune.data.streams import SPLIT_WORDS, collect, open_stream
+from dyntune.data.splits import split_of
+from dyntune.data.streams import collect, open_stream
 
 
 class Tfds(Source):
@@ -17,8 +18,9 @@ class Tfds(Source):
         first = open_stream(name, hint, root=str(root), split="train", download=True)
         streams = {"train": first}
         for word in first.reader.builder.info.splits:
-            if word in SPLIT_WORDS and SPLIT_WORDS[word] not in streams:
-                streams[SPLIT_WORDS[word]] = open_stream(name, hint, root=str(root), split=word)
+            split = split_of(word)
+            if split is not None and split not in streams:
+                streams[split] = open_stream(name, hint, root=str(root), split=word)
         found = {
             split: collect(stream, f"{name} {split}", on_corrupt=request.on_corrupt)
             for split, stream in streams.items()

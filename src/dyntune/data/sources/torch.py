@@ -9,9 +9,9 @@ from PIL import Image
 
 from dyntune.core.errors import DataError, unknown_name
 from dyntune.data.base import DataSplits, LabelledImages
-from dyntune.data.datasets import FileImages
+from dyntune.data.datasets import SKIP, FileImages
 from dyntune.data.images import to_rgb
-from dyntune.data.sources.base import Request, Source
+from dyntune.data.sources.base import Held, Request, Source
 from dyntune.data.sources.folder import Folder
 
 # What timm's factory knows of torchvision: the splits with labels, and what torchvision looks for below the root.
@@ -26,6 +26,7 @@ TORCH_SETS: dict[str, tuple[tuple[str, ...], str]] = {
     "places365": (("train", "validation"), "train_large_places365standard.tar, val_large.tar and their file lists"),
     "inaturalist": (("train", "validation"), "2021_train/ and 2021_valid/"),
 }
+_FOLDERS = ("image_folder", "folder")
 TORCH_SETS["inat"] = TORCH_SETS["inaturalist"]
 
 
@@ -45,7 +46,7 @@ class TorchImages(LabelledImages):
             # Any failure of the decoder behind the data set means that this image is bad.
             raise DataError(
                 f"{self.source(index)}: cannot be read as an image ({error}). Expected a complete image file; "
-                "restore it, or load the data set with on_corrupt='skip' (--on-corrupt skip)."
+                f"restore it. {SKIP}"
             ) from error
 
     def source(self, index: int) -> str:
@@ -79,7 +80,7 @@ class Torch(Source):
         from timm.data import create_dataset
 
         name, short, root = request.name, request.given.lower(), request.data_root
-        if short in ("image_folder", "folder"):
+        if short in _FOLDERS:
             # The layout of folder:, but where a split has no folder timm would give the whole root in its place.
             return Folder().load(replace(request, given=str(root)))
         if short not in TORCH_SETS:
@@ -105,3 +106,8 @@ class Torch(Source):
         labels = getattr(found["train"], "classes", None) or getattr(found["train"], "all_categories", [])
         classes = [", ".join(label) if isinstance(label, tuple) else str(label) for label in labels]
         return request.splits(sets["train"], sets.get("validation"), sets.get("test"), classes)
+
+    def held(self, request: Request, classes: Sequence[str] | None = None) -> Held:
+        if request.given.lower() in _FOLDERS:
+            return Folder().held(replace(request, given=str(request.data_root)), classes)
+        return super().held(request, classes)

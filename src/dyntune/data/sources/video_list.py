@@ -1,77 +1,133 @@
 """Lists of videos and labels, as the public code of video models keeps them."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dyntune.core.errors import DataError
+from dyntune.core.texts import printable
 from dyntune.data.base import DataSplits
-from dyntune.data.sources.base import Request, Source
-from dyntune.data.sources.video_folder import SPLITS
+from dyntune.data.sources.base import Held, Request, Source
+from dyntune.data.splits import split_of
 from dyntune.data.videos import LabelledVideos
 
 FORM = "Expected lines PATH LABEL, or FOLDER FRAMES LABEL, with blanks or commas between, and paths below the list's"
 
 
+@dataclass(frozen=True)
+class _Line:
+    """One video of a list: its path, its label as it is written, and where that stands."""
+
+    video: str
+    label: str
+    origin: str
+
+
 class VideoList(Source):
     """A text file with a path and a label in each line; labels are numbers, or all names.
 
-    Paths are relative to the list's folder. A list called ``train`` has its validation and test lists beside it, under
-    names such as ``val.csv`` and ``test.csv`` with the same suffix; what is missing is treated as in a folder.
+    Paths are relative to the list's folder. A list called ``train``, or by another name of a training split, has its
+    validation and test lists beside it, under names such as ``val.csv`` and ``test.csv`` with the same suffix; what is
+    missing is treated as in a folder. A list by itself is evaluated on whole.
     """
 
     prefix = "video-list:"
     form = "video-list:FILE"
 
     def load(self, request: Request) -> DataSplits:
-        path = request.path
-        if not path.is_file():
-            raise DataError(f"no list {path}. {FORM}.")
-        lists = {"train": path}
-        if path.stem == "train":
-            for split in ("val", "test"):
-                beside = [path.with_stem(name) for name in SPLITS[split] if path.with_stem(name).is_file()]
-                lists |= {split: beside[0]} if beside else {}
-        lines = {split: _read(file) for split, file in lists.items()}
-        labels = {label for split in lines.values() for _, label, _ in split}
-        numbers = {label for label in labels if label.isdecimal()}
-        if numbers and labels - numbers:
-            first = next(origin for split in lines.values() for _, label, origin in split if label not in numbers)
-            raise DataError(f"{first}: its label is a name, but those of other lines are numbers. Give one kind.")
-        if numbers:
-            highest = max(map(int, numbers))
-            if highest >= max(100_000, 10 * len(numbers)):
-                raise DataError(f"{path}: the highest label is {highest}. Expected zero-based numbers of classes.")
+        lists = _lists(request.path)
+        lines = {split: _read(path) for split, path in lists.items()}
+        every = [line for own in lines.values() for line in own]
+        numbered = _are_numbers(every)
+        if numbered:
+            highest = max(int(line.label) for line in every)
+            if highest >= max(100_000, 10 * len({line.label for line in every})):
+                raise DataError(
+                    f"{request.path}: the highest label is {highest}. Expected zero-based numbers of classes."
+                )
             classes = [str(label) for label in range(highest + 1)]
         else:
-            classes = sorted(labels)
-        number = {name: label for label, name in enumerate(classes)}
-        sets = {
-            split: LabelledVideos(
-                [video for video, _, _ in own],
-                [int(label) if numbers else number[label] for _, label, _ in own],
-                [origin for _, _, origin in own],
-            )
-            for split, own in lines.items()
-        }
+            classes = sorted({printable(line.label) for line in every})
+        sets = {split: _labelled(own, classes, numbered) for split, own in lines.items()}
         return request.splits(sets["train"], sets.get("val"), sets.get("test"), classes)
 
+    def held(self, request: Request, classes: Sequence[str] | None = None) -> Held:
+        path = request.path
+        split = split_of(path.stem)
+        if split == "train" or not path.is_file():
+            return super().held(request, classes)
+        lines = _read(path)
+        numbered = _are_numbers(lines)
+        found = {printable(line.label) for line in lines}
+        own = [str(label) for label in range(max(map(int, found)) + 1)] if numbered else sorted(found)
+        names = list(classes or own)
+        known = range(len(names)) if numbered else names
+        for line in lines:
+            if (int(line.label) if numbered else printable(line.label)) not in known:
+                shown = ", ".join(names[:8]) + ", ..." * (len(names) > 8)
+                raise DataError(
+                    f"{line.origin}: {line.label!r} is none of the classes that the model was trained on ({shown})."
+                )
+        return Held(request.name, {split or "test": _labelled(lines, names, numbered)}, tuple(names))
 
-def _read(path: Path) -> list[tuple[str, str, str]]:
-    """Path, label and origin of each line."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        text = line.strip()
-        if not text or text.startswith("#"):
+
+def _lists(path: Path) -> dict[str, Path]:
+    """The list that is given, as ``train``, and those that lie beside it, by split."""
+    if not path.is_file():
+        raise DataError(f"no list {path}. {FORM}.")
+    lists = {"train": path}
+    if split_of(path.stem) != "train":
+        return lists
+    for other in sorted(path.parent.glob("*")):
+        split = split_of(other.stem)
+        if split not in ("val", "test") or other.suffix != path.suffix or not other.is_file():
             continue
-        place, _, label = text.rpartition("," if "," in text else " ")
+        if split in lists:
+            raise DataError(
+                f"{path.parent} has {printable(lists[split].name)} and {printable(other.name)}: expected one {split} "
+                "list; rename or remove the other."
+            )
+        lists[split] = other
+    return lists
+
+
+def _are_numbers(lines: Sequence[_Line]) -> bool:
+    """Whether labels are numbers; raises DataError if only some are."""
+    names = [line for line in lines if not line.label.isdecimal()]
+    if names and len(names) < len(lines):
+        raise DataError(f"{names[0].origin}: its label is a name, but those of other lines are numbers. Give one kind.")
+    return not names
+
+
+def _labelled(lines: Sequence[_Line], classes: Sequence[str], numbered: bool) -> LabelledVideos:
+    number = {name: label for label, name in enumerate(classes)}
+    return LabelledVideos(
+        [line.video for line in lines],
+        [int(line.label) if numbered else number[printable(line.label)] for line in lines],
+        [line.origin for line in lines],
+    )
+
+
+def _read(path: Path) -> list[_Line]:
+    found = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8. {FORM}.") from error
+    for count, line in enumerate(text.splitlines(), start=1):
+        words = line.strip()
+        if not words or words.startswith("#"):
+            continue
+        place, _, label = words.rpartition("," if "," in words else " ")
         place, label = place.strip(), label.strip()
-        origin = f"{path}, line {number}"
+        origin = f"{path}, line {count}"
         if not place or not label:
-            raise DataError(f"{origin}: {text!r} has no label. {FORM}.")
+            raise DataError(f"{origin}: {words!r} has no label. {FORM}.")
         video = path.parent / place
-        folder, _, count = place.rpartition("," if "," in place else " ")
-        if not video.exists() and count.strip().isdecimal() and (path.parent / folder.strip()).is_dir():
+        folder, _, frames = place.rpartition("," if "," in place else " ")
+        if not video.exists() and frames.strip().isdecimal() and (path.parent / folder.strip()).is_dir():
             video = path.parent / folder.strip()
-        found.append((str(video), label, origin))
+        found.append(_Line(str(video), label, origin))
     if not found:
         raise DataError(f"{path} has no lines. {FORM}.")
     return found

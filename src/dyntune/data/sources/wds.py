@@ -1,38 +1,56 @@
 """WebDataset shards: tar files whose samples are an image and its label."""
 
 import json
+import logging
 import re
 from pathlib import Path
+from typing import NamedTuple
 
-from dyntune.core.errors import DataError
+from dyntune.core.errors import DataError, how_to_install
 from dyntune.data.base import DataSplits
+from dyntune.data.datasets import SKIP
 from dyntune.data.sources.base import Request, Source
-from dyntune.data.streams import SHARD_IMAGES, SPLIT_WORDS, collect, open_stream
+from dyntune.data.splits import split_of
+from dyntune.data.streams import collect, is_whole, open_stream, shard_images
+
+log = logging.getLogger("dyntune")
 
 
-def _find_shards(folder: Path) -> dict[str, tuple[str, list[Path]]]:
-    """By split: what to call it towards timm, and its shards, from the info file or else from the shards' names."""
+class _Shards(NamedTuple):
+    """A split: what to call it towards timm, its shards, and how many samples they hold where an info file says so."""
+
+    word: str
+    files: list[Path]
+    samples: int | None
+
+
+def _find_shards(folder: Path) -> dict[str, _Shards]:
+    """The shards of each split, from the info file or else from the shards' names."""
     for info_name in ("_info.json", "info.json"):
         info = folder / info_name
         if info.is_file():
             try:
                 splits = json.loads(info.read_text(encoding="utf-8"))["splits"]
-                named = {word: [folder / file for file in entry["filenames"]] for word, entry in splits.items()}
+                named = {
+                    word: _Shards(word, [folder / file for file in entry["filenames"]], entry.get("num_samples"))
+                    for word, entry in splits.items()
+                }
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(f"{info}: not the info file of a WebDataset ({error!r}); mend or remove it.") from error
-            return {SPLIT_WORDS[word]: (word, shards) for word, shards in named.items() if word in SPLIT_WORDS}
+            return {split: shards for word, shards in named.items() if (split := split_of(word))}
     found: dict[str, list[Path]] = {}
     for shard in sorted(folder.glob("*.tar")):
-        words = [SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", shard.name.lower()) if word in SPLIT_WORDS]
+        words = [split for word in re.split(r"[^a-z]+", shard.name.lower()) if (split := split_of(word))]
         found.setdefault(words[0] if words else "train", []).append(shard)
-    return {split: ("::".join(shard.name for shard in shards), shards) for split, shards in found.items()}
+    return {split: _Shards("::".join(file.name for file in files), files, None) for split, files in found.items()}
 
 
 class Wds(Source):
     """A folder of tar shards whose samples are an image and its label in a ``.cls`` file.
 
     Splits come from ``_info.json`` or ``info.json``, or else from the word ``train``, ``val`` or ``test`` in the names
-    of the shards. Only local files are read: webdataset would run a ``pipe:`` address as a command.
+    of the shards. Only local files are read: webdataset would run a ``pipe:`` address as a command. A shard that was
+    cut off is refused, unless what cannot be read is to be left out.
     """
 
     prefix = "wds/"
@@ -52,18 +70,29 @@ class Wds(Source):
                 f"{name}: no training shards in {folder}. Expected files such as train-000000.tar, or an _info.json "
                 "that names the splits; add or rename them."
             )
-        for shard in (shard for _, shards in splits.values() for shard in shards):
+        for shard in (shard for shards in splits.values() for shard in shards.files):
             if not shard.is_file():
                 raise DataError(f"{name}: no shard {shard}, which the info file of {folder} names; restore it.")
+            if not is_whole(shard):
+                problem = f"{name}: the shard {shard} is cut off or damaged, as it does not end as a tar file does."
+                if request.on_corrupt == "error":
+                    raise DataError(f"{problem} Copy it again. {SKIP}")
+                log.warning("%s What can be read of it is taken.", problem)
         found = {}
-        for split, (word, shards) in splits.items():
+        for split, (word, shards, samples) in splits.items():
             stream = open_stream(
                 name,
-                "install dyntune[wds]",
+                how_to_install("wds"),
                 root=str(folder.absolute()),
                 split=word,
-                input_key=SHARD_IMAGES,
+                input_key=shard_images(),
                 input_img_mode="",
             )
-            found[split] = collect(stream, f"{name} {split}", on_corrupt=request.on_corrupt, shards=shards)
+            images = collect(stream, f"{name} {split}", on_corrupt=request.on_corrupt, shards=shards)
+            if samples is not None and len(images) + len(images.skipped) != samples and request.on_corrupt == "error":
+                raise DataError(
+                    f"{name}: the shards of the {split} split hold {len(images)} samples, but the info file of "
+                    f"{folder} says {samples}. Copy the shards again, or mend the info file."
+                )
+            found[split] = images
         return request.splits(found["train"], found.get("val"), found.get("test"))

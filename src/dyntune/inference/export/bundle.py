@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -19,8 +18,11 @@ from typing import Any
 from torch import Tensor
 
 from dyntune.core.errors import ExportError
-from dyntune.core.files import write_json, write_text
+from dyntune.core.files import room_beside, sealed, write_json, write_text
+from dyntune.core.limits import limits_named
 from dyntune.core.version import VERSION
+from dyntune.data.video_files import FORMATS
+from dyntune.data.videos import VIDEO_SUFFIXES
 from dyntune.inference.export.card import export_card
 from dyntune.inference.export.folder import CONFIG, FORMAT, digests, read_config
 from dyntune.inference.export.linears import BackboneLinears
@@ -64,9 +66,7 @@ class Export:
         require_possible(runtime, precision, calibration_images)
         folder.mkdir(parents=True)
         quantised = self._write_model(folder / runtime.file, runtime, precision, calibration_images)
-        kind = "runner" if self.model.preprocessing.clip is None else "clip_runner"
-        runner = Template(files("dyntune.inference.export").joinpath(f"{kind}.template").read_text(encoding="utf-8"))
-        write_text(folder / RUNNER, runner.substitute(vars(runtime.runner)))
+        write_text(folder / RUNNER, _runner(self.model, runtime))
         costs = cost(self.model)
         config = runtime.to_dict() | {
             "library": "dyntune",
@@ -88,7 +88,7 @@ class Export:
             "versions": _versions(("torch", "timm", *runtime.runs_with)),
             "files": digests(folder),
         }
-        write_json(folder / CONFIG, config)
+        write_json(folder / CONFIG, sealed(config))
         write_text(folder / CARD, export_card(config))
 
     def _write_model(
@@ -99,8 +99,8 @@ class Export:
             runtime.write(self.program, target, self.model.spec)
             return None
         linears = BackboneLinears(self.folded)
-        with tempfile.TemporaryDirectory(prefix=".fp32-", dir=target.parent.parent) as room:
-            exact = Path(room) / target.name
+        with room_beside(target.parent.with_name("fp32")) as room:
+            exact = room / target.name
             runtime.write(self.program, exact, self.model.spec)
             return runtime.quantize(precision, exact, target, linears, calibration_images)
 
@@ -152,6 +152,23 @@ def export(
     return folder
 
 
+def _runner(model: TunedModel, runtime: Runtime) -> str:
+    """The text of ``run.py``, which reads images, or videos where the model takes clips."""
+    clips = model.preprocessing.clip is not None
+    words = {
+        "items": "videos" if clips else "images",
+        "sample": "film.mp4 films/" if clips else "photo.jpg photos/",
+        "help": f"{'video files, folders of frames' if clips else 'image files'}, or folders of them",
+    }
+    suffixes = ", ".join(f'"{suffix}"' for suffix in sorted(VIDEO_SUFFIXES))
+    reading = _template("clip_input" if clips else "image_input").substitute(suffixes=suffixes, formats=FORMATS)
+    return _template("runner").substitute(words, input=reading, **vars(runtime.runner))
+
+
+def _template(name: str) -> Template:
+    return Template(files("dyntune.inference.export").joinpath(f"{name}.template").read_text(encoding="utf-8"))
+
+
 @contextmanager
 def place_for(folder: Path) -> Iterator[Path]:
     """A temporary folder beside ``folder``, from which what is finished can be renamed to it.
@@ -161,15 +178,14 @@ def place_for(folder: Path) -> Iterator[Path]:
     """
     if folder.exists():
         raise ExportError(f"{folder} is there already, and is not overwritten. Give another folder, or remove it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as room:
-        yield Path(room)
+    with limits_named(), room_beside(folder) as room:
+        yield room
 
 
 def record(folder: Path, **figures: Any) -> None:
     """Adds figures to ``deploy.json``, such as those of a check, and to the folder's README."""
     config = read_config(folder) | figures
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, sealed(config))
     write_text(folder / CARD, export_card(config))
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dyntune.core.texts import for_markdown_code
 from dyntune.inference.export.registry import lookup
 from dyntune.inference.export.runtimes.base import FP32
 
@@ -24,7 +25,8 @@ def export_card(config: dict[str, Any]) -> str:
     options = ", ".join(f"{name} {value}" for name, value in runtime.to_dict().items())
     written_in = f" ({options})" if options else ""
     sections = [
-        f"# `{config['spec']}` on `{config['backbone']}`, for {config['runtime']}{written_in}",
+        f"# {for_markdown_code(config['spec'])} on {for_markdown_code(str(config['backbone']))}, "
+        f"for {config['runtime']}{written_in}",
         f"Written by Dyntune {config['dyntune_version']}. {what} of {height} x {width} pixels"
         + (f", {len(classes)} classes" if classes else "")
         + f"; {config['macs'] / 1e9:.3f} G MACs per {one} where {config['activation']:.0%} of the patches are active "

@@ -11,6 +11,7 @@ from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
+from dyntune.core.errors import DyntuneError
 from dyntune.core.losses import distillation_loss
 from dyntune.model.tasks.base import Metric, TargetSettings, Task
 
@@ -22,6 +23,7 @@ class ClassificationMetric(Metric):
         super().__init__(3)
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
+        targets = _as_indices(targets)
         correct = int((outputs.argmax(-1) == targets).sum())
         loss = float(F.cross_entropy(outputs, targets, reduction="sum"))
         self.sums += torch.tensor([len(outputs), correct, loss], dtype=self.sums.dtype)
@@ -54,7 +56,8 @@ class Classification(Task):
         return torch.cat([x for x, _ in parts]).view(shape), torch.cat([y for _, y in parts])
 
     def loss(self, outputs: Tensor, targets: Tensor, settings: TargetSettings | None = None) -> Tensor:
-        """Cross-entropy. Targets that are mixed are smoothed already."""
+        """Cross-entropy, in fp32. Targets that are mixed are smoothed already."""
+        outputs, targets = outputs.float(), _as_indices(targets)
         if settings is None or settings.mixup or settings.cutmix:
             return F.cross_entropy(outputs, targets)
         return F.cross_entropy(outputs, targets, label_smoothing=settings.label_smoothing)
@@ -74,8 +77,19 @@ class Classification(Task):
         return outputs.softmax(-1).mean(1).log() if average == "probabilities" else outputs.mean(1)
 
     def predictions(self, outputs: Tensor, names: Sequence[str] | None, most: int) -> list[dict[str, Any]]:
-        """``top``: the classes with their labels and probabilities, the most probable first."""
-        probabilities, labels = outputs.softmax(-1).topk(min(most, outputs.shape[-1]))
+        """``top``: the classes with their labels and probabilities, the most probable first.
+
+        Raises:
+            DyntuneError: an output is not finite, or there are other names than outputs.
+        """
+        if not bool(outputs.isfinite().all()):
+            raise DyntuneError(
+                "the model's outputs are not finite, so they say nothing about the image. Its numbers are too large "
+                "for its precision: use fp32, or weights from before the step that spoilt them."
+            )
+        if names and len(names) != outputs.shape[-1]:
+            raise DyntuneError(f"the model has {outputs.shape[-1]} outputs and names for {len(names)} classes.")
+        probabilities, labels = outputs.float().softmax(-1).topk(min(most, outputs.shape[-1]))
         return [
             {
                 "top": [
@@ -94,3 +108,8 @@ class Classification(Task):
     def agreement(self, outputs: Tensor, others: Tensor) -> Tensor:
         """1 where both put the image into the same class."""
         return (outputs.argmax(-1) == others.argmax(-1)).float()
+
+
+def _as_indices(targets: Tensor) -> Tensor:
+    """Labels of any integer type as PyTorch's losses take them; shares of classes as they are."""
+    return targets if targets.is_floating_point() else targets.long()

@@ -69,7 +69,10 @@ class AdaptFormer(TuningMethod):
 
     source: ClassVar[str] = "Chen et al., NeurIPS 2022, arXiv 2205.13535"
     stays: ClassVar[str | None] = "an adapter is not linear; its scale is folded into the up-projection"
-    published: ClassVar[dict[str, str]] = {r"^blocks\.(\d+)\.adaptmlp\.": r"blocks.\1.mlp.parallel.adapter."}
+    published: ClassVar[dict[str, str]] = {
+        r"^blocks\.(\d+)\.adaptmlp\.": r"blocks.\1.mlp.parallel.adapter.",
+        r"^blocks\.(\d+)\.adapter_mlp\.adapter_(down|up)\.": r"blocks.\1.mlp.parallel.adapter.\2_proj.",
+    }
 
     bottleneck: int = 8
     scale: float | Literal["learnable"] = 0.1

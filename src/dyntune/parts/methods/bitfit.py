@@ -20,7 +20,10 @@ class BitFit(TuningMethod):
     source: ClassVar[str] = "Ben Zaken et al., ACL 2022, arXiv 2106.10199; for ViT as in Jia et al., ECCV 2022 (VPT)"
 
     def install(self, backbone: Backbone) -> None:
-        biases = [p for name, p in backbone.host.named_parameters() if name.endswith("bias")]
+        # By role, not by name: a table of relative positions is called a bias too, and is none of a map or norm.
+        names = {"bias", "in_proj_bias", *(name for site in backbone.sites() for name in site.biases)}
+        named = backbone.host.named_parameters()
+        biases = [p for name, p in named if name.rpartition(".")[2] in names and p.ndim == 1]
         head = {id(p) for head in backbone.heads for p in head.parameters()}
         if all(id(p) in head for p in biases):
             raise BackboneError("bitfit trains biases, but this backbone has none outside its head; use linear.")

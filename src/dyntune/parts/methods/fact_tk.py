@@ -135,7 +135,7 @@ class FactTK(TuningMethod):
         self.require(0 <= self.dropout < 1, "dropout in [0, 1)")
 
     def install(self, backbone: Backbone) -> None:
-        width = backbone.blocks[0].width
+        width = backbone.one_width(self.name())
         sites = [(site, *site.slots(width)) for site in backbone.sites("qkv", "proj", "fc1", "fc2")]
         factors = Factors(width, self.rank, sum(inputs * outputs for _, inputs, outputs in sites))
         first = 0

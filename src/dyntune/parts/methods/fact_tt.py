@@ -98,7 +98,7 @@ class FactTT(TuningMethod):
         self.require(0 <= self.dropout < 1, "dropout in [0, 1)")
 
     def install(self, backbone: Backbone) -> None:
-        width = backbone.blocks[0].width
+        width = backbone.one_width(self.name())
         factors = Factors(width, self.rank)
         for site in backbone.sites("qkv", "proj", "fc1", "fc2"):
             inputs, outputs = site.slots(width)

@@ -352,7 +352,7 @@ class Noah(TuningMethod):
                 )
 
     def from_published(self, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
-        if name in _DEAD:
+        if name in _DEAD or re.search(r"\.sampled_(weight|bias)(_\d)?$", name):  # a second name of what it sampled last
             return {}
         match = re.match(r"blocks\.(\d+)\.(visual_prompt_token$|attn\.LoRA_[ab]\.weight$|adapter\.ln[12]\.)", name)
         if match is None:

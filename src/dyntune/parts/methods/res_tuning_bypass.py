@@ -137,4 +137,5 @@ class ResTuningBypass(TuningMethod):
             )
         if backbone.bypass is not None:
             raise BackboneError(f"{self.name()}: the backbone has a bypass already, and the head reads one; give one.")
-        backbone.bypass = TunerBypass(backbone.blocks[0].width, sizes, self.scale, self.merging, self.zero_init_last)
+        width = backbone.one_width(self.name())
+        backbone.bypass = TunerBypass(width, sizes, self.scale, self.merging, self.zero_init_last)

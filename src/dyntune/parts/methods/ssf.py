@@ -47,7 +47,8 @@ class SSF(TuningMethod):
     query-key-value map, the attention's output map, norm2, fc1 (before its activation), fc2, and the last norm. A block
     of width D and MLP width H has ``2 (7 D + H)`` parameters, the two sites outside have ``4 D``; it all folds into the
     weights, so that a merged model costs what the plain one does. A norm in front of the blocks (CLIP), norms of
-    queries and keys, and LayerScale are left alone.
+    queries and keys, and LayerScale are left alone. On Swin the norm of the patch embedding and those between stages
+    are scaled too, as published.
 
     Args:
         init_std: standard deviation of gamma around 1 and of beta around 0 at the start; 0 starts as the identity.

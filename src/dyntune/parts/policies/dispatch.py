@@ -29,6 +29,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
         "rate_of": "inference",
         "rate_weight": 10.0,
         "explore": 0.1,
+        "scale": 1.0,
     },
     "published": {
         "bias": 0.0,
@@ -38,9 +39,10 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
         "rate_of": "training",
         "rate_weight": 2.0,
         "explore": None,
+        "scale": 0.1,
     },
 }
-"""What each recipe chooses for the options that are left to it."""
+"""What each recipe chooses for the options that are left to it, ``scale`` among those of the preset ``dyt``."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ class Dispatch(GatingPolicy):
             along half a cosine. 0.1/0.6 in steady, 0/0 as published.
         quiet: share of the training after which gates decide without noise, which falls linearly until then; 0.85 in
             steady; none, as published, keeps the noise to the end.
-        moves: how far the bias, and the weights, of a gate may move its logit in the whole training, whatever the
-            learning rate and the features; 6/15 in steady; none, as published, lets the learning rate decide.
+        moves: how far the bias, and the weights, of a gate may move its logit in as many steps of Adam at the peak
+            learning rate as the training has, whatever that rate and the features; a warm-up and a cosine leave half of
+            it. 6/15 in steady; none, as published, lets the learning rate decide.
         rate_weight: coefficient of the rate loss, the squared distance of the mean activation to the target; 10 in
             steady, 2 as published.
         rate_of: the activation that the rate loss holds to the target: the noisy gates' of training, as published, or

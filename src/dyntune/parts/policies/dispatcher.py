@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
+from dyntune.core.errors import CheckpointError
 from dyntune.parts.policies.gating import LearnedGate
 
 
@@ -101,7 +104,7 @@ class Dispatcher(LearnedGate):
     ``w x + b = p w' (x - m) + q b'``. The factors p and q let the length of the training, and not the learning rate and
     the size of the features, decide how far a logit can move; m, the mean of the features, leaves it to b' alone how
     open the gate is, and to w' which patches it is open for. Whoever reads the gate reads w and b: ``linear``, and
-    ``saved`` for files.
+    ``state_dict``, which ``load_state_dict`` takes under any pace.
 
     Args:
         width: channels C of a token.
@@ -109,8 +112,8 @@ class Dispatcher(LearnedGate):
         bias: b at the start.
         course: of all gates of the same dispatch; None for one that decides with whole noise.
         elastic: whether there is a slope.
-        moves: how far the bias, and the weights, may move a logit in a training whose length is known; None lets the
-            learning rate decide.
+        moves: how far the bias, and the weights, may move a logit in a training whose length is known, if every step
+            had the peak learning rate; None lets the learning rate decide.
 
     Attributes:
         weight_pace: p; None while the gate is not paced, and learns w and b themselves.
@@ -143,6 +146,8 @@ class Dispatcher(LearnedGate):
         """Pace of the bias, and that of the weights for features of size 1, until the size of the features is known."""
         nn.init.trunc_normal_(self.gate.weight, std=0.02)
         nn.init.constant_(self.gate.bias, bias)
+        self.register_state_dict_post_hook(_write_map)
+        self.register_load_state_dict_pre_hook(_read_map)
 
     @property
     def course(self) -> Course | None:
@@ -163,40 +168,40 @@ class Dispatcher(LearnedGate):
         """The map ``w x + b``."""
         if not self.paced:
             return self.gate
-        weight, bias = self._map()
-        linear = nn.Linear(self.gate.in_features, 1, device=weight.device, dtype=weight.dtype)
+        weight, bias = self.map()
+        # Without initial values: drawing them would change what a training draws after somebody has looked at the gate.
+        linear: nn.Linear = skip_init(nn.Linear, self.gate.in_features, 1, device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
             linear.weight.copy_(weight)
             linear.bias.copy_(bias)
         return linear
 
-    def _map(self) -> tuple[Tensor, Tensor]:
+    def map(self) -> tuple[Tensor, Tensor]:
         """w and b, with a graph to w' and b'."""
         if self.weight_pace is None or self.bias_pace is None or self.centre is None:
             return self.gate.weight, self.gate.bias
         weight = self.gate.weight * self.weight_pace
         return weight, self.gate.bias * self.bias_pace - weight @ self.centre
 
-    def saved(self) -> dict[str, Tensor]:
-        if not self.paced:
-            return {}
-        linear = self.linear
-        return {"gate.weight": linear.weight, "gate.bias": linear.bias}
+    def trained(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """w' and b' of w and b; where there is no pace, they are the same."""
+        if self.weight_pace is None or self.bias_pace is None or self.centre is None:
+            return weight, bias
+        weight, bias = weight.to(self.gate.weight), bias.to(self.gate.bias)
+        return weight / self.weight_pace, (bias + weight @ self.centre) / self.bias_pace
 
     @torch.no_grad()
-    def fill(self, saved: dict[str, Tensor]) -> None:
-        weight, bias = saved["gate.weight"].to(self.gate.weight), saved["gate.bias"].to(self.gate.bias)
-        if self.weight_pace is not None and self.bias_pace is not None and self.centre is not None:
-            weight, bias = weight / self.weight_pace, (bias + weight @ self.centre) / self.bias_pace
-        self.gate.weight.copy_(weight)
-        self.gate.bias.copy_(bias)
+    def _fill(self, weight: Tensor, bias: Tensor) -> None:
+        """Makes w and b what is given, under the pace that there is."""
+        for own, value in zip((self.gate.weight, self.gate.bias), self.trained(weight, bias), strict=True):
+            own.copy_(value)
 
     def scores(self, patches: Tensor) -> Tensor:
         if self.training and self._reach is not None:
             self._measure(patches)
         if not self.paced:
             return self.gate(patches).squeeze(-1)
-        return F.linear(patches, *self._map()).squeeze(-1)
+        return F.linear(patches, *self.map()).squeeze(-1)
 
     def logits_from(self, scores: Tensor) -> Tensor:
         logits = super().logits_from(scores)
@@ -217,25 +222,33 @@ class Dispatcher(LearnedGate):
         return {name: tensor for name, tensor in pace.items() if tensor is not None}
 
     def resume_course(self, state: dict[str, Tensor]) -> None:
-        """Takes up a pace; w' and b' must come from the same place."""
-        if state:
-            self._reach = None
-            for name, tensor in state.items():
-                setattr(self, name, tensor.to(self.gate.weight.device))
+        """Takes up a pace; w' and b' must come from the same place.
+
+        Raises:
+            CheckpointError: it is no pace of this gate.
+        """
+        if not state:
+            return
+        shapes = {"weight_pace": (), "bias_pace": (), "centre": (self.gate.in_features,)}
+        sound = all(bool(tensor.isfinite().all()) for tensor in state.values())
+        if {name: tuple(tensor.shape) for name, tensor in state.items()} != shapes or not sound:
+            raise CheckpointError(f"the pace of a gate needs finite {', '.join(shapes)}; given {', '.join(state)}.")
+        self._reach = None
+        for name, tensor in state.items():
+            setattr(self, name, tensor.to(self.gate.weight.device))
 
     def end_course(self) -> None:
         """Writes the pace into the weights."""
         self._reach = None
-        own = self.saved()
+        own = [tensor.detach() for tensor in self.map()]
         self.weight_pace = self.bias_pace = self.centre = None
-        if own:
-            self.fill(own)
+        self._fill(*own)
 
     def pace(self, weight: Tensor, bias: Tensor, centre: Tensor) -> None:
         """Begins to learn w' and b', with these p, q and m; w and b stay."""
-        own = {"gate.weight": self.gate.weight.clone(), "gate.bias": self.gate.bias.clone()}
+        own = self.gate.weight.detach().clone(), self.gate.bias.detach().clone()
         self.weight_pace, self.bias_pace, self.centre = (t.to(self.gate.weight) for t in (weight, bias, centre))
-        self.fill(own)
+        self._fill(*own)
 
     @torch.no_grad()
     def _measure(self, patches: Tensor) -> None:
@@ -252,3 +265,22 @@ class Dispatcher(LearnedGate):
         self._reach = None
         # Features that are all alike tell patches apart by nothing, whatever the pace.
         self.pace(weight / torch.where(size > 0, size, 1), square.new_tensor(bias), centre)
+
+
+_MAP = ("gate.weight", "gate.bias")
+
+
+@torch.no_grad()
+def _write_map(gate: Dispatcher, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
+    """Puts w and b into a state, where w' and b' stand."""
+    if gate.paced:
+        state.update(zip((prefix + name for name in _MAP), gate.map(), strict=True))
+
+
+@torch.no_grad()
+def _read_map(gate: Dispatcher, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    """Puts w' and b' in the place of w and b, before a state goes into a gate; other shapes are left to be refused."""
+    names = [prefix + name for name in _MAP]
+    given = [state[name] for name in names if name in state]
+    if gate.paced and [tensor.shape for tensor in given] == [gate.gate.weight.shape, gate.gate.bias.shape]:
+        state.update(zip(names, gate.trained(*given), strict=True))

@@ -71,13 +71,6 @@ class LearnedGate(nn.Module, abc.ABC):
         """Factor on the noise of decisions while training."""
         return 1.0
 
-    def saved(self) -> dict[str, Tensor]:
-        """What files hold in place of tensors of this module, by name, where the trained ones stand for others."""
-        return {}
-
-    def fill(self, saved: dict[str, Tensor]) -> None:
-        """Takes what ``saved`` gave, where it gives anything."""
-
     def set_rate(self, shift: float, rate: float | None) -> None:
         """Adds ``shift`` to the logits from now on; ``rate`` is the share of active patches that this gives."""
         self.shift.fill_(shift)  # in place: a captured CUDA graph reads it where it is

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from dyntune.backbones.units import Where
 from dyntune.parts.methods.adaptformer import AdaptFormer
 from dyntune.parts.methods.moe_adapter import MoeAdapter, Normalise
-from dyntune.parts.policies.dispatch import Chosen, Dispatch, RateOf, Recipe
+from dyntune.parts.policies.dispatch import RECIPES, Chosen, Dispatch, RateOf, Recipe
 from dyntune.parts.presets.base import Preset
 from dyntune.parts.spec import Part
 
@@ -62,7 +62,7 @@ class DyT(Preset):
 
     def expand(self) -> tuple[Part, ...]:
         adapter = AdaptFormer if self.experts == 1 else MoeAdapter
-        scale = {"steady": 1.0, "published": AdaptFormer.scale}[self.recipe] if self.scale == "recipe" else self.scale
+        scale = RECIPES[self.recipe]["scale"] if self.scale == "recipe" else self.scale
         return (
             adapter(**self.options_of(adapter) | {"scale": scale}, where=self.dispatch),
             Dispatch(**self.options_of(Dispatch), where=self.dispatch, bias=self.gate_bias),

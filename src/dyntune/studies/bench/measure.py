@@ -13,7 +13,7 @@ from torch import Tensor
 from dyntune.core.errors import DyntuneError
 from dyntune.core.machine import peak_memory
 from dyntune.core.timing import Latency, Spread, Turns, time_in_turns
-from dyntune.model.macs import MacCounter, head_macs
+from dyntune.model.macs import MacCounter
 from dyntune.studies.bench.peers import DENSE, Candidate
 
 TOLERANCE = 1e-3
@@ -136,7 +136,7 @@ def _row(name: str, runtime: str, images: Tensor, checked: dict[str, _Checked], 
 def _check(
     candidate: Candidate, call: Callable[[Tensor], Tensor], images: Tensor, runtime: str, exact: bool
 ) -> _Checked:
-    with MacCounter() as counter:
+    with MacCounter() as counter, counter.watching(candidate.model.backbone):
         output = candidate.model.run(images)
     logits: list[Tensor] = []
     peak = peak_memory(lambda: logits.append(call(images)), images.device)
@@ -155,7 +155,7 @@ def _check(
         )
     shares = [float(gate.values.float().mean()) for gate in output.gates]
     return _Checked(
-        macs=counter.macs / len(images) - head_macs(candidate.model.backbone),
+        macs=(counter.macs - counter.head_macs) / len(images),
         active=statistics.fmean(shares) if shares else None,
         peak_memory=peak,
         difference=float(errors.max()),

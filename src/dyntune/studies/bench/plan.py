@@ -31,7 +31,7 @@ class Plan:
         rate: share of the patches that gates let through: of a fresh model, whose target it is by default, set exactly
             on the timed images; of a run, as ``set_rate()`` sets it, by default what it has learned.
         data: DATA argument of the timed images, such as ``digits``; noise by default.
-        threads: threads of each runtime; by default as many as torch takes, one per core.
+        threads: threads of each runtime; by default as many as torch takes, one per core that it may use.
         device: of runtimes in torch; the others run on the CPU.
         rounds: turns of each model at each batch size.
         seconds: least time of a turn.

@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from dyntune.core.files import write_json, write_text
+from dyntune.core.texts import for_markdown, printable
 from dyntune.studies.bench.peers import DENSE
 from dyntune.studies.bench.run import Report
 from dyntune.studies.pictures import save_figure
@@ -96,13 +97,20 @@ def write(report: Report, folder: Path) -> None:
     notes = "\n".join(f"- {note}" for note in report.notes)
     tables = f"{_markdown(columns, rows)}\n\n{_markdown(DETAILS, details(report))}"
     write_json(folder / "results.json", report.to_dict())
-    write_text(folder / "results.md", f"# {report.title}\n\n{tables}\n\n{notes}\n\n![Speed-up](speed.png)\n")
+    write_text(
+        folder / "results.md", f"# {for_markdown(report.title)}\n\n{tables}\n\n{notes}\n\n![Speed-up](speed.png)\n"
+    )
     save_figure(speed_figure(report), folder / "speed.png")
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """A cell that stays one, whatever the name of a run."""
+    return printable(text).replace("|", "\\|").replace("<", "&lt;")
 
 
 def speed_figure(report: Report) -> Figure:

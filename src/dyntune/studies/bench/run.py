@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -12,13 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from dyntune.backbones.hosts import check_arguments, create_backbone, wrap
 from dyntune.core.errors import DyntuneError
-from dyntune.core.files import write_json
+from dyntune.core.files import alone_in, room_beside, write_json
+from dyntune.core.shapes import shapes_only
 from dyntune.core.timing import WARM_UP
+from dyntune.model.adapter_folder import read_config
+from dyntune.model.macs import trace
 from dyntune.studies.bench.measure import TOLERANCE, Row
+from dyntune.studies.bench.peers import GATHER
 from dyntune.studies.bench.plan import Plan
-from dyntune.studies.bench.runtimes import is_exact
+from dyntune.studies.bench.runtimes import IN_TORCH, is_exact
 from dyntune.studies.bench.worker import Measured
+
+_START_SECONDS, _BUILD_SECONDS = 6.0, 4.0
+"""What a process takes until it measures, and what writing and opening a model in another runtime takes."""
+_TRIAL_SECONDS = 0.1
+_OF_PEAK = 0.5
+"""Share of the speed of large products that a ViT's come to."""
 
 
 @dataclass(frozen=True)
@@ -102,38 +116,118 @@ class Report:
         }
 
 
-def bench(plan: Plan, progress: Callable[[str], object] | None = None) -> Report:
+def bench(
+    plan: Plan, progress: Callable[[str], object] | None = None, *, keep: Path | None = None, resume: bool = False
+) -> Report:
     """Measures every runtime of a plan in a process of its own.
 
     Args:
         plan: what is measured.
         progress: called with the name of each runtime before it is measured.
+        keep: folder that each measurement is written to as it is made; nowhere by default.
+        resume: leaves out what ``keep`` holds of the same plan, whose runtimes alone may differ.
 
     Raises:
-        DyntuneError: a model cannot be built in a runtime, or gives other logits there.
+        DyntuneError: a model cannot be built in a runtime, or gives other logits there; or ``keep`` holds measurements
+            of another plan.
     """
     measured = {}
-    with tempfile.TemporaryDirectory(prefix="dyntune-bench-") as folder:
-        written = Path(folder) / "plan.json"
+    with contextlib.ExitStack() as stack:
+        folder = keep or stack.enter_context(room_beside(Path(tempfile.gettempdir()) / "dyntune-bench"))
+        if keep:
+            refusal = DyntuneError(
+                f"another process is measuring into {keep}. Wait for its end, or give another folder."
+            )
+            stack.enter_context(alone_in(keep, refusal))
+        written = folder / "plan.json"
+        if resume and written.exists():
+            _require_same(written, plan)
+        else:
+            for old in folder.glob("*.json"):
+                old.unlink()
         write_json(written, plan.to_dict())
         for runtime in plan.runtimes:
             if progress:
                 progress(runtime)
-            measured[runtime] = _measured(written, runtime, Path(folder) / f"{runtime}.json")
+            try:
+                measured[runtime] = _measured(written, runtime, folder / f"{runtime}.json")
+            except KeyboardInterrupt:
+                if keep is None:
+                    raise
+                raise DyntuneError(
+                    f"stopped while {runtime} was measured; what is done is in {folder}. --resume goes on with it."
+                ) from None
     return Report(plan, measured, time.strftime("%Y-%m-%d"))
+
+
+def estimate(plan: Plan) -> float:
+    """About how many seconds a measurement takes, by the model's MACs and what this machine computes in a moment.
+
+    Building models takes as long as is usual on a desktop; whatever cannot be known beforehand is left out.
+    """
+    image = _macs(plan) / _macs_per_second() if plan.device == "cpu" else 0.0
+    total = 0.0
+    for runtime in plan.runtimes:
+        models = 1 + len([peer for peer in plan.against if peer != GATHER or runtime in IN_TORCH])
+        build = 0.0 if runtime == "eager" else _BUILD_SECONDS
+        total += _START_SECONDS
+        for seconds in (size * image for size in plan.batch_sizes):
+            total += models * (build + (WARM_UP + 3) * seconds + plan.rounds * max(plan.seconds, seconds))
+    return total
+
+
+def _macs(plan: Plan) -> float:
+    """MACs of an image in the dense model; 0 where they cannot be had without its weights."""
+    try:
+        if plan.run is None:
+            name, arguments = plan.model, dict[str, Any](num_classes=plan.classes)
+        else:
+            recorded = read_config(Path(plan.run))["backbone"]
+            name, arguments = recorded["name"], check_arguments(recorded["name"], recorded["arguments"])
+        with shapes_only():
+            host = create_backbone(name, pretrained=False, **arguments)
+            return trace(wrap(host), ()).macs
+    except (DyntuneError, OSError, KeyError, TypeError, ValueError):
+        return 0.0
+
+
+def _macs_per_second() -> float:
+    matrix = torch.ones(768, 768)
+    matrix @ matrix
+    began, products = time.perf_counter(), 0
+    while time.perf_counter() < began + _TRIAL_SECONDS:
+        matrix @ matrix
+        products += 1
+    return products * 768**3 / (time.perf_counter() - began) * _OF_PEAK
+
+
+def _require_same(written: Path, plan: Plan) -> None:
+    try:
+        before = json.loads(written.read_text("utf-8"))
+    except ValueError as error:
+        raise DyntuneError(f"{written} cannot be read ({error}). Measure again without --resume.") from error
+    now = json.loads(json.dumps(plan.to_dict()))
+    changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
+    changed = [change for change in changed if not change.startswith("runtimes was ")]
+    if changed:
+        raise DyntuneError(
+            f"the measurements in {written.parent} are of another plan: {'; '.join(changed)}. Give the same options, "
+            "or leave out --resume to measure everything anew."
+        )
 
 
 def _measured(plan: Path, runtime: str, result: Path) -> Measured:
     command = [sys.executable, "-m", "dyntune.studies.bench.worker", str(plan), runtime, str(result)]
     # What libraries print goes to standard error, so that standard output holds the report alone.
     status = subprocess.run(command, stdout=sys.__stderr__, check=False).returncode
-    if not result.exists():
+    found = json.loads(result.read_text("utf-8")) if result.exists() else {}
+    if "error" in found:
+        result.unlink()
+        raise DyntuneError(found["error"])
+    if status:
         raise DyntuneError(
             f"the process that measured {runtime} ended with status {status} without a result; what it printed stands "
             "above. A negative status is a signal: -9 mostly means that memory ran out, which a smaller --batch-size "
             "needs less of."
         )
-    found = json.loads(result.read_text("utf-8"))
-    if "error" in found:
-        raise DyntuneError(found["error"])
     return Measured.from_dict(found)

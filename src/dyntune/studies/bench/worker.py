@@ -7,10 +7,11 @@ disturb each other in one process.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor
 
 from dyntune.core.errors import DataError, DyntuneError
-from dyntune.core.files import write_json
+from dyntune.core.files import room_beside, write_json
+from dyntune.core.limits import limits_named
 from dyntune.core.machine import OtherLoad, machine
+from dyntune.core.threads import available_cores, take_threads
 from dyntune.data import load_data
 from dyntune.model.load import load
 from dyntune.model.tuned import TunedModel
@@ -63,17 +66,24 @@ class Measured:
         return cls(**(values | made))
 
 
-def measure_runtime(plan: Plan, runtime: str, folder: Path) -> Measured:
+def measure_runtime(
+    plan: Plan,
+    runtime: str,
+    folder: Path,
+    before: Measured | None = None,
+    keep: Callable[[Measured], object] | None = None,
+) -> Measured:
     """Measures all candidates of a plan in one runtime, in this process, whose number of threads it sets.
 
     Args:
         plan: what is measured.
         runtime: one of its runtimes.
         folder: where models of other runtimes are written to.
+        before: what was measured already, of some of the batch sizes.
+        keep: is given all that has been measured so far, after each batch size.
     """
-    if plan.threads is not None:
-        torch.set_num_threads(plan.threads)
-    threads = torch.get_num_threads()
+    threads = plan.threads or min(torch.get_num_threads(), available_cores())
+    take_threads(threads)
     device = torch.device(plan.device if runtime in IN_TORCH else "cpu")
     torch.manual_seed(plan.seed)
     model, notes = _subject(plan)
@@ -93,9 +103,12 @@ def measure_runtime(plan: Plan, runtime: str, folder: Path) -> Measured:
         model.set_rate(plan.rate, images if own else None)
         notes.append(f"{name}: set to a rate of {plan.rate:.0%}" + (", calibrated on the timed images" if own else ""))
     built: dict[str, Callable[[Tensor], Tensor]] = {}
-    rows: list[Row] = []
-    with OtherLoad() as load:
-        for batch_size in plan.batch_sizes:
+    backbone = model.origin.name or type(model.backbone.host).__name__
+    done = before or Measured((), backbone, name, machine(), threads, None, tuple(notes))
+    for number, batch_size in enumerate(plan.batch_sizes):
+        if any(row.batch_size == batch_size for row in done.rows):
+            continue
+        with OtherLoad() as load:
             batch = images[:batch_size]
             for place, candidate in enumerate(taking_part):
                 if _sets_gates(candidate):
@@ -103,7 +116,7 @@ def measure_runtime(plan: Plan, runtime: str, folder: Path) -> Measured:
                 # Anew for each batch size, for memory that one has taken is not taken again.
                 into = folder / f"{place}-{batch_size}"
                 built[candidate.name] = _call(candidate, runtime, batch, threads, into)
-            rows += measure(
+            rows = measure(
                 [(candidate, built[candidate.name]) for candidate in taking_part],
                 batch,
                 runtime=runtime,
@@ -111,8 +124,13 @@ def measure_runtime(plan: Plan, runtime: str, folder: Path) -> Measured:
                 rounds=plan.rounds,
                 seconds=plan.seconds,
             )
-    backbone = model.origin.name or type(model.backbone.host).__name__
-    return Measured(tuple(rows), backbone, name, machine(), threads, load.cores, tuple(notes))
+        loads = [done.other_load] * number + [load.cores]
+        known = [cores for cores in loads if cores is not None]
+        mean = statistics.fmean(known) if known else None
+        done = replace(done, rows=(*done.rows, *rows), other_load=mean, notes=tuple(notes))
+        if keep:
+            keep(done)
+    return done
 
 
 def _subject(plan: Plan) -> tuple[TunedModel, list[str]]:
@@ -158,8 +176,19 @@ def main(arguments: list[str]) -> int:
     """Writes what was measured, or the error, to the result file; returns the exit status."""
     plan, runtime, result = Path(arguments[0]), arguments[1], Path(arguments[2])
     try:
-        with tempfile.TemporaryDirectory(prefix="dyntune-bench-") as folder:
-            measured = measure_runtime(Plan.from_dict(json.loads(plan.read_text("utf-8"))), runtime, Path(folder))
+        before = Measured.from_dict(json.loads(result.read_text("utf-8"))) if result.exists() else None
+
+        def keep(measured: Measured) -> None:
+            write_json(result, measured.to_dict())
+            last = measured.rows[-1].batch_size
+            rates = (
+                f"{row.name} {row.images_per_second.median:,.1f}" for row in measured.rows if row.batch_size == last
+            )
+            print(f"{runtime}, batch {last}, images per second: {', '.join(rates)}", file=sys.stderr, flush=True)
+
+        with limits_named(), room_beside(Path(tempfile.gettempdir()) / "dyntune-models") as folder:
+            asked = Plan.from_dict(json.loads(plan.read_text("utf-8")))
+            measured = measure_runtime(asked, runtime, folder, before, keep)
     except (DyntuneError, OSError) as error:
         write_json(result, {"error": str(error)})
         return 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -12,22 +11,23 @@ from typing import Annotated, Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from dyntune.core.errors import CheckpointError, TrainingError
+from dyntune.core.errors import CheckpointError, TrainingError, in_one_line
 from dyntune.core.fields import Range
-from dyntune.core.files import write_json
+from dyntune.core.files import load_json, seal_holds, sealed, write_json
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.methods.noah import Noah, Selection, Subnet
 from dyntune.studies.noah.evolution import Candidate, SearchSettings, evolve, require_possible, winner
 from dyntune.studies.noah.progress import SearchProgress, SilentSearch
 from dyntune.studies.pictures.search import search_figure
 from dyntune.studies.pictures.style import save_figure
+from dyntune.training.accelerator import launched_processes
 from dyntune.training.evaluate import as_tensors, evaluate
-from dyntune.training.identity import identity_changes, run_identity
+from dyntune.training.identity import ASKED, identity_changes, run_identity
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.progress import Progress
 from dyntune.training.randomness import caller_randomness_kept, seed_all
 from dyntune.training.settings import TrainSettings
-from dyntune.training.trainer import ASKED, FitResult, fit
+from dyntune.training.trainer import FitResult, fit
 
 SEARCH = "search.json"
 SUPERNET = "supernet"
@@ -147,7 +147,7 @@ def search_noah(
     Args:
         settings: of the supernet's training.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_processes() > 1:
         raise TrainingError("the search of noah runs in one process; start it without accelerate launch or torchrun.")
     if part.searched:
         raise TrainingError("noah has sizes already, so there is nothing to search; leave them out.")
@@ -198,13 +198,15 @@ class _Record:
             self._write()
             return
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = load_json(path)
+            if not seal_holds(kept):
+                raise ValueError("digests differ")
             changed = identity_changes(kept["identity"], self.identity)
             self.rows, self.seconds = kept["candidates"], kept["seconds"]
             self.scores = {_subnet(row): row["accuracy"] for row in self.rows}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{path} cannot be read ({type(error).__name__}). Remove it to search again."
+                f"{path} cannot be read ({in_one_line(error)}). Remove it to search again."
             ) from error
         if changed:
             raise TrainingError(
@@ -230,7 +232,8 @@ class _Record:
             self._write()
 
     def _write(self) -> None:
-        write_json(self.path, {"identity": self.identity, "seconds": self.seconds, "candidates": self.rows})
+        kept = {"identity": self.identity, "seconds": self.seconds, "candidates": self.rows}
+        write_json(self.path, sealed(kept))
 
 
 def _subnet(row: dict[str, Any]) -> Subnet:
@@ -263,7 +266,7 @@ def _scorer(model: TunedModel, val: Dataset[Any], settings: TrainSettings) -> Ca
     """Accuracy of a sub-network of ``model`` on the validation images."""
     images = as_tensors(val, model)
     loader: Any = DataLoader(images, settings.batch_size, num_workers=settings.workers)
-    if len(images) * images[0][0].nbytes <= _CACHED_BYTES:  # type: ignore[arg-type]
+    if len(images) * images[0][0].nbytes <= _CACHED_BYTES:
         loader = list(loader)
     selection: Selection = model.backbone.shared["noah"]  # type: ignore[assignment]
 

@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
+from dyntune.core.texts import printable
 from dyntune.studies.pictures.style import DPI, FAINT, INK, SMALL_SIZE, new_figure
 
 LINE = 20
@@ -282,7 +283,7 @@ class TokensLayout:
 
     def captions(self, titles: Sequence[str] | None) -> list[list[str]]:
         """The lines of text to put under each image."""
-        return [wrap(title, self.panel_width, _MOST_CAPTION_LINES) for title in titles or [""] * self.images]
+        return [wrap(printable(title), self.panel_width, _MOST_CAPTION_LINES) for title in titles or [""] * self.images]
 
     def panel_left(self, place: int) -> float:
         """The left edge of the ``place``-th panel of a line."""

@@ -96,10 +96,8 @@ def mean_colours(pixels: np.ndarray, owner: np.ndarray) -> np.ndarray:
 
 
 def _owner(provenance: Provenance, tokens: Tensor, what: str, images: int, grid: tuple[int, int]) -> np.ndarray:
-    """``(B, rows, columns)``, with -1 also for tokens that training hides; ``tokens`` has one column per token."""
-    owner = provenance.owner
-    if owner is None:
-        owner = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+    """``(B, rows, columns)``, with -1 also for tokens that training hides; ``tokens`` has a column per token."""
+    owner = provenance.of_patches(torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1), -1)
     if provenance.present is not None:
         owner = owner.where(provenance.of_patches(provenance.present) > 0.5, -1)
     return _of_grid(owner, what, images, grid)

@@ -17,7 +17,7 @@ from torchvision.transforms.functional import resize
 from dyntune.core.errors import DataError
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.transforms import Preprocessing
-from dyntune.data.vtab import LINE, LISTS, Entry, ImageList, load_vtab_task, read_list
+from dyntune.data.vtab import LINE, LISTS, Entry, ImageList, first_label, load_vtab_task, read_list
 from dyntune.studies.vtab.tasks import Benchmark, Task
 
 TrainList = Literal["train800", "train800val200"]
@@ -138,15 +138,16 @@ def _shared(lists: Mapping[str, ImageList]) -> list[str]:
 
 def _labels(lists: Mapping[str, ImageList], classes: int) -> list[str]:
     found = {entry.label for images in lists.values() for entry in images.entries}
-    outside = sorted(found - set(range(classes)))
+    first = first_label(lists.values())
+    outside = sorted(found - set(range(first, classes + first)))
     whole = len(lists) == len(LISTS) and not any(images.bad for images in lists.values())
     if outside:
-        problem = f"labels up to {outside[-1]}" if outside[-1] >= classes else f"labels down to {outside[0]}"
+        problem = f"labels up to {outside[-1]}" if outside[-1] >= classes + first else f"labels down to {outside[0]}"
     elif whole and len(found) < classes:
         problem = f"{len(found)} different labels"
     else:
         return []
-    return [f"{problem} in its lists, expected the {classes} labels 0 to {classes - 1}"]
+    return [f"{problem} in its lists, expected the {classes} labels {first} to {classes - 1 + first}"]
 
 
 def _file_sizes() -> Callable[[str], int | None]:
@@ -199,3 +200,9 @@ class ResizedImages(LabelledImages):
 
     def source(self, index: int) -> str:
         return self.images.source(index)
+
+    def place(self, index: int) -> str | None:
+        return self.images.place(index)
+
+    def identity(self, index: int) -> str:
+        return self.images.identity(index)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from dyntune.core.errors import TrainingError
 from dyntune.core.fields import Range, require_ranges
-from dyntune.core.files import write_json
+from dyntune.core.files import load_json, write_json
 from dyntune.data.vtab import LISTS
 from dyntune.parts.spec_list import folder_name
 from dyntune.studies.vtab.recipes import Recipe
@@ -134,7 +134,7 @@ class Plan:
             write_json(file, {**options, "tasks": lists})
             return
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = load_json(file)
             known = dict(before.get("tasks", {}))
             changed = [f"{k} was {before.get(k)}, is {v}" for k, v in options.items() if before.get(k) != v]
         except (ValueError, AttributeError, TypeError) as error:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from dyntune.core.errors import TrainingError
-from dyntune.core.files import write_json, write_text
+from dyntune.core.files import SEAL, load_json, seal_holds, sealed, write_json, write_text
 from dyntune.studies.vtab.plan import Job
 
 Record = TypeVar("Record")
@@ -52,7 +51,7 @@ class JobResult:
 
     def write(self, folder: Path) -> None:
         """Marks the job in ``folder`` as finished."""
-        write_json(folder / RESULT, asdict(self))
+        write_json(folder / RESULT, sealed(asdict(self)))
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class SearchResult:
 
     def write(self, folder: Path) -> None:
         """Marks the search in ``folder`` as finished."""
-        write_json(folder / RESULT, asdict(self))
+        write_json(folder / RESULT, sealed(asdict(self)))
 
 
 @dataclass(frozen=True)
@@ -123,8 +122,12 @@ def finished(job: Job, out: Path) -> bool:
 
 def _read(file: Path, kind: type[Record]) -> Record | None:
     try:
-        return kind(**json.loads(file.read_text(encoding="utf-8")))
+        values = load_json(file)
+        if not seal_holds(values):
+            raise ValueError("digests differ")
+        values.pop(SEAL, None)
+        return kind(**values)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, OSError) as error:
         raise TrainingError(f"{file} is damaged ({error}). Remove it, and the job is run again.") from error

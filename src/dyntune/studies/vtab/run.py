@@ -93,7 +93,7 @@ def run_benchmark(
         write_tables(plan)
         raise TrainingInterrupted(
             f"stopped: {done} of {len(every)} jobs are finished, and those that were running have saved their state in "
-            f"{plan.out}. The same command goes on from there."
+            f"{plan.out}."
         ) from None
     failures = {job: failure for job in every if (failure := read_failure(job, plan.out))}
     elsewhere = [job for job in every if _waits(job, plan, failures)]

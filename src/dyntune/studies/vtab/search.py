@@ -7,7 +7,7 @@ import zlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dyntune.core.errors import TrainingError
+from dyntune.core.errors import TrainingError, how_to_install
 from dyntune.studies.vtab.folders import load_task
 from dyntune.studies.vtab.plan import Job, Plan
 from dyntune.studies.vtab.results import SearchResult
@@ -33,7 +33,7 @@ def require_optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise TrainingError("a search needs Optuna: pip install 'dyntune[search]', or leave --search out.") from error
+        raise TrainingError(f"a search needs Optuna: {how_to_install('search')}; or leave --search out.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from dyntune.core.texts import for_csv, for_markdown, for_markdown_code, printable
 from dyntune.studies.vtab.published import SOURCE, comparable, published_row
 from dyntune.studies.vtab.results import JobResult
 from dyntune.studies.vtab.tasks import Benchmark
@@ -180,21 +181,23 @@ def to_markdown(rows: Sequence[MethodRow], benchmark: Benchmark, model: str, mea
     """The table with a line per seed under each method, and how its figures were trained and measured."""
     heads = ["method", "seed", *columns(benchmark)]
     lines = [
-        f"# {benchmark.name} with {model}",
+        f"# {for_markdown(benchmark.name)} with {for_markdown(model)}",
         "",
         "| " + " | ".join(heads) + " |",
         "| --- | --- |" + " ---: |" * (len(heads) - 2),
     ]
     for row in rows:
         for name, own in _blocks(row):
-            lines.append("| " + " | ".join([f"`{row.method}`", name, *cells(own, benchmark)]) + " |")
+            lines.append("| " + " | ".join([for_markdown_code(row.method), name, *cells(own, benchmark)]) + " |")
     lines += ["", f"{_legend(rows)} {measured}", ""]
     known = [(row, published_row(row.method)) for row in rows] if comparable(benchmark, model) else []
     if any(published for _, published in known):
         lines += [f"Published ({SOURCE}):", "", "| method | name there | Mean | Params (M) | MACs (G) |"]
         lines += ["| --- | --- | ---: | ---: | ---: |"]
         lines += [
-            f"| `{row.method}` | {p.name} | {p.mean:.2f} | {p.params_m:.2f} | {p.gflops:.2f} |" for row, p in known if p
+            f"| {for_markdown_code(row.method)} | {p.name} | {p.mean:.2f} | {p.params_m:.2f} | {p.gflops:.2f} |"
+            for row, p in known
+            if p
         ]
         lines.append("")
     return "\n".join(lines)
@@ -253,11 +256,11 @@ def _scaled(value: float | None, unit: float) -> str:
 
 
 def _escape(text: str) -> str:
-    return "".join(_TEX.get(sign, sign) for sign in text)
+    return "".join(_TEX.get(sign, sign) for sign in printable(text))
 
 
 def _write(
     writer: object, method: str, seed: str, shares: Sequence[float | None], counts: Sequence[float | None]
 ) -> None:
     accuracies = ["" if share is None else round(100 * share, 4) for share in shares]
-    writer.writerow([method, seed, *accuracies, *("" if count is None else count for count in counts)])  # type: ignore[attr-defined]
+    writer.writerow([for_csv(method), seed, *accuracies, *("" if count is None else count for count in counts)])  # type: ignore[attr-defined]

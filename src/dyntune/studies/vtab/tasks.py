@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dyntune.core.errors import DataError, unknown_name
+from dyntune.core.files import load_json
 from dyntune.data.datasets import data_root
 from dyntune.data.drawn.vtab_mini import INDEX, NAME, write_vtab_mini
 
@@ -140,12 +140,12 @@ def open_benchmark(root: str) -> tuple[Benchmark, Path]:
 
 def _described(file: Path) -> Benchmark:
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
+        index = load_json(file)
         sizes = index["sizes"]
         tasks = tuple(
             Task(t["folder"], t["title"], t["group"].capitalize(), len(t["classes"]), (sizes["test"],))
             for t in index["tasks"]
         )
         return Benchmark(index["name"], tasks, sizes["train800"], sizes["val200"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise DataError(f"{file} is damaged ({error!r}). Remove {file.parent} and have it written again.") from error

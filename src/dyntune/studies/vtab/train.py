@@ -24,9 +24,9 @@ from dyntune.studies.vtab.plan import Job, Plan
 from dyntune.studies.vtab.recipes import Recipe
 from dyntune.studies.vtab.results import JobResult, read_search
 from dyntune.studies.vtab.tasks import Task
-from dyntune.training.evaluate import Evaluation, evaluate
+from dyntune.training.evaluate import evaluate
 from dyntune.training.inputs import with_pixels_as
-from dyntune.training.progress import Progress
+from dyntune.training.progress import Progress, Silent
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE
 from dyntune.training.trainer import FitResult, fit
@@ -35,7 +35,7 @@ Report = Callable[[float], None]
 """Told the share of a job that is done."""
 
 
-class EpochReport:
+class EpochReport(Silent):
     """Passes a run's epochs on as the share of a job that is done.
 
     Args:
@@ -47,17 +47,8 @@ class EpochReport:
     def __init__(self, report: Report, begin: float = 0.0, end: float = 1.0) -> None:
         self.report, self.begin, self.end = report, begin, end
 
-    def __enter__(self) -> EpochReport:
-        return self
-
-    def __exit__(self, *error: object) -> None: ...
-
     def epoch(self, epoch: int, epochs: int, steps: int, first: int) -> None:
         self.report(self.begin + (self.end - self.begin) * epoch / epochs)
-
-    def step(self, figures: dict[str, float]) -> None: ...
-
-    def evaluated(self, evaluation: Evaluation) -> None: ...
 
 
 def train_one(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dyntune.core.errors import ExportError, in_one_line
+from dyntune.core.errors import ExportError, how_to_install, in_one_line
 from dyntune.core.files import write_atomically
 from dyntune.inference.export.linears import BackboneLinears
 
@@ -43,7 +43,7 @@ def quantize_onnx(source: Path, target: Path, linears: BackboneLinears) -> int:
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError as error:
-        raise ExportError(f"int8 needs onnx and onnxruntime ({error}): pip install 'dyntune[onnx]'.") from error
+        raise ExportError(f"int8 needs onnx and onnxruntime ({error}): {how_to_install('onnx')}.") from error
     model = onnx.load(source)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = [

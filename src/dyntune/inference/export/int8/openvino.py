@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from dyntune.core.errors import ExportError, in_one_line
+from dyntune.core.errors import ExportError, how_to_install, in_one_line
 from dyntune.inference.export.linears import BackboneLinears
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def save_quantized(source: Path, target: Path, images: Tensor, linears: Backbone
     try:
         import openvino
     except ImportError as error:
-        raise ExportError(f"OpenVINO is not installed ({error}): pip install 'dyntune[openvino]'.") from error
+        raise ExportError(f"OpenVINO is not installed ({error}): {how_to_install('openvino')}.") from error
     quantized = quantize_openvino(openvino.Core().read_model(source), images, linears)
     openvino.save_model(quantized, target, compress_to_fp16=False)
     return count_integer_products(quantized)
@@ -47,7 +47,7 @@ def quantize_openvino(model: openvino.Model, images: Tensor, linears: BackboneLi
     try:
         import nncf
     except ImportError as error:
-        raise ExportError(f"int8 in OpenVINO needs nncf ({error}): pip install 'dyntune[openvino]'.") from error
+        raise ExportError(f"int8 in OpenVINO needs nncf ({error}): {how_to_install('openvino')}.") from error
     others = [
         node.get_friendly_name()
         for node in model.get_ops()

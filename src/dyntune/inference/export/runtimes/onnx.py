@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from dyntune.core.errors import ExportError, in_one_line
+from dyntune.core.errors import EXTRAS, ExportError, in_one_line
 from dyntune.core.files import write_atomically
 from dyntune.core.version import VERSION
 from dyntune.inference.export.int8.onnx import quantize_onnx, sums_saturate
@@ -53,7 +53,7 @@ class Onnx(Runtime):
     file = "model.onnx"
     writes_with = ("onnx", "onnxscript")
     runs_with = ("onnxruntime",)
-    install = "'dyntune[onnx]'"
+    install = " ".join(EXTRAS["onnx"])
     runner = Runner(
         "onnxruntime",
         'onnxruntime.InferenceSession(FOLDER / "model.onnx")',
@@ -150,7 +150,7 @@ class Onnx(Runtime):
             return ""
         return (
             "was quantised for processors with VNNI instructions, which this one lacks: sums may overflow here. "
-            "Export it again on this machine, or check its accuracy (dyntune export --check)."
+            "Export it again on this machine, or check its accuracy (dyntune export RUN --out FOLDER --check DATA)."
         )
 
 

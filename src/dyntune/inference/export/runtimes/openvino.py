@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from dyntune.core.errors import ExportError, in_one_line
+from dyntune.core.errors import EXTRAS, ExportError, in_one_line
+from dyntune.core.files import room_beside
+from dyntune.core.limits import limits_named
 from dyntune.inference.export.int8.openvino import save_quantized
 from dyntune.inference.export.linears import BackboneLinears
 from dyntune.inference.export.program import ACTIVE, INPUT, LOGITS, own_copy
@@ -29,7 +30,7 @@ class OpenVino(Runtime):
     title = "OpenVINO"
     file = "model.xml"
     writes_with = runs_with = ("openvino",)
-    install = "'dyntune[openvino]'"
+    install = " ".join(EXTRAS["openvino"])
     runner = Runner(
         "openvino",
         'openvino.compile_model(FOLDER / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})',
@@ -53,9 +54,8 @@ class OpenVino(Runtime):
             raise ExportError(f"the model cannot be converted to OpenVINO: {in_one_line(error)}.") from error
         for port, name in zip((*model.inputs, *model.outputs), (INPUT, LOGITS, ACTIVE), strict=False):
             port.set_names({name})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as room:
-            temporary = Path(room) / path.name
+        with limits_named(), room_beside(path) as room:
+            temporary = room / path.name
             openvino.save_model(model, temporary, compress_to_fp16=False)
             for written in (temporary.with_suffix(".bin"), temporary):  # who sees the .xml finds its weights
                 os.replace(written, path.with_name(written.name))

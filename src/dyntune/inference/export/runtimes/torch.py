@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +36,10 @@ class Torch(Runtime):
     measured_as = "torch-export"
 
     def write(self, program: ExportedProgram, path: Path, spec: str) -> None:
-        def save(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                torch.export.save(program, file)
-
-        write_atomically(path, save)
+        # In memory first: where a write fails beneath it, torch.export ends the process.
+        written = io.BytesIO()
+        torch.export.save(program, written)
+        write_atomically(path, lambda temporary: temporary.write_bytes(written.getbuffer()))
 
     def open(self, path: Path, threads: int | None) -> Session:
         """Opens a file; ``threads`` are PyTorch's, for the whole process."""

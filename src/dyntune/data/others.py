@@ -1,0 +1,299 @@
+"""Data sets that others made, of PyTorch, torchvision and Hugging Face, as those that are trained and evaluated on."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from dyntune.core.errors import DataError
+from dyntune.data.base import ImageSubset, LabelledImages
+from dyntune.data.datasets import FileImages, JoinedImages
+from dyntune.data.images import read_image, to_rgb
+from dyntune.data.videos import Video
+
+EXPECTED = (
+    "Expected a data set that is read by index and gives (image, label) pairs: PIL images, or float32 tensors (3, "
+    "height, width) that are preprocessed, and whole-number labels from 0. For models of clips: dyntune.data.Video, or "
+    "tensors (frames, 3, height, width)."
+)
+_IMAGE_KEYS = ("pixel_values", "image", "img", "images", "picture", "video")
+_LABEL_KEYS = ("label", "labels", "target", "targets", "fine_label")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_MOST_READ = 10_000
+"""Samples whose labels are looked at before the first step where that takes reading their images."""
+
+
+class HubImages(LabelledImages):
+    """A data set of Hugging Face's ``datasets``, with a column of images and one of labels.
+
+    Args:
+        data: without a format of its own.
+        name: what to call it in messages.
+    """
+
+    reads_files = True
+
+    def __init__(self, data: Any, name: str) -> None:
+        from datasets import Image as ImageFeature
+
+        image, label = hub_columns(data.features)
+        super().__init__(list(data.select_columns([label])[label]))
+        self.files = data.select_columns([image]).cast_column(image, ImageFeature(decode=False))
+        self.image, self.name = image, name
+        names = getattr(data.features[label], "names", None)
+        self.classes = None if names is None else tuple(names)
+
+    def read(self, index: int) -> Image.Image:
+        return read_image(self._file(index), self.source(index))
+
+    def source(self, index: int) -> str:
+        return f"{self.name} image {index}"
+
+    def identity(self, index: int) -> str:
+        file = self._file(index)
+        return hashlib.blake2b(file, digest_size=8).hexdigest() if isinstance(file, bytes) else super().identity(index)
+
+    def _file(self, index: int) -> bytes | str:
+        found = self.files[index][self.image] or {}
+        file = found.get("bytes") or found.get("path")
+        if file is None:
+            raise DataError(f"{self.source(index)}: there is no image. Leave out rows without one.")
+        return bytes(file) if isinstance(file, bytes | bytearray) else str(file)
+
+
+def hub_columns(features: Mapping[str, Any]) -> tuple[str, str]:
+    """The image and label columns: ``image`` and ``label`` where there are such, else by their types."""
+    images = [column for column, feature in features.items() if type(feature).__name__ == "Image"]
+    labels = [column for column, feature in features.items() if type(feature).__name__ == "ClassLabel"]
+    image = "image" if "image" in images else next(iter(images), None)
+    # Of fine and coarse labels (as in CIFAR-100) the one with more classes is the task.
+    by_type = max(labels, key=lambda column: features[column].num_classes, default=None)
+    label = "label" if "label" in features else by_type
+    if image is None or label is None:
+        raise ValueError(f"its columns are {', '.join(features)}, of which none holds images or none holds labels")
+    return image, label
+
+
+class Samples(Dataset[tuple[Any, Any]]):
+    """The pairs of a data set of any kind, each checked when it is read.
+
+    Args:
+        data: read by index; its samples are pairs, or dictionaries with an image and a label.
+        name: what to call it in messages.
+
+    Attributes:
+        transform: put on PIL images and videos; tensors stay as they are.
+        pictures: whether there are such, and no tensors.
+        videos: whether they are videos.
+        are_labels: whether targets are labels, whole numbers.
+        labels: number of classes that labels must be below, if that is known.
+    """
+
+    def __init__(self, data: Any, name: str) -> None:
+        self.data, self.name = data, name
+        self.transform: Callable[[Any], Any] | None = None
+        self.are_labels = False
+        self.labels: int | None = None
+        self.classes = getattr(data, "classes", None)
+        first = self.pair(0)[0] if len(data) else None
+        self.videos = isinstance(first, Video)
+        self.pictures = isinstance(first, Image.Image | Video)
+        self.shape = None if first is None or self.pictures else self._checked(first, 0).shape
+
+    def with_transform(self, transform: Callable[[Any], Any]) -> Self:
+        """The same data set, giving ``transform(image)`` for PIL images and videos."""
+        other = copy.copy(self)
+        other.transform = transform
+        return other
+
+    def expect_labels(self, classes: int | None) -> None:
+        """Has each target be a label, a whole number, below ``classes`` where that is known."""
+        self.are_labels, self.labels = True, classes
+
+    def pair(self, index: int) -> tuple[Any, Any]:
+        """Image and target at ``index`` as the data set gives them."""
+        sample = self.data[index]
+        if isinstance(sample, Mapping):
+            pictures = [key for key, value in sample.items() if isinstance(value, Image.Image | Video)]
+            image = next(iter([*pictures, *(key for key in _IMAGE_KEYS if key in sample)]), None)
+            label = next((key for key in _LABEL_KEYS if key in sample), None)
+            if image is None or label is None:
+                raise DataError(
+                    f"sample {index} of {self.name} has the entries {', '.join(map(str, sample))}, of which none is "
+                    f"called as an image or none as a label. {EXPECTED}"
+                )
+            return sample[image], sample[label]
+        if not isinstance(sample, tuple | list) or len(sample) != 2:
+            what = f"{len(sample)} parts" if isinstance(sample, tuple | list) else f"a {_kind(sample)} alone"
+            raise DataError(f"sample {index} of {self.name} is {what}. {EXPECTED}")
+        return sample[0], sample[1]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image, target = self.pair(index)
+        if self.transform is not None and isinstance(image, Video if self.videos else Image.Image):
+            image = self.transform(image if isinstance(image, Video) else to_rgb(image))
+        elif self.transform is not None or not self.pictures:
+            image = self._checked(image, index)
+        return image, target if not self.are_labels else whole_label(target, index, self.labels, self.name)
+
+    def _checked(self, image: Any, index: int) -> Tensor:
+        """The image, which must be a tensor like the first one's."""
+        shape = getattr(self, "shape", None)
+        if not isinstance(image, Tensor) or image.dtype not in _FLOATS:
+            raise DataError(f"image {index} of {self.name} is a {_kind(image)}. {EXPECTED}")
+        if shape is not None and image.shape != shape:
+            raise DataError(
+                f"image {index} of {self.name} has the shape {tuple(image.shape)}, the first has {tuple(shape)}. "
+                "Expected the same for all; resize them to one size."
+            )
+        return image
+
+
+def accepted(data: Any, name: str = "the data set") -> LabelledImages | Samples:
+    """A data set of any kind that is known, as one that preprocessing can be put on.
+
+    Of our own data sets, of their parts (``Subset``, ``random_split``, ``ConcatDataset``), of torchvision's
+    ``ImageFolder`` and of Hugging Face's data sets of image files, labels and files stay known without reading images.
+
+    Args:
+        data: the data set.
+        name: what to call it in messages, such as ``the training set``.
+
+    Raises:
+        DataError: it is of another kind, or its first sample is not as expected.
+    """
+    if isinstance(data, Samples):
+        return data
+    if isinstance(data, DataLoader):
+        raise DataError(
+            f"{name} is a DataLoader, which gives batches. {EXPECTED} Give its data set, loader.dataset; batch_size "
+            "and workers are options."
+        )
+    if isinstance(data, Mapping):
+        raise DataError(
+            f"{name} is a {type(data).__name__} of {', '.join(map(str, data))}. {EXPECTED} Give one of these."
+        )
+    if isinstance(data, IterableDataset) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise DataError(f"{name} is a {type(data).__name__}, which is not read by index. {EXPECTED}")
+    found = _labelled(data, name)
+    return Samples(data, name) if found is None else found
+
+
+def is_dataset(data: Any) -> bool:
+    """Whether something is a data set, and not an iterable of batches."""
+    return isinstance(data, Dataset) or _is_hub(data)
+
+
+def check_labels(data: LabelledImages | Samples, classes: int | None) -> frozenset[int]:
+    """The labels that occur, each a whole number from 0 to below ``classes``; reads images only where it must.
+
+    Args:
+        classes: how many there are; None if that is not known.
+
+    Raises:
+        DataError: one is not; the message has its index.
+    """
+    if isinstance(data, LabelledImages):
+        for index, label in enumerate(data.targets):
+            if label < 0 or (classes is not None and label >= classes):
+                raise _bad_label(f"{label}", f"image {index} ({data.source(index)})", classes)
+        return frozenset(data.targets)
+    data.expect_labels(classes)
+    known: Sequence[Any] | None = None
+    if isinstance(data.data, TensorDataset) and len(data.data.tensors) == 2:
+        known = data.data.tensors[1]  # type: ignore[assignment]
+    indices = range(len(data) if known is not None else min(len(data), _MOST_READ))
+    labels = (data.pair(index)[1] if known is None else known[index] for index in indices)
+    return frozenset(whole_label(label, index, classes, data.name) for index, label in enumerate(labels))
+
+
+def whole_label(target: Any, index: int, classes: int | None, name: str) -> int:
+    """The label as an integer.
+
+    Raises:
+        DataError: it is no whole number, or not one of the classes.
+    """
+    where = f"sample {index} of {name}"
+    if getattr(target, "ndim", 0) or isinstance(target, list | tuple):
+        raise _bad_label(f"a {_kind(target)}", where, classes)
+    try:
+        label = operator.index(target)
+    except TypeError:
+        raise _bad_label(f"{target!r}"[:80], where, classes) from None
+    if label < 0 or (classes is not None and label >= classes):
+        raise _bad_label(f"{label}", where, classes)
+    return label
+
+
+def _bad_label(what: str, where: str, classes: int | None) -> DataError:
+    end = "" if classes is None else f" to {classes - 1}, one for each of the head's {classes} classes"
+    return DataError(
+        f"the label of {where} is {what}. Expected a single whole number from 0{end}; mend the labels, or create the "
+        "model with num_classes=<number of classes>."
+    )
+
+
+def _labelled(data: Any, name: str) -> LabelledImages | None:
+    """The data set as labelled images, or None if it is of another kind."""
+    if isinstance(data, LabelledImages):
+        return data
+    if isinstance(data, Subset):
+        whole = _labelled(data.dataset, name)
+        return None if whole is None else ImageSubset(whole, [operator.index(index) for index in data.indices])
+    if isinstance(data, ConcatDataset):
+        parts = [_labelled(part, name) for part in data.datasets]
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts) or any(part.transform is not found[0].transform for part in found):
+            return None
+        if len({part.videos for part in found}) > 1:
+            raise DataError(f"{name} is made of parts with images and parts with videos. Expected one kind.")
+        if len({part.classes for part in found}) > 1:
+            named = " and ".join(str(part.classes) for part in found)
+            raise DataError(f"{name} is made of parts with the classes {named}. Expected the same classes in all.")
+        return JoinedImages(found).with_transform(found[0].transform)
+    if _is_hub(data):
+        if data.format["type"] is not None:
+            return None  # it gives what the format makes of the images
+        try:
+            return HubImages(data, f"{name}, ")
+        except ValueError as error:
+            raise DataError(f"{name}: {error}. {EXPECTED}") from error
+    return _image_folder(data)
+
+
+def _image_folder(data: Any) -> LabelledImages | None:
+    """torchvision's ImageFolder without transforms, whose files can then be known again and named in errors."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import default_loader
+
+    if type(data) is not ImageFolder or data.loader is not default_loader or data.transforms is not None:
+        return None
+    images = FileImages([path for path, _ in data.samples], [label for _, label in data.samples])
+    images.classes = tuple(data.classes)
+    return images
+
+
+def _is_hub(data: Any) -> bool:
+    return type(data).__module__.startswith("datasets.") and hasattr(data, "features") and hasattr(data, "__len__")
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in words."""
+    if isinstance(value, Tensor | np.ndarray):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{type(value).__name__} of {dtype} with the shape {tuple(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__} of {len(value)}"
+    return type(value).__name__
