@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,12 +21,16 @@ pytest.importorskip("av")
 from dyntune.data.video_files import write_video
 
 
-def invoke(*arguments):
+def run_command(*arguments, status=0):
     done = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if done.exception and not isinstance(done.exception, SystemExit):
         raise done.exception
-    assert done.exit_code == 0, done.output
-    return done.output
+    assert done.exit_code == status, done.output
+    return done
+
+
+def invoke(*arguments):
+    return run_command(*arguments).stdout
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +65,8 @@ def test_a_run_is_evaluated_in_its_views_and_in_others(films, run):
         result = json.loads(invoke("eval", run, f"video-folder:{films}", "--json", "--device", "cpu", "--views", views))
         assert result["images"] == 2 and result["accuracy"] == 1.0
         assert 0 <= result["activation"] <= 1
+        assert result["trained_on"] == result["selected_on"] == 0
+        assert result["macs"] <= 1.2 * result["dense_macs"]
         macs[views] = result["macs"]
     assert 4 < macs["2x3"] / macs["1x1"] < 9
 
@@ -76,6 +84,8 @@ def test_averages_over_views(films, run):
     found = {top["class"]: top["probability"] for top in rows[0]["top"]}
     assert [found["bright"], found["dark"]] == pytest.approx(expected.tolist(), abs=1e-5)
     assert torch.allclose(model.task.averaged(logits[None], "logits"), logits.mean(0, keepdim=True))
+    sure = model.task.averaged(torch.tensor([[[500.0, 0.0], [400.0, 0.0]]]), "probabilities")
+    assert sure.isfinite().all() and torch.allclose(sure, torch.tensor([[0.0, -400 - np.log(2)]]), atol=1e-4)
 
 
 def test_pictures_of_a_film(films, run, tmp_path):
@@ -90,6 +100,48 @@ def test_pictures_of_a_film(films, run, tmp_path):
     ]
     with Image.open(tmp_path / "tokens-1.gif") as animation:
         assert animation.n_frames == 2
+
+
+@pytest.fixture
+def shelf(films, tmp_path):
+    """A folder with a film, one as a folder of frames, and one that is none."""
+    shutil.copytree(films / "test" / "dark", tmp_path / "shelf")
+    (tmp_path / "shelf" / "frames").mkdir()
+    for number in range(3):
+        Image.new("RGB", (48, 32), (190, 200, 210)).save(tmp_path / "shelf" / "frames" / f"{number}.png")
+    (tmp_path / "shelf" / "bad\x1b.mp4").write_bytes(b"nothing")
+    (tmp_path / "shelf" / "notes.txt").write_text("none")
+    return tmp_path / "shelf"
+
+
+def test_predict_and_visualize_do_what_they_can_and_name_the_rest(run, shelf, tmp_path):
+    done = run_command("predict", run, shelf, tmp_path / "gone.mp4", "--json", "--device", "cpu", status=1)
+    report = json.loads(done.stdout)
+    assert [Path(row["image"]).name for row in report["predictions"]] == ["0.mp4", "frames"]
+    assert [row["top"][0]["class"] for row in report["predictions"]] == ["dark", "bright"]
+    assert [Path(entry["image"]).name for entry in report["failed"]] == ["gone.mp4", "bad\x1b.mp4"]
+    assert "2 left out, 2 done" in done.stderr and "--on-corrupt" not in done.stderr and "\x1b" not in done.stderr
+    done = run_command("visualize", run, shelf, "--out", tmp_path / "pictures", "--device", "cpu", status=1)
+    drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert drawn == {"activation.png", *(f"tokens-{number}.{kind}" for number in (1, 2) for kind in ("gif", "png"))}
+
+
+def test_films_of_a_run_are_known_wherever_they_lie(films, run, tmp_path):
+    shutil.copytree(films / "train", tmp_path / "Testing")
+    (tmp_path / "Testing" / "dark" / "cut.mp4").write_bytes(b"nothing")
+    data = f"video-folder:{tmp_path}"
+    with pytest.raises(DyntuneError, match=r"cut\.mp4: cannot be opened as a video.*--on-corrupt skip"):
+        invoke("eval", run, data)
+    done = run_command("eval", run, data, "--json", "--device", "cpu", "--on-corrupt", "skip")
+    report = json.loads(done.stdout)
+    assert (report["split"], report["images"], report["trained_on"], report["skipped"]) == ("test", 6, 6, 1)
+    assert "of the 6 videos, the run was trained on 6" in done.stderr and "left out 1 videos" in done.stderr
+    (tmp_path / "some.txt").write_text("Testing/dark/0.mp4 dark\n")
+    alone = json.loads(invoke("eval", run, f"video-list:{tmp_path / 'some.txt'}", "--json", "--device", "cpu"))
+    assert alone["images"] == alone["trained_on"] == 1 and alone["accuracy"] == 1.0
+    (tmp_path / "some.txt").write_text("Testing/dark/0.mp4 grey\n")
+    with pytest.raises(DyntuneError, match="line 1: 'grey' is none of the classes"):
+        invoke("eval", run, f"video-list:{tmp_path / 'some.txt'}")
 
 
 def test_costs_of_clips():
@@ -115,18 +167,26 @@ def test_what_does_not_go_together(films, tmp_path, two_blocks, arguments, messa
         invoke("train", *given, "--model", "vit_two_blocks", "--weights", two_blocks, "--out", tmp_path / "run")
 
 
-def test_an_exported_clip_model_and_its_runner(films, run, tmp_path):
+def test_an_exported_clip_model_and_its_runner(films, run, shelf, tmp_path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     folder = tmp_path / "onnx"
     data = f"video-folder:{films}"
     out = json.loads(invoke("export", run, "--out", folder, "--check", data, "--batch-size", 2, "--json"))
     assert out["check"]["agreement"] == 1.0 and out["check"]["largest_difference"] < 1e-4
-    film = films / "test" / "dark" / "0.mp4"
-    rows = json.loads(invoke("predict", folder, film, "--json", "--views", "1x1"))["predictions"]
-    done = subprocess.run([sys.executable, folder / "run.py", film], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    said = dict(reversed(line.split()) for line in done.stdout.splitlines()[1:])
-    assert {name: float(share) for name, share in said.items()} == pytest.approx(
-        {top["class"]: top["probability"] for top in rows[0]["top"]}, abs=2e-4
-    )
+    assert len((folder / "run.py").read_text().splitlines()) <= 110
+    predicted = run_command("predict", folder, shelf, "--json", "--views", "1x1", status=1)
+    rows = json.loads(predicted.stdout)["predictions"]
+    done = subprocess.run([sys.executable, folder / "run.py", shelf], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "bad\\x1b.mp4" in done.stderr and "1 videos could not be read" in done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[::3] == [row["image"] for row in rows] and len(rows) == 2
+    for place, row in enumerate(rows):
+        said = dict(reversed(line.split()) for line in lines[3 * place + 1 : 3 * place + 3])
+        assert {name: float(share) for name, share in said.items()} == pytest.approx(
+            {top["class"]: top["probability"] for top in row["top"]}, abs=2e-4
+        )
+    (folder / "deploy.json").write_text((folder / "deploy.json").read_text().replace('"stride": 2', '"stride": 3'))
+    done = subprocess.run([sys.executable, folder / "run.py", shelf], capture_output=True, text=True)
+    assert done.returncode == 1 and "deploy.json missing or not as exported" in done.stderr

@@ -1,12 +1,17 @@
 """What holds for clips on an image model: every part trains on them, skips tokens, is saved, loaded and merged."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_hosts import GATES, OPTIONS, check, half_open, trained
+from torch.utils.data import Dataset
 
 import dyntune
 from dyntune.backbones.families.frames import ClipClassifier
+from dyntune.data import Video
 from dyntune.parts.registry import registered
+from dyntune.training.evaluate import evaluate
 
 FRAMES = 3
 
@@ -58,7 +63,7 @@ def test_a_gate_on_clips(build, tmp_path, where):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["siglip", "average", "eva02", "naflex", "beit", "dinov3"])
+@pytest.mark.parametrize("kind", ["siglip", "average", "eva02", "naflex", "beit", "dinov3", "swin"])
 @pytest.mark.parametrize("temporal", ["mean", "attentive", "mixer"])
 def test_on_other_image_models(make_host, tmp_path, kind, temporal):
     def build():
@@ -130,6 +135,71 @@ def test_macs_of_the_published_model(spec, macs):
     cost = dyntune.cost(model)
     assert cost.macs == macs and cost.dense_macs == 142_530_610_944
     assert cost.head_params == 2_366_976 + 400 * 769 and cost.head_macs == 400 * 768
+
+
+def test_gates_on_clips_are_calibrated_for_other_rates(build):
+    model = dyntune.tune(build(), "dyt:rate=0.5").eval()
+    clips = clips_for(model.backbone.host, 6)
+    model.calibration = dyntune.calibrate(model, [(clip, 0) for clip in clips], rates=(0.3, 0.7))
+    for rate in (0.3, 0.7):
+        model.set_rate(rate)
+        assert evaluate(model, [(clips, torch.zeros(6, dtype=torch.long))]).activation == pytest.approx(rate, abs=0.05)
+
+
+class Films(Dataset):
+    """Clips of noise, as tensors, as videos of as many frames, or as rows of these, with two labels."""
+
+    def __init__(self, kind, folder, shape, labels=2):
+        self.kind, self.labels = kind, labels
+        noise = np.random.default_rng(0).integers(0, 255, (6, FRAMES, *shape, 3), dtype=np.uint8)
+        self.clips = torch.from_numpy(noise).permute(0, 1, 4, 2, 3).float()
+        self.videos = []
+        for number, frames in enumerate(noise):
+            (folder / str(number)).mkdir()
+            for place, frame in enumerate(frames):
+                Image.fromarray(frame).save(folder / str(number) / f"{place}.png")
+            self.videos.append(Video(folder / str(number)))
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        given = self.clips[index] if self.kind == "tensors" else self.videos[index]
+        label = index % self.labels
+        return {"video": given, "label": label} if self.kind == "rows" else (given, label)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "videos", "rows"])
+def test_clips_of_others_train_and_are_looked_at(make_host, tmp_path, kind):
+    host = ClipClassifier(make_host("plain", depth=1, num_classes=2), FRAMES)
+    model = dyntune.tune(host, "linear")
+    size = model.preprocessing.size
+    data = Films(kind, tmp_path, size)
+    options = {"epochs": 1, "batch_size": 3, "device": "cpu"}
+    assert dyntune.fit(model, data, data, **options).best_accuracy is not None
+    assert dyntune.evaluate(model, data).images == 6
+    data.labels = 3
+    with pytest.raises(dyntune.DyntuneError, match="the label of sample 2 of the training set is 2"):
+        dyntune.fit(model, data, **options)
+    image_model = dyntune.tune(make_host("plain", depth=1, num_classes=2), "linear")
+    with pytest.raises(dyntune.DyntuneError, match=r"the model takes float32 tensors of shape \(3|the data are videos"):
+        dyntune.evaluate(image_model, data)
+    images = [(torch.zeros(3, *size), 0)] if kind == "tensors" else [(Image.new("RGB", (40, 40)), 0)]
+    with pytest.raises(dyntune.DyntuneError, match=r"float32 tensors of shape \(3, 3|the data are images"):
+        dyntune.evaluate(model, Rows(images))
+
+
+class Rows(Dataset):
+    """Samples from a list."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ def test_errors_and_help_name_it():
     def command(data: argument) -> None: ...
 
     words = CliRunner().invoke(program, ["--help"]).output.replace("│", " ").split()
-    assert "digits, shapes-location, shapes-orientation, stripes; folder:PATH" in " ".join(words)
+    assert "digits, motion, shapes-location, shapes-orientation, stripes; folder:PATH" in " ".join(words)
 
 
 def test_without_its_distribution_it_is_not_there():

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import pickle
+import shutil
 import struct
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from dyntune.core.errors import DataError
-from dyntune.data import Preprocessing, build_transform, load_data
+from dyntune.data import Preprocessing, build_transform, load_data, load_held
 from dyntune.data.clips import Sampling
 from dyntune.data.videos import Video, expand_videos, list_videos
 
@@ -257,7 +258,7 @@ def test_sampling_is_saved_with_the_preprocessing():
     given = preprocessing(Sampling(4, 3, spans=2, average="logits"))
     assert Preprocessing.from_dict(given.to_dict()) == given
     assert "clip" not in preprocessing(None).to_dict()
-    for wrong in ({"frames": "8"}, {"frame": 8}, {"flip": True}):
+    for wrong in ({"frames": "8"}, {"frame": 8}, {"flip": True}, {"frames": 10**9}, {"scale": float("inf")}):
         with pytest.raises(DataError, match="sampling of clips"):
             Preprocessing.from_dict(given.to_dict() | {"clip": given.clip.to_dict() | wrong})
 
@@ -284,6 +285,46 @@ def test_a_folder_of_videos(films):
     assert [np.asarray(f).mean() for f in data.train.read(8).read([0, 4])] == [2.5, 34.5]
     clip, label = data.train.with_transform(build_transform(preprocessing(Sampling(2))))[8]
     assert clip.shape == (2, 3, 32, 32) and label == 1
+
+
+def named(data):
+    return {data.source(index) for index in range(len(data))}
+
+
+def test_videos_that_are_added_move_no_other(tmp_path):
+    def fill(numbers):
+        for label in ("cat", "dog"):
+            (tmp_path / label).mkdir(exist_ok=True)
+            for number in numbers:
+                (tmp_path / label / f"{number}.mp4").write_bytes(b"")
+
+    fill(range(15))
+    before = load_data(f"video-folder:{tmp_path}")
+    fill(range(15, 30))
+    after = load_data(f"video-folder:{tmp_path}")
+    assert all(named(getattr(before, split)) < named(getattr(after, split)) for split in ("train", "test"))
+
+
+def test_splits_have_other_names_and_may_stand_alone(films, tmp_path, caplog):
+    (tmp_path / "inner").mkdir()
+    for ours, theirs in (("train", "Training"), ("val", "dev"), ("test", "test_videos")):
+        (tmp_path / "inner" / theirs).symlink_to(films / ours)
+    data = load_data(f"video-folder:{tmp_path}")
+    assert [len(split) for split in (data.train, data.val, data.test)] == [9, 4, 4]
+    (tmp_path / "inner" / "Training").unlink()
+    (tmp_path / "inner" / "dev").unlink()
+    held = load_held(f"video-folder:{tmp_path / 'inner'}", classes=["down", "side", "up"])
+    assert [*held.splits] == ["test"] and held.splits["test"].targets == (0, 0, 2, 2) and held.all.videos
+    assert "there are no videos of 1 classes: 'side'" in caplog.text
+
+
+def test_videos_are_known_by_their_content(films, tmp_path):
+    data = load_data(f"video-folder:{films}").train
+    shutil.copytree(films / "train", tmp_path / "there")
+    other = load_data(f"video-folder:{tmp_path / 'there'}", val_fraction=0.1)
+    moved = {each.identity(i) for each in (other.train, other.val, other.test) for i in range(len(each))}
+    assert {data.identity(index) for index in range(9)} == moved
+    assert data.identity(8) != data.identity(7)  # a folder of frames, and a file
 
 
 def test_class_folders_alone_are_split(films):
@@ -329,6 +370,11 @@ def test_lists(films, tmp_path):
     assert data.classes == ("0", "1") and data.train.targets == (0,) * 4 + (1,) * 5 and data.val.targets == (1, 0)
     assert len(data.train.read(8)) == 5 and data.test is None
     assert data.train.source(8).endswith("train.csv, line 11)")
+    held = load_held(f"video-list:{tmp_path / 'val.csv'}", classes=["no", "yes", "maybe"])
+    assert held.classes == ("no", "yes", "maybe") and held.splits["val"].targets == (1, 0) and not held.plain
+    (tmp_path / "validation.csv").write_text(f"{films}/val/up/0.mp4 1\n")
+    with pytest.raises(DataError, match=r"val\.csv and validation\.csv: expected one val list"):
+        load_data(f"video-list:{tmp_path / 'train.csv'}")
 
 
 def test_lists_of_names_relative_to_them(films):

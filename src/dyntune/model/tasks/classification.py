@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,7 +75,10 @@ class Classification(Task):
 
     def averaged(self, outputs: Tensor, average: str) -> Tensor:
         """As the base's; with ``probabilities``, the logarithm of the mean probability."""
-        return outputs.softmax(-1).mean(1).log() if average == "probabilities" else outputs.mean(1)
+        if average == "logits":
+            return outputs.mean(1)
+        # As a sum of logarithms, which stay finite where a probability is too small for its type.
+        return outputs.float().log_softmax(-1).logsumexp(1) - math.log(outputs.shape[1])
 
     def predictions(self, outputs: Tensor, names: Sequence[str] | None, most: int) -> list[dict[str, Any]]:
         """``top``: the classes with their labels and probabilities, the most probable first.
