@@ -125,10 +125,11 @@ def test_a_second_task_says_what_it_predicts_and_whether_two_models_agree(colour
     assert json.loads(json.dumps(predictions))[0]["labels"] == ["green"]
     assert model.task.cells({"image": "a.png", "labels": ["red", "blue"]}) == {"labels": "red and blue"}
 
-    def swapped(images):
-        return model(images)[:, [1, 0, 2]].detach()
+    class Swapped:
+        def run(self, images):
+            return model(images)[:, [1, 0, 2]].detach(), None
 
-    after = OpenedModel({"spec": model.spec, "gates": []}, swapped, model.preprocessing, model.classes)
+    after = OpenedModel({"spec": model.spec, "gates": []}, Swapped(), model.preprocessing, model.classes)
     images = torch.stack([torch.tensor(signs).view(3, 1, 1).expand(3, 32, 32) for signs in ((1.0, -1, -1), (1, 1, -1))])
     result = check(model, after, [(images, torch.tensor([[1.0, 0, 0], [1, 1, 0]]))])
     assert result.agreement == pytest.approx((1 / 3 + 1) / 2)

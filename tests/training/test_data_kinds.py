@@ -163,9 +163,10 @@ X, Y = torch.zeros(6, 3, 32, 32), torch.arange(6) % 3
     ],
 )
 def test_what_is_not_as_expected_is_said_before_the_first_step(model, data, words, tmp_path):
+    tuned = model()
     state = torch.get_rng_state()
     with pytest.raises(DyntuneError, match=words):
-        fit(model(), data, out=tmp_path / "run", **SHORT)
+        fit(tuned, data, out=tmp_path / "run", **SHORT)
     assert torch.equal(state, torch.get_rng_state())
     assert not (tmp_path / "run/last").exists()
 

@@ -334,6 +334,8 @@ class StopAt:
 
     def evaluated(self, evaluation): ...
 
+    def saved(self, epoch, folder): ...
+
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_stopped_run_that_explores_continues_to_the_same_bits(build, tmp_path, accumulate):

@@ -92,10 +92,11 @@ class Backbone(nn.Module, abc.ABC):
         """Parameters of the host that are not frozen, because another library has put them there to be trained."""
 
     def train(self, mode: bool = True) -> Self:
-        """As ``nn.Module.train``; batch norms of the host keep their pretrained statistics, which nobody saves."""
+        """As ``nn.Module.train``; batch norms in front of the classifier's keep their pretrained statistics."""
         super().train(mode)
+        own = {*(m for head in (*self.heads, getattr(self.host, "fc_norm", None)) if head for m in head.modules())}
         for module in self.host.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in own:
                 module.eval()
         return self
 

@@ -138,8 +138,8 @@ def split_spec(text: str) -> list[tuple[str, dict[str, str]]]:
     return parts
 
 
-_LARGEST = float(torch.finfo(torch.float32).max)
-"""What tensors hold; a larger number would become an infinite one in them."""
+_LARGEST = torch.finfo(torch.float32).max * (1 + 2**-25)
+"""A number from here on would become an infinite one in tensors."""
 _HINTS: dict[type[Part], dict[str, Any]] = {}
 
 
@@ -201,7 +201,7 @@ def coerce(value: Any, hint: Any) -> Any:
             if isinstance(value, list | tuple):
                 return tuple(coerce(item, get_args(member)[0]) for item in value)
         elif member is float:
-            if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST:
+            if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST:
                 return float(value)
         elif type(value) is member:
             return value
