@@ -157,6 +157,7 @@ def _runner(model: TunedModel, runtime: Runtime) -> str:
     clips = model.preprocessing.clip is not None
     words = {
         "items": "videos" if clips else "images",
+        "find": "films" if clips else "inside",
         "sample": "film.mp4 films/" if clips else "photo.jpg photos/",
         "help": f"{'video files, folders of frames' if clips else 'image files'}, or folders of them",
     }

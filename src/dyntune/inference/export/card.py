@@ -18,9 +18,10 @@ def export_card(config: dict[str, Any]) -> str:
     height, width = config["preprocessing"]["size"]
     clip = config["preprocessing"].get("clip")
     what = "Images" if clip is None else f"Clips of {clip['frames']} frames"
-    one, extra, sample = ("image", "", "photo.jpg") if clip is None else ("clip", " av", "film.mp4")
+    one, extra, sample = ("image", (), "photo.jpg") if clip is None else ("clip", ("av",), "film.mp4")
     classes = config["classes"]
     runtime = lookup(config["runtime"]).from_config(config)
+    packages = " ".join((runtime.requirement(), "numpy", "pillow", *extra))
     trust = ", trust=True" if runtime.needs_trust else ""
     options = ", ".join(f"{name} {value}" for name, value in runtime.to_dict().items())
     written_in = f" ({options})" if options else ""
@@ -31,7 +32,7 @@ def export_card(config: dict[str, Any]) -> str:
         + (f", {len(classes)} classes" if classes else "")
         + f"; {config['macs'] / 1e9:.3f} G MACs per {one} where {config['activation']:.0%} of the patches are active "
         f"({config['macs'] / config['dense_macs']:.0%} of the dense backbone).",
-        f"```bash\npip install {runtime.requirement()} numpy pillow{extra}\npython run.py {sample} --top-k 3\n```",
+        f"```bash\npip install {packages}\npython run.py {sample} --top-k 3\n```",
         "Or with Dyntune:\n\n```python\nimport dyntune\n\n"
         f'model = dyntune.open_export("path/to/this/folder"{trust})\nlogits = model(images)\n```',
     ]
