@@ -127,8 +127,8 @@ def _is_ours(path: Path) -> bool:
 def _is_of_trainer(path: Path) -> bool:
     """Whether a file of tensors is one that a Trainer has saved of a tuned model."""
     try:
-        return path.is_file() and _description(path) != "{}"
-    except (OSError, safetensors.SafetensorError):
+        return path.is_file() and _description(path) != {}
+    except CheckpointError:
         return False
 
 
