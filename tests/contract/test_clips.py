@@ -1,5 +1,7 @@
 """What holds for clips on an image model: every part trains on them, skips tokens, is saved, loaded and merged."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -212,6 +214,8 @@ def test_a_saved_clip_model_is_built_again_by_name(tmp_path):
     clips = torch.randn(1, 2, 3, 32, 32)
     again = dyntune.load(model.save(tmp_path))
     assert torch.equal(again(clips), model(clips))
+    assert model.origin.places == () and model.origin.name.startswith("frames:")
+    assert replace(model.origin, name="frames:hf:some/where").places == ("hf:some/where",)  # which is asked about
     assert again.preprocessing.clip.frames == 2 and type(again.backbone.host.temporal).__name__ == "Mixer"
 
 

@@ -122,3 +122,16 @@ def test_files_of_the_public_code(build, tmp_path, prefix):
 def test_what_is_refused(name, message):
     with pytest.raises(dyntune.DyntuneError, match=message):
         create_backbone(name)
+
+
+def test_weights_that_are_not_finite_and_clips_of_any_length_are_refused(build, tmp_path):
+    from dyntune.backbones.families.space_time import load_weights
+
+    host = build()
+    state = host.state_dict()
+    state["fc_norm.weight"] = torch.full_like(state["fc_norm.weight"], torch.inf)
+    torch.save(state, tmp_path / "spoilt.pth")
+    with pytest.raises(dyntune.DyntuneError, match=r"not finite in fc_norm\.weight"):
+        load_weights(host, tmp_path / "spoilt.pth")
+    with pytest.raises(dyntune.DyntuneError, match="at most 65536"):
+        SpaceTimeViT(frames=4096, img_size=4096)

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from dyntune.core.digests import sample
 
+CLIPS = "frames:"
+"""In front of the name of an image model that each frame of a clip goes through; it names no place."""
+
 
 @dataclass(frozen=True)
 class BackboneSource:
@@ -45,7 +48,8 @@ class BackboneSource:
     @property
     def places(self) -> tuple[str, ...]:
         """What it names beside models of timm's own list: hubs, folders, files."""
-        name = (self.name,) if self.name is not None and ":" in self.name else ()
+        own = (self.name or "").removeprefix(CLIPS)
+        name = (own,) if ":" in own else ()
         return name if self.weights is None else (*name, self.weights)
 
     def remember(self) -> None:

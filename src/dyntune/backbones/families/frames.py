@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosts import create_backbone, recorded, wrap_plain
-from dyntune.backbones.origin import BackboneSource
+from dyntune.backbones.origin import CLIPS, BackboneSource
 from dyntune.backbones.sites import Site
 from dyntune.backbones.temporal import temporal_head
 from dyntune.core.errors import BackboneError
@@ -90,7 +90,7 @@ class Frames(Backbone):
     host: ClipClassifier
     inner: Backbone
     supported: ClassVar[str] = "ClipClassifier of any other family, for clips"
-    prefix: ClassVar[str] = "frames:"
+    prefix: ClassVar[str] = CLIPS
     arguments: ClassVar[tuple[str, ...]] = ("frames", "temporal", "time")
 
     def __init__(self, host: nn.Module) -> None:

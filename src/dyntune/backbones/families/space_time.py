@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -22,6 +21,7 @@ from dyntune.backbones.hosted import block_sites, fold_factors
 from dyntune.backbones.origin import BackboneSource
 from dyntune.backbones.sites import Site
 from dyntune.core.errors import BackboneError, in_one_line, unknown_name
+from dyntune.core.files import load_json
 from dyntune.core.places import Places
 from dyntune.core.tokens import Provenance, Tokens
 from dyntune.data.clips import Sampling
@@ -31,6 +31,8 @@ SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), 
 """Width, depth and heads of VideoMAE's models."""
 _NAME = "videomae_{}_patch16_224"
 _FOLDER = "videomae:"
+_MOST_TOKENS = 65536
+"""Of a clip, whose positions are computed when a model is made."""
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _STRIDE = 4
 """Between two frames of VideoMAE's clips of 16."""
@@ -91,6 +93,12 @@ class SpaceTimeViT(nn.Module):
             raise BackboneError(
                 f"{frames} frames of {img_size} pixels: expected whole tubelets of {tubelet} frames and patches of "
                 f"{patch_size} pixels."
+            )
+        tokens = frames // tubelet * (img_size // patch_size) ** 2
+        if tokens > _MOST_TOKENS:
+            raise BackboneError(
+                f"{frames} frames of {img_size} pixels are {tokens} tokens; expected at most {_MOST_TOKENS}. Give "
+                "fewer frames, or smaller ones."
             )
         self.frames, self.tubelet, self.img_size = frames, tubelet, img_size
         self.rows = img_size // patch_size
@@ -299,6 +307,9 @@ def load_weights(host: SpaceTimeViT, path: Path) -> None:
             f"the weights in {file} do not fit the model (width {own_proj.shape[0]}, {len(host.blocks)} blocks, "
             f"tubelets of {host.tubelet}): missing or of another shape: {', '.join(missing[:5])}."
         )
+    spoilt = sorted(name for name, tensor in fitting.items() if not bool(tensor.isfinite().all()))
+    if spoilt:
+        raise BackboneError(f"the weights in {file} are not finite in {', '.join(spoilt[:5])}. Give others.")
     host.load_state_dict(fitting, strict=False)
 
 
@@ -319,7 +330,7 @@ def _public_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _shape(folder: Path) -> dict[str, Any]:
     """The arguments of a model that transformers has saved."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = load_json(folder / "config.json")
         if config["model_type"] != "videomae":
             raise BackboneError(f"{folder} holds a {config['model_type']}; expected a videomae.")
         if not config.get("use_mean_pooling", True) or not config.get("qkv_bias", True):
@@ -341,7 +352,7 @@ def _shape(folder: Path) -> dict[str, Any]:
             "eps": config.get("layer_norm_eps", 1e-12),
             "fc_eps": 1e-5,
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         if isinstance(error, BackboneError):
             raise
         raise BackboneError(
@@ -352,6 +363,6 @@ def _shape(folder: Path) -> dict[str, Any]:
 def _pixels(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation that a folder's processor gives, or those of ImageNet."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        values = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        values = load_json(folder / "preprocessor_config.json")
         return tuple(map(float, values["image_mean"])), tuple(map(float, values["image_std"]))
     return _IMAGENET
