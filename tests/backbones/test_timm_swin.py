@@ -6,6 +6,7 @@ import json
 import pytest
 import timm
 import torch
+from packaging.version import Version
 from safetensors.torch import save_file
 from test_timm_families import fill
 from torch import nn
@@ -243,6 +244,8 @@ def test_costs_of_the_real_sizes(name, parameters, shape):
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
 def test_a_host_is_built_again_by_its_name(name):
+    if name.startswith("swinv2") and Version(timm.__version__) < Version("1.0.31"):
+        pytest.skip("timm before 1.0.31 builds Swin V2 at its own size alone on the meta device")
     with torch.device("meta"):
         host = create_backbone(name, pretrained=False, img_size=(64, 96), num_classes=3)
         source = wrap(host).origin()
@@ -292,7 +295,7 @@ def says(*arguments):
 def test_commands_on_stages(photos, tmp_path):
     run, quick = tmp_path / "run", ("--epochs", "1", "--batch-size", "18", "--workers", "0", "--device", "cpu")
     save_file(
-        create_backbone("swin_two_stages", pretrained=False, num_classes=0).state_dict(), tmp_path / "w.safetensors"
+        create_backbone("swin_two_stages", pretrained=False, num_classes=5).state_dict(), tmp_path / "w.safetensors"
     )
     model = ("--model", "swin_two_stages", "--method", "dyt:rate=0.5")
     cost = says("cost", *model)

@@ -13,6 +13,7 @@ from dyntune.commands import common, cost
 from dyntune.commands.main import app
 from dyntune.studies.report import _COLUMNS
 from dyntune.studies.vtab.tasks import VTAB_1K
+from dyntune.training.evaluate import Evaluation
 from dyntune.training.progress import ProgressBar
 
 COMMANDS = typer.main.get_command(app).commands
@@ -111,6 +112,14 @@ def test_the_list_of_commands_describes_each_in_a_whole_sentence(width):
     assert "..." not in text.replace("[ARGS]...", "")
     for name, command in COMMANDS.items():
         assert command.hidden or f"{name} {command.get_short_help_str()}" in text
+
+
+def test_a_run_that_goes_on_behind_the_last_step_of_an_epoch_has_validation_alone_to_show():
+    log = io.StringIO()
+    with ProgressBar("dyt", Console(file=log, width=80)) as bar:
+        bar.epoch(0, 2, 1, 1)
+        bar.evaluated(Evaluation(4, {"accuracy": 0.75}, 1.0, {}, None))
+    assert "dyt epoch 1/2: val acc 75.0%" in log.getvalue()
 
 
 @WIDTHS

@@ -130,7 +130,8 @@ def main() -> None:
     except RuntimeError as error:
         if launched_processes() == 1 or not _LOST.search(str(error)):
             raise
-        _fail("another of the processes that train together has ended; what it says is the reason.")
+        # torchrun's report is of the process that failed first, to the second: that is the other one.
+        _fail("another of the processes that train together has ended; what it says is the reason.", behind=1)
     finally:
         logging.getLogger("dyntune").removeHandler(said)
 
@@ -177,8 +178,8 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _fail(text: str, then: str | None = None) -> NoReturn:
-    """Ends the program with an error, and perhaps a line that says what to do next."""
+def _fail(text: str, then: str | None = None, behind: int = 0) -> NoReturn:
+    """Ends the program with an error, and perhaps a line that says what to do next; ``behind`` others, in seconds."""
     err.print("error:", style="bold red", end=" ")
     err.print(text, highlight=False, soft_wrap=True)
     if then is not None:
@@ -186,7 +187,7 @@ def _fail(text: str, then: str | None = None) -> NoReturn:
     # torchrun ends with a report of its own, whose last line comes from this file.
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:
-        told = {"py_callstack": f"error: {text}", "timestamp": str(int(time.time()))}
+        told = {"py_callstack": f"error: {text}", "timestamp": str(int(time.time()) + behind)}
         Path(report).write_text(json.dumps({"message": {"message": text, "extraInfo": told}}), encoding="utf-8")
     sys.stderr.flush()
     if torch.distributed.is_initialized():

@@ -107,11 +107,15 @@ class ProgressBar:
     def evaluated(self, evaluation: Evaluation) -> None:
         self.validation = f"val {_SHORT.get(evaluation.merit, evaluation.merit)} {evaluation.score:.1%}"
         if not self.console.is_terminal:
-            self.console.print(f"{self.label}: {self._status()} {self.validation}", highlight=False, soft_wrap=True)
+            status = f"{self._status()} {self.validation}".strip()
+            self.console.print(f"{self.label}: {status}", highlight=False, soft_wrap=True)
 
     def saved(self, epoch: int, folder: Path) -> None: ...
 
     def _status(self) -> str:
+        """The figures of the last steps; nothing in a run that goes on behind the last step of an epoch."""
+        if not self.means:
+            return ""
         terms = " ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in self.means.items() if n.startswith("loss"))
         activation = f" active {self.means['activation']:.0%}" if "activation" in self.means else ""
         merits = (n for n in self.means if n not in ("activation", "images_per_second") and not n.startswith("loss"))

@@ -291,9 +291,11 @@ class Folder(Source):
         for split, path in places.items():
             unknown = [name for name in folders[split] if printable(name) not in names]
             if unknown:
+                other = len(unknown) == len(folders[split])
+                advice = "Give images of these classes." if other else "Give a folder without them, or rename them."
                 raise DataError(
                     f"{path} has the class folders {_named(unknown)}, which are no classes that the model was trained "
-                    f"on ({_named(names)}). Rename or remove them."
+                    f"on ({_named(names)}). {advice}"
                 )
             labels = [names.index(printable(name)) for name in folders[split]]
             images[split] = _read_classes(path, folders[split], labels, root, self.kind)
