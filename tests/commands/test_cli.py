@@ -147,6 +147,7 @@ def test_methods_lists_every_part_and_the_options_of_one():
         (("cost", "--model", "cait_xxs24_224"), ("Cait", "not supported", "DeiT")),
         (("eval", "nowhere", "digits"), ("nowhere", "dyntune.json")),
         (("predict", "nowhere", "missing*.jpg"), ("missing*.jpg",)),
+        (("visualize", "nowhere", "missing.jpg", "--out", "out"), ("missing.jpg",)),
         (("train", "digitz", "--out", "never"), ("digitz", "digits")),
         (("train", "digits", "--out", "never", "--weights", "missing.npz"), ("missing.npz", ".safetensors")),
     ],

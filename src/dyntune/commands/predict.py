@@ -28,6 +28,7 @@ from dyntune.commands.common import (
 )
 from dyntune.core.errors import ExportError
 from dyntune.data import build_transform, read_image
+from dyntune.data.images import require_some
 from dyntune.data.videos import Video
 from dyntune.inference.export.folder import OpenedModel, is_exported, open_export
 from dyntune.inference.export.registry import registered
@@ -67,6 +68,7 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """The most probable classes of images or videos, folders of them, or globs, from a run or an exported model."""
+    require_some(images)
     model = _model(run, weights=weights, device=device, policy=policy, rate=rate, trust=trust)
     preprocessing = with_views(model.preprocessing, views)
     if isinstance(model, TunedModel):

@@ -29,6 +29,7 @@ from dyntune.commands.common import (
 from dyntune.core.errors import DyntuneError
 from dyntune.core.texts import printable
 from dyntune.data import Preprocessing, build_transform
+from dyntune.data.images import require_some
 from dyntune.data.load import load_held
 from dyntune.data.transforms import preprocessed
 from dyntune.model.forward import activation_rates
@@ -72,6 +73,7 @@ def command(
     device: DeviceOption = "auto",
 ) -> None:
     """Draw over images, or frames of videos, which tokens each block computes, merges or drops, and how many."""
+    require_some(images)
     model = load(run, weights=weights, device=pick_device(device), policy=policy)
     apply_rate(model, rate, policy)
     clip = model.preprocessing.clip

@@ -196,6 +196,15 @@ def matches(argument: str, inside: Callable[[Path], Sequence[Path]], named: Call
                 yield Path(hit)
 
 
+def require_some(arguments: Sequence[str]) -> None:
+    """Raises DataError where none is there, whatever they hold: what needs no model is said before one is read."""
+    if not any(any(matches(argument, lambda folder: [folder], lambda name: True)) for argument in arguments):
+        raise DataError(
+            f"nothing found for {', '.join(map(repr, arguments))}. Expected files, folders or patterns that match "
+            "some; check the spelling."
+        )
+
+
 def _home(argument: str) -> Path:
     """The path with ``~`` replaced; a name that merely begins so stays as it is."""
     try:
