@@ -1,6 +1,6 @@
 """Threads of torch: what the user has set, what cgroups grant, and what a trial takes."""
 
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +21,20 @@ def untouched(monkeypatch):
     torch.set_num_threads(before)
 
 
-def _takes(**seconds):
-    """A call that takes so long with one, two and four threads."""
-    return lambda: time.sleep(seconds[f"with_{torch.get_num_threads()}"])
+@pytest.fixture
+def takes(untouched):
+    """Makes a call that takes so many seconds with one, two and four threads, by a clock that nothing else moves."""
+    now = 0.0
+
+    def make(**seconds):
+        def call():
+            nonlocal now
+            now += seconds[f"with_{torch.get_num_threads()}"]
+
+        return call
+
+    untouched.setattr(threads, "time", SimpleNamespace(perf_counter=lambda: now))
+    return make
 
 
 @pytest.mark.parametrize(
@@ -34,14 +45,14 @@ def _takes(**seconds):
         ({"with_1": 1e-3, "with_2": 20e-3, "with_4": 40e-3}, 1),
     ],
 )
-def test_the_quickest_number_is_taken_and_said(untouched, seconds, best):
-    assert threads.settle_threads(_takes(**seconds), 0.15).startswith(f"{best} of 4 threads, quickest in a trial")
+def test_the_quickest_number_is_taken_and_said(takes, seconds, best):
+    assert threads.settle_threads(takes(**seconds), 0.15).startswith(f"{best} of 4 threads, quickest in a trial")
     assert torch.get_num_threads() == best
     assert threads.settle_threads(lambda: pytest.fail("tried again")) is None
 
 
-def test_of_equals_the_fewest_are_taken(untouched):
-    assert threads.settle_threads(_takes(with_1=3e-3, with_2=3e-3, with_4=3e-3), 0.1).startswith("1 of 4")
+def test_of_equals_the_fewest_are_taken(takes):
+    assert threads.settle_threads(takes(with_1=3e-3, with_2=3e-3, with_4=3e-3), 0.1).startswith("1 of 4")
 
 
 @pytest.mark.parametrize("name", threads._ENVIRONMENT)
