@@ -321,7 +321,7 @@ def test_no_model_is_the_best_before_its_gates_have_settled(fresh, tmp_path):
 
     best = {"load_best_model_at_end": True, "metric_for_best_model": "falling", "greater_is_better": True}
     each = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 4}
-    train = trainer(fresh("dyt:course=0.1/0.6,quiet=0.75"), tmp_path, **best, **each)
+    train = trainer(fresh("dyt:course=0.1/0.5"), tmp_path, **best, **each)
     train.add_callback(dyntune.CourseCallback())
     train.add_callback(Falling())
     train.train()

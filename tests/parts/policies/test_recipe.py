@@ -64,7 +64,10 @@ def test_without_a_known_length_the_rate_is_the_target_and_the_noise_whole():
     assert (published.target, published.noise) == (0.4, 1.0)
 
 
-def test_gates_without_noise_decide_in_training_as_in_evaluation(model, images_for):
+@pytest.mark.parametrize("options", ["quiet=0.85", "quiet=0"])
+def test_gates_without_noise_decide_in_training_as_in_evaluation(make_host, images_for, options):
+    torch.manual_seed(0)
+    model = dyntune.tune(make_host(), f"dyt:rate=0.4,{options}").train()
     images = images_for(model.backbone.host, 4)
     gate = model.backbone.blocks[0].mlp.dispatcher
     with torch.no_grad():
@@ -75,8 +78,8 @@ def test_gates_without_noise_decide_in_training_as_in_evaluation(model, images_f
     quiet = model.run(images).gates[0]
     assert torch.equal(quiet.values, (quiet.logits > 0).float()) and 0 < quiet.values.mean() < 1
     model.backbone.begin_step(step=0)
-    noisy = model.run(images).gates[0]
-    assert not torch.equal(noisy.values, (noisy.logits > 0).float())
+    first = model.run(images).gates[0]
+    assert torch.equal(first.values, (first.logits > 0).float()) == (options == "quiet=0")
 
 
 @pytest.mark.parametrize("lr", [1e-4, 1e-2])
@@ -201,7 +204,11 @@ def test_sgd_gives_gates_no_pace(make_host, data):
     assert not any(gate.paced for gate in dispatchers(model.backbone).values())
 
 
-def test_an_epoch_before_gates_have_settled_is_not_the_best(make_host, data, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "epoch"),
+    [("course=0.1/0.4,quiet=0.6", 4), ("course=0.1/0.4,quiet=0.9", 5), ("course=0/0,quiet=0.4", 2), ("quiet=0", 4)],
+)
+def test_an_epoch_before_gates_have_settled_is_not_the_best(make_host, data, monkeypatch, options, epoch):
     """Validation accuracy falls from epoch to epoch; the first at which the gates do what they will do is kept."""
     from dyntune.training import trainer
 
@@ -214,9 +221,9 @@ def test_an_epoch_before_gates_have_settled_is_not_the_best(make_host, data, mon
         return evaluation
 
     monkeypatch.setattr(trainer, "evaluate", falling)
-    model = dyntune.tune(make_host(), "dyt:course=0.1/0.4,quiet=0.6")
+    model = dyntune.tune(make_host(), f"dyt:{options}")
     result = dyntune.fit(model, data, data, epochs=5, batch_size=20, device="cpu")
-    assert (result.best_epoch, result.best_accuracy) == (3, 0.7)
+    assert (result.best_epoch, result.best_accuracy) == (epoch, [0.9, 0.8, 0.7, 0.6, 0.5][epoch - 1])
 
 
 PUBLISHED = {

@@ -25,7 +25,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
         "bias": 2.0,
         "moves": (6.0, 15.0),
         "course": (0.1, 0.6),
-        "quiet": 0.85,
+        "quiet": 0.0,
         "rate_of": "inference",
         "rate_weight": 10.0,
         "explore": 0.1,
@@ -58,7 +58,7 @@ class Dispatch(GatingPolicy):
 
     How gates are trained is a recipe. ``published`` is the paper's. ``steady`` keeps its losses and its second pass
     and changes what makes short trainings fail (``docs/dyt.md`` has the reasons): gates start open, the target falls to
-    the rate over the training, the noise is gone before the end, the rate loss holds what inference computes, and the
+    the rate over the training, gates decide without noise, the rate loss holds what inference computes, and the
     pace of the gates follows the length of the training, which ``fit`` tells and ``begin_training`` tells for a loop
     of your own. An option that is left at "recipe" is chosen by it.
 
@@ -72,8 +72,8 @@ class Dispatch(GatingPolicy):
             steady starts at 2, and gates close where that costs least.
         course: shares of the training until which the target is 1, and after which it is the rate; between, it falls
             along half a cosine. 0.1/0.6 in steady, 0/0 as published.
-        quiet: share of the training after which gates decide without noise, which falls linearly until then; 0.85 in
-            steady; none, as published, keeps the noise to the end.
+        quiet: share of the training after which gates decide without noise, which falls linearly until then; 0 in
+            steady, no noise at all; none, as published, keeps the noise to the end.
         moves: how far the bias, and the weights, of a gate may move its logit in as many steps of Adam at the peak
             learning rate as the training has, whatever that rate and the features; a warm-up and a cosine leave half of
             it. 6/15 in steady; none, as published, lets the learning rate decide.
@@ -199,7 +199,9 @@ class Dispatch(GatingPolicy):
 
     @property
     def settles(self) -> float:
-        return max(self.chosen("course")[1], self.chosen("quiet") or 0.0)
+        fallen = self.chosen("course")[1]
+        # Gates follow the target, so they have half of what is left to reach it.
+        return max((1 + fallen) / 2 if fallen else 0.0, self.chosen("quiet") or 0.0)
 
     def complete_pass(self, output: Output) -> CompletePass:
         target = next((gate.target for gate in output.gates if gate.policy is self), None)
