@@ -35,7 +35,7 @@ _WORDS = {
 
 def command(
     folder: Annotated[Path, typer.Option("--out", help="Folder for the runs, the table and the page.")] = Path("demo"),
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the 1,000 training images.")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the 1,000 training images.")] = 8,
     speed: Annotated[bool, typer.Option(help="Also time ViT-B/16 with random weights, about two minutes.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Decides the order of images and every random number.")] = 0,
     json: JsonOption = False,
@@ -44,7 +44,7 @@ def command(
 
     A demo that was stopped goes on where it was.
     """
-    settings = TrainSettings(epochs=epochs, batch_size=32, lr=5e-3, device="cpu", seed=seed)
+    settings = TrainSettings(epochs=epochs, batch_size=16, lr=5e-3, device="cpu", seed=seed)
     splits = load_data("digits")
     say_threads(build_tuned(DEFAULT_MODEL, SPECS[0], classes=splits.classes).eval(), settings, folder)
     rows, models = compare(
