@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
-import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torch.utils.weak import WeakIdKeyDictionary
 
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosts import create_backbone, wrap, wrapper_advice
 from dyntune.backbones.origin import BackboneSource, fingerprint
+from dyntune.backbones.owners import claim, release, require_free
 from dyntune.core.digests import sample
-from dyntune.core.errors import BackboneError, CheckpointError, SpecError
+from dyntune.core.errors import CheckpointError, SpecError
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.adapter_folder import write_adapter
 from dyntune.model.assembly import install, settled
@@ -30,6 +29,7 @@ from dyntune.model.hub import HubModel
 from dyntune.model.macs import trace
 from dyntune.model.rates import Calibration, set_rate
 from dyntune.model.tasks import Classification, Task
+from dyntune.model.timm_methods import TimmMethods
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import Output
 from dyntune.parts.policies.gating import gating
@@ -41,11 +41,9 @@ log = logging.getLogger("dyntune")
 ExecutionName = Literal["masked", "compact"]
 _EXECUTIONS: dict[str, Execution] = {"masked": Masked(), "compact": Compact()}
 _TRAINING, _INFERENCE = Sampled(), _EXECUTIONS["compact"]
-_OWNERS = WeakIdKeyDictionary()
-"""The tuned model that each parameter of a host belongs to, as long as there is one."""
 
 
-class TunedModel(HubModel):
+class TunedModel(TimmMethods, HubModel):
     """A pretrained model with tuning methods and token policies installed; made by ``tune`` or ``load``.
 
     In train mode every token is computed and multiplied by its gate, so that the gates learn, unless a policy is told
@@ -96,7 +94,7 @@ class TunedModel(HubModel):
         """Some values of each tensor that the methods leave as it is."""
         self.calibration: Calibration | None = None
         self.unmerged: dict[str, str] | None = None
-        self._claim()
+        claim(self, self.backbone)
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -226,6 +224,17 @@ class TunedModel(HubModel):
         """Every tensor of the backbone and of what is on it, by its name in files. Not copied."""
         return {self.backbone.saved_name(name): tensor for name, tensor in self._held()}
 
+    def replaced_head(self, before: set[str], classes: int) -> None:
+        new = self.backbone.head_parameters()
+        self._tuned = self._tuned - before | new
+        kept = {name: shape for name, shape in self._shapes.items() if name not in before}
+        self._shapes = kept | {name: p.shape for name, p in self._held() if name in new}
+        claim(self, self.backbone)
+        if "num_classes" in self.origin.arguments:
+            self.origin = replace(self.origin, arguments=self.origin.arguments | {"num_classes": classes})
+        if self._classes is not None and len(self._classes) != classes:
+            self._classes = None
+
     def require_savable(self) -> None:
         """Raises CheckpointError where a saved adapter could not be loaded again, or would lack what is trained."""
         if self.unmerged is not None:
@@ -255,14 +264,9 @@ class TunedModel(HubModel):
         yield from self.backbone.named_parameters()
         yield from kept_buffers(self.backbone)
 
-    def _claim(self) -> None:
-        owner = weakref.ref(self)
-        for parameter in self.backbone.host.parameters():
-            _OWNERS[parameter] = owner
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._claim()  # a copy has parameters of its own
+        claim(self, self.backbone)  # a copy has parameters of its own
 
     def saved_names(self) -> dict[str, str]:
         names = self.tuned_state() | self.extra_state() | self.backbone.companions()
@@ -292,8 +296,7 @@ class TunedModel(HubModel):
                 log.warning("%s is not merged: %s.", spec, reason)
         if self.unmerged:
             return self
-        for parameter in self.backbone.host.parameters():
-            _OWNERS.pop(parameter, None)  # nothing of this model is left: whoever has the host may tune it again
+        release(self.backbone)  # nothing of this model is left
         return self.backbone.host
 
     def fold(self) -> dict[str, str]:
@@ -443,24 +446,6 @@ def _fingerprint(backbone: Backbone, adopted: Sequence[nn.Parameter], dtype: tor
     left_out = {backbone.saved_name(name) for name in trained}
     weights = [(name, p) for name, p in backbone.weights() if name not in left_out]
     return None if any(p.is_meta for _, p in weights) else fingerprint(weights, dtype)
-
-
-def require_free(host: nn.Module) -> None:
-    """Raises BackboneError where a host, or a part of it, belongs to a tuned model that is still there."""
-    if any(_owner(parameter) for parameter in host.parameters()):
-        gc.collect()  # one that was let go may wait for this
-    owner = next(filter(None, map(_owner, host.parameters())), None)
-    if owner is not None:
-        raise BackboneError(
-            f"the backbone belongs to another tuned model already ({owner.spec}), and two on one backbone would change "
-            "each other's answers. Give each a backbone of its own: build it again, or copy.deepcopy(backbone) before "
-            "the first is tuned."
-        )
-
-
-def _owner(parameter: nn.Parameter) -> TunedModel | None:
-    reference = _OWNERS.get(parameter)
-    return None if reference is None else reference()
 
 
 _NONE = torch.empty(0, 0, device="meta")
