@@ -53,6 +53,40 @@ def test_logits_are_the_head_on_the_tokens(make_host, images_for, randomise, kin
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["plain", "registers", "siglip", "dinov3", "swin", "beit"])
+def test_features_of_several_blocks_are_those_of_the_host(make_host, images_for, kind):
+    host = make_host(kind)
+    images = images_for(host, 2)
+    options = [{"norm": True}, {"indices": 1, "intermediates_only": True}, {"indices": [0, 1]}, {"output_fmt": "NLC"}]
+    if kind == "swin":
+        options.pop()  # it has no such form
+    expected = [host.forward_intermediates(images, **given) for given in options]
+    model = dyntune.tune(host, "linear").eval()
+    for given, theirs in zip(options, expected, strict=True):
+        torch.testing.assert_close(model.forward_intermediates(images, **given), theirs, atol=1e-5, rtol=1e-5)
+    if kind == "registers":
+        (features, prefix), *_ = model.forward_intermediates(images, return_prefix_tokens=True, intermediates_only=True)
+        assert features.shape == (2, 32, 4, 4) and prefix.shape == (2, 5, 32)
+
+
+@torch.no_grad()
+def test_features_of_blocks_have_what_is_on_the_host_in_them(make_host, images_for, randomise):
+    host = make_host()
+    images = images_for(host, 2)
+    plain = host.forward_intermediates(images, intermediates_only=True)
+    model = randomise(dyntune.tune(host, "vpt", "adaptformer", "tome:r=3"), 3).eval()
+    tokens, found = model.forward_intermediates(images, norm=True)
+    assert [tuple(features.shape) for features in found] == [(2, 32, 4, 4)] * 3
+    torch.testing.assert_close(found[-1].flatten(2).mT, tokens[:, 1:])
+    torch.testing.assert_close(found[-1], model.features(images))
+    assert (found[0] - plain[0]).abs().max() > 1e-2
+    with pytest.raises(SpecError, match=r"indices=.*expected numbers of 3 blocks"):
+        model.forward_intermediates(images, [3])
+    with pytest.raises(SpecError, match="stream of its own"):
+        dyntune.tune(make_host(), "res-tuning-bypass").forward_intermediates(images)
+
+
+@torch.no_grad()
 def test_frames_have_their_tokens_side_by_side(make_host, randomise):
     for temporal in ("mean", "attentive"):
         host = ClipClassifier(make_host("plain", depth=2), 3, temporal).eval()
@@ -74,14 +108,14 @@ def test_the_host_refuses_to_run_without_what_is_on_it(make_host, images_for):
     images = images_for(host, 2)
     model = dyntune.tune(host, "dyt:rate=0.6").eval()
     model.set_rate(0.5, images)  # which tries on a copy
-    twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model)), dyntune.optimize(model)
     for own in (host, *(twin.backbone.host for twin in twins)):
         with pytest.raises(BackboneError, match=r"VisionTransformer\.forward .*\(dyt:rate=0\.6\).*model\(images\)"):
             own(images)
         with pytest.raises(BackboneError, match=r"model\.forward_features\(images\)"):
             own.forward_features(images)
         for name in ("forward_intermediates", "get_intermediate_layers"):
-            with pytest.raises(BackboneError, match=r"model\.features\(images\)"):
+            with pytest.raises(BackboneError, match=r"model\.forward_intermediates\(images"):
                 getattr(own, name)(images)
 
 

@@ -16,8 +16,8 @@ from dyntune.core.errors import BackboneError
 _PASSES = {
     "forward": "model(images)",
     "forward_features": "model.forward_features(images)",
-    "forward_intermediates": "model.features(images), those of the last block",
-    "get_intermediate_layers": "model.features(images), those of the last block",
+    "forward_intermediates": "model.forward_intermediates(images)",
+    "get_intermediate_layers": "model.forward_intermediates(images, n, intermediates_only=True)",
 }
 """Methods of hosts that run their blocks, and what to call on the tuned model instead."""
 _OWNERS = WeakIdKeyDictionary()

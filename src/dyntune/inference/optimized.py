@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
+from dyntune.backbones.owners import claim, release
 from dyntune.backbones.units import Unit
 from dyntune.core.errors import DyntuneError
 from dyntune.inference.execution import Ending, Fast, Shared
@@ -58,6 +59,8 @@ class OptimizedModel(nn.Module):
         self.dense_macs = tuned.dense_macs
         self.calibration = tuned.calibration
         self.notes: list[str] = []
+        release(self.backbone)
+        claim(self, self.backbone)
         self.backbone.fold_factors()
         ending = None if masks else _ending(self.backbone, self.policies, self.notes)
         self.joints = joined(self.backbone, self.policies, self.backbone.blocks[-1].mlp if ending else None)

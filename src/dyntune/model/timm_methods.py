@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
 from dyntune.core.errors import SpecError
+from dyntune.core.tokens import Tokens
 from dyntune.parts.policies.base import Output
 
 
@@ -22,7 +24,7 @@ class TimmMethods(nn.Module, abc.ABC):
     backbone: Backbone
 
     @abc.abstractmethod
-    def run(self, images: Tensor, *, complete: bool = False) -> Output:
+    def run(self, images: Tensor, *, complete: bool = False, watch: Callable[[Tokens], None] | None = None) -> Output:
         """One forward pass with everything that it decided."""
 
     @abc.abstractmethod
@@ -70,6 +72,57 @@ class TimmMethods(nn.Module, abc.ABC):
         """
         tokens = self.backbone.as_finished(x)
         return self.backbone.pooled(tokens) if pre_logits else self.backbone.readout(tokens)
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Features of the patches behind several blocks, of hosts with stages behind several of these.
+
+        Args:
+            images: as for ``forward``.
+            indices: so many of the last ones, or which ones, from 0; None for all.
+            return_prefix_tokens: gives with each a tensor ``(B, prefix, C)`` of its class token and the like.
+            norm: applies the last norm to all, of hosts with stages to those of the last one.
+            output_fmt: ``NCHW`` for ``(B, C, rows, columns)``, ``NLC`` for ``(B, rows * columns, C)``.
+            intermediates_only: leaves out the tokens behind the last block.
+
+        Returns:
+            The tokens that ``forward_features`` gives, and a list of the features; or that list alone.
+
+        Raises:
+            SpecError: there is no such block, or the head reads a stream beside the blocks.
+            DyntuneError: patches were dropped.
+        """
+        if self.backbone.bypass is not None:
+            raise SpecError("the head reads a stream of its own beside the blocks, which have no features of it.")
+        if output_fmt not in ("NCHW", "NLC"):
+            raise SpecError(f"output_fmt={output_fmt!r}: expected NCHW or NLC.")
+        blocks = self.backbone.blocks
+        staged = any(block.before is not None for block in blocks)
+        ends = [i for i in range(len(blocks)) if not staged or i + 1 == len(blocks) or blocks[i + 1].before is not None]
+        asked = range(-indices, 0) if isinstance(indices, int) else range(len(ends)) if indices is None else indices
+        if not all(-len(ends) <= index < len(ends) for index in asked):
+            raise SpecError(f"indices={indices}: expected numbers of {len(ends)} {'stages' if staged else 'blocks'}.")
+        chosen = [ends[index] for index in asked]
+        seen: list[Tokens] = []
+        output = self.run(images, watch=seen.append)
+        found = []
+        for index in chosen:
+            tokens = seen[index + 1]
+            normed = norm and not (staged and index + 1 < len(blocks))
+            tokens = self.backbone.finish(tokens) if normed else tokens.without_prompts()
+            grid = tokens.on_grid()
+            features = grid if output_fmt == "NCHW" else grid.flatten(2).mT
+            found.append((features, tokens.x[:, : tokens.prefix]) if return_prefix_tokens else features)
+        assert output.tokens is not None  # run() gives them
+        return found if intermediates_only else (self.backbone.unpooled(output.tokens), found)
 
     def get_classifier(self) -> Any:
         """The classifier; two of them where the host was distilled with a token of its own, ``nn.Identity`` if none."""

@@ -19,6 +19,7 @@ from dyntune.backbones.origin import BackboneSource, fingerprint
 from dyntune.backbones.owners import claim, release, require_free
 from dyntune.core.digests import sample
 from dyntune.core.errors import CheckpointError, SpecError
+from dyntune.core.tokens import Tokens
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.adapter_folder import write_adapter
 from dyntune.model.assembly import install, settled
@@ -158,7 +159,12 @@ class TunedModel(TimmMethods, HubModel):
         self.backbone.end_training()
 
     def run(
-        self, images: Tensor, *, complete: bool = False, execution: ExecutionName | Execution | None = None
+        self,
+        images: Tensor,
+        *,
+        complete: bool = False,
+        execution: ExecutionName | Execution | None = None,
+        watch: Callable[[Tokens], None] | None = None,
     ) -> Output:
         """One forward pass with everything that it decided.
 
@@ -167,13 +173,14 @@ class TunedModel(TimmMethods, HubModel):
             complete: computes every token, ignoring the policies (DyT's "complete model").
             execution: ``"masked"``, ``"compact"``, or an execution of your own; by default compact in eval mode, and
                 in train mode masked, with fewer tokens where a policy explores.
+            watch: called with the tokens that enter the first block, and with those that leave each.
         """
         how = execution or (_TRAINING if self.training else _INFERENCE)
         if not isinstance(how, Execution):
             if how not in _EXECUTIONS:
                 raise SpecError(f"execution must be one of {', '.join(_EXECUTIONS)}; given {how!r}.")
             how = _EXECUTIONS[how]
-        return run(self.backbone, () if complete else self.policies, images, how)
+        return run(self.backbone, () if complete else self.policies, images, how, watch)
 
     def features(self, images: Tensor) -> Tensor:
         """Features of every image patch behind the last norm, for dense tasks: ``(B, C, rows, columns)``.
