@@ -13,7 +13,7 @@ from torch import nn
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.origin import BackboneSource
 from dyntune.core.discovery import discover
-from dyntune.core.errors import BackboneError
+from dyntune.core.errors import BackboneError, SpecError
 from dyntune.core.fields import Range
 from dyntune.data.transforms import LARGEST_SIZE
 
@@ -73,6 +73,16 @@ def wrapper_advice(module: object) -> str | None:
     if isinstance(module, torch._dynamo.OptimizedModule):
         return "the model is compiled already. Give the one that torch.compile was given, and compile what you get."
     return None
+
+
+def not_tuned(model: object, what: str) -> SpecError:
+    """The error for who gives ``what``, which takes a tuned model, something else."""
+    advice = wrapper_advice(model) or "Tune it first: tune(model, method)."
+    if isinstance(model, str | Path):
+        advice = f"Load it first: dyntune.load({str(model)!r:.80})."
+    elif not isinstance(model, nn.Module):
+        advice = "The model comes first."
+    return SpecError(f"{what} takes a model from tune or load; given {type(model).__name__}. {advice}")
 
 
 def create_backbone(

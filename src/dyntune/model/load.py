@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 import warnings
 from collections.abc import Iterable
@@ -91,6 +92,8 @@ def load(
     if tokens is not None:
         warnings.warn("load(tokens=...) is now called load(policy=...).", DeprecationWarning, stacklevel=2)
         policy = policy or tokens
+    if not isinstance(folder, str | os.PathLike):
+        raise CheckpointError(f"load takes the folder that save wrote; given {type(folder).__name__}.")
     folder = Path(folder)
     if isinstance(backbone, TunedModel):
         raise CheckpointError("backbone is a tuned model already; give the plain model, one for each adapter.")

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.hosts import create_backbone, wrap, wrapper_advice
+from dyntune.backbones.hosts import create_backbone, not_tuned, wrap
 from dyntune.backbones.origin import BackboneSource, fingerprint
 from dyntune.backbones.owners import claim, release, require_free
 from dyntune.core.digests import sample
 from dyntune.core.errors import CheckpointError, SpecError
+from dyntune.core.texts import listed
 from dyntune.core.tokens import Tokens
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.adapter_folder import write_adapter
@@ -95,6 +96,7 @@ class TunedModel(TimmMethods, HubModel):
         """Some values of each tensor that the methods leave as it is."""
         self.calibration: Calibration | None = None
         self.unmerged: dict[str, str] | None = None
+        self._missed = False
         claim(self, self.backbone)
 
     @property
@@ -113,6 +115,23 @@ class TunedModel(TimmMethods, HubModel):
     def spec(self) -> str:
         """The parts as one spec string, for instance ``dyt:rate=0.7``."""
         return "+".join(format_spec(part) for part in self.parts)
+
+    def __repr__(self) -> str:
+        head = self.backbone.head_parameters()
+        trained, of_head = (
+            sum(p.numel() for name, p in self.tuned_state().items() if (name in head) == wanted)
+            for wanted in (False, True)
+        )
+        known = [f"{trained:,} trained parameters and {of_head:,} of the head"]
+        if self.classes:
+            known.append(f"{len(self.classes)} classes: {listed(self.classes)}")
+        elif self.backbone.classes:
+            known.append(f"{self.backbone.classes} classes without names")
+        if self.calibration is not None:
+            known.append(f"calibrated for rates from {self.calibration.rates[0]:g} to {self.calibration.rates[-1]:g}")
+        known += ["merged"] if self.unmerged is not None else []
+        backbone = self.origin.name or type(self.backbone.host).__name__
+        return f"TunedModel({self.spec} on {backbone}: {'; '.join(known)})"
 
     @property
     def target_rate(self) -> float:
@@ -312,12 +331,20 @@ class TunedModel(TimmMethods, HubModel):
             self.unmerged = fold(self.backbone, self.parts)
         return self.unmerged
 
-    def save(self, folder: str | Path, results: dict[str, Any] | None = None) -> Path:
+    def save(
+        self,
+        folder: str | Path,
+        results: dict[str, Any] | None = None,
+        *,
+        classes: Sequence[str] | None = None,
+    ) -> Path:
         """Writes adapter, dispatchers and head to ``folder``: JSON, safetensors and a model card.
 
         Args:
             folder: made if it is not there; an adapter in it is replaced.
             results: measured figures to keep with the adapter, for instance ``{"val_accuracy": 0.93}``.
+            classes: names of the classes in label order, such as ``data.classes``, for a model that has none; ``fit``
+                gives it those of its data.
 
         Returns:
             The folder.
@@ -326,7 +353,10 @@ class TunedModel(TimmMethods, HubModel):
             CheckpointError: the model is merged, or what is trained could not be loaded again; a tensor is not finite;
                 or ``folder`` is a file.
         """
+        if classes is not None:
+            self.classes = classes
         self.require_savable()
+        self._miss_names()
         tensors = self.saved_state()
         spoilt = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
         if spoilt:
@@ -336,6 +366,17 @@ class TunedModel(TimmMethods, HubModel):
             )
         write_adapter(Path(folder), tensors, self.describe(results))
         return Path(folder)
+
+    def _miss_names(self) -> None:
+        """Says once that what is saved does not know what its classes are called."""
+        if self.classes or not self.backbone.classes or self._missed or not isinstance(self.task, Classification):
+            return
+        self._missed = True
+        log.warning(
+            "the model has no names for its %d classes, so that predictions will show numbers. Give them: "
+            "model.save(folder, classes=data.classes), or model.classes = data.classes.",
+            self.backbone.classes,
+        )
 
     def describe(self, results: dict[str, Any] | None = None) -> dict[str, Any]:
         """All that is needed to put the saved tensors on the same backbone again, as JSON values.
@@ -383,6 +424,8 @@ def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
         SpecError: a part's name, option or value is wrong, no part is given, or the host's configuration is for another
             problem than one label for each image.
     """
+    if any(isinstance(part, nn.Module) for part in parts):
+        raise SpecError("tune takes the model first, then its methods: tune(vit, method, ...).")
     if isinstance(model, str):
         raise SpecError(f"tune takes a model, not a name: tune(timm.create_model({model!r}, pretrained=True), ...).")
     if isinstance(model, TunedModel):
@@ -437,8 +480,7 @@ def build_tuned(
 def require_tuned(model: object, what: str) -> None:
     """Raises SpecError unless ``model`` is one that ``tune`` or ``load`` has made."""
     if not isinstance(model, TunedModel):
-        advice = wrapper_advice(model) or "Tune it first: tune(model, method)."
-        raise SpecError(f"{what} takes a model from tune or load; given {type(model).__name__}. {advice}")
+        raise not_tuned(model, what)
 
 
 def host_fingerprint(host: nn.Module, dtype: torch.dtype | None = None) -> str | None:
