@@ -15,6 +15,7 @@ from dyntune.backbones.origin import BackboneSource
 from dyntune.core.discovery import discover
 from dyntune.core.errors import BackboneError, SpecError
 from dyntune.core.fields import Range
+from dyntune.core.shapes import shapes_only
 from dyntune.data.transforms import LARGEST_SIZE
 
 GROUP = "dyntune.families"
@@ -99,7 +100,23 @@ def create_backbone(
     Raises:
         BackboneError: unknown name, no weights to be had, or weights that do not fit.
     """
-    return _builders(name)[0].create(name, weights=weights, pretrained=pretrained, **arguments)
+    builder = _builders(name)[0]
+    if pretrained and weights is None and not builder.prefix:
+        _require_supported(builder, name, arguments)
+    return builder.create(name, weights=weights, pretrained=pretrained, **arguments)
+
+
+def _require_supported(builder: type[Backbone], name: str, arguments: dict[str, Any]) -> None:
+    """Raises BackboneError for a model that no family takes, before its weights are fetched."""
+    try:
+        with shapes_only():
+            outline = builder.create(name, pretrained=False, **arguments)
+    except BackboneError:
+        return  # said where it is built
+    try:
+        wrap_plain(outline)
+    except BackboneError as error:
+        raise BackboneError(f"{name}: {error}") from error
 
 
 def rebuild(source: BackboneSource, *, weights: str | Path | None = None, pretrained: bool = True) -> nn.Module:
