@@ -45,15 +45,20 @@ class Stepping(Protocol):
 
 
 @runtime_checkable
-class Paced(Protocol):
+class Ending(Protocol):
+    """A module that is told that a training is over."""
+
+    def end_course(self) -> None:
+        """See ``Backbone.end_training``."""
+        ...
+
+
+@runtime_checkable
+class Paced(Ending, Protocol):
     """A module that is told how far a training goes, and may train other tensors meanwhile than it is read by."""
 
     def begin_course(self, travel: float | None) -> None:
         """See ``Backbone.begin_training``."""
-        ...
-
-    def end_course(self) -> None:
-        """See ``Backbone.end_training``."""
         ...
 
     def course_state(self) -> dict[str, Tensor]:
@@ -404,8 +409,9 @@ class Backbone(nn.Module, abc.ABC):
     def end_training(self) -> None:
         """Tells modules that the training is over; another one may begin."""
         self.steps = None
-        for _, module in self._paced():
-            module.end_course()
+        for module in self.modules():
+            if module is not self and isinstance(module, Ending):
+                module.end_course()
 
     def course_state(self) -> dict[str, Tensor]:
         """What has to be kept of a training that is interrupted, beside the trained tensors, by name."""
