@@ -84,7 +84,7 @@ def test_resume_calibrates_a_run_that_was_stopped_before_it(photos, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dyntune.commands.train.calibrate", stop)
+        patch.setattr("dyntune.training.calibration.calibrate", stop)
         assert invoke(*command).exit_code != 0
     assert dyntune.load(tmp_path / "run").calibration is None
     done = invoke(*command, "--resume")
