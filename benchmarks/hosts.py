@@ -27,6 +27,7 @@ from deploy import CLASSES, DYT, awake, macs
 from torch import Tensor, nn
 
 import dyntune
+from dyntune.backbones.owners import release
 from dyntune.core.machine import machine
 from dyntune.core.timing import Turns, time_in_turns
 from dyntune.inference.export.bundle import Export
@@ -81,6 +82,7 @@ def measure(host: str, batch_size: int, options: argparse.Namespace, room: Path)
     """A row for each runtime: the dense host and DyT in it, all of them timed in the same turns."""
     models, images = built(host, batch_size, options.depth)
     dense, model = models[DENSE], models[DYT]
+    release(dense.backbone)  # nothing is on it: its own forward pass is timed
     ratio = macs(dense, images) / macs(model, images)
     room.mkdir(parents=True, exist_ok=True)
     batch = room / "images.npy"

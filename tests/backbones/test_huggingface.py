@@ -1,5 +1,6 @@
 """Vision towers of transformers: read, named, built and prepared for; the numbers are of a straight-line reading."""
 
+import copy
 import json
 import re
 import shutil
@@ -63,9 +64,12 @@ def test_the_interface_computes_what_the_host_computes(make_hf, randomise, kind)
     host = randomise(make_hf(kind))
     images = torch.randn(2, 3, 32, 32)
     expected = own_logits(host, kind, images)
+    torch.testing.assert_close(wrap(host).host_logits(images), expected, atol=1e-5, rtol=1e-5)
     model = tuned(host, "linear")
     torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model.backbone.host_logits(images), expected, atol=1e-5, rtol=1e-5)
+    tokens = model.forward_features(images)
+    assert tokens.shape[::2] == (2, 32) and tokens.shape[1] >= 16
+    torch.testing.assert_close(model.forward_head(tokens), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -382,7 +386,8 @@ def test_positions_are_not_drawn_at_random_in_training(make_hf, randomise):
     host = randomise(make_hf("dinov3"))
     images = torch.randn(2, 3, 32, 32)
     model = dyntune.tune(host, "linear").train()
-    assert not torch.equal(host.train()(images).pooler_output, host(images).pooler_output)
+    own = copy.deepcopy(host).train()
+    assert not torch.equal(own(images).pooler_output, own(images).pooler_output)
     assert torch.equal(model(images), model(images))
 
 
@@ -501,7 +506,8 @@ def test_another_image_size_is_kept_with_the_run(folder, tmp_path, kind):
     assert model.backbone.grid == (6, 6) and model.preprocessing.size == (48, 48)
     images = torch.randn(2, 3, 48, 48)
     resizing = kind in ("vit", "siglip")
-    own = host(images, **({"interpolate_pos_encoding": True} if resizing else {})) if kind != "clip" else None
+    inputs = {"interpolate_pos_encoding": True} if resizing else {}
+    own = copy.deepcopy(host)(images, **inputs) if kind != "clip" else None
     if own is not None:
         complete = model.run(images, complete=True).logits
         plain = tuned(create_backbone(f"hf:{folder(kind)}", num_classes=3, img_size=48), "linear")

@@ -315,6 +315,22 @@ def test_unsupported_hosts_are_refused_by_name(name):
     assert {key: p.requires_grad for key, p in host.named_parameters()} == before
 
 
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
+def test_what_is_no_vit_is_refused_before_its_weights_are_fetched(monkeypatch, name):
+    build, fetched = timm.create_model, []
+
+    def create_model(name, pretrained=False, **arguments):
+        fetched.extend([name] * pretrained)
+        return build(name, pretrained=False, **arguments)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(BackboneError, match=f"{name}: .* is not supported"):
+        create_backbone(name)
+    assert not fetched
+    create_backbone("vit_two_blocks", num_classes=3)
+    assert fetched == ["vit_two_blocks"]
+
+
 def test_weights_are_not_read_into_unsupported_models(tmp_path):
     (tmp_path / "vit.pth").write_bytes(b"")
     with pytest.raises(BackboneError, match="given ResNet"):

@@ -10,8 +10,8 @@ import dyntune
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.commands.main import app
 from dyntune.commands.train import with_rate
-from dyntune.core.errors import SpecError
-from dyntune.model.adapter_folder import CONFIG
+from dyntune.core.errors import DyntuneError, ExportError, SpecError
+from dyntune.model.adapter_folder import CONFIG, EXPORTED
 from dyntune.model.tuned import build_tuned
 from dyntune.parts.registry import resolve
 
@@ -84,7 +84,7 @@ def test_resume_calibrates_a_run_that_was_stopped_before_it(photos, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dyntune.commands.train.calibrate", stop)
+        patch.setattr("dyntune.training.calibration.calibrate", stop)
         assert invoke(*command).exit_code != 0
     assert dyntune.load(tmp_path / "run").calibration is None
     done = invoke(*command, "--resume")
@@ -130,3 +130,34 @@ def test_rates_that_cannot_be_trained_for(specs, rate, expected):
 def test_rates_that_cannot_be_read(run, photos):
     done = invoke("calibrate", run, photos, "--rates", "0.3,0.5")
     assert isinstance(done.exception, SpecError) and "written 0.3/0.5/0.7" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval {} digits",
+        "visualize {} x.png --out pictures",
+        "bench {}",
+        "calibrate {} digits",
+        "merge {} --out weights.safetensors",
+        "export {} --out elsewhere",
+        "train digits --teacher {} --out run",
+    ],
+)
+def test_an_exported_folder_is_told_from_a_run(tmp_path, command):
+    (tmp_path / EXPORTED).write_text("{}")
+    done = invoke(*command.format(tmp_path).split())
+    assert isinstance(done.exception, DyntuneError), (done.output, done.exception)
+    assert f"{tmp_path} is an exported model" in str(done.exception)
+
+
+def test_a_run_is_told_from_an_exported_folder(run):
+    with pytest.raises(ExportError, match=r"is a run, which dyntune\.load reads"):
+        dyntune.open_export(run)
+
+
+def test_a_speed_comes_with_its_spread(run, photos):
+    table = report("eval", run, photos, "--split", "test", "--batch-size", 3)
+    assert table["speedup_low"] <= table["speedup"] <= table["speedup_high"] and table["timed_batch"] == 3
+    said = " ".join(invoke("eval", run, photos, "--device", "cpu").stdout.split())
+    assert "in batches of 12 (" in said and "x dense, half of the rounds" in said

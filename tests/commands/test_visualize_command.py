@@ -59,3 +59,12 @@ def test_a_policy_is_put_on_a_run_that_was_trained_without(photos, tmp_path, com
         assert "active patches" not in done.output
         counts = [line.split()[-2] for line in done.output.splitlines() if "tokens in blocks" in line]
         assert counts == [str(65 - 4 * block) for block in range(1, 13)]
+
+
+def test_pictures_of_an_earlier_call_are_told_of(photos, tmp_path):
+    visualize("linear+dispatch", photos, tmp_path)
+    (tmp_path / "out" / "notes.png").touch()
+    (tmp_path / "out" / "tokens-3.png").touch()
+    done = visualize("linear+dispatch", photos, tmp_path)
+    assert done.stdout.count(", in the place of an earlier one") == 3 == done.stdout.count("wrote ")
+    assert f"of an earlier call, {tmp_path / 'out'} still has tokens-3.png" in done.stderr.replace("\n", "")

@@ -1,6 +1,7 @@
 """Reading image files of every mode, and finding them behind command-line arguments."""
 
 import os
+import re
 import struct
 import zlib
 
@@ -147,3 +148,18 @@ def test_a_folder_linked_into_itself_is_listed_once(tmp_path):
     (tmp_path / "a.png").touch()
     (tmp_path / "again").symlink_to(tmp_path)
     assert expand_images([str(tmp_path)]) == [tmp_path / "a.png"]
+
+
+def test_what_a_pattern_finds_beside_images_is_counted(tmp_path, caplog):
+    for name in ("a.png", "notes.txt", "more.txt", "b.csv", ".hidden"):
+        (tmp_path / name).touch()
+    assert expand_images([str(tmp_path / "*")]) == [tmp_path / "a.png"]
+    assert caplog.messages == [
+        f"{tmp_path / '*'}: left out 3 files that are no images which Pillow reads: 2 .txt, 1 .csv."
+    ]
+
+
+def test_an_error_names_the_usual_suffixes_and_counts_the_others(tmp_path):
+    with pytest.raises(DataError) as error:
+        expand_images([str(tmp_path)])
+    assert re.search(r"\(\.jpg, \.jpeg, \.png, .* and \d+ more\)", str(error.value)) and len(str(error.value)) < 300

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
 import dyntune
+from dyntune.backbones.hosts import wrap
 from dyntune.commands.predict import predict
 from dyntune.core.errors import CheckpointError, TrainingError
 from dyntune.core.files import SEAL
@@ -188,3 +189,17 @@ def test_what_several_processes_have_counted_adds_up(task):
     first.sums += second.sums
     assert first.figures() == pytest.approx(whole.figures())
     assert task.score(outputs, targets) == pytest.approx(whole.figures()[task.merit])
+
+
+def test_one_output_is_no_classification(make_host, make_hf):
+    hf = make_hf("vit")
+    wrap(hf).reset_classifier(1)
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 0])
+    for model in (dyntune.tune(make_host(num_classes=1), "linear"), dyntune.tune(hf, "dyt")):
+        for call in (
+            lambda model=model: dyntune.training_loss(model.train(), images, labels),
+            lambda model=model: dyntune.fit(model, TensorDataset(images, labels), **SHORT),
+            lambda model=model: model.eval()(pixel_values=images, labels=labels),
+        ):
+            with pytest.raises(TrainingError, match=r"has 1 output.*num_labels=2.*model\.task"):
+                call()

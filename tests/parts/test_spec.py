@@ -1,6 +1,9 @@
 """The written forms of parts, and what a wrong one is told."""
 
-from dataclasses import dataclass
+import copy
+import pickle
+import re
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pytest
@@ -8,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dyntune
-from dyntune.core.errors import SpecError
+from dyntune.core.errors import SpecError, TrainingError
 from dyntune.parts.methods.adaptformer import AdaptFormer
 from dyntune.parts.policies.dispatch import Dispatch
 from dyntune.parts.presets.dyt import DyT
 from dyntune.parts.registry import part_from_dict, resolve
 from dyntune.parts.spec import Part, format_spec, split_spec
+from dyntune.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -246,3 +250,37 @@ def test_any_text_gives_parts_or_a_spec_error(text):
 def test_a_missing_colon_is_named():
     with pytest.raises(SpecError, match="has no colon between name and options"):
         split_spec("tome r=3")
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("lora:r=8", "lora: unknown option 'r'. Did you mean 'rank'? Known: dropout, "),
+        ("lora:lora_alpha=16", "Did you mean 'scale' (scale is lora_alpha / rank)?"),
+        ("lora:target_modules=qkv", "Did you mean 'targets'?"),
+        ("adapter:reduction_factor=16", "Did you mean 'bottleneck' (bottleneck is the width of the tokens / "),
+        ("adaptformer:bottleneck_size=4", "Did you mean 'bottleneck'?"),
+        ("adaptformer:drop=0.1", "Did you mean 'dropout'?"),
+        ("vpt:num_tokens=4", "Did you mean 'prompts'?"),
+        ("evit:keep_rate=0.7", "Did you mean 'keep'?"),
+        ("dyt:target_rate=0.5", "Did you mean 'rate'?"),
+        ("tome:alpha=2", "tome: unknown option 'alpha'. Known: "),
+        ("linear_probe", "Did you mean 'linear'?"),
+    ],
+)
+def test_names_that_other_libraries_have_are_known(spec, said):
+    with pytest.raises(SpecError, match=re.escape(said)):
+        resolve([spec])
+
+
+def test_arguments_in_python_are_told_the_nearest_option_too():
+    with pytest.raises(SpecError, match=r"lora: unknown option 'r'.*mean 'rank'"):
+        dyntune.LoRA(r=8)
+    with pytest.raises(SpecError, match=r"unknown option 'botleneck'.*mean 'bottleneck'"):
+        dyntune.AdaptFormer(botleneck=8)
+    part = dyntune.LoRA(rank=3)
+    assert pickle.loads(pickle.dumps(part)) == copy.copy(part) == replace(part) == part
+    with pytest.raises(TrainingError, match=r"unknown training option 'learning_rate'.*mean 'lr'"):
+        TrainSettings.of(learning_rate=0.1)
+    with pytest.raises(TrainingError, match=r"unknown training option 'num_train_epochs'.*mean 'epochs'"):
+        TrainSettings.of(num_train_epochs=3)

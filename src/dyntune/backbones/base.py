@@ -18,7 +18,8 @@ from dyntune.backbones.origin import BackboneSource
 from dyntune.backbones.sites import Site, SiteKind
 from dyntune.backbones.units import Block, Unit, Where
 from dyntune.core.errors import BackboneError, CheckpointError
-from dyntune.core.tokens import Tokens
+from dyntune.core.places import Places
+from dyntune.core.tokens import Provenance, Tokens
 from dyntune.data.transforms import Preprocessing
 
 
@@ -44,15 +45,20 @@ class Stepping(Protocol):
 
 
 @runtime_checkable
-class Paced(Protocol):
+class Ending(Protocol):
+    """A module that is told that a training is over."""
+
+    def end_course(self) -> None:
+        """See ``Backbone.end_training``."""
+        ...
+
+
+@runtime_checkable
+class Paced(Ending, Protocol):
     """A module that is told how far a training goes, and may train other tensors meanwhile than it is read by."""
 
     def begin_course(self, travel: float | None) -> None:
         """See ``Backbone.begin_training``."""
-        ...
-
-    def end_course(self) -> None:
-        """See ``Backbone.end_training``."""
         ...
 
     def course_state(self) -> dict[str, Tensor]:
@@ -187,9 +193,46 @@ class Backbone(nn.Module, abc.ABC):
         raise BackboneError(f"{type(self.host).__name__} does not tell pooled features from its classifier.")
 
     @property
+    def prefix_tokens(self) -> int:
+        """How many tokens of its own the host puts in front of the patches."""
+        return 1 if self.class_token else 0
+
+    def unpooled(self, tokens: Tokens) -> Tensor:
+        """Finished tokens in the layout in which the host itself gives them, by default ``(B, N, C)``.
+
+        Merged patches share the features of their token, so that a mean over them is the same. Where patches were
+        dropped and those left count alike, N is the number of those.
+        """
+        provenance = tokens.provenance
+        if provenance.owner is None or (provenance.sizes is None and not self.head_reads_grid):
+            return tokens.x
+        return tokens.on_places()
+
+    def as_finished(self, x: Tensor) -> Tokens:
+        """What ``unpooled`` gives as tokens that ``readout`` and ``pooled`` take."""
+        if x.ndim != 3:
+            raise BackboneError(f"expected tokens (B, N, C), as forward_features gives them; given {tuple(x.shape)}.")
+        return Tokens(x, self.prefix_tokens, self.grid, provenance=Provenance(), places=Places())
+
+    def reset_classifier(self, classes: int) -> None:
+        """Puts a new classifier in place of the host's; none, ``nn.Identity``, for 0 classes.
+
+        Raises:
+            BackboneError: there is no place for one.
+        """
+        raise BackboneError(
+            f"the classifier of {type(self.host).__name__} cannot be replaced once it is tuned. Replace it before tune."
+        )
+
+    @property
     def poolers(self) -> tuple[nn.Module, ...]:
         """The host's own modules between its last norm and its classifier."""
         return ()
+
+    @property
+    def passes(self) -> tuple[nn.Module, ...]:
+        """The modules whose own methods run all of the host's blocks, without what is put on them: the host itself."""
+        return (self.host,)
 
     def host_logits(self, images: Tensor) -> Tensor:
         """What the host's own forward pass makes of images ``(B, 3, height, width)``: ``(B, classes)``."""
@@ -366,8 +409,9 @@ class Backbone(nn.Module, abc.ABC):
     def end_training(self) -> None:
         """Tells modules that the training is over; another one may begin."""
         self.steps = None
-        for _, module in self._paced():
-            module.end_course()
+        for module in self.modules():
+            if module is not self and isinstance(module, Ending):
+                module.end_course()
 
     def course_state(self) -> dict[str, Tensor]:
         """What has to be kept of a training that is interrupted, beside the trained tensors, by name."""

@@ -13,8 +13,9 @@ from torch import nn
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.origin import BackboneSource
 from dyntune.core.discovery import discover
-from dyntune.core.errors import BackboneError
+from dyntune.core.errors import BackboneError, SpecError
 from dyntune.core.fields import Range
+from dyntune.core.shapes import shapes_only
 from dyntune.data.transforms import LARGEST_SIZE
 
 GROUP = "dyntune.families"
@@ -75,6 +76,16 @@ def wrapper_advice(module: object) -> str | None:
     return None
 
 
+def not_tuned(model: object, what: str) -> SpecError:
+    """The error for who gives ``what``, which takes a tuned model, something else."""
+    advice = wrapper_advice(model) or "Tune it first: tune(model, method)."
+    if isinstance(model, str | Path):
+        advice = f"Load it first: dyntune.load({str(model)!r:.80})."
+    elif not isinstance(model, nn.Module):
+        advice = "The model comes first."
+    return SpecError(f"{what} takes a model from tune or load; given {type(model).__name__}. {advice}")
+
+
 def create_backbone(
     name: str, *, weights: str | Path | None = None, pretrained: bool = True, **arguments: Any
 ) -> nn.Module:
@@ -89,7 +100,23 @@ def create_backbone(
     Raises:
         BackboneError: unknown name, no weights to be had, or weights that do not fit.
     """
-    return _builders(name)[0].create(name, weights=weights, pretrained=pretrained, **arguments)
+    builder = _builders(name)[0]
+    if pretrained and weights is None and not builder.prefix:
+        _require_supported(builder, name, arguments)
+    return builder.create(name, weights=weights, pretrained=pretrained, **arguments)
+
+
+def _require_supported(builder: type[Backbone], name: str, arguments: dict[str, Any]) -> None:
+    """Raises BackboneError for a model that no family takes, before its weights are fetched."""
+    try:
+        with shapes_only():
+            outline = builder.create(name, pretrained=False, **arguments)
+    except BackboneError:
+        return  # said where it is built
+    try:
+        wrap_plain(outline)
+    except BackboneError as error:
+        raise BackboneError(f"{name}: {error}") from error
 
 
 def rebuild(source: BackboneSource, *, weights: str | Path | None = None, pretrained: bool = True) -> nn.Module:

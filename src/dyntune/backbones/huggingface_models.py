@@ -79,9 +79,7 @@ class TowerClassifier(nn.Module):
         self.tower = tower
         self.pool = pool
         width = self.config.hidden_size
-        self.classifier = nn.Linear(2 * width if pool == "token+avg" else width, classes)
-        nn.init.trunc_normal_(self.classifier.weight, std=0.02)
-        nn.init.zeros_(self.classifier.bias)
+        self.classifier = new_classifier(2 * width if pool == "token+avg" else width, classes)
         self.classifier.to(next(tower.parameters()))
         if classes != self.config.num_labels:
             self.config.num_labels = classes
@@ -102,6 +100,16 @@ class TowerClassifier(nn.Module):
         logits = self.classifier(torch.cat(read, dim=1))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return library().modeling_outputs.ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def new_classifier(width: int, classes: int) -> nn.Module:
+    """A linear classifier with the initial values of transformers'; ``nn.Identity`` for 0 classes."""
+    if not classes:
+        return nn.Identity()
+    classifier = nn.Linear(width, classes)
+    nn.init.trunc_normal_(classifier.weight, std=0.02)
+    nn.init.zeros_(classifier.bias)
+    return classifier
 
 
 def add_classifier(tower: nn.Module, classes: int, pool: Pool = "token") -> TowerClassifier:

@@ -17,6 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
+from dyntune.backbones.owners import open_passes
 from dyntune.backbones.sites import Changed, JointSite, Site
 from dyntune.core.errors import BackboneError
 from dyntune.core.tokens import Tokens
@@ -146,6 +147,27 @@ class PeftBackbone(Backbone):
     def readout(self, tokens: Tokens) -> Tensor:
         return self.inner.readout(tokens)
 
+    def pooled(self, tokens: Tokens) -> Tensor:
+        return self.inner.pooled(tokens)
+
+    @property
+    def prefix_tokens(self) -> int:
+        return self.inner.prefix_tokens
+
+    def unpooled(self, tokens: Tokens) -> Tensor:
+        return self.inner.unpooled(tokens)
+
+    def as_finished(self, x: Tensor) -> Tokens:
+        return self.inner.as_finished(x)
+
+    def reset_classifier(self, classes: int) -> None:
+        if any(isinstance(head, ModulesToSaveWrapper) for head in self.inner.heads):
+            raise BackboneError(
+                "PEFT keeps a copy of the classifier (modules_to_save). Replace it in the plain model, before "
+                "get_peft_model."
+            )
+        self.inner.reset_classifier(classes)
+
     @property
     def head_reads_grid(self) -> bool:
         return self.inner.head_reads_grid
@@ -217,6 +239,10 @@ class PeftBackbone(Backbone):
     @property
     def config(self) -> Any:
         return self.inner.config
+
+    @property
+    def passes(self) -> tuple[nn.Module, ...]:
+        return self.inner.passes
 
     def host_logits(self, images: Tensor) -> Tensor:
         return self.inner.host_logits(images)
@@ -485,5 +511,6 @@ def _stripped(module: nn.Module) -> nn.Module:
         else:
             module = module.base if isinstance(module, Changed) else module.base_layer
     twin = copy.copy(module)
+    open_passes(twin)
     twin.__dict__["_modules"] = {name: child and _stripped(child) for name, child in module._modules.items()}
     return twin

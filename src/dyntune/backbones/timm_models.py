@@ -149,7 +149,7 @@ class TimmBackbone(Backbone):
     def readout(self, tokens: Tokens) -> Tensor:
         host = self.host
         if not host.global_pool and tokens.provenance.owner is not None:  # the head reads every patch
-            tokens = tokens.with_x(torch.cat([tokens.x[:, : tokens.prefix], tokens.on_grid().flatten(2).mT], dim=1))
+            tokens = tokens.with_x(tokens.on_places())
         if tokens.provenance.weights is None or host.global_pool in ("", "token"):
             return host.forward_head(tokens.x)
         return host.head(self.pooled(tokens))
@@ -159,6 +159,13 @@ class TimmBackbone(Backbone):
         if weights is None or host.global_pool in ("", "token"):
             return host.forward_head(tokens.x, pre_logits=True)
         return host.head_drop(host.fc_norm(self._pooled(tokens, weights)))
+
+    @property
+    def prefix_tokens(self) -> int:
+        return int(self.host.num_prefix_tokens)
+
+    def reset_classifier(self, classes: int) -> None:
+        self.host.reset_classifier(classes)
 
     @property
     def poolers(self) -> tuple[nn.Module, ...]:

@@ -79,8 +79,9 @@ def command(
     _report_seen(images, trained, chosen)
     with EvaluationBar(len(images), model.task.merit, err) as bar:
         result = evaluate(model, images, batch_size=batch_size, workers=workers, watch=bar)
+    timed = first_batch(images, model, batch_size)
     with err.status("timing it beside the dense backbone"):
-        speeds = compare_speed({model.spec: model}, first_batch(images, model, batch_size))
+        speeds = compare_speed({model.spec: model}, timed)
     speed, dense = speeds[model.spec], speeds[DENSE]
     clip = model.preprocessing.clip
     dense_macs = model.dense_macs * (1 if clip is None else clip.views)
@@ -96,7 +97,9 @@ def command(
             "dense_macs": dense_macs,
         }
         report["images_per_second"] = speed.images_per_second
-        print_json({**report, "dense_images_per_second": dense.images_per_second, "speedup": speed.speedup})
+        report["dense_images_per_second"] = dense.images_per_second
+        quartiles = {"speedup_low": speed.speedup_low, "speedup_high": speed.speedup_high}
+        print_json({**report, "speedup": speed.speedup, **quartiles, "timed_batch": len(timed)})
         return
     macs = result.macs or 0.0
     one, seen_at_once = ("image", "image") if clip is None else ("video", "clip")
@@ -106,7 +109,8 @@ def command(
         (f"MACs per {one}", f"{millions(macs)} ({macs / dense_macs:.1%} of dense)"),
         (
             f"{seen_at_once}s per second",
-            f"{speed.images_per_second:.0f} ({speed.speedup:.2f} x dense)",
+            f"{speed.images_per_second:.0f} in batches of {len(timed)} "
+            f"({speed.speedup:.2f} x dense, half of the rounds {speed.speedup_low:.2f} to {speed.speedup_high:.2f})",
         ),
         *((f"active in {unit}", f"{rate:.1%}") for unit, rate in result.activation_per_unit.items()),
         *((f"tokens in {unit}", str(count)) for unit, count in result.tokens_per_unit.items()),

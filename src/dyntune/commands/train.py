@@ -26,7 +26,6 @@ from dyntune.commands.common import (
     ValFractionOption,
     WeightsOption,
     calibration_images,
-    err,
     kilobytes,
     load_teacher,
     out,
@@ -41,11 +40,8 @@ from dyntune.commands.common import (
 from dyntune.commands.options import Options, with_options
 from dyntune.core.errors import DataError, SpecError
 from dyntune.data import load_data
-from dyntune.data.base import DataSplits
-from dyntune.model.adapter_folder import read_config, write_calibration
 from dyntune.model.cost import cost
-from dyntune.model.rates import Calibration, calibrate, dispatchers
-from dyntune.model.tuned import TunedModel, build_tuned
+from dyntune.model.tuned import build_tuned
 from dyntune.parts.registry import resolve
 from dyntune.parts.spec import Part
 from dyntune.training.accelerator import is_main_process
@@ -111,11 +107,19 @@ def command(
     say_threads(tuned, settings, run)
     bar = ProgressBar(tuned.spec)
     result = fit(
-        tuned, splits.train, chosen, out=run, resume=resume, progress=bar, settings=settings, teacher=taught_by
+        tuned,
+        splits.train,
+        chosen,
+        out=run,
+        resume=resume,
+        progress=bar,
+        calibrate=calibration_images(splits),
+        settings=settings,
+        teacher=taught_by,
     )
     if not is_main_process():
         return
-    calibration = _calibrated(tuned, run, splits)
+    calibration = tuned.calibration
     figures = cost(tuned)
     if json:
         print_json(
@@ -165,17 +169,3 @@ def with_rate(specs: list[str], rate: str | None) -> tuple[Part, ...]:
             f"{' and '.join(part.name() for part in gated) or 'none'}. Give dyt or dispatch, once."
         )
     return tuple(replace(part, **{"rate": value}) if part is gated[0] else part for part in given)
-
-
-def _calibrated(model: TunedModel, run: Path, splits: DataSplits) -> Calibration | None:
-    """Calibrates the gates of a finished run for other rates, unless that is done already; None without gates."""
-    if not dispatchers(model.backbone):
-        return None
-    saved = read_config(run).get("calibration")
-    if saved is not None:
-        return Calibration.from_dict(saved)
-    images = calibration_images(splits)
-    with err.status("calibrating the gates for other rates"):
-        calibration = calibrate(model, images)
-    write_calibration(run, calibration)
-    return calibration

@@ -27,7 +27,7 @@ from dyntune.commands.common import (
     pick_device,
 )
 from dyntune.core.errors import DyntuneError
-from dyntune.core.texts import printable
+from dyntune.core.texts import listed, printable
 from dyntune.data import Preprocessing, build_transform
 from dyntune.data.images import require_some
 from dyntune.data.load import load_held
@@ -91,6 +91,7 @@ def command(
         tensor = transform(given)
         return ([given] if clip is None else _seen(tensor, model.preprocessing)), tensor
 
+    there = _drawn(folder, suffix)
     rates = []
     for number, read in enumerate(found.batches(per_figure, prepare), 1):
         names = [path.name for path, _ in read]
@@ -106,24 +107,27 @@ def command(
         if output.gates:
             rates.append(len(read) * activation_rates(output.gates).cpu())
             if clip is None:
-                _write(token_figure(pictures, gates, grid, names), folder / f"tokens-{number}.{suffix}")
+                _write(token_figure(pictures, gates, grid, names), folder / f"tokens-{number}.{suffix}", there)
             else:
-                _write(frames_figure(pictures, gates, grid), folder / f"tokens-{number}.{suffix}")
+                _write(frames_figure(pictures, gates, grid), folder / f"tokens-{number}.{suffix}", there)
                 film = frames_animation(pictures, gates, grid, folder / f"tokens-{number}.gif")
-                out.print(f"wrote {printable(str(film))}", highlight=False)
+                _say_written(film, there)
         if output.reductions:
             if slices > 1:
                 pictures = [Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))]
                 names = ["frames from top to bottom"]
-            _write(reduction_figure(pictures, output, names), folder / f"reductions-{number}.{suffix}")
+            _write(reduction_figure(pictures, output, names), folder / f"reductions-{number}.{suffix}", there)
         if not output.gates and not output.reductions:
             raise DyntuneError(f"{model.spec} in {run} skips, merges and drops no token, so there is nothing to show.")
     if rates:
         mean = (torch.stack(rates).sum(0) / found.read).tolist()
         rate_of = {model.spec: list(zip((gate.unit for gate in output.gates), mean, strict=True))}
-        _write(activation_figure(rate_of, {model.spec: model.target_rate}), folder / f"activation.{suffix}")
+        _write(activation_figure(rate_of, {model.spec: model.target_rate}), folder / f"activation.{suffix}", there)
     if rates_on:
-        _write(_rates_on(model, rates_on), folder / f"activation-data.{suffix}")
+        _write(_rates_on(model, rates_on), folder / f"activation-data.{suffix}", there)
+    if there:
+        kept = listed(sorted(path.name for path in there))
+        err.print(f"of an earlier call, {folder} still has {kept}", highlight=False, soft_wrap=True)
     found.finish()
 
 
@@ -152,6 +156,19 @@ def _seen(clip: Tensor, preprocessing: Preprocessing) -> list[Image.Image]:
     return [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in pixels]
 
 
-def _write(figure: Figure, file: Path) -> None:
+def _drawn(folder: Path, suffix: str) -> set[Path]:
+    """The pictures that an earlier call has left in a folder."""
+    kinds = (f"tokens-*.{suffix}", "tokens-*.gif", f"reductions-*.{suffix}", f"activation*.{suffix}")
+    return {path for kind in kinds for path in folder.glob(kind)}
+
+
+def _write(figure: Figure, file: Path, there: set[Path]) -> None:
     save_figure(figure, file)
-    out.print(f"wrote {printable(str(file))}", highlight=False)
+    _say_written(file, there)
+
+
+def _say_written(file: Path, there: set[Path]) -> None:
+    """Says that a picture was written, and whether in the place of one that was there, which it is no more."""
+    replaced = ", in the place of an earlier one" if file in there else ""
+    there.discard(file)
+    out.print(f"wrote {printable(str(file))}{replaced}", highlight=False)

@@ -3,7 +3,7 @@
 import difflib
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _LONGEST = 300
@@ -72,17 +72,22 @@ def how_to_install(extra: str) -> str:
     return f"pip install {' '.join(EXTRAS[extra])}, or in a checkout of Dyntune pip install -e '.[{extra}]'"
 
 
-def unknown_name(kind: str, given: str, known: Iterable[str]) -> str:
+def unknown_name(kind: str, given: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
     """Words for "there is no such name": what was given, the nearest valid name, and all valid names.
 
     Args:
         kind: what the name stands for, for instance ``"tuning method"``.
         given: the name as the user wrote it.
         known: the valid names.
+        elsewhere: what is called otherwise in other libraries: their name, and ours, or several of ours separated by
+            commas, of which the first valid one is meant; behind a colon, what else there is to know.
     """
     names = sorted(known)
-    near = difflib.get_close_matches(given, names, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    ours, _, note = (elsewhere or {}).get(given, "").partition(":")
+    meant = [name for name in ours.split(",") if name in names]
+    near = meant or difflib.get_close_matches(given, names, n=1)
+    aside = f" ({note.strip()})" if meant and note else ""
+    hint = f" Did you mean {near[0]!r}{aside}?" if near else ""
     return f"unknown {kind} {given!r}.{hint} Known: {', '.join(names)}."
 
 

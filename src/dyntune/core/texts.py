@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 # An underscore within a word means nothing.
 _MARKDOWN = re.compile(r"([\\`*{}\[\]<>#|~$&]|(?<!\w)_|_(?!\w))")
@@ -16,6 +17,12 @@ def printable(text: str) -> str:
     """
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") if _lone(text) else text
     return "".join(sign if sign.isprintable() else _escaped(sign) for sign in text)
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first of several names, fit to be printed, and how many more there are."""
+    shown = ", ".join(map(printable, names[:most]))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
 
 
 def _lone(text: str) -> bool:

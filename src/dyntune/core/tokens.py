@@ -206,6 +206,13 @@ class Tokens:
             )
         return self.provenance.of_places(self.patches).transpose(1, 2).unflatten(2, self.grid)
 
+    def on_places(self) -> Tensor:
+        """The prefix tokens and behind them the features at every place of the grid, ``(B, prefix + places, C)``.
+
+        As ``on_grid`` says.
+        """
+        return torch.cat([self.x[:, : self.prefix], self.on_grid().flatten(2).mT], dim=1)
+
     def with_prompts(self, prompts: Tensor) -> Tokens:
         """The same tokens with ``prompts``, ``(B, p, C)``, in place of those inserted before; dense layout only."""
         own = self.prefix - self.prompts

@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dyntune.core.errors import DataError
+from dyntune.core.texts import listed, printable
 
 
 class LabelledImages(Dataset[tuple[Any, int]], ABC):
@@ -80,6 +81,11 @@ class LabelledImages(Dataset[tuple[Any, int]], ABC):
     def __len__(self) -> int:
         return len(self.targets)
 
+    def __repr__(self) -> str:
+        classes = f" of {len(self.classes)} classes: {listed(self.classes)}" if self.classes else ""
+        skipped = f"; {len(self.skipped):,} left out that cannot be read" if self.skipped else ""
+        return f"{type(self).__name__}({len(self):,} {self.noun}s{classes}{skipped})"
+
     def __getitem__(self, index: int) -> tuple[Any, int]:
         # The label is looked up first: beyond the end it raises the IndexError that ends a plain for loop.
         target = self.targets[index]
@@ -134,6 +140,15 @@ class DataSplits:
         for split in (self.train, self.val, self.test):
             if split is not None:
                 split.classes = self.classes
+
+    def __repr__(self) -> str:
+        splits = {"training": self.train, "validation": self.val, "test": self.test}
+        counts = ", ".join(f"{len(found):,} {kind}" for kind, found in splits.items() if found is not None)
+        skipped = f"; {len(self.skipped):,} left out that cannot be read" if self.skipped else ""
+        return (
+            f"DataSplits({printable(self.name)}: {counts} {self.train.noun}s of {len(self.classes)} classes: "
+            f"{listed(self.classes)}{skipped})"
+        )
 
     @property
     def num_classes(self) -> int:

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +20,7 @@ from dyntune.core.texts import printable
 
 _NO_PICTURES = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
 """Formats that Pillow knows when it sees them, but cannot read a picture of by itself."""
+_USUAL = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _NO_DATA = ("thumbs.db", "desktop.ini")
 """What file managers leave in folders."""
 _NO_FOLDERS = ("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information")
@@ -34,6 +35,13 @@ def image_suffixes() -> frozenset[str]:
     """Suffixes of the files that Pillow reads here, in small letters; those of its plug-ins are among them."""
     Image.init()
     return _readable(len(Image.EXTENSION), len(Image.OPEN))
+
+
+def in_short(suffixes: Collection[str], usual: Sequence[str] = _USUAL) -> str:
+    """The usual ones of many suffixes, and how many there are beside them."""
+    shown = [suffix for suffix in usual if suffix in suffixes]
+    others = len(suffixes) - len(shown)
+    return ", ".join(shown) + (f" and {others} more" if others else "")
 
 
 @functools.cache
@@ -173,13 +181,19 @@ def report_left_out(
         )
 
 
-def matches(argument: str, inside: Callable[[Path], Sequence[Path]], named: Callable[[str], bool]) -> Iterator[Path]:
+def matches(
+    argument: str,
+    inside: Callable[[Path], Sequence[Path]],
+    named: Callable[[str], bool],
+    expected: str = "images which Pillow reads",
+) -> Iterator[Path]:
     """What one argument of a command stands for; a file that exists is taken at its word, whatever its suffix.
 
     Args:
         argument: a file, a folder or a pattern.
         inside: what is taken of a folder.
         named: whether a file that a pattern finds is taken, by its name.
+        expected: what others are not, as is said of them.
     """
     if not argument:
         return  # Path("") would be the current folder
@@ -189,11 +203,17 @@ def matches(argument: str, inside: Callable[[Path], Sequence[Path]], named: Call
     elif path.exists():
         yield path
     else:
+        taken, left = False, []
         for hit in sorted(glob.glob(_pattern(path), recursive=True)):
             if Path(hit).is_dir():
                 yield from inside(Path(hit))
             elif named(hit):
+                taken = True
                 yield Path(hit)
+            else:
+                left.append(Path(hit).name)
+        if taken:
+            report_left_out(argument, suffixes_of(left), expected)
 
 
 def require_some(arguments: Sequence[str]) -> None:
@@ -249,7 +269,7 @@ def expand_images(paths: Sequence[str]) -> list[Path]:
         if not hits:
             raise DataError(
                 f"no image found for {argument!r}. Expected an image file, a folder that holds images "
-                f"({' '.join(sorted(image_suffixes()))}) or a pattern that matches some; check the spelling."
+                f"({in_short(image_suffixes())}) or a pattern that matches some; check the spelling."
             )
         found.update(dict.fromkeys(hits))
     return list(found)

@@ -92,6 +92,11 @@ def _asked(
     data: str | Path, seed: int, val_fraction: float, root: Path | None, on_corrupt: Literal["error", "skip"]
 ) -> tuple[Source, Request]:
     """The source of a data set, and what it is asked for; raises DataError for options that make no sense."""
+    if not isinstance(data, str | os.PathLike):
+        raise DataError(
+            f"a data set is loaded by its name or folder; given {type(data).__name__}. What is loaded already, or made "
+            "by you, goes to fit and evaluate as it is."
+        )
     if on_corrupt not in ("error", "skip"):
         raise DataError(f"on_corrupt={on_corrupt!r}: expected 'error' or 'skip'.")
     if not 0 < val_fraction < 1:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from dyntune.core.errors import DataError
-from dyntune.data.base import ImageSubset, LabelledImages
+from dyntune.data.base import DataSplits, ImageSubset, LabelledImages
 from dyntune.data.datasets import FileImages, JoinedImages
 from dyntune.data.images import read_image, to_rgb
 from dyntune.data.videos import Video
@@ -176,6 +177,7 @@ def accepted(data: Any, name: str = "the data set") -> LabelledImages | Samples:
     """
     if isinstance(data, Samples):
         return data
+    require_images(data, name)
     if isinstance(data, DataLoader):
         raise DataError(
             f"{name} is a DataLoader, which gives batches. {EXPECTED} Give its data set, loader.dataset; batch_size "
@@ -189,6 +191,21 @@ def accepted(data: Any, name: str = "the data set") -> LabelledImages | Samples:
         raise DataError(f"{name} is a {type(data).__name__}, which is not read by index. {EXPECTED}")
     found = _labelled(data, name)
     return Samples(data, name) if found is None else found
+
+
+def require_images(data: Any, name: str) -> None:
+    """Raises DataError for a whole data set with its splits, and for the name of one, where one split is asked for."""
+    if isinstance(data, DataSplits):
+        has = [f"data.{split}" for split in ("train", "val", "test") if getattr(data, split) is not None]
+        raise DataError(
+            f"{name} is all of {data.name}, with its splits: {', '.join(has)}. Give one of them, as in "
+            "fit(model, data.train, data.val) and evaluate(model, data.test)."
+        )
+    if isinstance(data, str | Path):
+        raise DataError(
+            f"{name} is a name. Load the images first: data = dyntune.data.load_data({str(data)!r:.80}); then "
+            "data.train, data.val and data.test are data sets."
+        )
 
 
 def is_dataset(data: Any) -> bool:

@@ -15,13 +15,22 @@ from PIL import Image
 from dyntune.core.errors import DataError
 from dyntune.core.texts import printable
 from dyntune.data.datasets import FileImages, content_digest
-from dyntune.data.images import is_image_name, matches, read_image, report_left_out, suffixes_of, walk_data
+from dyntune.data.images import (
+    in_short,
+    is_image_name,
+    matches,
+    read_image,
+    report_left_out,
+    suffixes_of,
+    walk_data,
+)
 from dyntune.data.video_files import About, about, read_frames, require_reader
 
 VIDEO_SUFFIXES = frozenset(
     {".3gp", ".asf", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm"}
     | {".wmv"}
 )
+_USUAL = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 SKIP = "Or load the data set with on_corrupt='skip' (--on-corrupt skip), which leaves such videos out."
 
 
@@ -189,11 +198,11 @@ def expand_videos(arguments: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for argument in arguments:
-        hits = list(matches(argument, _inside, is_video_name))
+        hits = list(matches(argument, _inside, is_video_name, "videos"))
         if not hits:
             raise DataError(
                 f"no videos behind {argument!r}. Expected a video file, a folder of frames, a folder that holds videos "
-                f"({' '.join(sorted(VIDEO_SUFFIXES))}) or a pattern that matches some; check the spelling."
+                f"({in_short(VIDEO_SUFFIXES, _USUAL)}) or a pattern that matches some; check the spelling."
             )
         found.update(dict.fromkeys(hits))
     if any(map(is_video_name, found)):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
+from dyntune.backbones.hosts import not_tuned
+from dyntune.backbones.owners import claim, release
 from dyntune.backbones.units import Unit
 from dyntune.core.errors import DyntuneError
 from dyntune.inference.execution import Ending, Fast, Shared
@@ -58,6 +60,8 @@ class OptimizedModel(nn.Module):
         self.dense_macs = tuned.dense_macs
         self.calibration = tuned.calibration
         self.notes: list[str] = []
+        release(self.backbone)
+        claim(self, self.backbone)
         self.backbone.fold_factors()
         ending = None if masks else _ending(self.backbone, self.policies, self.notes)
         self.joints = joined(self.backbone, self.policies, self.backbone.blocks[-1].mlp if ending else None)
@@ -66,6 +70,10 @@ class OptimizedModel(nn.Module):
         self.execution = Fast(self._within(), ending)
         self.requires_grad_(False)
         self.eval()
+
+    def __repr__(self) -> str:
+        backbone = self.origin.name or type(self.backbone.host).__name__
+        return f"OptimizedModel({self.spec} on {backbone}: {'; '.join(self.notes)})"
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(B, 3, height, width)`` to logits ``(B, classes)``."""
@@ -129,6 +137,8 @@ def folded_copy(model: nn.Module, *, rate: float | None = None, masks: bool = Fa
         BackboneError: the model is not supported.
         DyntuneError: ``rate`` is given and the model has no gates, or is not calibrated.
     """
+    if not isinstance(model, nn.Module):
+        raise not_tuned(model, "optimize")
     copied = copy.deepcopy(model)
     if not isinstance(copied, TunedModel):
         copied = TunedModel(copied, resolve(["linear"]))

@@ -42,6 +42,8 @@ PREVIOUS = ".dyntune.previous.safetensors"
 TRAINER_WEIGHTS = "model.safetensors"
 DESCRIPTION = "dyntune.json"
 """The name of the tensor with the bytes of the JSON among those that a Trainer has saved."""
+EXPORTED = "deploy.json"
+"""The configuration in a folder of an exported model, which is no adapter."""
 FORMER_CONFIG = "adapter_config.json"
 FORMER_WEIGHTS = ("adapter_model.safetensors", ".adapter_model.previous.safetensors")
 
@@ -140,6 +142,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     names = (CONFIG, FORMER_CONFIG, TRAINER_WEIGHTS)
     path = next((path for name in names if (path := Path(folder) / name).is_file()), None)
+    if path is None and (Path(folder) / EXPORTED).is_file():
+        raise CheckpointError(
+            f"{folder} is an exported model: it has no adapter, and its weights, rate and token policy are fixed. "
+            "dyntune predict, dyntune.open_export and its own run.py run it; give the run that it was made from."
+        )
     if path is None:
         raise CheckpointError(
             f"no saved adapter in {folder}: {CONFIG} is missing. Give the folder that save() or train wrote."

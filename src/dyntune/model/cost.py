@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from dyntune.model.macs import Trace, trace
@@ -71,7 +71,7 @@ class Cost:
     dense_macs: int
     adapter_bytes: int
     embedding_macs: int
-    blocks: tuple[BlockCost, ...]
+    blocks: tuple[BlockCost, ...] = field(repr=False)
     norm_macs: int
     largest_activation_bytes: int
     largest_activation_shape: tuple[int, ...]

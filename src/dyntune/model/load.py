@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 import warnings
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosts import check_arguments, create_backbone, rebuild, wrap, wrap_plain
 from dyntune.backbones.huggingface_models import PREFIX, folder_of
 from dyntune.backbones.origin import BackboneSource
+from dyntune.backbones.owners import require_free
 from dyntune.core.errors import (
     BackboneError,
     CheckpointError,
@@ -41,7 +43,7 @@ from dyntune.model.adapter_folder import (
 from dyntune.model.assembly import empty_copy, install
 from dyntune.model.rates import Calibration, dispatchers
 from dyntune.model.tasks import Task, saved_task
-from dyntune.model.tuned import TunedModel, host_fingerprint, kept_buffers, require_free
+from dyntune.model.tuned import TunedModel, host_fingerprint, kept_buffers
 from dyntune.parts.policies.base import Searching
 from dyntune.parts.registry import as_in_files, expand, part_from_dict, resolve
 from dyntune.parts.spec import Part
@@ -90,6 +92,8 @@ def load(
     if tokens is not None:
         warnings.warn("load(tokens=...) is now called load(policy=...).", DeprecationWarning, stacklevel=2)
         policy = policy or tokens
+    if not isinstance(folder, str | os.PathLike):
+        raise CheckpointError(f"load takes the folder that save wrote; given {type(folder).__name__}.")
     folder = Path(folder)
     if isinstance(backbone, TunedModel):
         raise CheckpointError("backbone is a tuned model already; give the plain model, one for each adapter.")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.hosts import wrap
+from dyntune.backbones.hosts import not_tuned, wrap
 from dyntune.model.executions import Masked
 from dyntune.model.forward import run
 from dyntune.model.tasks import Task
@@ -83,6 +83,8 @@ def training_loss(
             without it, it does. What follows the course of a training (``TunedModel.begin_training``) counts by itself
             then. Processes that train together must give the same number.
     """
+    if not isinstance(model, Learner):
+        raise not_tuned(model, "training_loss")
     criterion = criterion or model.task.loss
     _warn_without_course(model)
     if model.training:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from dyntune.backbones.base import Backbone
+from dyntune.backbones.hosts import not_tuned
 from dyntune.backbones.units import Unit
 from dyntune.core.errors import CheckpointError, DataError, SpecError
 from dyntune.core.tokens import Tokens
+from dyntune.data.others import require_images
 from dyntune.data.transforms import Preprocessing, preprocessed
 from dyntune.model.executions import Compact
 from dyntune.parts.policies.base import Gate, Output
@@ -55,6 +58,10 @@ class Calibration:
     rates: tuple[float, ...]
     shifts: dict[str, tuple[float, ...]]
     activations: dict[str, tuple[float, ...]]
+
+    def __repr__(self) -> str:
+        rates = ", ".join(f"{rate:g}" for rate in self.rates)
+        return f"Calibration({len(self.shifts)} gates on {self.images} images, for the rates {rates})"
 
     def at(self, rate: float) -> dict[str, tuple[float, float]]:
         """For each gated unit its shift and activation at ``rate``, linear between the calibrated rates.
@@ -156,7 +163,7 @@ class Calibrated(Gated, Protocol):
 
 def set_rate(model: Calibrated, rate: float | None, data: Dataset[Any] | Tensor | None = None) -> None:
     """Shifts the gates' thresholds; see ``TunedModel.set_rate``."""
-    measured = data is not None and rate is not None and 0 < rate < 1
+    measured = data is not None and isinstance(rate, Real) and 0 < rate < 1
     shift_gates(model, rate, calibrate(model, data, (rate,)) if measured else model.calibration)  # type: ignore[arg-type]
 
 
@@ -167,8 +174,8 @@ def shift_gates(model: Gated, rate: float | None, calibration: Calibration | Non
         _set(gates, dict.fromkeys(gates, (0.0, None)))
         return
     _require_gates(model, gates)
-    if not 0 <= rate <= 1:
-        raise SpecError(f"rate {rate:g}: expected a share of the patches, between 0 and 1.")
+    if not isinstance(rate, Real) or not 0 <= rate <= 1:
+        raise SpecError(f"rate {rate!r}: expected a share of the patches, between 0 and 1.")
     if rate in (0, 1):
         _set(gates, dict.fromkeys(gates, (math.inf if rate else -math.inf, float(rate))))
         return
@@ -216,8 +223,11 @@ def calibrate(
         SpecError: the model has no gates, or a rate is not above 0 and below 1.
         DataError: there is no image.
     """
+    if not hasattr(model, "backbone"):
+        raise not_tuned(model, "calibrate")
     gates = dispatchers(model.backbone)
     _require_gates(model, gates)
+    require_images(data, "what to calibrate on")
     if not isinstance(rates, Sequence) or not rates or not all(0 < rate < 1 for rate in rates):
         raise SpecError(f"rates {rates}: expected a list of rates above 0 and below 1, for instance (0.3, 0.5).")
     asked = tuple(sorted({float(rate) for rate in rates}))

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
-import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torch.utils.weak import WeakIdKeyDictionary
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.hosts import create_backbone, wrap, wrapper_advice
+from dyntune.backbones.hosts import create_backbone, not_tuned, wrap
 from dyntune.backbones.origin import BackboneSource, fingerprint
+from dyntune.backbones.owners import claim, release, require_free
 from dyntune.core.digests import sample
-from dyntune.core.errors import BackboneError, CheckpointError, SpecError
+from dyntune.core.errors import CheckpointError, SpecError
+from dyntune.core.texts import listed
+from dyntune.core.tokens import Tokens
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.adapter_folder import write_adapter
 from dyntune.model.assembly import install, settled
@@ -30,6 +31,7 @@ from dyntune.model.hub import HubModel
 from dyntune.model.macs import trace
 from dyntune.model.rates import Calibration, set_rate
 from dyntune.model.tasks import Classification, Task
+from dyntune.model.timm_methods import TimmMethods
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import Output
 from dyntune.parts.policies.gating import gating
@@ -41,11 +43,9 @@ log = logging.getLogger("dyntune")
 ExecutionName = Literal["masked", "compact"]
 _EXECUTIONS: dict[str, Execution] = {"masked": Masked(), "compact": Compact()}
 _TRAINING, _INFERENCE = Sampled(), _EXECUTIONS["compact"]
-_OWNERS = WeakIdKeyDictionary()
-"""The tuned model that each parameter of a host belongs to, as long as there is one."""
 
 
-class TunedModel(HubModel):
+class TunedModel(TimmMethods, HubModel):
     """A pretrained model with tuning methods and token policies installed; made by ``tune`` or ``load``.
 
     In train mode every token is computed and multiplied by its gate, so that the gates learn, unless a policy is told
@@ -96,7 +96,8 @@ class TunedModel(HubModel):
         """Some values of each tensor that the methods leave as it is."""
         self.calibration: Calibration | None = None
         self.unmerged: dict[str, str] | None = None
-        self._claim()
+        self._missed = False
+        claim(self, self.backbone)
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -114,6 +115,23 @@ class TunedModel(HubModel):
     def spec(self) -> str:
         """The parts as one spec string, for instance ``dyt:rate=0.7``."""
         return "+".join(format_spec(part) for part in self.parts)
+
+    def __repr__(self) -> str:
+        head = self.backbone.head_parameters()
+        trained, of_head = (
+            sum(p.numel() for name, p in self.tuned_state().items() if (name in head) == wanted)
+            for wanted in (False, True)
+        )
+        known = [f"{trained:,} trained parameters and {of_head:,} of the head"]
+        if self.classes:
+            known.append(f"{len(self.classes)} classes: {listed(self.classes)}")
+        elif self.backbone.classes:
+            known.append(f"{self.backbone.classes} classes without names")
+        if self.calibration is not None:
+            known.append(f"calibrated for rates from {self.calibration.rates[0]:g} to {self.calibration.rates[-1]:g}")
+        known += ["merged"] if self.unmerged is not None else []
+        backbone = self.origin.name or type(self.backbone.host).__name__
+        return f"TunedModel({self.spec} on {backbone}: {'; '.join(known)})"
 
     @property
     def target_rate(self) -> float:
@@ -160,7 +178,12 @@ class TunedModel(HubModel):
         self.backbone.end_training()
 
     def run(
-        self, images: Tensor, *, complete: bool = False, execution: ExecutionName | Execution | None = None
+        self,
+        images: Tensor,
+        *,
+        complete: bool = False,
+        execution: ExecutionName | Execution | None = None,
+        watch: Callable[[Tokens], None] | None = None,
     ) -> Output:
         """One forward pass with everything that it decided.
 
@@ -169,13 +192,14 @@ class TunedModel(HubModel):
             complete: computes every token, ignoring the policies (DyT's "complete model").
             execution: ``"masked"``, ``"compact"``, or an execution of your own; by default compact in eval mode, and
                 in train mode masked, with fewer tokens where a policy explores.
+            watch: called with the tokens that enter the first block, and with those that leave each.
         """
         how = execution or (_TRAINING if self.training else _INFERENCE)
         if not isinstance(how, Execution):
             if how not in _EXECUTIONS:
                 raise SpecError(f"execution must be one of {', '.join(_EXECUTIONS)}; given {how!r}.")
             how = _EXECUTIONS[how]
-        return run(self.backbone, () if complete else self.policies, images, how)
+        return run(self.backbone, () if complete else self.policies, images, how, watch)
 
     def features(self, images: Tensor) -> Tensor:
         """Features of every image patch behind the last norm, for dense tasks: ``(B, C, rows, columns)``.
@@ -226,6 +250,17 @@ class TunedModel(HubModel):
         """Every tensor of the backbone and of what is on it, by its name in files. Not copied."""
         return {self.backbone.saved_name(name): tensor for name, tensor in self._held()}
 
+    def replaced_head(self, before: set[str], classes: int) -> None:
+        new = self.backbone.head_parameters()
+        self._tuned = self._tuned - before | new
+        kept = {name: shape for name, shape in self._shapes.items() if name not in before}
+        self._shapes = kept | {name: p.shape for name, p in self._held() if name in new}
+        claim(self, self.backbone)
+        if "num_classes" in self.origin.arguments:
+            self.origin = replace(self.origin, arguments=self.origin.arguments | {"num_classes": classes})
+        if self._classes is not None and len(self._classes) != classes:
+            self._classes = None
+
     def require_savable(self) -> None:
         """Raises CheckpointError where a saved adapter could not be loaded again, or would lack what is trained."""
         if self.unmerged is not None:
@@ -255,14 +290,9 @@ class TunedModel(HubModel):
         yield from self.backbone.named_parameters()
         yield from kept_buffers(self.backbone)
 
-    def _claim(self) -> None:
-        owner = weakref.ref(self)
-        for parameter in self.backbone.host.parameters():
-            _OWNERS[parameter] = owner
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._claim()  # a copy has parameters of its own
+        claim(self, self.backbone)  # a copy has parameters of its own
 
     def saved_names(self) -> dict[str, str]:
         names = self.tuned_state() | self.extra_state() | self.backbone.companions()
@@ -292,8 +322,7 @@ class TunedModel(HubModel):
                 log.warning("%s is not merged: %s.", spec, reason)
         if self.unmerged:
             return self
-        for parameter in self.backbone.host.parameters():
-            _OWNERS.pop(parameter, None)  # nothing of this model is left: whoever has the host may tune it again
+        release(self.backbone)  # nothing of this model is left
         return self.backbone.host
 
     def fold(self) -> dict[str, str]:
@@ -302,12 +331,20 @@ class TunedModel(HubModel):
             self.unmerged = fold(self.backbone, self.parts)
         return self.unmerged
 
-    def save(self, folder: str | Path, results: dict[str, Any] | None = None) -> Path:
+    def save(
+        self,
+        folder: str | Path,
+        results: dict[str, Any] | None = None,
+        *,
+        classes: Sequence[str] | None = None,
+    ) -> Path:
         """Writes adapter, dispatchers and head to ``folder``: JSON, safetensors and a model card.
 
         Args:
             folder: made if it is not there; an adapter in it is replaced.
             results: measured figures to keep with the adapter, for instance ``{"val_accuracy": 0.93}``.
+            classes: names of the classes in label order, such as ``data.classes``, for a model that has none; ``fit``
+                gives it those of its data.
 
         Returns:
             The folder.
@@ -316,7 +353,10 @@ class TunedModel(HubModel):
             CheckpointError: the model is merged, or what is trained could not be loaded again; a tensor is not finite;
                 or ``folder`` is a file.
         """
+        if classes is not None:
+            self.classes = classes
         self.require_savable()
+        self._miss_names()
         tensors = self.saved_state()
         spoilt = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
         if spoilt:
@@ -326,6 +366,17 @@ class TunedModel(HubModel):
             )
         write_adapter(Path(folder), tensors, self.describe(results))
         return Path(folder)
+
+    def _miss_names(self) -> None:
+        """Says once that what is saved does not know what its classes are called."""
+        if self.classes or not self.backbone.classes or self._missed or not isinstance(self.task, Classification):
+            return
+        self._missed = True
+        log.warning(
+            "the model has no names for its %d classes, so that predictions will show numbers. Give them: "
+            "model.save(folder, classes=data.classes), or model.classes = data.classes.",
+            self.backbone.classes,
+        )
 
     def describe(self, results: dict[str, Any] | None = None) -> dict[str, Any]:
         """All that is needed to put the saved tensors on the same backbone again, as JSON values.
@@ -373,6 +424,8 @@ def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
         SpecError: a part's name, option or value is wrong, no part is given, or the host's configuration is for another
             problem than one label for each image.
     """
+    if any(isinstance(part, nn.Module) for part in parts):
+        raise SpecError("tune takes the model first, then its methods: tune(vit, method, ...).")
     if isinstance(model, str):
         raise SpecError(f"tune takes a model, not a name: tune(timm.create_model({model!r}, pretrained=True), ...).")
     if isinstance(model, TunedModel):
@@ -427,8 +480,7 @@ def build_tuned(
 def require_tuned(model: object, what: str) -> None:
     """Raises SpecError unless ``model`` is one that ``tune`` or ``load`` has made."""
     if not isinstance(model, TunedModel):
-        advice = wrapper_advice(model) or "Tune it first: tune(model, method)."
-        raise SpecError(f"{what} takes a model from tune or load; given {type(model).__name__}. {advice}")
+        raise not_tuned(model, what)
 
 
 def host_fingerprint(host: nn.Module, dtype: torch.dtype | None = None) -> str | None:
@@ -443,24 +495,6 @@ def _fingerprint(backbone: Backbone, adopted: Sequence[nn.Parameter], dtype: tor
     left_out = {backbone.saved_name(name) for name in trained}
     weights = [(name, p) for name, p in backbone.weights() if name not in left_out]
     return None if any(p.is_meta for _, p in weights) else fingerprint(weights, dtype)
-
-
-def require_free(host: nn.Module) -> None:
-    """Raises BackboneError where a host, or a part of it, belongs to a tuned model that is still there."""
-    if any(_owner(parameter) for parameter in host.parameters()):
-        gc.collect()  # one that was let go may wait for this
-    owner = next(filter(None, map(_owner, host.parameters())), None)
-    if owner is not None:
-        raise BackboneError(
-            f"the backbone belongs to another tuned model already ({owner.spec}), and two on one backbone would change "
-            "each other's answers. Give each a backbone of its own: build it again, or copy.deepcopy(backbone) before "
-            "the first is tuned."
-        )
-
-
-def _owner(parameter: nn.Parameter) -> TunedModel | None:
-    reference = _OWNERS.get(parameter)
-    return None if reference is None else reference()
 
 
 _NONE = torch.empty(0, 0, device="meta")

@@ -18,6 +18,15 @@ from dyntune.parts.presets.base import Preset
 from dyntune.parts.spec import Part, split_spec
 
 GROUP = "dyntune.parts"
+_ELSEWHERE = {
+    **dict.fromkeys(("linear_probe", "linear_probing", "head", "probe"), "linear"),
+    **dict.fromkeys(("finetune", "fine_tuning", "full_finetune"), "full"),
+    **dict.fromkeys(("bias", "biases"), "bitfit"),
+    **dict.fromkeys(("prompt", "prompt_tuning", "visual_prompt_tuning"), "vpt"),
+    **dict.fromkeys(("houlsby", "pfeiffer", "double_seq_bn", "seq_bn"), "adapter"),
+    **dict.fromkeys(("par_bn", "parallel_adapter"), "adaptformer"),
+}
+"""What other libraries and papers call methods, and what they are here."""
 
 
 @functools.cache
@@ -36,7 +45,7 @@ def lookup(name: str) -> type[Part]:
     try:
         return registered()[name]
     except KeyError:
-        raise SpecError(unknown_name("method or token policy", name, registered())) from None
+        raise SpecError(unknown_name("method or token policy", name, registered(), _ELSEWHERE)) from None
 
 
 def resolve(parts: Iterable[str | Part]) -> tuple[Part, ...]:
@@ -84,5 +93,5 @@ def part_from_dict(data: dict[str, Any]) -> Part:
     known = {field.name for field in dataclasses.fields(cls)}
     for key in options:
         if key not in known:
-            raise SpecError(f"{cls.name()}: " + unknown_name("option", key, known))
+            raise cls.unknown(key)
     return cls(**cls.completed(options))

@@ -15,6 +15,30 @@ from dyntune.core.discovery import named
 from dyntune.core.errors import SpecError, unknown_name
 from dyntune.core.fields import descriptions
 
+_FACTOR = "scale is lora_alpha / rank"
+_WIDTH = "bottleneck is the width of the tokens / reduction_factor"
+ELSEWHERE = {
+    "r": "rank,bottleneck",
+    **dict.fromkeys(("lora_r", "lora_rank", "rank_dim"), "rank"),
+    **dict.fromkeys(("lora_alpha", "alpha"), f"scale: {_FACTOR}"),
+    **dict.fromkeys(("scaling", "adapter_scalar", "adapter_scale", "scaler", "s"), "scale"),
+    **dict.fromkeys(("drop", "drop_rate", "p", "lora_dropout", "adapter_dropout", "proj_drop"), "dropout"),
+    **dict.fromkeys(("target_modules", "target", "modules"), "targets"),
+    **dict.fromkeys(
+        ("bottleneck_size", "bottleneck_dim", "adapter_dim", "adapter_size", "hidden_dim", "ffn_num", "dim", "size"),
+        "bottleneck,rank",
+    ),
+    "reduction_factor": f"bottleneck: {_WIDTH}",
+    **dict.fromkeys(("non_linearity", "act", "act_layer", "nonlinearity"), "activation"),
+    **dict.fromkeys(("init_lora_weights", "init_weights"), "init"),
+    **dict.fromkeys(("num_virtual_tokens", "num_tokens", "num_prompts", "prompt_tokens", "prompt_length"), "prompts"),
+    **dict.fromkeys(("num_experts", "n_experts"), "experts"),
+    **dict.fromkeys(("token_target_ratio", "target_rate", "activation_rate", "ratio", "keep_rate"), "rate,keep"),
+    **dict.fromkeys(("keep_ratio", "base_rate", "token_ratio"), "keep,rate"),
+    **dict.fromkeys(("drop_loc", "pruning_loc"), "layers"),
+}
+"""What PEFT, timm, adapters and public code call options, and what they are here."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -27,6 +51,20 @@ class Part:
     source: ClassVar[str] = ""
     published: ClassVar[dict[str, str]] = {}
     """Tensor names of the public code -> ours, as regular expressions; for ``dyntune.load_published``."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Refuses keyword arguments that are no fields, with the nearest one, before Python does."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in options:
+            if name not in known:
+                raise cls.unknown(name)
+        return super().__new__(cls)
+
+    @classmethod
+    def unknown(cls, option: str) -> SpecError:
+        """The error for an option that the part does not have."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        return SpecError(f"{cls.name()}: " + unknown_name("option", option, known, ELSEWHERE))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -70,7 +108,7 @@ class Part:
         hints = {field.name: _hints(cls)[field.name] for field in dataclasses.fields(cls)}
         for key in values:
             if key not in hints:
-                raise SpecError(f"{cls.name()}: " + unknown_name("option", key, hints))
+                raise cls.unknown(key)
         converted = {}
         for key, text in values.items():
             try:

@@ -103,7 +103,8 @@ def compare(
             out=out / folder_name(spec),
             resume=resume,
             settings=settings,
-            progress=progress(spec) if progress else None,
+            progress=progress(spec) if progress else False,
+            calibrate=False,
             teacher=teacher if learners(models[spec].policies) else None,
         )
         seconds[spec] = result.seconds

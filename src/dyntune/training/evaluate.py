@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from dyntune.core.errors import DataError
 from dyntune.data.base import LabelledImages
 from dyntune.data.clips import Sampling
-from dyntune.data.others import Samples, is_dataset
+from dyntune.data.others import Samples, is_dataset, require_images
 from dyntune.data.transforms import preprocessed
 from dyntune.model.macs import MacCounter
 from dyntune.model.tasks import Classification, Metric, Task
@@ -44,6 +44,13 @@ class Evaluation:
     macs: float | None
     tokens_per_unit: dict[str, int] = field(default_factory=dict)
     merit: str = Classification.merit
+
+    def __repr__(self) -> str:
+        known = [f"{self.merit} {self.score:.2%}"]
+        known += [f"{name} {value:.4g}" for name, value in self.figures.items() if name != self.merit]
+        known += [f"{self.activation:.1%} of the patches active"] if self.activation_per_unit else []
+        known += [] if self.macs is None else [f"{self.macs:,.0f} MACs per image"]
+        return f"Evaluation({self.images:,} images: {', '.join(known)})"
 
     @property
     def score(self) -> float:
@@ -118,6 +125,7 @@ def evaluate(
         DataError: there is no image, the data are of no such kind, or a label is not one of the classes.
     """
     require_tuned(model, "evaluate")
+    require_images(data, "the data set")
     batches: Iterable[Any] = data  # type: ignore[assignment]
     if is_dataset(data) and not isinstance(data, IterableDataset):
         images_of = data_for(model, data, "the data set")

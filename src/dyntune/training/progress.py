@@ -39,6 +39,9 @@ class Progress(Protocol):
     def saved(self, epoch: int, folder: Path) -> None:
         """What a run is resumed from after ``epoch`` epochs, and that epoch's adapter, are on disk in ``folder``."""
 
+    def calibrating(self, images: int) -> None:
+        """The training is over, and gates are calibrated for other rates, on so many images."""
+
 
 class Silent:
     """Shows nothing."""
@@ -55,6 +58,8 @@ class Silent:
     def evaluated(self, evaluation: Evaluation) -> None: ...
 
     def saved(self, epoch: int, folder: Path) -> None: ...
+
+    def calibrating(self, images: int) -> None: ...
 
 
 class ProgressBar:
@@ -112,6 +117,9 @@ class ProgressBar:
 
     def saved(self, epoch: int, folder: Path) -> None: ...
 
+    def calibrating(self, images: int) -> None:
+        self.console.print(f"calibrating the gates for other rates on {images} images", highlight=False, soft_wrap=True)
+
     def _status(self) -> str:
         """The figures of the last steps; nothing in a run that goes on behind the last step of an epoch."""
         if not self.means:
@@ -121,6 +129,18 @@ class ProgressBar:
         merits = (n for n in self.means if n not in ("activation", "images_per_second") and not n.startswith("loss"))
         score = " ".join(f"{_SHORT.get(n, n)} {self.means[n]:.1%}" for n in merits)
         return f"{terms} {score}{activation} {self.means['images_per_second']:.0f} img/s"
+
+
+def display(progress: Progress | bool | None, title: str) -> Progress:
+    """What shows a run: what is given, a bar for True, nothing for False.
+
+    None is a bar where a person looks on, in a terminal or a notebook, and nothing elsewhere.
+    """
+    if progress is not None and not isinstance(progress, bool):
+        return progress
+    console = Console(stderr=True, markup=False, emoji=False)
+    looked_on = console.is_terminal or console.is_jupyter
+    return ProgressBar(title, console) if (looked_on if progress is None else progress) else Silent()
 
 
 class EvaluationBar:

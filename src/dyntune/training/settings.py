@@ -17,6 +17,26 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Select = Literal["val", "test", "last"]
 
+_ELSEWHERE = {
+    **dict.fromkeys(("learning_rate", "base_lr"), "lr"),
+    **dict.fromkeys(("num_epochs", "num_train_epochs", "max_epochs", "n_epochs"), "epochs"),
+    **dict.fromkeys(("per_device_train_batch_size", "train_batch_size", "bs"), "batch_size"),
+    **dict.fromkeys(("gradient_accumulation_steps", "grad_accum_steps", "accumulate_grad_batches"), "accumulate"),
+    **dict.fromkeys(("opt", "optim"), "optimizer"),
+    **dict.fromkeys(("sched", "scheduler", "lr_scheduler_type"), "schedule"),
+    **dict.fromkeys(("warmup", "warmup_steps", "warmup_ratio"), "warmup_epochs"),
+    **dict.fromkeys(("clip_grad", "max_grad_norm", "gradient_clip_val"), "clip_norm"),
+    **dict.fromkeys(("smoothing", "label_smoothing_factor"), "label_smoothing"),
+    **dict.fromkeys(("num_workers", "dataloader_num_workers"), "workers"),
+    **dict.fromkeys(("fp16", "bf16", "amp", "mixed_precision"), "precision"),
+    **dict.fromkeys(("aa", "auto_augment", "augmentation"), "augment"),
+    **dict.fromkeys(("grad_checkpointing", "checkpointing"), "gradient_checkpointing"),
+    **dict.fromkeys(("mixup_alpha",), "mixup"),
+    **dict.fromkeys(("cutmix_alpha",), "cutmix"),
+    "wd": "weight_decay",
+}
+"""What timm, transformers and Lightning call options, and what they are here."""
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -112,7 +132,7 @@ class TrainSettings:
         known = {field.name for field in dataclasses.fields(cls)}
         for name in options:
             if name not in known:
-                raise TrainingError(unknown_name("training option", name, known))
+                raise TrainingError(unknown_name("training option", name, known, _ELSEWHERE))
         return cls(**options)
 
     @property

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,19 +25,22 @@ from dyntune.model.forward import activation_rates
 from dyntune.model.objective import Criterion, training_loss
 from dyntune.model.tuned import TunedModel, require_tuned
 from dyntune.training.accelerator import apart, make_accelerator
+from dyntune.training.calibration import calibrate_run
+from dyntune.training.closed_gates import ClosedGate, closed_gates
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
 from dyntune.training.identity import ASKED, identity_changes, run_identity
 from dyntune.training.inputs import data_for, require_labels, require_matching_head, training_images
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.logs import RunLog
 from dyntune.training.optimizer import fill_optimizer, make_optimizer, pretrained_parameters, set_learning_rate
-from dyntune.training.progress import Progress, Silent
+from dyntune.training.progress import Progress, Silent, display
 from dyntune.training.randomness import EpochSampler, SeededDataset, caller_randomness_kept, seed_all
 from dyntune.training.seen import Seen
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE, RunState
 from dyntune.training.teacher import ready_teacher, warn_about_teacher
 
+log = logging.getLogger("dyntune")
 _ADVICE = "Try a tenth of the learning rate, clip_norm=1, a longer warm-up, or fp32 or bf16 instead of fp16."
 
 
@@ -51,12 +54,18 @@ class FitResult:
         best_epoch: the saved epoch, counted from 1.
         steps: steps of the whole run.
         seconds: time spent on the run, evaluation and earlier calls included.
+        closed: gates that have closed although the model needs what is behind them; a warning says so too.
     """
 
     best_accuracy: float | None
     best_epoch: int
     steps: int
     seconds: float
+    closed: tuple[ClosedGate, ...] = ()
+
+    def __repr__(self) -> str:
+        best = "" if self.best_accuracy is None else f"best {self.best_accuracy:.2%} in "
+        return f"FitResult({best}epoch {self.best_epoch}, {self.steps:,} steps, {self.seconds:.0f} s)"
 
 
 def fit(
@@ -66,7 +75,8 @@ def fit(
     *,
     out: str | Path | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
+    calibrate: bool | Dataset[Any] = True,
     settings: TrainSettings | None = None,
     teacher: nn.Module | None = None,
     **options: Any,
@@ -85,7 +95,10 @@ def fit(
         val_set: what the best epoch is picked on; without it the last epoch is kept.
         out: the run's folder; None keeps nothing on disk.
         resume: continue what ``out`` holds, or start if there is nothing.
-        progress: shows what goes on; nothing by default.
+        progress: shows what goes on: True or False, or what is told of it. By default a bar, or a line for each epoch,
+            appears in a terminal or a notebook and nothing elsewhere.
+        calibrate: whether learned gates are calibrated at the end, so that ``set_rate`` can choose other rates; or the
+            images to do that on, by default those of ``val_set`` or else of ``train_set``. It is saved with the run.
         settings: all options at once.
         teacher: a model of the same task, tuned or a plain backbone, for policies that learn from one (DynamicViT);
             others ignore it. It is moved to the device, put into eval mode, never trained and not saved. Without it
@@ -103,7 +116,16 @@ def fit(
     chosen = settings or TrainSettings.of(**options)
     folder = None if out is None else Path(out).expanduser()
     with apart(), limits_named():
-        return _Run(model, train_set, val_set, folder, chosen, progress or Silent(), teacher).train(resume)
+        run = _Run(model, train_set, val_set, folder, chosen, display(progress, model.spec), teacher)
+        result = run.train(resume)
+        if not run._main:
+            return result
+        closed = closed_gates(model, run.held_out)
+        for gate in closed:
+            log.warning("%s", gate)
+        if calibrate is not False:
+            calibrate_run(model, run.held_out if calibrate is True else calibrate, folder, run.progress)
+        return replace(result, closed=closed)
 
 
 class _Step(nn.Module):
@@ -164,6 +186,7 @@ class _Run:
                 "Use smaller batches, or do without drop_last."
             )
         self.sampler = EpochSampler(size, settings.seed, settings.batch_size * world if world > 1 else 1)
+        self.held_out: Dataset[Any] = train_set if val_set is None else val_set
         self.data = SeededDataset(training_images(train_set, model, settings), settings.seed)
         loader = DataLoader(
             self.data,
@@ -272,7 +295,7 @@ class _Run:
         except CheckpointError as error:
             if self.out is not None:
                 raise TrainingError(f"what is trained could not be saved: {error}") from error
-            logging.getLogger("dyntune").warning("what is trained cannot be saved: %s", error)
+            log.warning("what is trained cannot be saved: %s", error)
 
     def _begin(self, resume: bool) -> tuple[int, int]:
         """Where to start: epoch and step in it; fills model and optimiser when there is something to resume."""

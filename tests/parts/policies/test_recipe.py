@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import dyntune
+from dyntune.backbones.base import Paced
 from dyntune.core.errors import SpecError, TrainingError
 from dyntune.core.files import SEAL
 from dyntune.model.adapter_folder import CONFIG
@@ -59,6 +60,7 @@ def test_without_a_known_length_the_rate_is_the_target_and_the_noise_whole():
     course.begin_step(progress=0.7)
     course.end_course()
     assert (course.target, course.noise) == (0.4, 1.0)
+    assert not isinstance(course, Paced), "it has no tensors that a pace, or a run that goes on, would be about"
     published = Course((0.4, 0.4), (0.0, 0.0), None)
     published.begin_step(progress=0.0)
     assert (published.target, published.noise) == (0.4, 1.0)

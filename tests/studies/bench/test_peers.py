@@ -40,7 +40,7 @@ def test_peers_have_the_same_backbone_and_head(model, images_for):
     assert [candidate.gated for candidate in found] == [True, False, False, False, True]
     assert [candidate.trained for candidate in found] == [True, False, False, False, True]
     ours, dense, tome, adapted, gather = found
-    assert torch.equal(dense.eager(images), dense.model.backbone.host(images))
+    assert torch.equal(dense.eager(images), dense.model.backbone.host(images)), "timed as it is, so it refuses nothing"
     torch.testing.assert_close(dense.eager(images), dense.model(images))
     alone = dyntune.tune(untouched(model), "tome:r=2").eval()
     torch.testing.assert_close(tome.eager(images), alone(images))

@@ -161,6 +161,28 @@ class Frames(Backbone):
         return head(tokens.x.unflatten(0, clips), weights)
 
     @property
+    def prefix_tokens(self) -> int:
+        return self.inner.prefix_tokens
+
+    def unpooled(self, tokens: Tokens) -> Tensor:
+        return self.inner.unpooled(tokens).unflatten(0, (-1, self.host.frames))
+
+    def as_finished(self, x: Tensor) -> Tokens:
+        if x.ndim < 4 or x.shape[1] != self.host.frames:
+            raise BackboneError(
+                f"expected tokens of each frame, (B, {self.host.frames}, N, C), as forward_features gives them; given "
+                f"{tuple(x.shape)}."
+            )
+        return self.inner.as_finished(x.flatten(0, 1))
+
+    def reset_classifier(self, classes: int) -> None:
+        self.inner.reset_classifier(classes)
+
+    @property
+    def passes(self) -> tuple[nn.Module, ...]:
+        return self.host, *self.inner.passes
+
+    @property
     def head_reads_grid(self) -> bool:
         return False
 

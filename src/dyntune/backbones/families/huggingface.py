@@ -373,6 +373,27 @@ class HuggingFace(Backbone):
         return torch.cat(read, dim=1)
 
     @property
+    def prefix_tokens(self) -> int:
+        return models.prefix_tokens(self._config)
+
+    def reset_classifier(self, classes: int) -> None:
+        names = [name for name in _HEADS if hasattr(self.host, name)]
+        if not names:
+            raise BackboneError(
+                f"{type(self.host).__name__} has no classifier to replace. Put one on it before tune: "
+                "dyntune.backbones.huggingface_models.add_classifier(model, classes)."
+            )
+        for name in names:
+            width = self._read_width if len(names) == 1 else self.blocks[-1].width
+            setattr(self.host, name, models.new_classifier(width, classes))
+        self.host.config.num_labels = classes
+
+    @property
+    def _read_width(self) -> int:
+        """Channels of what ``pooled`` gives."""
+        return self.blocks[-1].width * (1 + ("+" in self._pooled))
+
+    @property
     def poolers(self) -> tuple[nn.Module, ...]:
         behind = getattr(self.tower, self._norm) if self._norm_behind and "token" in self._pooled else None
         head = self.tower.head if "probe" in self._pooled else None
@@ -387,6 +408,11 @@ class HuggingFace(Backbone):
             mask = logs.repeat_interleave(head.attention.num_heads, dim=0).unsqueeze(1)
         read = head.attention(head.probe.expand(len(x), -1, -1), x, x, attn_mask=mask, need_weights=False)[0]
         return (read + head.mlp(head.layernorm(read)))[:, 0]
+
+    @property
+    def passes(self) -> tuple[nn.Module, ...]:
+        steps = self._path.split(".") if self._path else []
+        return tuple(self.host.get_submodule(".".join(steps[:count])) for count in range(len(steps) + 1))
 
     def host_logits(self, images: Tensor) -> Tensor:
         inputs = {"pixel_values": images}

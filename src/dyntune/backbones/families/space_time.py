@@ -229,6 +229,13 @@ class SpaceTime(Backbone):
     def pooled(self, tokens: Tokens) -> Tensor:
         return self.host.fc_norm(tokens.mean)
 
+    def reset_classifier(self, classes: int) -> None:
+        head = nn.Linear(self.host.fc_norm.normalized_shape[0], classes) if classes else nn.Identity()
+        if isinstance(head, nn.Linear):
+            trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+        self.host.head = head
+
     @property
     def head_reads_grid(self) -> bool:
         return False

@@ -14,6 +14,7 @@ from dyntune.backbones.hosted import block_sites
 from dyntune.backbones.sites import Site
 from dyntune.backbones.timm_models import TimmBackbone
 from dyntune.backbones.units import Block
+from dyntune.core.errors import BackboneError
 from dyntune.core.places import Places
 from dyntune.core.tokens import Provenance, Tokens
 
@@ -98,6 +99,19 @@ class TimmSwin(TimmBackbone):
 
     def pooled(self, tokens: Tokens) -> Tensor:
         return self.host.forward_head(tokens.x.unflatten(1, tokens.grid), pre_logits=True)
+
+    def unpooled(self, tokens: Tokens) -> Tensor:
+        return super().unpooled(tokens).unflatten(1, tokens.grid)
+
+    def as_finished(self, x: Tensor) -> Tokens:
+        if x.ndim != 4:
+            raise BackboneError(f"expected tokens (B, rows, columns, C), as forward_features gives; given {x.shape}.")
+        grid = (int(x.shape[1]), int(x.shape[2]))
+        return Tokens(x.flatten(1, 2), 0, grid, provenance=Provenance(), places=Places())
+
+    @property
+    def prefix_tokens(self) -> int:
+        return 0
 
     def all_sites(self) -> Iterator[Site]:
         yield self.patch_site

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from dyntune.core.texts import listed, printable
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.datasets import JoinedImages, data_root
 from dyntune.data.splits import assemble
@@ -76,6 +77,11 @@ class Held:
     splits: dict[str, LabelledImages]
     classes: tuple[str, ...]
     plain: bool = False
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{len(images):,} {split}" for split, images in self.splits.items())
+        noun = next(iter(self.splits.values())).noun
+        return f"Held({printable(self.name)}: {counts} {noun}s of {len(self.classes)} classes: {listed(self.classes)})"
 
     @property
     def skipped(self) -> tuple[str, ...]:

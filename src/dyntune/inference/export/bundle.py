@@ -31,7 +31,7 @@ from dyntune.inference.export.registry import configured, require_possible
 from dyntune.inference.export.runtimes.base import FP32, Quantised, Runtime
 from dyntune.inference.optimized import folded_copy
 from dyntune.model.cost import cost
-from dyntune.model.tuned import TunedModel
+from dyntune.model.tuned import TunedModel, require_tuned
 
 RUNNER, CARD = "run.py", "README.md"
 CALIBRATION_IMAGES = 128
@@ -143,6 +143,7 @@ def export(
     Raises:
         ExportError: the folder is there already, a library is missing, or the model cannot be had this way.
     """
+    require_tuned(model, "export")
     folder = Path(folder)
     taken = configured(runtime, options)
     require_possible(taken, precision, calibration_images)

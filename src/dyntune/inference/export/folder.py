@@ -15,8 +15,10 @@ from dyntune.core.files import SEAL, file_digest, read_json, seal_holds
 from dyntune.data.transforms import Preprocessing
 from dyntune.inference.export.registry import lookup, registered
 from dyntune.inference.export.runtimes.base import Session
+from dyntune.model.adapter_folder import CONFIG as RUN
+from dyntune.model.adapter_folder import EXPORTED
 
-CONFIG = "deploy.json"
+CONFIG = EXPORTED
 FORMAT = 1
 
 log = logging.getLogger("dyntune")
@@ -133,6 +135,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         ExportError: there is none, or it is not one of Dyntune's in a format that this version knows.
     """
     path = folder / CONFIG
+    if not path.is_file() and (folder / RUN).is_file():
+        raise ExportError(
+            f"{folder} is a run, which dyntune.load reads. Export it first: dyntune export {folder} --out FOLDER."
+        )
     if not path.is_file():
         raise ExportError(
             f"no exported model in {folder}: {CONFIG} is missing. Give a folder that dyntune export wrote."

@@ -12,7 +12,7 @@ from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
-from dyntune.core.errors import DyntuneError
+from dyntune.core.errors import DyntuneError, TrainingError
 from dyntune.core.losses import distillation_loss
 from dyntune.model.tasks.base import Metric, TargetSettings, Task
 
@@ -57,7 +57,17 @@ class Classification(Task):
         return torch.cat([x for x, _ in parts]).view(shape), torch.cat([y for _, y in parts])
 
     def loss(self, outputs: Tensor, targets: Tensor, settings: TargetSettings | None = None) -> Tensor:
-        """Cross-entropy, in fp32. Targets that are mixed are smoothed already."""
+        """Cross-entropy, in fp32. Targets that are mixed are smoothed already.
+
+        Raises:
+            TrainingError: there is one output, whose cross-entropy is 0 whatever it is.
+        """
+        if outputs.shape[-1] < 2:
+            raise TrainingError(
+                f"the model has {outputs.shape[-1]} output, from which classification learns nothing. Expected one for "
+                "each of at least two classes (num_classes=2, num_labels=2). For another task than one label for each "
+                "image, such as a regression, set model.task to one of your own."
+            )
         outputs, targets = outputs.float(), _as_indices(targets)
         if settings is None or settings.mixup or settings.cutmix:
             return F.cross_entropy(outputs, targets)

@@ -65,19 +65,9 @@ class Course(nn.Module):
         done = (self.progress - begin) / (end - begin)
         return (1 - math.cos(math.pi * max(0.0, done))) / 2
 
-    def begin_course(self, travel: float | None) -> None:
-        """Nothing yet: ``begin_step`` says how far the training is."""
-
     def end_course(self) -> None:
         """From now on nobody knows how far a training is."""
         self.progress = None
-
-    def course_state(self) -> dict[str, Tensor]:
-        """Nothing: every step says anew how far the training is."""
-        return {}
-
-    def resume_course(self, state: dict[str, Tensor]) -> None:
-        """Nothing, see ``course_state``."""
 
     def begin_step(self, epoch: float | None = None, progress: float | None = None) -> None:
         """Moves to a training step; where there is a range, draws its rate from PyTorch's CPU generator, all alike."""

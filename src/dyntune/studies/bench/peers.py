@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.hosts import create_backbone
+from dyntune.backbones.owners import release
 from dyntune.backbones.units import Unit
 from dyntune.core.errors import SpecError
 from dyntune.core.tokens import Tokens
@@ -80,6 +81,7 @@ def candidates(name: str, model: TunedModel, against: Sequence[str], *, trained:
             found.append(Candidate(peer, model, _Gathered(model), trained))
         elif peer == DENSE:
             dense = TunedModel(untouched(model), resolve(["linear"])).eval()
+            release(dense.backbone)  # nothing is on it: what is timed is its own forward pass
             found.append(Candidate(peer, dense, dense.backbone.host_logits))
         else:
             other = _awake(TunedModel(untouched(model), resolve([peer]))).eval()

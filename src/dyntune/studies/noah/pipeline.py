@@ -124,8 +124,10 @@ def train_noah(
         )
         part = part.with_sizes(found.best.subnet)
     model = _built(build, part, settings.seed)
-    display = progress("noah") if progress else None
-    result = fit(model, train_val, select_on, out=out, resume=True, progress=display, settings=settings)
+    display = progress("noah") if progress else False
+    result = fit(
+        model, train_val, select_on, out=out, resume=True, progress=display, calibrate=False, settings=settings
+    )
     seconds = result.seconds + (found.seconds if found else 0.0)
     return NoahResult(model, part, result, found.best if found else None, seconds)
 
@@ -156,9 +158,11 @@ def search_noah(
     width, space = model.backbone.blocks[0].width, part.space(len(model.backbone.blocks))
     require_possible(space, search, width)
     record = _Record(out / SEARCH, {**run_identity(model, settings, val, 1), **asdict(search)})
-    display = progress("noah supernet") if progress else None
+    display = progress("noah supernet") if progress else False
     try:
-        trained = fit(model, train, out=out / SUPERNET, resume=True, progress=display, settings=settings)
+        trained = fit(
+            model, train, out=out / SUPERNET, resume=True, progress=display, calibrate=False, settings=settings
+        )
     except TrainingInterrupted:
         raise
     except TrainingError as error:

@@ -68,7 +68,16 @@ def train_one(
     model = _build([spec], data, plan)
     train = ResizedImages(data.train, model.preprocessing) if settings.augment == "none" else data.train
     chosen = {"val": data.val, "test": data.test, "last": None}[settings.select]
-    result = fit(model, train, chosen, out=out, resume=out is not None, progress=progress, settings=settings)
+    result = fit(
+        model,
+        train,
+        chosen,
+        out=out,
+        resume=out is not None,
+        progress=progress or False,
+        calibrate=False,
+        settings=settings,
+    )
     return model, result
 
 
