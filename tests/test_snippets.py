@@ -29,6 +29,9 @@ HOSTS = {
     "vit_mini_patch4_32": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4},
 }
 """Shapes of the models that stand in for those of timm's that blocks build, weights and all."""
+REPOSITORIES = {"vit": "google/vit-base-patch16-224", "dinov3": "facebook/dinov3-vits16-pretrain-lvd1689m"}
+"""Kinds of tiny models that stand in for repositories of transformers' models."""
+COMMIT = "0" * 40
 
 
 def stand_in(name: str):
@@ -63,12 +66,15 @@ def published() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def stocked(hosts, photos, make_hf, tmp_path_factory):
-    """What lies in a reader's folder: images, a photo, a trained run, weights, repositories by their names."""
+    """What lies in a reader's folder: images, a photo, a trained run, weights; and the cache of the hub."""
     folder = tmp_path_factory.mktemp("stocked")
     shutil.copytree(photos, folder / "flowers")
     shutil.copy(photos / "test/red/0.png", folder / "photo.jpg")
-    make_hf("vit").save_pretrained(folder / "google/vit-base-patch16-224")
-    make_hf("dinov3").save_pretrained(folder / "facebook/dinov3-vits16-pretrain-lvd1689m")
+    for kind, repository in REPOSITORIES.items():
+        cached = folder / "cache" / f"models--{repository.replace('/', '--')}"
+        make_hf(kind).save_pretrained(cached / "snapshots" / COMMIT)
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text(COMMIT)
 
     vit = timm.create_model("vit_base_patch16_224.orig_in21k", pretrained=True, num_classes=3)
     torch.save(vit.state_dict(), folder / "vit.pth")
@@ -82,8 +88,13 @@ def stocked(hosts, photos, make_hf, tmp_path_factory):
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub in a folder, for what goes there and comes back."""
+def hub(stocked, tmp_path, monkeypatch):
+    """A hub whose models are in the cache, and that takes what is uploaded, and gives it back."""
+    for module in ("huggingface_hub.constants", "huggingface_hub.file_download.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(stocked / "cache"))
+    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(stocked / "cache"), raising=False)
     api = SimpleNamespace(
         create_repo=lambda repo_id, **about: SimpleNamespace(repo_id=repo_id),
         upload_folder=lambda repo_id, folder_path, **about: SimpleNamespace(
