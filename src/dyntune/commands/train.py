@@ -44,13 +44,13 @@ from dyntune.data import load_data
 from dyntune.data.base import DataSplits
 from dyntune.model.adapter_folder import read_config, write_calibration
 from dyntune.model.cost import cost
-from dyntune.model.rates import Calibration, calibrate, dispatchers
+from dyntune.model.rates import RATES, Calibration, calibrate, dispatchers
 from dyntune.model.tuned import TunedModel, build_tuned
 from dyntune.parts.registry import resolve
 from dyntune.parts.spec import Part
 from dyntune.training.accelerator import is_main_process
 from dyntune.training.inputs import with_pixels_as
-from dyntune.training.progress import ProgressBar
+from dyntune.training.progress import CountBar, ProgressBar
 from dyntune.training.settings import TrainSettings
 from dyntune.training.trainer import fit
 
@@ -175,7 +175,7 @@ def _calibrated(model: TunedModel, run: Path, splits: DataSplits) -> Calibration
     if saved is not None:
         return Calibration.from_dict(saved)
     images = calibration_images(splits)
-    with err.status("calibrating the gates for other rates"):
-        calibration = calibrate(model, images)
+    with CountBar("calibrating the gates", len(RATES), "rates", err) as bar:
+        calibration = calibrate(model, images, watch=bar.count)
     write_calibration(run, calibration)
     return calibration
