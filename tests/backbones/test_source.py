@@ -408,6 +408,15 @@ WHOLE = {
     },
     "averaged weights": lambda s: {"model": _zeros(s), "model_ema": s},
     "compiled": lambda s: {"model": _under("_orig_mod.", s)},
+    "I-JEPA": lambda s: {"encoder": _under("module.", _zeros(s)), "target_encoder": _under("module.", s)},
+    "FSDP, block by block": lambda s: {
+        "model": {
+            re.sub(r"^(blocks\.\d+\.)", r"\1_fsdp_wrapped_module._checkpoint_wrapped_module.", name): tensor
+            for name, tensor in s.items()
+        },
+        "best": np.float64(0.8),
+        "step": np.int64(9),
+    },
 }
 
 
@@ -447,6 +456,24 @@ def test_whole_modules_are_refused_with_the_line_that_converts_them(make_host, t
     host = make_host()
     load_weights(host, tmp_path / "weights.pth")
     assert_same_backbone(host, source)
+
+
+def test_what_timm_resizes_is_said(make_host, tmp_path, caplog):
+    write(tmp_path / "same.pth", make_host(seed=1).state_dict())
+    load_weights(make_host(seed=2), tmp_path / "same.pth")
+    assert caplog.text == ""
+    write(tmp_path / "finer.pth", make_host(seed=1, patch_size=4).state_dict())
+    load_weights(make_host(seed=2), tmp_path / "finer.pth")
+    assert re.search(r"resized to fit .*: patch_embed\.proj\.weight, pos_embed\.", caplog.text)
+
+
+@pytest.mark.parametrize("kind", [lambda tensor: tensor.to_sparse(), lambda tensor: tensor.to("meta")])
+def test_tensors_without_plain_content_are_missing(make_host, tmp_path, kind):
+    state = make_host().state_dict()
+    state["blocks.0.mlp.fc1.weight"] = kind(state["blocks.0.mlp.fc1.weight"])
+    torch.save(state, tmp_path / "vit.pth")
+    with pytest.raises(BackboneError, match=r"Missing or of another shape: blocks\.0\.mlp\.fc1\.weight"):
+        load_weights(make_host(), tmp_path / "vit.pth")
 
 
 def test_weights_that_are_not_finite_are_refused(make_host, tmp_path):

@@ -4,12 +4,14 @@ import io
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from test_cli import dyntune
 
+from dyntune.commands import predict as predict_command
 from dyntune.commands.common import print_json
 
 COLOURS = ("blue", "[red] rose")
@@ -134,6 +136,28 @@ def test_predict_does_what_it_can_and_names_the_rest(flat, album, monkeypatch):
         assert shown in table
     assert "\x1b" not in table and "\udce9" not in table and r"caf\xe9.png" in table
     assert "no image found" in dyntune("predict", flat[1], album / "gone.png", status=1).stderr
+
+
+def test_a_prediction_that_is_stopped_shows_what_is_done(flat, tmp_path, monkeypatch):
+    draw(tmp_path / "album", 6)
+    work = predict_command._predicted
+
+    def stopped(model, batch, top_k):
+        if batch[0][0].name == "4.png":
+            raise KeyboardInterrupt
+        return work(model, batch, top_k)
+
+    monkeypatch.setattr(predict_command, "_predicted", stopped)
+    done = dyntune("predict", flat[1], tmp_path / "album", "--batch-size", 2, "--json", status=1)
+    assert [Path(row["image"]).name for row in json.loads(done.stdout)["predictions"]] == [f"{i}.png" for i in range(4)]
+    assert "stopped; so far 4 of 6 images" in done.stderr
+
+
+def test_a_path_that_cannot_be_written_is_named(flat, tmp_path):
+    (tmp_path / "file").touch()
+    for arguments in (("train", flat[0], *FAST), ("export", flat[1])):
+        said = dyntune(*arguments, "--out", tmp_path / "file/run", status=1).stderr
+        assert f"{tmp_path / 'file'}" in said and "Give another path" in said and "Errno" not in said
 
 
 def test_visualize_does_what_it_can_in_the_home_folder(flat, album, monkeypatch, tmp_path):

@@ -77,6 +77,24 @@ def test_train_fills_its_settings(monkeypatch, tmp_path):
     assert (settings.device, settings.batch_size, settings.select) == ("cpu", 64, "val")
 
 
+def test_images_that_cannot_be_read_may_be_left_out_wherever_data_are_given(monkeypatch, tmp_path):
+    skip = ("--on-corrupt", "skip")
+    _, named = reached(
+        monkeypatch, "dyntune.commands.compare.load_data", *("compare", "digits", "--methods", "linear"), *skip,
+        *("--out", str(tmp_path)),
+    )  # fmt: skip
+    assert named == {"on_corrupt": "skip"}
+    given, _ = reached(monkeypatch, "dyntune.commands.bench.estimate", "bench", "--data", "digits", *skip)
+    assert given[0].on_corrupt == "skip"
+    monkeypatch.setattr("dyntune.commands.export.load", lambda run, **options: None)
+    monkeypatch.setattr("dyntune.commands.export.apply_rate", lambda *given: None)
+    _, named = reached(
+        monkeypatch, "dyntune.commands.export.load_data", *("export", "run", "--check", "digits"), *skip,
+        *("--out", str(tmp_path / "out")),
+    )  # fmt: skip
+    assert named == {"on_corrupt": "skip"}
+
+
 def test_noah_fills_three_kinds_of_settings(monkeypatch, tmp_path):
     options = ("--population", "9", "--crossovers", "2", "--supernet-epochs", "7", "--batch-size", "8")
     given, named = reached(

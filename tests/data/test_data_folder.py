@@ -103,6 +103,10 @@ def test_classes_that_differ_between_train_and_test_are_listed(tmp_path):
         ({"train": 3, "test": 3}, "'test', 'train', whose images lie in no class folders"),
         ({"cat": 3, "dog": 3, "test": 3}, "'test', whose images lie in no class folders, beside 'cat', 'dog'"),
         ({"Test": 9}, "'Test', whose images lie in no class folders"),
+        ({"trainA": 3, "testA": 3, "trainB": 3, "testB": 3}, "'trainA', .* lie in no class folders"),
+        ({"train_cat": 3, "train_dog": 3, "test_cat": 2, "test_dog": 2}, "'train_cat', .* lie in no class folders"),
+        ({"bounding_box_train": 3, "bounding_box_test": 3, "query": 3}, "no class folders, beside 'query'"),
+        ({"valid": 3, "invalid": 3}, "beside 'invalid'.*rename what is a class"),
     ],
 )
 def test_layouts_that_make_no_sense_are_explained(tmp_path, counts, words):
@@ -121,6 +125,9 @@ def test_layouts_that_make_no_sense_are_explained(tmp_path, counts, words):
         ("seg_train/seg_train", None, "seg_test/seg_test"),
         ("flowers/train", "flowers/val", "flowers/test"),
         ("archive/flowers/Train", None, "archive/flowers/Test"),
+        ("flowers_train", "flowers_val", "flowers_test"),
+        ("train2017", "val2017", "test2017"),
+        ("archive/01_Train", None, "archive/02_Test"),
     ],
 )
 def test_splits_by_other_names_and_one_level_deeper_are_splits(tmp_path, train, val, test):
@@ -140,6 +147,35 @@ def test_splits_by_other_names_and_one_level_deeper_are_splits(tmp_path, train, 
 def test_a_train_among_other_vehicles_is_a_class(tmp_path):
     fill(tmp_path, {"bus": 3, "car": 3, "train": 3})
     assert load_data(tmp_path).classes == ("bus", "car", "train")
+
+
+@pytest.mark.parametrize("classes", [("train_station", "test_tube"), ("x-ray train", "bus"), ("trainer1", "trainer2")])
+def test_a_word_of_a_split_in_the_name_of_a_class_alone_makes_no_split(tmp_path, classes):
+    fill(tmp_path, dict.fromkeys(classes, 3))
+    assert load_data(tmp_path).classes == tuple(sorted(classes))
+
+
+def test_images_may_lie_in_a_folder_of_their_class_that_says_nothing(tmp_path):
+    fill(tmp_path, {"train/cat/images": 3, "train/dog/images": 3})  # as in Tiny ImageNet
+    (tmp_path / "train/cat/cat_boxes.txt").touch()
+    splits = load_data(tmp_path)
+    assert splits.classes == ("cat", "dog") and len(splits.train) + len(splits.val) == 6
+
+
+def test_what_came_of_a_split_of_few_images_is_said(tmp_path, caplog):
+    few, many = (
+        fill(tmp_path / "few", {"cat": 4, "dog": 4, "owl": 1}),
+        fill(tmp_path / "many", {"cat": 60, "dog": 60}),
+    )
+    splits = load_data(few)
+    sizes = [len(splits.train), len(splits.val), len(splits.test)]
+    assert f"of 9 images, {sizes[0]} are for training, {sizes[1]} for validation (" in caplog.text
+    assert f"and {sizes[2]} for test (" in caplog.text
+    absent = [name for label, name in enumerate(splits.classes) if label not in splits.val.targets]
+    assert "owl" in absent and f"no validation images of {', '.join(map(repr, absent))}" in caplog.text
+    caplog.clear()
+    load_data(many)
+    assert caplog.text == ""
 
 
 def test_what_is_left_out_is_said(tmp_path, caplog):

@@ -59,6 +59,16 @@ def test_web_dataset_shards_are_read_whole_and_once(tmp_path, info):
     assert pickle.loads(pickle.dumps(splits.val))[0][1] == 0
 
 
+def test_shards_of_no_split_beside_others_are_left_out_and_said(tmp_path, caplog):
+    write_shard(tmp_path / "flowers-train-0.tar", shard_samples(0, 6))
+    write_shard(tmp_path / "flowers-holdout-0.tar", shard_samples(6, 4))
+    splits = load_data(f"wds/{tmp_path}")
+    assert len(splits.train) + len(splits.val) == 6 and "1 shards of no split, such as flowers-holdout" in caplog.text
+    (tmp_path / "flowers-train-0.tar").unlink()
+    splits = load_data(f"wds/{tmp_path}")
+    assert len(splits.train) + len(splits.val) == 4
+
+
 def test_bad_samples_of_a_shard_are_named_or_skipped(tmp_path):
     samples = shard_samples(0, 8)
     samples["0003"]["png"] = samples["0003"]["png"][:50]

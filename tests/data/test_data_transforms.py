@@ -71,6 +71,7 @@ def test_preprocessing_goes_through_json_unchanged():
         ({"size": [0, 224]}, "at least 1 pixel"),
         ({"mean": [0.5]}, "three finite numbers"),
         ({"std": [0.5, 0.5, 0.0]}, "above 0"),
+        ({"std": [0.5, 0.5, 1e-320]}, "above 0"),  # dividing by it is not finite
         ({"interpolation": "bicubc"}, "Did you mean 'bicubic'"),
         ({"crop": 1}, "expected the entries .'interpolation', 'mean', 'size', 'std'"),
     ],

@@ -382,6 +382,10 @@ def test_lists_of_names_relative_to_them(films):
     (films / "some.txt").write_text("\n".join(lines))
     data = load_data(f"video-list:{films / 'some.txt'}")
     assert data.classes == ("down", "up") and len(data.train.read(0)) == 8
+    before = {data.val.source(index).split()[0] for index in range(len(data.val))}
+    (films / "some.txt").write_text("\n".join([f"train/up/{n}.mp4,up" for n in (3,)] + lines))
+    data = load_data(f"video-list:{films / 'some.txt'}")
+    assert before <= {data.val.source(index).split()[0] for index in range(len(data.val))}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("resource")
 
-KINDS = ("adapters", "configurations", "calibrations", "states", "exports", "tables")
+KINDS = ("adapters", "configurations", "calibrations", "states", "exports", "openvino", "tables")
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,8 @@ def outcomes(request, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_of_anybody_is_right_the_same_or_refused(outcomes, kind):
+    if kind not in outcomes:
+        pytest.skip(f"{kind} is not installed")
     found = Counter(outcomes[kind])
     wrong = {f"case {outcomes[kind].index(what)}: {what}": n for what, n in found.items() if what not in ALLOWED}
     assert not wrong

@@ -32,6 +32,11 @@ from dyntune.model.adapter_folder import CONFIG, WEIGHTS
 from dyntune.model.rates import Calibration
 from dyntune.training.state import STATE, RunState
 
+try:
+    import openvino
+except ImportError:
+    openvino = None
+
 MEMORY = 3 * 2**30
 """Bytes beyond those that the process has before the first case."""
 SECONDS = 20
@@ -260,9 +265,24 @@ def _equal(a, b):
 class Exports:
     """Folders of exported models, here one that says the mean of each channel."""
 
+    runtime, names = "onnx", ("deploy.json", "model.onnx", "run.py")
+
     def __init__(self, room):
         self.whole = room / "export"
         self.whole.mkdir()
+        self.write_model()
+        (self.whole / "run.py").write_text("print('runs')\n" * 20)
+        self.config = {
+            **{"library": "dyntune", "format": 1, "spec": "dyt", "runtime": self.runtime, "precision": "fp32"},
+            **{"opset": 18, "weight_bits": None, "gates": [], "task": "image-classification"},
+            "classes": ["cat", "dog", "fox"],
+            "preprocessing": {"size": [16, 16], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"},
+            "files": digests(self.whole),
+        }
+        (self.whole / "deploy.json").write_text(json.dumps(sealed(self.config), indent=2))
+        self.logits = open_export(self.whole, threads=1)(IMAGES)
+
+    def write_model(self):
         weight = numpy_helper.from_array(np.eye(3, dtype=np.float32), "weight")
         nodes = [
             helper.make_node("GlobalAveragePool", ["images"], ["pooled"]),
@@ -275,19 +295,10 @@ class Exports:
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
         model.ir_version = 10
         (self.whole / "model.onnx").write_bytes(model.SerializeToString())
-        (self.whole / "run.py").write_text("print('runs')\n" * 20)
-        self.config = {
-            **{"library": "dyntune", "format": 1, "spec": "dyt", "runtime": "onnx", "precision": "fp32", "opset": 18},
-            **{"weight_bits": None, "gates": [], "task": "image-classification", "classes": ["cat", "dog", "fox"]},
-            "preprocessing": {"size": [16, 16], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"},
-            "files": digests(self.whole),
-        }
-        (self.whole / "deploy.json").write_text(json.dumps(sealed(self.config), indent=2))
-        self.logits = open_export(self.whole)(IMAGES)
 
     def change(self, draw, folder):
         if draw.randrange(2):
-            spoil(draw, folder, ("deploy.json", "model.onnx", "run.py"))
+            spoil(draw, folder, self.names)
         else:
             (folder / "deploy.json").write_text(dumped(edited(draw, self.config)))
             (folder / "changed").touch()
@@ -303,6 +314,21 @@ class Exports:
             list(model.classes or ()),
         )
         return "right" if same and agree else "wrong"
+
+
+class OpenVino(Exports):
+    """The same in OpenVINO, whose weights lie in a file of their own."""
+
+    runtime, names = "openvino", ("deploy.json", "model.xml", "model.bin", "run.py")
+
+    def write_model(self):
+        images = openvino.opset13.parameter([-1, 3, 16, 16], np.float32, name="images")
+        pooled = openvino.opset13.reduce_mean(images, np.array([2, 3]), keep_dims=False)
+        logits = openvino.opset13.matmul(pooled, np.eye(3, dtype=np.float32), False, False)
+        model = openvino.Model([logits], [images], "means")
+        model.inputs[0].set_names({"images"})
+        model.outputs[0].set_names({"logits"})
+        openvino.save_model(model, self.whole / "model.xml", compress_to_fp16=False)
 
 
 class Tables:
@@ -351,6 +377,8 @@ class Tables:
 
 
 KINDS = {kind.__name__.lower(): kind for kind in (Adapters, Configurations, Calibrations, States, Exports, Tables)}
+if openvino is not None:
+    KINDS["openvino"] = OpenVino
 
 
 def outcome(kind, draw, folder):

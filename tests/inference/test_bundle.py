@@ -273,11 +273,13 @@ def test_other_names_than_outputs_are_noticed(exported, some_images, tmp_path):
         open_export(folder)(some_images)
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "deploy.json", "missing"])
+@pytest.mark.parametrize("name", ["model.onnx", "deploy.json", "missing", "deep", "a list"])
 def test_the_runner_checks_its_own_files(exported, pictures, tmp_path, name):
     folder = shutil.copytree(exported(), tmp_path / "copy")
     if name == "missing":
         (folder / "model.onnx").unlink()
+    elif name in ("deep", "a list"):
+        (folder / "deploy.json").write_text("[" * 5000 + "]" * 5000 if name == "deep" else "[]")
     else:
         content = bytearray((folder / name).read_bytes())
         place = content.index(b"0.5") + 2 if name == "deploy.json" else len(content) // 2
@@ -287,4 +289,25 @@ def test_the_runner_checks_its_own_files(exported, pictures, tmp_path, name):
         [sys.executable, str(folder / "run.py"), str(pictures[0])], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr and not done.stdout
-    assert f"{'model.onnx' if name == 'missing' else name} missing or not as exported" in done.stderr
+    words = {
+        "model.onnx": "model.onnx is missing or not as exported",
+        "deploy.json": 'deploy.json (if it was changed on purpose, remove its entry "config_sha256") is missing or not',
+        "missing": "model.onnx is missing or not as exported",
+        "deep": "deploy.json cannot be read (RecursionError",
+        "a list": "deploy.json cannot be read (TypeError",
+    }
+    assert words[name] in done.stderr
+
+
+def test_the_runner_does_what_a_configuration_that_was_changed_on_purpose_says(exported, pictures, tmp_path):
+    folder = shutil.copytree(exported(), tmp_path / "copy")
+    config = json.loads((folder / "deploy.json").read_text())
+    command = [sys.executable, str(folder / "run.py"), str(pictures[0])]
+    for entry, value, status, words in (
+        ("classes", ["one", "two", "three"], 0, "two"),
+        ("preprocessing", config["preprocessing"] | {"std": [1e-320] * 3}, 1, "outputs are not finite"),
+    ):
+        changed = {key: held for key, held in config.items() if key != "config_sha256"} | {entry: value}
+        (folder / "deploy.json").write_text(json.dumps(changed))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == status and words in done.stdout + done.stderr, done.stderr

@@ -107,6 +107,12 @@ def test_calibration_says_what_comes_out(calibrated):
         assert calibration.activation(rate) == pytest.approx(rate, abs=0.006)
 
 
+def test_a_calibration_tells_how_far_it_is(calibrated):
+    told = []
+    dyntune.calibrate(calibrated, images(8), (0.3, 0.6, 0.3), watch=told.append)
+    assert told == [1, 2]
+
+
 def test_the_model_is_left_as_it_was(calibrated):
     calibrated.train()
     calibrated.backbone.host.eval()

@@ -87,6 +87,16 @@ def test_frozen_weights_that_were_replaced_are_saved(make_host, images, tmp_path
 
 
 @torch.no_grad()
+def test_one_frozen_value_that_was_changed_is_saved(make_host, images, tmp_path):
+    model = dyntune.tune(make_host(), "lora").eval()
+    before = model(images)
+    model.backbone.host.blocks[0].attn.qkv.weight[17, 5] += 3
+    assert len(model.extra_state()) == 1 and not torch.equal(model(images), before)
+    loaded = dyntune.load(model.save(tmp_path), backbone=make_host())
+    assert torch.equal(loaded(images), model(images))
+
+
+@torch.no_grad()
 def test_statistics_of_a_head_are_saved_and_resumed(make_host, images, tmp_path):
     def make():
         host = make_host()

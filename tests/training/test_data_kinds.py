@@ -208,13 +208,32 @@ def test_labels_that_only_validation_has_are_said(model, caplog):
     assert "1 labels that no training image has, which cannot be learned: 2 (c)" in caplog.text
 
 
-@pytest.mark.parametrize("names", [(1, 2, 3), np.arange(3), ("a", "b"), ("a", "b", "c", "d"), "ab"])
+@pytest.mark.parametrize("names", [(1, 2, 3), np.arange(3), ("a", "b"), ("a", "b", "c", "d")])
 def test_class_names_that_cannot_be_saved_are_said_before_training(model, names, tmp_path):
     tuned = model()
     tuned.classes = names
     with pytest.raises(TrainingError, match=r"model\.classes has .* names"):
         fit(tuned, TensorDataset(X, Y), out=tmp_path / "run", **SHORT)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("names", ["abc", {"b": 1, "a": 0, "c": 2}])
+def test_class_names_in_no_order_of_their_own_are_refused(model, names):
+    with pytest.raises(DyntuneError, match="expected a list of names in the order of their labels"):
+        model().classes = names
+
+
+@pytest.mark.parametrize("indices", [[0, 36], [-37], [True, False, True], torch.ones(36, dtype=torch.bool)])
+def test_a_subset_of_what_is_not_there_is_refused(model, splits, indices):
+    with pytest.raises(DataError, match=r"is a Subset with the index .* of a data set of 36.*torch\.nonzero"):
+        fit(model(), Subset(splits.train, indices), **SHORT)
+
+
+def test_tensors_that_look_as_if_nobody_had_preprocessed_them_are_named(model, caplog):
+    fit(model(), TensorDataset(X + 255, Y), **SHORT)
+    assert "the first image of the training set has values up to 255" in caplog.text
+    with pytest.raises(DataError, match="first image of the training set has values that are not finite"):
+        fit(model(), TensorDataset(X * torch.nan, Y), **SHORT)
 
 
 @pytest.mark.parametrize("names", [[0, 1, 2], np.array(["a", "b", "c"]), ("a", "b", "c")])

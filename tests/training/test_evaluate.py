@@ -87,3 +87,12 @@ def test_who_stops_an_evaluation_is_told_what_came_out_so_far(make_host):
         EvaluationBar(10, "accuracy", Console(file=io.StringIO())) as bar,
     ):
         evaluate(model, data, batch_size=4, watch=stopped)
+
+
+def test_outputs_that_are_not_finite_are_said(model, images_for, caplog):
+    data = TensorDataset(images_for(model.backbone.host, 4), torch.arange(4))
+    assert evaluate(model, data).loss < 100 and caplog.text == ""
+    with torch.no_grad():
+        model.backbone.host.head.weight.fill_(3e38)
+    assert not evaluate(model, data).loss < 100
+    assert "outputs for 4 of 4 inputs are not finite" in caplog.text

@@ -68,6 +68,15 @@ _ANCHORS = ("patch_embed.proj.weight", "blocks.0.norm1.weight", "visual.class_em
 """Names that ViTs have: what stands before them is a prefix."""
 _KIN = ("dist_token", "register_tokens", "storage_tokens", "norm1", "ln_pre", "rope", "rope_embed")
 """First words of tensors that ViTs of other kinds have."""
+_WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+"""What PyTorch puts into names for modules that it wraps, anywhere in a model."""
+_PLAIN: list[Any] = [
+    argparse.Namespace,  # options of a script
+    *(np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)), type(np.dtype(np.int64))),
+    # The best accuracy so far, say; NumPy before 2.0 had another name for it.
+    *((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
+]
+"""Plain values that scripts save beside tensors, and that may be read."""
 _ARGUMENTS = ("num_classes", "global_pool", "dynamic_img_size")
 
 log = logging.getLogger("dyntune")
@@ -351,7 +360,7 @@ def load_weights(model: Any, path: str | Path) -> None:
         if path.suffix == ".safetensors":
             held = safetensors.torch.load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # options of a script, which are plain values
+            with torch.serialization.safe_globals(_PLAIN):
                 held = torch.load(path, map_location="cpu", weights_only=True)
         found = _fitting(held, model, read)
     except Exception as error:
@@ -361,13 +370,16 @@ def load_weights(model: Any, path: str | Path) -> None:
     if found.missing or found.left_out:
         raise BackboneError(
             f"the weights in {path} do not fit {_size(model)}. "
-            f"Missing or of another shape: {_some(found.missing)}. In the file but not used: {_some(found.left_out)}."
+            f"Missing or of another shape: {_some(found.missing)}. In the file but not used: "
+            f"{_some(found.left_out or found.others)}."
         )
     _require_finite(found.tensors.items(), path)
     if found.place or found.others:
         where = f" under {found.place!r}" if found.place else ""
         others = f"; not used: {_some(found.others)}" if found.others else ""
         log.warning("%s: read the %d tensors of the backbone%s%s.", path, len(found.tensors), where, others)
+    if found.resized:
+        log.warning("%s: resized to fit %s: %s.", path, _size(model), _some(found.resized))
     model.load_state_dict(found.tensors, strict=False)
 
 
@@ -381,6 +393,7 @@ class _Found:
         missing: tensors of the model, but for its head, that are not among them.
         left_out: tensors of such a model that this one does not have, or has in another shape.
         others: tensors of other models beside it.
+        resized: tensors of another shape in the file, which timm has brought to that of the model.
     """
 
     place: str
@@ -388,6 +401,7 @@ class _Found:
     missing: list[str]
     left_out: list[str]
     others: list[str]
+    resized: list[str]
 
 
 def _fitting(held: Any, model: Any, read: Callable[..., dict[str, Tensor]]) -> _Found:
@@ -401,7 +415,7 @@ def _fitting(held: Any, model: Any, read: Callable[..., dict[str, Tensor]]) -> _
             others = sorted(name for name in state if not name.startswith(start))
             try:
                 with contextlib.redirect_stdout(io.StringIO()):  # timm prints there, where commands print JSON
-                    part = _compared(f"{place}{start}", read(dict(own), model), model, others)
+                    part = _compared(f"{place}{start}", own, read(dict(own), model), model, others)
             except Exception as error:  # names that timm makes nothing of
                 problem = problem or error
                 continue
@@ -417,7 +431,14 @@ def _states(held: Any, place: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Every dictionary of tensors in a checkpoint, and where it stands, the one that is meant to be used first."""
     if not isinstance(held, Mapping):
         return
-    tensors = {name: tensor for name, tensor in held.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+    tensors = {
+        _WRAPPERS.sub("", name): tensor
+        for name, tensor in held.items()
+        if isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and not tensor.is_meta
+    }
     if tensors:
         yield place, clean_state_dict(tensors)
     for name in sorted((name for name in held if isinstance(name, str)), key=_rank):
@@ -427,11 +448,11 @@ def _states(held: Any, place: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 def _rank(name: str) -> int:
     """Which of several copies of a model is meant: averaged weights before the teacher's, and these before others."""
-    marks = ("ema", "teacher", "state_dict", "model", "module")
+    marks = ("ema", "teacher", "target", "state_dict", "model", "module")
     return next((rank for rank, mark in enumerate(marks) if mark in name), len(marks))
 
 
-def _compared(place: str, state: dict[str, Tensor], model: Any, others: list[str]) -> _Found:
+def _compared(place: str, raw: dict[str, Tensor], state: dict[str, Tensor], model: Any, others: list[str]) -> _Found:
     own = model.state_dict()
     head = {name for name in own if name.split(".")[0] in ("head", "head_dist")}
     fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
@@ -439,7 +460,9 @@ def _compared(place: str, state: dict[str, Tensor], model: Any, others: list[str
     # What bears a name of the model's own parts, or of parts that such models have, is of another model of its kind.
     kin = [name for name in rest if hasattr(model, name.split(".")[0]) or name.split(".")[0] in _KIN]
     missing = sorted(set(own) - set(fitting) - head)
-    return _Found(place, fitting, missing, kin, sorted({*rest} - {*kin}) + others)
+    # A change of the number of axes alone is one of how a map is written.
+    resized = sorted(n for n, tensor in fitting.items() if n in raw and raw[n].numel() != tensor.numel())
+    return _Found(place, fitting, missing, kin, sorted({*rest} - {*kin}) + others, resized)
 
 
 def _weight_file(path: Path) -> Path:

@@ -63,7 +63,10 @@ def command(
     ] = "eager",
     against: Annotated[str, option(Plan, "against")] = "dense",
     plan: Annotated[
-        Plan, Options(Plan, only=("pretrained", "classes", "rate", "data", "threads", "rounds", "seconds", "seed"))
+        Plan,
+        Options(
+            Plan, only=("pretrained", "classes", "rate", "data", "on_corrupt", "threads", "rounds", "seconds", "seed")
+        ),
     ],
     device: DeviceOption = "auto",
     plot: Annotated[Path | None, typer.Option(help="Also draw the speed-ups to this file (.png, .svg, .pdf).")] = None,

@@ -30,6 +30,7 @@ from dyntune.model.cost import cost
 from dyntune.model.load import load
 from dyntune.model.rates import IMAGES, RATES, calibrate
 from dyntune.parts.spec import format_value
+from dyntune.training.progress import CountBar
 
 EXAMPLES = (
     "dyntune calibrate runs/digits digits",
@@ -63,8 +64,8 @@ def command(
     held = load_held(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(held)
     found = held.splits.get("val") or held.splits.get("train") or held.all
-    with err.status("calibrating"):
-        calibration = calibrate(model, found, asked, images=images, batch_size=batch_size)
+    with CountBar("calibrating", len(set(asked)), "rates", err) as bar:
+        calibration = calibrate(model, found, asked, images=images, batch_size=batch_size, watch=bar.count)
     write_calibration(run, calibration)
     model.calibration = calibration
     rows = []

@@ -12,6 +12,7 @@ from dyntune.commands.common import (
     DataArgument,
     JsonOption,
     ModelOption,
+    OnCorruptOption,
     TeacherOption,
     WeightsOption,
     load_teacher,
@@ -19,6 +20,7 @@ from dyntune.commands.common import (
     print_json,
     print_table,
     report_classes,
+    report_skipped,
     train_settings,
 )
 from dyntune.commands.options import Options, with_options
@@ -64,11 +66,13 @@ def command(
     ],
     teacher: TeacherOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue runs that --out holds.")] = False,
+    on_corrupt: OnCorruptOption = "error",
     json: JsonOption = False,
 ) -> None:
     """Train several methods alike, evaluate them on the test split, time them in turns, and write a page."""
     specs = split_specs(methods)
-    splits = load_data(data)
+    splits = load_data(data, on_corrupt=on_corrupt)
+    report_skipped(splits)
     report_classes(splits)
     rows, models = compare(
         specs,

@@ -115,7 +115,8 @@ def command(
         *((f"active in {unit}", f"{rate:.1%}") for unit, rate in result.activation_per_unit.items()),
         *((f"tokens in {unit}", str(count)) for unit, count in result.tokens_per_unit.items()),
     ]
-    print_table(f"{model.spec} on {result.images} {used} {images.noun}s of {data}", ("", ""), rows)
+    which = f"all {result.images}" if used == "all" else f"{result.images} {used}"
+    print_table(f"{model.spec} on {which} {images.noun}s of {data}", ("", ""), rows)
 
 
 def _default_split(held: Held, seen: Seen | None, run: Path) -> str:

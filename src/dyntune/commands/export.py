@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import typer
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dyntune.commands.common import (
     JsonOption,
+    OnCorruptOption,
     RateOption,
     RunArgument,
     TopPolicyOption,
@@ -120,6 +122,7 @@ def command(
     threads: Annotated[
         int | None, typer.Option(min=1, help="With --runtime auto or --check: threads of a forward pass.")
     ] = None,
+    on_corrupt: OnCorruptOption = "error",
     json: JsonOption = False,
     **given: Any,
 ) -> None:
@@ -140,8 +143,8 @@ def command(
     with place_for(folder) as room:
         model = load(run, weights=weights, policy=policy)
         apply_rate(model, rate, policy)
-        data = None if check_on is None else _load(check_on, model)
-        calibration = None if calibrate_on is None else _some(_load(calibrate_on, model).train, model)
+        data = None if check_on is None else _load(check_on, model, on_corrupt)
+        calibration = None if calibrate_on is None else _some(_load(calibrate_on, model, on_corrupt).train, model)
         if runtime != AUTO:
             require_possible(taken[0], precision, calibration)
         with err.status("exporting"):
@@ -176,8 +179,8 @@ def _require(option: str, given: object, used: bool, by: str) -> None:
         raise ExportError(f"{option} is for {by}, and does nothing without. Leave it out, or give that too.")
 
 
-def _load(name: str, model: TunedModel) -> DataSplits:
-    data = load_data(name)
+def _load(name: str, model: TunedModel, on_corrupt: Literal["error", "skip"]) -> DataSplits:
+    data = load_data(name, on_corrupt=on_corrupt)
     report_skipped(data)
     require_classes(model, data)
     return data
@@ -244,4 +247,5 @@ def _report(
         print_table(f"{folder} beside the run", ("", ""), rows)
     elif precision == "int8":
         err.print("not checked: int8 changes logits and gates. --check DATA says how much.")
-    out.print(f"{folder}: {runtime}, {precision}, {size / 1e6:.1f} MB. Try: python {folder}/run.py photo.jpg")
+    trying = shlex.join(["python", str(folder / "run.py"), "photo.jpg"])
+    out.print(f"{folder}: {runtime}, {precision}, {size / 1e6:.1f} MB. Try: {trying}")

@@ -122,7 +122,9 @@ def main() -> None:
             _run()
     except (DyntuneError, OSError) as error:
         # An error in a worker process arrives with that process's traceback around it.
-        text = str(error).rpartition("Error: ")[2] if "Original Traceback" in str(error) else str(error)
+        text = _told(error)
+        if "Original Traceback" in text:
+            text = text.rpartition("Error: ")[2]
         if "--on-corrupt" not in _options_of(sys.argv[1:]):
             text = text.replace(SKIP, "")
         then = f"next: {_going_on(sys.argv[1:])}" if isinstance(error, TrainingInterrupted) else None
@@ -134,6 +136,14 @@ def main() -> None:
         _fail("another of the processes that train together has ended; what it says is the reason.", behind=1)
     finally:
         logging.getLogger("dyntune").removeHandler(said)
+
+
+def _told(error: Exception) -> str:
+    """What an error says; of one of the system about a path, what the path is."""
+    name = getattr(error, "filename", None)
+    if not isinstance(error, OSError) or not isinstance(name, str | bytes):
+        return str(error)
+    return f"{os.fsdecode(name)}: {error.strerror}. Give another path, or see that this one can be read and written."
 
 
 def _options_of(arguments: list[str]) -> set[str]:

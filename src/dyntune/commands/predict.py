@@ -22,6 +22,7 @@ from dyntune.commands.common import (
     TopPolicyOption,
     WeightsOption,
     apply_rate,
+    err,
     pick_device,
     print_json,
     print_table,
@@ -36,6 +37,8 @@ from dyntune.model.load import load
 from dyntune.model.tasks import Classification, Task
 from dyntune.model.tuned import TunedModel
 from dyntune.training.evaluate import in_views, over_views
+from dyntune.training.interrupt import TrainingInterrupted
+from dyntune.training.progress import CountBar
 
 EXAMPLES = (
     "dyntune predict runs/flowers photo.jpg",
@@ -77,14 +80,24 @@ def command(
         model = replace(model, preprocessing=preprocessing)
     pictures = Pictures(images, videos=preprocessing.clip is not None)
     batches = pictures.batches(batch_size, _prepare(model))
-    predictions = [row for batch in batches for row in _predicted(model, batch, top_k)]
+    one = "video" if pictures.videos else "image"
+    predictions: list[dict[str, Any]] = []
+    stopped: TrainingInterrupted | None = None
+    try:
+        with CountBar("predicting", len(pictures.paths), f"{one}s", err) as bar:
+            for batch in batches:
+                predictions += _predicted(model, batch, top_k)
+                bar.count(len(predictions))
+    except TrainingInterrupted as error:
+        stopped = error  # what is done is shown first
     if json:
         failed = [{"image": name, "error": error} for name, error in pictures.failed.items()]
         print_json({"predictions": predictions, "failed": failed})
     elif predictions:
-        one = "video" if pictures.videos else "image"
         cells = [{one: row["image"], **task_of(model).cells(row)} for row in predictions]
         print_table(f"{model.spec} from {run}", tuple(cells[0]), [tuple(row.values()) for row in cells])
+    if stopped is not None:
+        raise stopped
     pictures.finish()
 
 

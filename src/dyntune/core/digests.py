@@ -18,6 +18,15 @@ def sample(tensor: Tensor) -> Tensor:
     return flat[torch.linspace(0, last, min(64, len(flat))).long().clamp_max(last).to(flat.device)]
 
 
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksum(tensor: Tensor) -> int:
+    """A number that changes with any one value of a tensor: the sum of its bits, read as whole numbers."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return int(flat.view(_WHOLE.get(tensor.element_size(), torch.int64)).sum(dtype=torch.int64))
+
+
 def values_digest(values: Any) -> str:
     """SHA-256 of numbers, texts, tensors, and of lists and mappings of such, nested in any way.
 

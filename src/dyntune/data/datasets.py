@@ -60,7 +60,7 @@ class FileImages(LabelledImages):
         return self.paths[index] if self.origins is None else f"{self.paths[index]} ({self.origins[index]})"
 
     def place(self, index: int) -> str | None:
-        return None if self.root is None else Path(self.paths[index]).relative_to(self.root).as_posix()
+        return None if self.root is None else Path(os.path.relpath(self.paths[index], self.root)).as_posix()
 
     def identity(self, index: int) -> str:
         try:

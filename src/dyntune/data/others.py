@@ -268,7 +268,7 @@ def _labelled(data: Any, name: str) -> LabelledImages | None:
         return data
     if isinstance(data, Subset):
         whole = _labelled(data.dataset, name)
-        return None if whole is None else ImageSubset(whole, [operator.index(index) for index in data.indices])
+        return None if whole is None else ImageSubset(whole, _indices(data, name))
     if isinstance(data, ConcatDataset):
         parts = [_labelled(part, name) for part in data.datasets]
         found = [part for part in parts if part is not None]
@@ -286,8 +286,23 @@ def _labelled(data: Any, name: str) -> LabelledImages | None:
         try:
             return HubImages(data, f"{name}, ")
         except ValueError as error:
-            raise DataError(f"{name}: {error}. {EXPECTED}") from error
+            raise DataError(f"{name}: {str(error).removesuffix('.')}. {EXPECTED}") from error
     return _image_folder(data)
+
+
+def _indices(subset: Subset[Any], name: str) -> list[int]:
+    """The indices of a subset; raises DataError for one that is none of its data set, such as a mask's True."""
+    count = len(subset.dataset)  # type: ignore[arg-type]
+    found = []
+    for index in subset.indices:
+        is_mask = isinstance(index, bool | np.bool_) or getattr(index, "dtype", None) == torch.bool
+        if is_mask or not -count <= index < count:
+            raise DataError(
+                f"{name} is a Subset with the index {index!r} of a data set of {count}. Expected whole numbers below "
+                "that; of a mask: torch.nonzero(mask).flatten().tolist()."
+            )
+        found.append(operator.index(index))
+    return found
 
 
 def _image_folder(data: Any) -> LabelledImages | None:

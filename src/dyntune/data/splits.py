@@ -21,8 +21,36 @@ def split_of(name: str) -> str | None:
     Capitals do not matter, nor do words that say nothing: ``Training``, ``test_set``, ``seg_train`` and ``valset`` are
     splits too.
     """
-    words = [word for word in re.split(r"[^a-z]+", name.lower()) if word and word not in _FILLING]
+    words = _telling_words(name.lower())
     return _WORDS.get(words[0].removesuffix("set")) if len(words) == 1 and not re.search(r"\d", name) else None
+
+
+def splits_among(names: Sequence[str]) -> dict[str, str]:
+    """Which of the folders that lie side by side are splits, and which ones.
+
+    Where none has a name of a split, those are whose names differ in nothing but such a word, and numbers:
+    ``flowers_train`` beside ``flowers_test``, ``train2017`` beside ``val2017``, ``trainA`` beside ``testA``.
+    """
+    plain = {name: split for name in names if (split := split_of(name))}
+    if plain:
+        return plain
+    alike: dict[tuple[str, ...], dict[str, str]] = {}
+    for name in names:
+        words = [word.lower() for word in _telling_words(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))]
+        splits = [split for word in words if (split := _WORDS.get(word.removesuffix("set")))]
+        if len(splits) == 1:
+            rest = tuple(word for word in words if word.removesuffix("set") not in _WORDS)
+            alike.setdefault(rest, {})[name] = splits[0]
+    return {name: split for same in alike.values() if len(set(same.values())) > 1 for name, split in same.items()}
+
+
+def says_nothing(name: str) -> bool:
+    """Whether a folder's name tells neither a class nor a split, such as ``images``."""
+    return name != "" and set(re.split(r"[\W_]+", name.lower())) <= _FILLING
+
+
+def _telling_words(name: str) -> list[str]:
+    return [word for word in re.split(r"[\W\d_]+", name) if word and word.lower() not in _FILLING]
 
 
 def stratified_take(targets: Sequence[int], count: int, *, key: str) -> tuple[list[int], list[int]]:

@@ -43,7 +43,7 @@ class Preprocessing:
         if len(self.size) != 2 or min(self.size) < 1:
             raise DataError(f"image size {self.size}: expected (height, width), both at least 1 pixel.")
         finite = all(abs(number) <= _LARGEST_NUMBER for number in (*self.mean, *self.std))
-        if len(self.mean) != 3 or len(self.std) != 3 or not finite or min(self.std) <= 0:
+        if len(self.mean) != 3 or len(self.std) != 3 or not finite or min(self.std) < 1 / _LARGEST_NUMBER:
             raise DataError(
                 f"mean {self.mean} and std {self.std}: expected three finite numbers each, the std above 0, "
                 "because images are read as RGB; use a backbone with three input channels."

@@ -7,7 +7,7 @@ import logging
 import math
 import reprlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
@@ -203,6 +203,7 @@ def calibrate(
     *,
     images: int = IMAGES,
     batch_size: int = 32,
+    watch: Callable[[int], object] | None = None,
 ) -> Calibration:
     """Finds, for each rate, the thresholds at which that share of the patches is active, the mean over all gates.
 
@@ -218,6 +219,7 @@ def calibrate(
         rates: mean activations, above 0 and below 1.
         images: how many to use, drawn from the data at random, always the same; all, where there are fewer.
         batch_size: images per forward pass.
+        watch: is told after each rate how many are done.
 
     Raises:
         SpecError: the model has no gates, or a rate is not above 0 and below 1.
@@ -238,7 +240,11 @@ def calibrate(
     model.eval()
     _set(gates, dict.fromkeys(gates, (0.0, None)))
     natural = _activations(model, batches)
-    points = [_point(model, gates, batches, rate, natural) for rate in asked]
+    points = []
+    for rate in asked:
+        points.append(_point(model, gates, batches, rate, natural))
+        if watch:
+            watch(len(points))
     for rate, (_, came_out) in zip(asked, points, strict=True):
         if abs(_mean(came_out) - rate) > 4 * _CLOSE:
             log.warning(

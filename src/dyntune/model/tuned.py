@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,7 +17,7 @@ from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosts import create_backbone, not_tuned, wrap
 from dyntune.backbones.origin import BackboneSource, fingerprint
 from dyntune.backbones.owners import claim, release, require_free
-from dyntune.core.digests import sample
+from dyntune.core.digests import checksum, sample
 from dyntune.core.errors import CheckpointError, SpecError
 from dyntune.core.texts import listed
 from dyntune.core.tokens import Tokens
@@ -92,8 +92,12 @@ class TunedModel(TimmMethods, HubModel):
         self.policies = install(self.backbone, self.parts)
         self._tuned = frozenset(name for name, p in self.backbone.named_parameters() if p.requires_grad)
         self._shapes = {name: tensor.shape for name, tensor in self._held()}
-        self._before = {name: sample(t).cpu() for name, t in self._held() if name not in self._tuned and not t.is_meta}
-        """Some values of each tensor that the methods leave as it is."""
+        self._before = {
+            name: (sample(t).cpu(), checksum(t))
+            for name, t in self._held()
+            if name not in self._tuned and not t.is_meta
+        }
+        """Of each tensor that the methods leave as it is, some values, and what tells any other value from before."""
         self.calibration: Calibration | None = None
         self.unmerged: dict[str, str] | None = None
         self._missed = False
@@ -106,6 +110,11 @@ class TunedModel(TimmMethods, HubModel):
 
     @classes.setter
     def classes(self, names: Sequence[str] | None) -> None:
+        if isinstance(names, str | Mapping):
+            raise SpecError(
+                f"classes is a {type(names).__name__}: expected a list of names in the order of their labels, such as "
+                "['cat', 'dog'], or None."
+            )
         self._classes = None if names is None else tuple(names)
         if names is not None and self.backbone.config is not None:
             self.config.id2label = dict(enumerate(names))
@@ -508,9 +517,12 @@ def kept_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}" if path else name, buffer
 
 
-def _differs(tensor: Tensor, before: Tensor) -> bool:
-    """Whether a tensor has other values than those that were sampled from it before, but for its precision."""
+def _differs(tensor: Tensor, before: tuple[Tensor, int]) -> bool:
+    """Whether a tensor has other values than before, but for its precision: of another one some are compared."""
     if tensor.is_meta:
         return False
+    values, bits = before
+    if tensor.dtype == values.dtype:
+        return checksum(tensor) != bits
     now = sample(tensor).cpu()
-    return not torch.equal(now, before.to(now.dtype))
+    return not torch.equal(now, values.to(now.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,8 @@ from dyntune.model.macs import MacCounter
 from dyntune.model.tasks import Classification, Metric, Task
 from dyntune.model.tuned import ExecutionName, TunedModel, require_tuned
 from dyntune.training.inputs import data_for, require_labels
+
+log = logging.getLogger("dyntune")
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def evaluate(
     training = model.training
     model.eval()
     metric = metric or model.task.metric(model.backbone.classes)
-    images = 0
+    images = spoilt = 0
     active: dict[str, float] = {}
     tokens: dict[str, int] = {}
     counter = MacCounter() if count_macs else None
@@ -149,6 +152,7 @@ def evaluate(
                 output = model.run(batch, execution=execution)
             outputs = over_views(output.logits.float(), views, model.task, model.preprocessing.clip)
             metric.update(outputs, targets)
+            spoilt += int((~outputs.flatten(1).isfinite().all(1)).sum())
             images += len(targets)
             for gate in output.gates:
                 active[gate.unit] = active.get(gate.unit, 0.0) + len(targets) * float(gate.values.float().mean())
@@ -159,6 +163,13 @@ def evaluate(
         model.train(training)
     if not images:
         raise DataError("there is no image to evaluate on.")
+    if spoilt:
+        log.warning(
+            "the outputs for %d of %d inputs are not finite, so that the figures say nothing about them. The model's "
+            "numbers are too large for its precision: use fp32, or weights from before the step that spoilt them.",
+            spoilt,
+            images,
+        )
     rates = {unit: total / images for unit, total in active.items()}
     return Evaluation(
         images=images,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -31,6 +32,8 @@ STATISTICS = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 """Mean and standard deviation of each normalisation, on a scale of 0 to 1."""
+_LARGEST_VALUE = 50
+"""Of preprocessed images, whose values are below 5 or so in every preprocessing that is common."""
 
 
 def with_pixels_as(
@@ -98,6 +101,18 @@ def data_for(model: TunedModel, dataset: Any, name: str) -> LabelledImages | Sam
         raise DataError(
             f"the first image of {name} is {what}: the model takes float32 tensors of shape "
             f"{model.preprocessing.shape}, or {kind}, which are preprocessed for it."
+        )
+    largest = float(image.abs().max())
+    if not math.isfinite(largest):
+        raise DataError(f"the first image of {name} has values that are not finite. Expected preprocessed images.")
+    if largest > _LARGEST_VALUE:
+        log.warning(
+            "the first image of %s has values up to %g, as if it were not preprocessed: the model expects (x - mean) / "
+            "std of pixels from 0 to 1, with mean %s and std %s.",
+            name,
+            largest,
+            model.preprocessing.mean,
+            model.preprocessing.std,
         )
     return found
 

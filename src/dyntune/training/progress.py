@@ -143,20 +143,21 @@ def display(progress: Progress | bool | None, title: str) -> Progress:
     return ProgressBar(title, console) if (looked_on if progress is None else progress) else Silent()
 
 
-class EvaluationBar:
-    """One bar for an evaluation, with the time that is left; whoever stops it is told what came out so far.
+class CountBar:
+    """One bar for what is done one after another, with the time that is left; whoever stops it is told how far it was.
 
     Args:
-        images: how many there are.
-        merit: the figure that is shown.
+        verb: what is done, ``predicting``.
+        total: how often.
+        noun: what is counted, ``images``.
         console: where to write.
     """
 
-    def __init__(self, images: int, merit: str, console: Console) -> None:
-        self.images, self.merit = images, merit
-        columns = (TextColumn("evaluating"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    def __init__(self, verb: str, total: int, noun: str, console: Console) -> None:
+        self.total, self.noun = total, noun
+        columns = (TextColumn(verb), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
         self.bar = Bar(*columns, TextColumn("{task.fields[status]}"), console=console, transient=True)
-        self.task = self.bar.add_task("", total=images, status="")
+        self.task = self.bar.add_task("", total=total, status="")
         self.said = "nothing yet"
 
     def __enter__(self) -> Self:
@@ -168,7 +169,24 @@ class EvaluationBar:
         if kind is KeyboardInterrupt:
             raise TrainingInterrupted(f"stopped; so far {self.said}.")
 
+    def count(self, done: int, status: str = "") -> None:
+        """So many are done."""
+        self.said = f"{done} of {self.total} {self.noun}{', ' * bool(status)}{status}"
+        self.bar.update(self.task, completed=done, status=status)
+
+
+class EvaluationBar(CountBar):
+    """The bar of an evaluation.
+
+    Args:
+        images: how many there are.
+        merit: the figure that is shown.
+        console: where to write.
+    """
+
+    def __init__(self, images: int, merit: str, console: Console) -> None:
+        super().__init__("evaluating", images, "images", console)
+        self.merit = merit
+
     def __call__(self, done: int, figures: dict[str, float]) -> None:
-        score = f"{_SHORT.get(self.merit, self.merit)} {figures[self.merit]:.1%}"
-        self.said = f"{done} of {self.images} images, {score}"
-        self.bar.update(self.task, completed=done, status=score)
+        self.count(done, f"{_SHORT.get(self.merit, self.merit)} {figures[self.merit]:.1%}")

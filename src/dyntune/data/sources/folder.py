@@ -14,12 +14,14 @@ from dyntune.data.base import LabelledImages
 from dyntune.data.datasets import FileImages
 from dyntune.data.images import drawn, is_data_folder, is_image_name, report_left_out, scan_images
 from dyntune.data.sources.base import Held, Request, Source
-from dyntune.data.splits import DataSplits, split_of, split_off
+from dyntune.data.splits import DataSplits, says_nothing, split_of, split_off, splits_among
 from dyntune.data.videos import is_video_name
 
 TEST_FRACTION = 0.2
 _TITLES = {"train": "training", "val": "validation", "test": "test"}
 _DEEPEST = 8
+_STRAY = 0.5
+"""How far the share of a split that is made may be from what was asked for, of that, before it is said."""
 
 log = logging.getLogger("dyntune")
 
@@ -102,7 +104,7 @@ def _entered(path: Path, kind: Kind) -> Path:
             return path
         here /= inside.folders[0]
         below = _entries(here, kind)
-        if below.folders and not below.items and all(map(split_of, below.folders)):
+        if below.folders and not below.items and len(splits_among(below.folders)) == len(below.folders):
             return here
     return path
 
@@ -114,7 +116,8 @@ def _splits_in(root: Path, kind: Kind) -> dict[str, Path]:
         DataError: two folders are the same split, or it cannot be told whether they are splits or classes.
     """
     folders = _entries(root, kind).folders
-    named = [name for name in folders if split_of(name)]
+    splits = splits_among(folders)
+    named = list(splits)
     inside = {name: _entries(root / name, kind) for name in named}
     flat = [name for name in named if inside[name].items and not inside[name].folders]
     others = [name for name in folders if name not in named]
@@ -124,12 +127,10 @@ def _splits_in(root: Path, kind: Kind) -> dict[str, Path]:
         raise DataError(
             f"{root} has {_named(named)}, whose {kind.noun}s lie in no class folders{', beside ' * bool(others)}"
             f"{_named(others)}. {kind.layout} Put the {kind.noun}s into class folders, or move {kind.noun}s without "
-            "labels elsewhere."
+            "labels elsewhere; rename what is a class, not a split."
         )
     found: dict[str, Path] = {}
-    for name in named:
-        split = split_of(name)
-        assert split is not None  # of the named ones
+    for name, split in splits.items():
         if name in flat:
             log.warning(
                 "%s: left out the %d %ss of %s, which lie in no class folders, and so have no labels.",
@@ -145,6 +146,8 @@ def _splits_in(root: Path, kind: Kind) -> dict[str, Path]:
             )
         else:
             found[split] = _unwrapped(root / name, split, kind)
+    if not any(map(split_of, named)):
+        log.warning("%s: took %s for splits, by what their names have in common.", printable(str(root)), _named(named))
     if others:
         log.warning("%s: left out what lies beside the splits: %s.", printable(str(root)), _named(others))
     return found
@@ -170,7 +173,13 @@ def _class_folders(path: Path, kind: Kind) -> list[str]:
         if all(map(is_image_name, own.items)) and drawn(own.items):
             pictures.append(name)
             continue
-        if own.folders and not own.items and not any(kind.folder(path / name / other) for other in own.folders):
+        alone = len(own.folders) == 1 and says_nothing(own.folders[0])  # CLASS/images/IMAGE, as in Tiny ImageNet
+        if (
+            own.folders
+            and not own.items
+            and not alone
+            and not any(kind.folder(path / name / other) for other in own.folders)
+        ):
             hint = f" Give {path / name} if that is the data set." if len(inside.folders) == 1 else ""
             raise DataError(
                 f"{path / printable(name)} is no class folder: it holds no {kind.noun}s, but the folders "
@@ -239,6 +248,44 @@ def _read_evaluation(path: Path, train: Path, folders: Sequence[str], root: Path
     return _read_classes(path, folders, range(len(folders)), root, kind)
 
 
+def _report_made(data: DataSplits, asked: dict[str, float]) -> None:
+    """Says what came out of splits that were made, where a class has nothing in one, or its size is far from what was
+    asked for: paths decide one by one, so that of a few it can.
+
+    Args:
+        data: the splits.
+        asked: the share of what was split, for each split that was made.
+    """
+    made = {"val": data.val, "test": data.test}
+    parts = {split: part for split in asked if (part := made[split]) is not None}
+    total = len(data.train) + sum(map(len, parts.values()))
+    absent = {
+        split: [name for label, name in enumerate(data.classes) if label not in set(part.targets)]
+        for split, part in parts.items()
+    }
+    if not any(absent.values()) and all(
+        abs(len(part) / total / asked[split] - 1) <= _STRAY for split, part in parts.items()
+    ):
+        return
+    noun = data.train.noun
+    shares = [
+        f"{len(part)} for {_TITLES[split]} ({len(part) / total:.0%}; {asked[split]:.0%} on average)"
+        for split, part in parts.items()
+    ]
+    without = [f"there are no {_TITLES[split]} {noun}s of {_named(names)}" for split, names in absent.items() if names]
+    log.warning(
+        "%s: of %d %ss, %d are for training, %s, as the path of each says, so that those added later move no other%s. "
+        "To choose them yourself, put them into folders called %s.",
+        printable(data.name),
+        total,
+        noun,
+        len(data.train),
+        " and ".join(shares),
+        "".join(f"; {words}" for words in without),
+        ", ".join(["train", *parts]),
+    )
+
+
 class Folder(Source):
     """An image folder; class names sorted by code point give the labels, as in torchvision.
 
@@ -268,7 +315,9 @@ class Folder(Source):
         if not found:
             data, folders = _read_training(root, root, self.kind)
             train, test = split_off(data, TEST_FRACTION, key="test")
-            return request.splits(train, None, test, list(map(printable, folders)))
+            splits = request.splits(train, None, test, list(map(printable, folders)))
+            _report_made(splits, {"val": (1 - TEST_FRACTION) * request.val_fraction, "test": TEST_FRACTION})
+            return splits
         if "train" not in found:
             raise DataError(
                 f"{root} has {' and '.join(printable(path.name) for path in found.values())} but no train folder. "
@@ -280,7 +329,10 @@ class Folder(Source):
             for split, path in found.items()
             if split != "train"
         }
-        return request.splits(train, others.get("val"), others.get("test"), list(map(printable, folders)))
+        splits = request.splits(train, others.get("val"), others.get("test"), list(map(printable, folders)))
+        if "val" not in found:
+            _report_made(splits, {"val": request.val_fraction})
+        return splits
 
     def held(self, request: Request, classes: Sequence[str] | None = None) -> Held:
         root, found = self._layout(request)

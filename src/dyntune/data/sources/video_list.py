@@ -48,7 +48,7 @@ class VideoList(Source):
             classes = [str(label) for label in range(highest + 1)]
         else:
             classes = sorted({printable(line.label) for line in every})
-        sets = {split: _labelled(own, classes, numbered) for split, own in lines.items()}
+        sets = {split: _labelled(own, classes, numbered, request.path.parent) for split, own in lines.items()}
         return request.splits(sets["train"], sets.get("val"), sets.get("test"), classes)
 
     def held(self, request: Request, classes: Sequence[str] | None = None) -> Held:
@@ -68,7 +68,7 @@ class VideoList(Source):
                 raise DataError(
                     f"{line.origin}: {line.label!r} is none of the classes that the model was trained on ({shown})."
                 )
-        return Held(request.name, {split or "test": _labelled(lines, names, numbered)}, tuple(names))
+        return Held(request.name, {split or "test": _labelled(lines, names, numbered, path.parent)}, tuple(names))
 
 
 def _lists(path: Path) -> dict[str, Path]:
@@ -99,12 +99,13 @@ def _are_numbers(lines: Sequence[_Line]) -> bool:
     return not names
 
 
-def _labelled(lines: Sequence[_Line], classes: Sequence[str], numbered: bool) -> LabelledVideos:
+def _labelled(lines: Sequence[_Line], classes: Sequence[str], numbered: bool, root: Path) -> LabelledVideos:
     number = {name: label for label, name in enumerate(classes)}
     return LabelledVideos(
         [line.video for line in lines],
         [int(line.label) if numbered else number[printable(line.label)] for line in lines],
         [line.origin for line in lines],
+        root,
     )
 
 

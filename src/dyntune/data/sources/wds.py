@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dyntune.core.errors import DataError, how_to_install
+from dyntune.core.texts import printable
 from dyntune.data.base import DataSplits
 from dyntune.data.datasets import SKIP
 from dyntune.data.sources.base import Request, Source
@@ -39,9 +40,14 @@ def _find_shards(folder: Path) -> dict[str, _Shards]:
                 raise DataError(f"{info}: not the info file of a WebDataset ({error!r}); mend or remove it.") from error
             return {split: shards for word, shards in named.items() if (split := split_of(word))}
     found: dict[str, list[Path]] = {}
+    others: list[Path] = []
     for shard in sorted(folder.glob("*.tar")):
         words = [split for word in re.split(r"[^a-z]+", shard.name.lower()) if (split := split_of(word))]
-        found.setdefault(words[0] if words else "train", []).append(shard)
+        (found.setdefault(words[0], []) if words else others).append(shard)
+    if not found and others:
+        found["train"] = others
+    elif others:
+        log.warning("%s: left out %d shards of no split, such as %s.", folder, len(others), printable(others[0].name))
     return {split: _Shards("::".join(file.name for file in files), files, None) for split, files in found.items()}
 
 
@@ -49,8 +55,8 @@ class Wds(Source):
     """A folder of tar shards whose samples are an image and its label in a ``.cls`` file.
 
     Splits come from ``_info.json`` or ``info.json``, or else from the word ``train``, ``val`` or ``test`` in the names
-    of the shards. Only local files are read: webdataset would run a ``pipe:`` address as a command. A shard that was
-    cut off is refused, unless what cannot be read is to be left out.
+    of the shards; where none has such a word, all are for training. Only local files are read: webdataset would run a
+    ``pipe:`` address as a command. A shard that was cut off is refused, unless what cannot be read is to be left out.
     """
 
     prefix = "wds/"

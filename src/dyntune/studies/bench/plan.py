@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from dyntune.core.errors import SpecError
 from dyntune.core.fields import Range, require_ranges
@@ -31,6 +31,7 @@ class Plan:
         rate: share of the patches that gates let through: of a fresh model, whose target it is by default, set exactly
             on the timed images; of a run, as ``set_rate()`` sets it, by default what it has learned.
         data: DATA argument of the timed images, such as ``digits``; noise by default.
+        on_corrupt: what to do with images that cannot be read.
         threads: threads of each runtime; by default as many as torch takes, one per core that it may use.
         device: of runtimes in torch; the others run on the CPU.
         rounds: turns of each model at each batch size.
@@ -49,6 +50,7 @@ class Plan:
     batch_sizes: tuple[int, ...] = (1,)
     rate: float | None = None
     data: str | None = None
+    on_corrupt: Literal["error", "skip"] = "error"
     threads: Annotated[int | None, Range(1)] = None
     device: str = "cpu"
     rounds: Annotated[int, Range(1)] = 15

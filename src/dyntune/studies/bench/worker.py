@@ -6,7 +6,6 @@ disturb each other in one process.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dyntune.core.errors import DataError, DyntuneError
-from dyntune.core.files import room_beside, write_json
+from dyntune.core.files import load_json, room_beside, write_json
 from dyntune.core.limits import limits_named
 from dyntune.core.machine import OtherLoad, machine
 from dyntune.core.threads import available_cores, take_threads
@@ -149,7 +148,7 @@ def _images(plan: Plan, model: TunedModel) -> Tensor:
     if plan.data is None:
         generator = torch.Generator().manual_seed(plan.seed + 1)
         return torch.randn(count, *model.backbone.input_shape, generator=generator)
-    test = load_data(plan.data).test
+    test = load_data(plan.data, on_corrupt=plan.on_corrupt).test
     if test is None or len(test) < count:
         raise DataError(
             f"{plan.data} has {0 if test is None else len(test)} test images; a batch of {count} was asked for. "
@@ -172,11 +171,21 @@ def _gates_note(candidate: Candidate, rate: float | None) -> str:
     return f"gates set to {candidate.model.target_rate if rate is None else rate:.0%} of the patches, untrained"
 
 
+def _kept(result: Path) -> Measured:
+    try:
+        return Measured.from_dict(load_json(result))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DyntuneError(
+            f"{result} cannot be read ({type(error).__name__}) and is removed. Give the same again: with --resume what "
+            "it held is measured anew."
+        ) from error
+
+
 def main(arguments: list[str]) -> int:
     """Writes what was measured, or the error, to the result file; returns the exit status."""
     plan, runtime, result = Path(arguments[0]), arguments[1], Path(arguments[2])
     try:
-        before = Measured.from_dict(json.loads(result.read_text("utf-8"))) if result.exists() else None
+        before = _kept(result) if result.exists() else None
 
         def keep(measured: Measured) -> None:
             write_json(result, measured.to_dict())
@@ -187,7 +196,7 @@ def main(arguments: list[str]) -> int:
             print(f"{runtime}, batch {last}, images per second: {', '.join(rates)}", file=sys.stderr, flush=True)
 
         with limits_named(), room_beside(Path(tempfile.gettempdir()) / "dyntune-models") as folder:
-            asked = Plan.from_dict(json.loads(plan.read_text("utf-8")))
+            asked = Plan.from_dict(load_json(plan))
             measured = measure_runtime(asked, runtime, folder, before, keep)
     except (DyntuneError, OSError) as error:
         write_json(result, {"error": str(error)})
