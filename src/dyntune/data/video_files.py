@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,37 @@ _WORTH_A_SEEK = 60
 _LOST = 0.1
 """Share of the frames that a file may announce and not have, at its end; the last frame stands for them."""
 
-Source = str | os.PathLike[str] | bytes
-"""A file, or the bytes of one."""
+
+@dataclass(frozen=True)
+class Piece:
+    """A video file inside a larger file, such as a tar file; its bytes are read when it is opened.
+
+    Args:
+        path: of the larger file.
+        start: where it begins there, in bytes.
+        size: its bytes.
+    """
+
+    path: str
+    start: int
+    size: int
+
+    def read(self) -> bytes:
+        """Its bytes.
+
+        Raises:
+            OSError: the larger file is not there, or ends before it does.
+        """
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            data = file.read(self.size)
+        if len(data) < self.size:
+            raise OSError(f"{self.path} ends after {len(data)} of its {self.size} bytes")
+        return data
+
+
+Source = str | os.PathLike[str] | bytes | Piece
+"""A file, the bytes of one, or where these lie."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +134,7 @@ def read_frames(
     return [found[number] for number in indices]
 
 
-def write_video(path: Path, frames: Iterable[np.ndarray], *, rate: int = 12, codec: str = "libx264") -> None:
+def write_video(path: Path, frames: Iterable[np.ndarray], *, rate: Fraction | int = 12, codec: str = "libx264") -> None:
     """Writes an MP4 file; it is whole or not there.
 
     Args:
@@ -167,11 +197,12 @@ def _upright(frame: Any) -> Image.Image:
 def _opened(source: Source, name: str) -> Iterator[tuple[Any, Any]]:
     """A container and its first stream of pictures."""
     av = require_reader()
-    given = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
-    if isinstance(given, str) and not os.path.isfile(given):
+    if not isinstance(source, bytes | Piece) and not os.path.isfile(source):
         raise DataError(f"{name}: there is no such video file. Restore it, or remove it from the data set.")
     safe = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
     try:
+        held = source.read() if isinstance(source, Piece) else source
+        given = io.BytesIO(held) if isinstance(held, bytes) else os.fspath(held)
         container = av.open(given, "r", options=safe, metadata_errors="ignore")
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise DataError(
