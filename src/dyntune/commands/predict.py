@@ -76,12 +76,12 @@ def command(
     pictures = Pictures(images, videos=preprocessing.clip is not None)
     batches = pictures.batches(batch_size, _prepare(model))
     predictions = [row for batch in batches for row in _predicted(model, batch, top_k)]
+    noun = noun_of(model)
     if json:
-        failed = [{"image": name, "error": error} for name, error in pictures.failed.items()]
+        failed = [{noun: name, "error": error} for name, error in pictures.failed.items()]
         print_json({"predictions": predictions, "failed": failed})
     elif predictions:
-        one = "video" if pictures.videos else "image"
-        cells = [{one: row["image"], **task_of(model).cells(row)} for row in predictions]
+        cells = [{noun: row[noun], **task_of(model).cells(row)} for row in predictions]
         print_table(f"{model.spec} from {run}", tuple(cells[0]), [tuple(row.values()) for row in cells])
     pictures.finish()
 
@@ -127,7 +127,13 @@ def _predicted(
     batch, views = in_views(torch.stack([tensor for _, tensor in prepared]), clip)
     outputs = model(batch if isinstance(model, OpenedModel) else batch.to(next(model.parameters()).device))
     predictions = task.predictions(over_views(outputs, views, task, clip), model.classes, top_k)
-    return [{"image": str(path), **prediction} for (path, _), prediction in zip(prepared, predictions, strict=True)]
+    noun = noun_of(model)
+    return [{noun: str(path), **prediction} for (path, _), prediction in zip(prepared, predictions, strict=True)]
+
+
+def noun_of(model: TunedModel | OpenedModel) -> str:
+    """What one of those that a model predicts for is called, in tables and as the key of its path."""
+    return "image" if model.preprocessing.clip is None else "video"
 
 
 def task_of(model: TunedModel | OpenedModel) -> Task:
