@@ -28,7 +28,6 @@ def joint(depth: int) -> nn.Module:
 
 HOSTS = {
     "ViT-B/16 on 8 frames": Host(frames),
-    "ViT-B/16 on 8 frames, attn-mlp": Host(frames, BOTH),
     "VideoMAE-B, 16 frames, attn-mlp": Host(joint, BOTH),
 }
 """ViT-B sizes at 224 pixels."""
