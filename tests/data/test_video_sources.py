@@ -118,10 +118,14 @@ def test_annotations_of_kinetics(kinetics):
     data = load_data(f"kinetics:{kinetics / 'train.csv'}")
     assert data.classes == ("abseiling", "air, dry") and data.train.targets == (0, 1, 0, 1)
     assert [levels(split) for split in (data.train, data.val, data.test)] == [[0, 1, 2, 3], [4, 5], [6, 7]]
-    held = load_held(f"kinetics:{kinetics / 'val.csv'}", classes=data.classes)
+    (kinetics / "val.csv").rename(kinetics / "validate.csv")
+    assert levels(load_data(f"kinetics:{kinetics / 'train.csv'}").val) == [4, 5]
+    held = load_held(f"kinetics:{kinetics / 'validate.csv'}", classes=data.classes)
     assert held.splits["val"].targets == (0, 1) and levels(held.splits["val"]) == [4, 5]
-    rows = "".join((kinetics / f"{split}.csv").read_text().removeprefix(HEADER) for split in ("train", "val", "test"))
-    (kinetics / "all.csv").write_text(HEADER + rows.replace(",val\n", ",validate\n").replace("validate", "validation"))
+    rows = "".join(
+        (kinetics / f"{split}.csv").read_text().removeprefix(HEADER) for split in ("train", "validate", "test")
+    )
+    (kinetics / "all.csv").write_text(HEADER + rows.replace(",val\n", ",validate\n"))
     whole = load_data(f"kinetics:{kinetics / 'all.csv'}")
     assert [levels(split) for split in (whole.train, whole.val, whole.test)] == [[0, 1, 2, 3], [4, 5], [6, 7]]
     (kinetics / "test.csv").write_text("youtube_id,time_start,time_end,split\n-id6_x,6,16,test\n")
