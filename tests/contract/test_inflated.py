@@ -83,6 +83,8 @@ def test_a_saved_inflated_model_is_built_again_by_name(tmp_path):
 def test_what_is_refused(make_host):
     with pytest.raises(dyntune.DyntuneError, match="whole tubelets of 2"):
         InflatedViT(make_host("plain"), 3)
+    with pytest.raises(dyntune.DyntuneError, match="at most 65536"):
+        InflatedViT(make_host("plain"), 8194)
     for kind, changes in (("plain", {"global_pool": ""}), ("swin", {}), ("eva02", {})):
         with pytest.raises(dyntune.DyntuneError, match="cannot take the tokens of a whole clip"):
             InflatedViT(make_host(kind, **changes), 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.families.frames import ClipHost, Frames
+from dyntune.backbones.families.space_time import MOST_TOKENS
 from dyntune.backbones.families.timm_vit import TimmViT
 from dyntune.backbones.hosts import create_backbone, wrap_plain
 from dyntune.backbones.origin import INFLATED, BackboneSource
@@ -49,7 +51,7 @@ class InflatedViT(ClipHost):
         tubelet: frames that a token is of.
 
     Raises:
-        BackboneError: the model is of another kind, or there are no whole tubelets.
+        BackboneError: the model is of another kind, there are no whole tubelets, or more tokens than anybody computes.
     """
 
     def __init__(self, vit: nn.Module, frames: int = 8, tubelet: int = 2) -> None:
@@ -62,6 +64,9 @@ class InflatedViT(ClipHost):
             )
         if frames < 1 or tubelet < 1 or frames % tubelet:
             raise BackboneError(f"{frames} frames: expected whole tubelets of {tubelet} frames.")
+        tokens = frames // tubelet * math.prod(inner.grid)
+        if tokens > MOST_TOKENS:
+            raise BackboneError(f"{frames} frames are {tokens} tokens; expected at most {MOST_TOKENS}. Give fewer.")
         self.vit, self.frames, self.tubelet = inner.host, frames, tubelet
         self.temporal = SliceTimes(frames // tubelet, inner.host.embed_dim)
         like = next(vit.parameters())
