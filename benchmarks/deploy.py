@@ -28,7 +28,6 @@ from dyntune.core.timing import Turns, time_in_turns
 from dyntune.inference.export.bundle import Export
 from dyntune.inference.export.process import Candidate
 from dyntune.inference.export.registry import lookup
-from dyntune.model.macs import head_macs
 from dyntune.studies.bench.peers import set_gates
 
 CLASSES = 100
@@ -68,9 +67,9 @@ def awake(built: dyntune.TunedModel, images: Tensor) -> dyntune.TunedModel:
 
 @torch.inference_mode()
 def macs(model: dyntune.TunedModel, images: Tensor) -> float:
-    with dyntune.MacCounter() as counter:
+    with dyntune.MacCounter() as counter, counter.watching(model.backbone):
         model(images)
-    return counter.macs / len(images) - head_macs(model.backbone)
+    return (counter.macs - counter.head_macs) / len(images)
 
 
 def in_torch(

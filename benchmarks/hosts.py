@@ -14,11 +14,11 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
@@ -55,17 +55,29 @@ def clip(depth: int) -> nn.Module:
     return dyntune.add_classifier(CLIPVisionModel(config), CLASSES)
 
 
-HOSTS: dict[str, Callable[[int], nn.Module]] = {"DINOv3": dinov3, "EVA-02": eva02, "CLIP of transformers": clip}
-"""ViT-B sizes, each at the image size that it was pretrained for; built with a number of blocks."""
+class Host(NamedTuple):
+    """A host, and DyT as it is tuned with.
+
+    Args:
+        build: makes it, with a number of blocks.
+        spec: method and policy.
+    """
+
+    build: Callable[[int], nn.Module]
+    spec: str = DYT
 
 
-def built(host: str, batch_size: int, depth: int) -> tuple[dict[str, dyntune.TunedModel], Tensor]:
+HOSTS = {"DINOv3": Host(dinov3), "EVA-02": Host(eva02), "CLIP of transformers": Host(clip)}
+"""ViT-B sizes, each at the image size that it was pretrained for."""
+
+
+def built(host: Host, batch_size: int, depth: int) -> tuple[dict[str, dyntune.TunedModel], Tensor]:
     """The dense model and DyT on the same weights, and the images on which half of the patches are active."""
     models = {}
-    for name, spec in ((DENSE, "linear"), (DYT, DYT)):
+    for name, spec in ((DENSE, "linear"), (DYT, host.spec)):
         torch.manual_seed(0)
-        models[name] = dyntune.tune(HOSTS[host](depth), spec).eval()
-    images = torch.randn(batch_size, *models[DENSE].backbone.image_shape, generator=torch.Generator().manual_seed(1))
+        models[name] = dyntune.tune(host.build(depth), spec).eval()
+    images = torch.randn(batch_size, *models[DENSE].backbone.input_shape, generator=torch.Generator().manual_seed(1))
     awake(models[DYT], images)
     return models, images
 
@@ -78,7 +90,7 @@ def exported(name: str, model: dyntune.TunedModel, room: Path) -> Path:
     return folder
 
 
-def measure(host: str, batch_size: int, options: argparse.Namespace, room: Path) -> list[dict[str, Any]]:
+def measure(host: Host, batch_size: int, options: argparse.Namespace, room: Path, noun: str) -> list[dict[str, Any]]:
     """A row for each runtime: the dense host and DyT in it, all of them timed in the same turns."""
     models, images = built(host, batch_size, options.depth)
     dense, model = models[DENSE], models[DYT]
@@ -99,19 +111,19 @@ def measure(host: str, batch_size: int, options: argparse.Namespace, room: Path)
             expected = model(images)
             difference = float((running[DYT, OPTIMIZED](images) - expected).abs().max() / expected.abs().max())
             turns = time_in_turns(running, images, rounds=options.rounds, seconds=options.seconds)
-    about = {"host": host, "patches": math.prod(dense.backbone.grid), "batch_size": batch_size}
+    about = {"patches": math.prod(dense.backbone.grid), "batch_size": batch_size}
     about |= {"rounds": options.rounds, "measured": time.strftime("%Y-%m-%d")}
-    rows = [about | {"runtime": name} | described(name, turns, ratio) for name in (EAGER, OPTIMIZED, ONNX)]
+    rows = [about | {"runtime": name} | described(name, turns, ratio, noun) for name in (EAGER, OPTIMIZED, ONNX)]
     rows[1]["difference_to_eager"] = difference
     return rows
 
 
-def described(runtime: str, turns: dict[tuple[str, str], Turns], ratio: float) -> dict[str, Any]:
+def described(runtime: str, turns: dict[tuple[str, str], Turns], ratio: float, noun: str) -> dict[str, Any]:
     dense, own = turns[DENSE, runtime], turns[DYT, runtime]
     speedup = own.speedup(dense)
     return {
-        "dense_images_per_second": asdict(dense.images_per_second),
-        "images_per_second": asdict(own.images_per_second),
+        f"dense_{noun}_per_second": asdict(dense.images_per_second),
+        f"{noun}_per_second": asdict(own.images_per_second),
         "over_dense": asdict(speedup),
         "macs_ratio": ratio,
         "skip_efficiency": speedup.median / ratio,
@@ -120,15 +132,15 @@ def described(runtime: str, turns: dict[tuple[str, str], Turns], ratio: float) -
     }
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(rows: list[dict[str, Any]], noun: str) -> str:
     lines = [
-        "| host | batch | runtime | dense images/s | DyT images/s | DyT over dense | MACs ratio | skip efficiency "
+        f"| host | batch | runtime | dense {noun}/s | DyT {noun}/s | DyT over dense | MACs ratio | skip efficiency "
         "| dense over eager | DyT over eager |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         cells = (row["host"], row["batch_size"], row["runtime"])
-        speeds = (f"{row[key]['median']:.2f}" for key in ("dense_images_per_second", "images_per_second"))
+        speeds = (f"{row[key]['median']:.2f}" for key in (f"dense_{noun}_per_second", f"{noun}_per_second"))
         over = [
             f"{row[key]['median']:.2f} [{row[key]['low']:.2f} to {row[key]['high']:.2f}]"
             for key in ("over_dense", "dense_over_eager", "over_eager")
@@ -138,14 +150,24 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hosts", nargs="+", choices=HOSTS, default=list(HOSTS))
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[8])
+def run(doc: str, hosts: Mapping[str, Host], *, batch_size: int, noun: str, rounds: int, seconds: float) -> None:
+    """Measures what the command line asks for, and writes results.json and table.md after each host.
+
+    Args:
+        doc: of the script; its first line is the help.
+        hosts: by the names that they have on the command line and in the table.
+        batch_size: by default.
+        noun: what one of a batch is called, ``images``.
+        rounds: turns of each model by default.
+        seconds: least time of a turn by default.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--hosts", nargs="+", choices=hosts, default=list(hosts))
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[batch_size])
     parser.add_argument("--depth", type=int, default=12, help="blocks of each host; fewer to try the script")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=0.3)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--seconds", type=float, default=seconds)
     parser.add_argument("--files", type=Path, help="where exported models stay, to be used again; by default nowhere")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -154,17 +176,17 @@ def main() -> None:
     results = options.out / "results.json"
     rows = json.loads(results.read_text())["rows"] if results.exists() else []
     rows = [row for row in rows if row["host"] not in options.hosts]
-    for host in options.hosts:
-        for batch_size in options.batch_size:
+    for name in options.hosts:
+        for size in options.batch_size:
             with tempfile.TemporaryDirectory() as room:
-                place = (options.files or Path(room)) / f"{host}-{batch_size}-{options.depth}".replace(" ", "-")
-                rows += measure(host, batch_size, options, place)
+                place = (options.files or Path(room)) / f"{name}-{size}-{options.depth}".replace(" ", "-")
+                rows += [{"host": name} | row for row in measure(hosts[name], size, options, place, noun)]
             result = {"machine": machine(), "threads": options.threads, "rows": rows}
-            rows.sort(key=lambda row: list(HOSTS).index(row["host"]))
+            rows.sort(key=lambda row: list(hosts).index(row["host"]))
             results.write_text(json.dumps(result, indent=2) + "\n")
-            (options.out / "table.md").write_text(markdown(rows))
-    print(markdown(rows))
+            (options.out / "table.md").write_text(markdown(rows, noun))
+    print(markdown(rows, noun))
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, HOSTS, batch_size=8, noun="images", rounds=7, seconds=0.3)

@@ -56,7 +56,6 @@ from dyntune.data.vtab import load_vtab_task
 from dyntune.inference.export.bundle import Export
 from dyntune.inference.export.process import Candidate
 from dyntune.inference.export.registry import lookup
-from dyntune.model.macs import head_macs
 from dyntune.studies.pictures import activation_figure, save_figure
 from dyntune.studies.vtab.folders import find_folders
 from dyntune.studies.vtab.plan import Job, Plan
@@ -328,9 +327,9 @@ def measure(options: argparse.Namespace, room: Path) -> list[dict]:
 
 def counted(model: dyntune.TunedModel, images: Tensor) -> float:
     """MACs per image that run on these images, without the head."""
-    with dyntune.MacCounter() as counter:
+    with dyntune.MacCounter() as counter, counter.watching(model.backbone):
         model(images)
-    return counter.macs / len(images) - head_macs(model.backbone)
+    return (counter.macs - counter.head_macs) / len(images)
 
 
 def speed(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from dyntune.backbones.families.frames import ClipClassifier
+from dyntune.backbones.families.inflated import InflatedViT
 from dyntune.backbones.huggingface_models import add_classifier
 from dyntune.core.errors import DyntuneError
 from dyntune.core.version import VERSION as __version__
@@ -36,6 +37,7 @@ __all__ = [
     "DyntuneError",
     "Evaluation",
     "FitResult",
+    "InflatedViT",
     "Loss",
     "MacCounter",
     "OptimizedModel",

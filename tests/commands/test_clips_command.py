@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import dyntune
 from dyntune.commands.main import app
 from dyntune.core.errors import DyntuneError
+from dyntune.data import Video
 
 pytest.importorskip("av")
 from dyntune.data.video_files import write_video
@@ -91,15 +92,16 @@ def test_averages_over_views(films, run):
 def test_pictures_of_a_film(films, run, tmp_path):
     data = f"video-folder:{films}"
     film = films / "test" / "dark" / "0.mp4"
-    invoke("visualize", run, film, "--out", tmp_path, "--device", "cpu", "--rates-on", data)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "activation-data.png",
-        "activation.png",
-        "tokens-1.gif",
-        "tokens-1.png",
-    ]
+    rates = ("--rates-on", data, "--rates-on", f"video-folder:{films / 'train'}", "--format", "svg")
+    invoke("visualize", run, film, "--out", tmp_path, "--device", "cpu", *rates)
+    drawn = ["activation-data.svg", "activation.svg", "tokens-1.gif", "tokens-1.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == drawn
+    legend = (tmp_path / "activation-data.svg").read_text()
+    assert data in legend and f"video-folder:{films / 'train'}" in legend
     with Image.open(tmp_path / "tokens-1.gif") as animation:
         assert animation.n_frames == 2
+    invoke("visualize", run, film, "--out", tmp_path / "mp4", "--device", "cpu", "--animation", "mp4")
+    assert len(Video(tmp_path / "mp4" / "tokens-1.mp4")) == 2
 
 
 @pytest.fixture
@@ -117,9 +119,9 @@ def shelf(films, tmp_path):
 def test_predict_and_visualize_do_what_they_can_and_name_the_rest(run, shelf, tmp_path):
     done = run_command("predict", run, shelf, tmp_path / "gone.mp4", "--json", "--device", "cpu", status=1)
     report = json.loads(done.stdout)
-    assert [Path(row["image"]).name for row in report["predictions"]] == ["0.mp4", "frames"]
+    assert [Path(row["video"]).name for row in report["predictions"]] == ["0.mp4", "frames"]
     assert [row["top"][0]["class"] for row in report["predictions"]] == ["dark", "bright"]
-    assert [Path(entry["image"]).name for entry in report["failed"]] == ["gone.mp4", "bad\x1b.mp4"]
+    assert [Path(entry["video"]).name for entry in report["failed"]] == ["gone.mp4", "bad\x1b.mp4"]
     assert "2 left out, 2 done" in done.stderr and "--on-corrupt" not in done.stderr and "\x1b" not in done.stderr
     done = run_command("visualize", run, shelf, "--out", tmp_path / "pictures", "--device", "cpu", status=1)
     drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
@@ -181,7 +183,7 @@ def test_an_exported_clip_model_and_its_runner(films, run, shelf, tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "bad\\x1b.mp4" in done.stderr and "1 videos could not be read" in done.stderr
     lines = done.stdout.splitlines()
-    assert lines[::3] == [row["image"] for row in rows] and len(rows) == 2
+    assert lines[::3] == [row["video"] for row in rows] and len(rows) == 2
     for place, row in enumerate(rows):
         said = dict(reversed(line.split()) for line in lines[3 * place + 1 : 3 * place + 3])
         assert {name: float(share) for name, share in said.items()} == pytest.approx(

@@ -221,19 +221,33 @@ def test_a_saved_clip_model_is_built_again_by_name(tmp_path):
 
 @torch.no_grad()
 def test_a_checkpoint_of_the_public_code_is_read(build, randomise):
-    """Its head is called otherwise, and reads the tokens without their place in time."""
-    model, other = (dyntune.tune(build(time="none"), "linear").eval() for _ in range(2))
-    randomise(model.backbone.host, 7)
+    """Its head is called otherwise, and reads the tokens without their place in time; its folders hold more than it."""
+    model, other = (dyntune.tune(build(time="none"), "dyt:bottleneck=4").eval() for _ in range(2))
+    randomise(model.backbone, 7)
     state = {}
-    for name, tensor in model.backbone.host.state_dict().items():
+    for name, tensor in model.backbone.named_parameters():
+        name = name.removeprefix("host.").removeprefix("vit.").replace(".mlp.parallel.adapter.", ".adaptmlp.")
         place, _, own = name.partition(".")
-        inside = "cross_attn." if own.split("_")[0] not in ("norm", "query") else ""
-        public = own if place == "vit" or own == "query_token" else f"attentive_blocks.{inside}{own}"
-        state[public] = tensor.clone()
-    assert {"query_token", "attentive_blocks.norm_k.bias", "attentive_blocks.cross_attn.q_bias"} < state.keys()
-    dyntune.load_published(other, state)
+        if place == "temporal":
+            inside = "cross_attn." if own.split("_")[0] not in ("norm", "query") else ""
+            name = own if own == "query_token" else f"attentive_blocks.{inside}{own}"
+        state[name.replace(".mlp.dispatcher.gate.", ".mlp_token_select.mlp_head.")] = tensor.clone()
+    head = {"query_token", "attentive_blocks.norm_k.bias", "attentive_blocks.cross_attn.q_bias"}
+    head |= {"attentive_blocks.cross_attn.proj.weight", "blocks.1.adaptmlp.up_proj.bias"}
+    assert head | {"blocks.0.mlp_token_select.mlp_head.weight", "head.weight", "patch_embed.proj.bias"} < state.keys()
     clips = clips_for(model.backbone.host, 2)
+    assert not torch.allclose(other(clips), model(clips), atol=1e-3)
+    dyntune.load_published(other, {"model": state, "epoch": 11, "optimizer": {}})
     assert torch.equal(other(clips), model(clips))
+
+
+@torch.no_grad()
+def test_an_exported_model_takes_any_number_of_clips(build, tmp_path):
+    model = half_open(dyntune.tune(build("attentive"), "dyt")).eval()
+    opened = dyntune.open_export(dyntune.export(model, tmp_path / "out", runtime="torch"), trust=True)
+    for count in (1, 3):
+        clips = clips_for(model.backbone.host, count)
+        torch.testing.assert_close(opened(clips), model(clips), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

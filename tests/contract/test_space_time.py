@@ -45,6 +45,15 @@ def test_a_gate_on_the_joint_host(build, tmp_path, where):
     check(model, build(), clips, tmp_path)
 
 
+@torch.no_grad()
+def test_an_exported_model_takes_any_number_of_clips(build, tmp_path):
+    model = half_open(dyntune.tune(build(), "dyt:dispatch=attn-mlp")).eval()
+    opened = dyntune.open_export(dyntune.export(model, tmp_path / "out", runtime="torch"), trust=True)
+    for count in (1, 3):
+        clips = clips_for(model.backbone.host, count)
+        torch.testing.assert_close(opened(clips), model(clips), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("spec", "macs"),
     [

@@ -439,6 +439,40 @@ def test_what_is_kept_of_each_frame_is_all_that_is_kept(tmp_path):
     assert max(alive) <= min(alive) + 1
 
 
+@pytest.fixture
+def torchcodec(monkeypatch, film):
+    """Has frames decoded by torchcodec, where that works."""
+    decoders = pytest.importorskip("torchcodec.decoders")
+    try:
+        decoders.VideoDecoder(str(film))
+    except (RuntimeError, OSError):
+        pytest.skip("torchcodec does not find FFmpeg's libraries")
+    return lambda on: monkeypatch.setenv("DYNTUNE_DECODER", "torchcodec" if on else "pyav")
+
+
+def test_torchcodec_gives_the_same_frames(torchcodec, film, tmp_path):
+    data = bytearray(film.read_bytes())
+    place = data.index(b"tkhd") + 4 + 40
+    data[place : place + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    long = encoded(tmp_path / "long.mp4", "libx264", "mp4", count=200, g="20", bf="2")
+    for source, wanted in ((film, [3, 0, 29]), (bytes(data), [4]), (long, [150, 1, 199])):
+        read = {}
+        for on in (False, True):
+            torchcodec(on)
+            read[on] = Video(source).read(wanted)
+        assert all(np.array_equal(*map(np.asarray, pair)) for pair in zip(*read.values(), strict=True))
+
+
+def test_a_decoder_that_does_not_work_or_does_not_exist_is_named(monkeypatch, film):
+    monkeypatch.setitem(__import__("sys").modules, "torchcodec", None)
+    monkeypatch.setenv("DYNTUNE_DECODER", "torchcodec")
+    with pytest.raises(DataError, match="is torchcodec, which does not work here"):
+        Video(film).read([0])
+    monkeypatch.setenv("DYNTUNE_DECODER", "torchcodek")
+    with pytest.raises(DataError, match="torchcodec"):
+        Video(film).read([0])
+
+
 def test_without_pyav_the_extra_is_named(monkeypatch, film):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(DataError, match=r"pip install av, "):

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from dyntune.core.digests import sample
 
-CLIPS = "frames:"
-"""In front of the name of an image model that each frame of a clip goes through; it names no place."""
+CLIPS, INFLATED = "frames:", "inflated:"
+"""In front of the name of an image model that each frame of a clip goes through, or all together; they name no
+place."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class BackboneSource:
     @property
     def places(self) -> tuple[str, ...]:
         """What it names beside models of timm's own list: hubs, folders, files."""
-        own = (self.name or "").removeprefix(CLIPS)
+        own = (self.name or "").removeprefix(CLIPS).removeprefix(INFLATED)
         name = (own,) if ":" in own else ()
         return name if self.weights is None else (*name, self.weights)
 

@@ -102,7 +102,7 @@ class Attentive(TemporalHead):
         q = self.q(self.norm_q(self.query_token)) + self.q_bias
         k, v = self.k(self.norm_k(x)), self.v(self.norm_v(x)) + self.v_bias
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        read = F.scaled_dot_product_attention(q.expand(len(x), -1, -1, -1), k, v, attn_mask=mask)
+        read = F.scaled_dot_product_attention(q.expand(x.shape[0], -1, -1, -1), k, v, attn_mask=mask)
         return self.proj(read.transpose(1, 2).flatten(2)).squeeze(1)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dyntune.backbones.families.frames import Frames
+from dyntune.backbones.families.inflated import Inflated
 from dyntune.backbones.families.space_time import SpaceTime
 from dyntune.backbones.temporal import Temporal
 from dyntune.core.errors import DataError, SpecError
@@ -55,7 +56,7 @@ class ClipOptions:
         """Name and arguments of a backbone: of one of clips, where they are asked for."""
         if not self.frames:
             return name, {}
-        if name.startswith(SpaceTime.prefix):
+        if name.startswith((SpaceTime.prefix, Inflated.prefix)):
             return name, {"frames": self.frames}
         time = {} if self.time == "auto" else {"time": self.time}
         name = name if name.startswith(Frames.prefix) else f"{Frames.prefix}{name}"

@@ -80,21 +80,21 @@ def command(
         model = replace(model, preprocessing=preprocessing)
     pictures = Pictures(images, videos=preprocessing.clip is not None)
     batches = pictures.batches(batch_size, _prepare(model))
-    one = "video" if pictures.videos else "image"
+    noun = noun_of(model)
     predictions: list[dict[str, Any]] = []
     stopped: TrainingInterrupted | None = None
     try:
-        with CountBar("predicting", len(pictures.paths), f"{one}s", err) as bar:
+        with CountBar("predicting", len(pictures.paths), f"{noun}s", err) as bar:
             for batch in batches:
                 predictions += _predicted(model, batch, top_k)
                 bar.count(len(predictions))
     except TrainingInterrupted as error:
         stopped = error  # what is done is shown first
     if json:
-        failed = [{"image": name, "error": error} for name, error in pictures.failed.items()]
+        failed = [{noun: name, "error": error} for name, error in pictures.failed.items()]
         print_json({"predictions": predictions, "failed": failed})
     elif predictions:
-        cells = [{one: row["image"], **task_of(model).cells(row)} for row in predictions]
+        cells = [{noun: row[noun], **task_of(model).cells(row)} for row in predictions]
         print_table(f"{model.spec} from {run}", tuple(cells[0]), [tuple(row.values()) for row in cells])
     if stopped is not None:
         raise stopped
@@ -142,7 +142,13 @@ def _predicted(
     batch, views = in_views(torch.stack([tensor for _, tensor in prepared]), clip)
     outputs = model(batch if isinstance(model, OpenedModel) else batch.to(next(model.parameters()).device))
     predictions = task.predictions(over_views(outputs, views, task, clip), model.classes, top_k)
-    return [{"image": str(path), **prediction} for (path, _), prediction in zip(prepared, predictions, strict=True)]
+    noun = noun_of(model)
+    return [{noun: str(path), **prediction} for (path, _), prediction in zip(prepared, predictions, strict=True)]
+
+
+def noun_of(model: TunedModel | OpenedModel) -> str:
+    """What one of those that a model predicts for is called, in tables and as the key of its path."""
+    return "image" if model.preprocessing.clip is None else "video"
 
 
 def task_of(model: TunedModel | OpenedModel) -> Task:

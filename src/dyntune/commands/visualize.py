@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ from dyntune.studies.pictures import (
 
 EXAMPLES = (
     'dyntune visualize runs/flowers "photos/*.jpg" --out pictures',
-    "dyntune visualize runs/clips film.mp4 --out pictures",
+    "dyntune visualize runs/clips film.mp4 --out pictures --animation mp4",
     "dyntune visualize runs/flowers photo.jpg --rates-on folder:flowers --rates-on digits --out pictures",
 )
 
@@ -70,6 +70,9 @@ def command(
     ] = None,
     per_figure: Annotated[int, typer.Option(min=1, help="Images in one picture.")] = 6,
     suffix: Annotated[str, typer.Option("--format", help="png, svg or pdf.")] = "png",
+    animation: Annotated[
+        Literal["gif", "mp4"], typer.Option(help="Of videos: the file that shows one frame after the other.")
+    ] = "gif",
     device: DeviceOption = "auto",
 ) -> None:
     """Draw over images, or frames of videos, which tokens each block computes, merges or drops, and how many."""
@@ -110,7 +113,7 @@ def command(
                 _write(token_figure(pictures, gates, grid, names), folder / f"tokens-{number}.{suffix}", there)
             else:
                 _write(frames_figure(pictures, gates, grid), folder / f"tokens-{number}.{suffix}", there)
-                film = frames_animation(pictures, gates, grid, folder / f"tokens-{number}.gif")
+                film = frames_animation(pictures, gates, grid, folder / f"tokens-{number}.{animation}")
                 _say_written(film, there)
         if output.reductions:
             if slices > 1:

@@ -19,6 +19,7 @@ from dyntune.core.errors import DataError
 from dyntune.data.base import DataSplits, ImageSubset, LabelledImages
 from dyntune.data.datasets import FileImages, JoinedImages
 from dyntune.data.images import read_image, to_rgb
+from dyntune.data.video_files import require_reader
 from dyntune.data.videos import Video
 
 EXPECTED = (
@@ -34,30 +35,37 @@ _MOST_READ = 10_000
 
 
 class HubImages(LabelledImages):
-    """A data set of Hugging Face's ``datasets``, with a column of images and one of labels.
+    """A data set of Hugging Face's ``datasets``, with a column of images or videos and one of labels.
+
+    Videos are opened here, not by that library, which would need torchcodec.
 
     Args:
         data: without a format of its own.
         name: what to call it in messages.
+        advice: what errors about a video say at their end.
     """
 
     reads_files = True
 
-    def __init__(self, data: Any, name: str) -> None:
-        from datasets import Image as ImageFeature
-
+    def __init__(self, data: Any, name: str, advice: str = "") -> None:
         image, label = hub_columns(data.features)
         super().__init__(list(data.select_columns([label])[label]))
-        self.files = data.select_columns([image]).cast_column(image, ImageFeature(decode=False))
-        self.image, self.name = image, name
+        feature = type(data.features[image])
+        self.videos = feature.__name__ == "Video"
+        if self.videos:
+            require_reader()
+        self.files = data.select_columns([image]).cast_column(image, feature(decode=False))
+        self.image, self.name, self.advice = image, name, advice
         names = getattr(data.features[label], "names", None)
         self.classes = None if names is None else tuple(names)
 
-    def read(self, index: int) -> Image.Image:
-        return read_image(self._file(index), self.source(index))
+    def read(self, index: int) -> Image.Image | Video:  # type: ignore[override]
+        """The image, or the video, at ``index``."""
+        file = self._file(index)
+        return Video(file, self.source(index), self.advice) if self.videos else read_image(file, self.source(index))
 
     def source(self, index: int) -> str:
-        return f"{self.name} image {index}"
+        return f"{self.name} {self.noun} {index}"
 
     def identity(self, index: int) -> str:
         file = self._file(index)
@@ -67,20 +75,24 @@ class HubImages(LabelledImages):
         found = self.files[index][self.image] or {}
         file = found.get("bytes") or found.get("path")
         if file is None:
-            raise DataError(f"{self.source(index)}: there is no image. Leave out rows without one.")
+            raise DataError(f"{self.source(index)}: there is no {self.noun}. Leave out rows without one.")
         return bytes(file) if isinstance(file, bytes | bytearray) else str(file)
 
 
 def hub_columns(features: Mapping[str, Any]) -> tuple[str, str]:
-    """The image and label columns: ``image`` and ``label`` where there are such, else by their types."""
-    images = [column for column, feature in features.items() if type(feature).__name__ == "Image"]
+    """The columns of images, or without any of videos, and of labels: by their names where they are plain, or types."""
+    kinds = {column: type(feature).__name__ for column, feature in features.items()}
+    images = [column for column, kind in kinds.items() if kind == "Image"]
+    images = images or [column for column, kind in kinds.items() if kind == "Video"]
     labels = [column for column, feature in features.items() if type(feature).__name__ == "ClassLabel"]
     image = "image" if "image" in images else next(iter(images), None)
     # Of fine and coarse labels (as in CIFAR-100) the one with more classes is the task.
     by_type = max(labels, key=lambda column: features[column].num_classes, default=None)
     label = "label" if "label" in features else by_type
     if image is None or label is None:
-        raise ValueError(f"its columns are {', '.join(features)}, of which none holds images or none holds labels")
+        raise ValueError(
+            f"its columns are {', '.join(features)}, of which none holds images or videos, or none holds labels"
+        )
     return image, label
 
 

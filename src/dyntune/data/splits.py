@@ -9,7 +9,7 @@ from dyntune.core.errors import DataError
 from dyntune.data.base import DataSplits, ImageSubset, LabelledImages
 
 _WORDS = dict.fromkeys(("train", "training"), "train") | {"test": "test", "testing": "test"}
-_WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
+_WORDS |= dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val")
 _FILLING = frozenset(
     {"data", "dataset", "folder", "image", "images", "img", "imgs", "list", "seg", "set", "split", "video", "videos"}
 )

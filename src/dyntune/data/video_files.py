@@ -1,4 +1,4 @@
-"""Reading and writing video files with PyAV, which is imported when a file is opened."""
+"""Reading and writing video files with PyAV, which is imported when a file is opened, or torchcodec."""
 
 from __future__ import annotations
 
@@ -7,26 +7,58 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from dyntune.core.errors import DataError, how_to_install, in_one_line
+from dyntune.core.errors import DataError, how_to_install, in_one_line, unknown_name
 from dyntune.core.files import write_atomically
 from dyntune.core.texts import printable
 
 FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif"
 """Containers that are opened. FFmpeg would take a picture called ``.mp4`` as a video of one frame, and follow lists of
 other files and addresses."""
+DECODERS = ("pyav", "torchcodec")
+"""What ``$DYNTUNE_DECODER`` may name; the first one is taken where it is not set."""
 _WORTH_A_SEEK = 60
 """Frames that are decoded for nothing rather than looking for the nearest one that can be decoded by itself."""
 _LOST = 0.1
 """Share of the frames that a file may announce and not have, at its end; the last frame stands for them."""
 
-Source = str | os.PathLike[str] | bytes
-"""A file, or the bytes of one."""
+
+@dataclass(frozen=True)
+class Piece:
+    """A video file inside a larger file, such as a tar file; its bytes are read when it is opened.
+
+    Args:
+        path: of the larger file.
+        start: where it begins there, in bytes.
+        size: its bytes.
+    """
+
+    path: str
+    start: int
+    size: int
+
+    def read(self) -> bytes:
+        """Its bytes.
+
+        Raises:
+            OSError: the larger file is not there, or ends before it does.
+        """
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            data = file.read(self.size)
+        if len(data) < self.size:
+            raise OSError(f"{self.path} ends after {len(data)} of its {self.size} bytes")
+        return data
+
+
+Source = str | os.PathLike[str] | bytes | Piece
+"""A file, the bytes of one, or where these lie."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +111,9 @@ def read_frames(
         DataError: it cannot be opened, or ends before a wanted frame.
     """
     wanted = sorted(set(indices))
+    if _decoder() == "torchcodec":
+        taken = _read_with_torchcodec(source, name, wanted, count, change)
+        return [taken[number] for number in indices]
     found: dict[int, Any] = {}
     done, stopped, last = 0, "", None
     with _opened(source, name) as (container, stream):
@@ -96,15 +131,57 @@ def read_frames(
             found |= dict.fromkeys(missing, change(_upright(last)))
             missing = []
     if missing:
-        why = f" ({stopped})" if stopped else ""
-        raise DataError(
-            f"{name}: stops after {done} of {count} frames{why}, and frame {missing[0]} is wanted. Expected a complete "
-            "file; copy it again."
-        )
+        raise _stopped(name, done, count, stopped, missing[0])
     return [found[number] for number in indices]
 
 
-def write_video(path: Path, frames: Iterable[np.ndarray], *, rate: int = 12, codec: str = "libx264") -> None:
+def _stopped(name: str, done: int, count: int, why: str, wanted: int) -> DataError:
+    return DataError(
+        f"{name}: stops after {done} of {count} frames{f' ({why})' if why else ''}, and frame {wanted} is wanted. "
+        "Expected a complete file; copy it again."
+    )
+
+
+def _decoder() -> str:
+    """The decoder that this process is to use.
+
+    Raises:
+        DataError: there is no such decoder.
+    """
+    name = os.environ.get("DYNTUNE_DECODER") or DECODERS[0]
+    if name not in DECODERS:
+        raise DataError(unknown_name("$DYNTUNE_DECODER", name, DECODERS))
+    return name
+
+
+def _read_with_torchcodec(
+    source: Source, name: str, wanted: Sequence[int], count: int, change: Callable[[Image.Image], Any]
+) -> dict[int, Any]:
+    """As ``read_frames``, of a file that PyAV has looked into before; torchcodec opens files of any format."""
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, RuntimeError, OSError) as error:
+        raise DataError(
+            f"$DYNTUNE_DECODER is torchcodec, which does not work here ({printable(in_one_line(error))}). Install it "
+            "with FFmpeg's shared libraries, or leave the variable out: PyAV brings its own."
+        ) from error
+    held = source.read() if isinstance(source, Piece) else source
+    found: dict[int, Any] = {}
+    number, there = wanted[0], 0
+    try:
+        decoder = VideoDecoder(
+            held if isinstance(held, bytes) else os.fspath(held), dimension_order="NHWC", num_ffmpeg_threads=1
+        )
+        there = len(decoder)
+        last = there - 1 if there >= (1 - _LOST) * count else count
+        for number in wanted:
+            found[number] = change(Image.fromarray(decoder.get_frame_at(min(number, last)).data.numpy()))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise _stopped(name, min(number, there), count, printable(in_one_line(error)), number) from error
+    return found
+
+
+def write_video(path: Path, frames: Iterable[np.ndarray], *, rate: Fraction | int = 12, codec: str = "libx264") -> None:
     """Writes an MP4 file; it is whole or not there.
 
     Args:
@@ -167,11 +244,12 @@ def _upright(frame: Any) -> Image.Image:
 def _opened(source: Source, name: str) -> Iterator[tuple[Any, Any]]:
     """A container and its first stream of pictures."""
     av = require_reader()
-    given = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
-    if isinstance(given, str) and not os.path.isfile(given):
+    if not isinstance(source, bytes | Piece) and not os.path.isfile(source):
         raise DataError(f"{name}: there is no such video file. Restore it, or remove it from the data set.")
     safe = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
     try:
+        held = source.read() if isinstance(source, Piece) else source
+        given = io.BytesIO(held) if isinstance(held, bytes) else os.fspath(held)
         container = av.open(given, "r", options=safe, metadata_errors="ignore")
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise DataError(

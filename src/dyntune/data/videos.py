@@ -24,7 +24,7 @@ from dyntune.data.images import (
     suffixes_of,
     walk_data,
 )
-from dyntune.data.video_files import About, about, read_frames, require_reader
+from dyntune.data.video_files import About, Piece, Source, about, read_frames, require_reader
 
 VIDEO_SUFFIXES = frozenset(
     {".3gp", ".asf", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm"}
@@ -38,14 +38,15 @@ class Video:
     """A video that is opened when it is read, and closed again: it can be pickled, and carried into other processes.
 
     Args:
-        source: a file, the bytes of one, or a folder of frames, whose order is that of their names.
+        source: a file, the bytes of one or a piece of a larger file, or a folder of frames, whose order is that of
+            their names.
         name: what to call it in errors; by default its path.
         advice: what errors say at their end.
     """
 
-    def __init__(self, source: str | os.PathLike[str] | bytes, name: str | None = None, advice: str = "") -> None:
-        self.source = source if isinstance(source, bytes) else os.fspath(source)
-        self.name = printable(name or ("a video" if isinstance(source, bytes) else os.fspath(source)))
+    def __init__(self, source: Source, name: str | None = None, advice: str = "") -> None:
+        self.source = source if isinstance(source, bytes | Piece) else os.fspath(source)
+        self.name = printable(name or (self.source if isinstance(self.source, str) else "a video"))
         self.advice = advice
         self._about: About | None = None
 

@@ -51,6 +51,23 @@ def test_an_animation_has_a_picture_for_each_frame(tmp_path):
         assert not np.array_equal(first, np.asarray(film.convert("RGB")))
 
 
+def test_an_animation_may_be_an_mp4(tmp_path):
+    pytest.importorskip("av")
+    from dyntune.data import Video
+
+    frames, own = [picture(seed) for seed in range(FRAMES)], gates([0, 1])
+    film = Video(frames_animation(frames, own, GRID, tmp_path / "film.mp4", seconds=0.5))
+    assert len(film) == FRAMES and film.about().rate == 2
+    frames_animation(frames, own, GRID, tmp_path / "film.gif")
+    with Image.open(tmp_path / "film.gif") as drawn:
+        for number, frame in enumerate(film.read(range(FRAMES))):
+            drawn.seek(number)
+            pixels = np.asarray(frame.crop((0, 0, *drawn.size)), float) - np.asarray(drawn.convert("RGB"), float)
+            assert all(0 <= more <= 1 for more in np.subtract(frame.size, drawn.size)) and np.abs(pixels).mean() < 12
+    with pytest.raises(DyntuneError, match=r"ends in \.gif or \.mp4"):
+        frames_animation(frames, own, GRID, tmp_path / "film.webm")
+
+
 def test_gates_about_a_whole_clip_are_parted_by_moments():
     whole = gate("blocks.0.mlp", torch.arange(2 * PATCHES)[None] % 3 == 0)
     (parted,) = by_slices([whole], 2)

@@ -23,7 +23,38 @@ _MODEL, _HEAD = "vit", "temporal"
 """Names of the two parts of the host."""
 
 
-class ClipClassifier(nn.Module):
+class ClipHost(nn.Module):
+    """What hosts of clips have that an image model's blocks are in.
+
+    Attributes:
+        vit: the image model.
+        frames: T of a clip.
+        temporal: what is new beside it.
+    """
+
+    vit: nn.Module
+    frames: int
+    temporal: Any
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """Clips ``(B, T, 3, height, width)`` to logits ``(B, classes)``."""
+        backbone = self._interface()
+        tokens = backbone.embed(clips)
+        for block in backbone.blocks:
+            tokens = block.enter(tokens)
+            tokens = tokens.with_x(tokens.x + block.update(tokens))
+        return backbone.readout(backbone.finish(tokens))
+
+    def _interface(self) -> Backbone:
+        """This model behind the interface, made once; a shallow copy makes its own."""
+        made: Backbone | None = self.__dict__.get("_made")
+        if made is None or made.host is not self:
+            made = wrap_plain(self)
+            object.__setattr__(self, "_made", made)  # no child, for this model is one of its
+        return made
+
+
+class ClipClassifier(ClipHost):
     """An image model on each frame of a clip, a temporal head over the frames, and the image model's classifier.
 
     Args:
@@ -60,23 +91,6 @@ class ClipClassifier(nn.Module):
         like = next(vit.parameters())
         self.temporal.to(device=like.device, dtype=like.dtype)
 
-    def forward(self, clips: Tensor) -> Tensor:
-        """Clips ``(B, T, 3, height, width)`` to logits ``(B, classes)``."""
-        backbone = self._interface()
-        tokens = backbone.embed(clips)
-        for block in backbone.blocks:
-            tokens = block.enter(tokens)
-            tokens = tokens.with_x(tokens.x + block.update(tokens))
-        return backbone.readout(backbone.finish(tokens))
-
-    def _interface(self) -> Frames:
-        """This model behind the interface, made once; a shallow copy makes its own."""
-        made: Frames | None = self.__dict__.get("_made")
-        if made is None or made.host is not self:
-            made = Frames(self)
-            object.__setattr__(self, "_made", made)  # no child, for this model is one of its
-        return made
-
 
 class Frames(Backbone):
     """A ``ClipClassifier`` as a backbone: to methods and policies it is the image model, on B T images.
@@ -87,14 +101,15 @@ class Frames(Backbone):
         host: the model; used as it is, its parameters stay where they are.
     """
 
-    host: ClipClassifier
+    host: ClipHost
     inner: Backbone
+    kind: ClassVar[type[ClipHost]] = ClipClassifier
     supported: ClassVar[str] = "ClipClassifier of any other family, for clips"
     prefix: ClassVar[str] = CLIPS
     arguments: ClassVar[tuple[str, ...]] = ("frames", "temporal", "time")
 
     def __init__(self, host: nn.Module) -> None:
-        assert isinstance(host, ClipClassifier)
+        assert isinstance(host, self.kind)
         inner = wrap_plain(host.vit)
         super().__init__(host)
         self.blocks = inner.blocks
@@ -103,7 +118,7 @@ class Frames(Backbone):
 
     @classmethod
     def knows(cls, host: nn.Module) -> bool:
-        return isinstance(host, ClipClassifier)
+        return isinstance(host, cls.kind)
 
     @classmethod
     def create(
@@ -137,12 +152,20 @@ class Frames(Backbone):
         return self.inner.all_sites()
 
     def embed(self, images: Tensor) -> Tokens:
+        self.check_clips(images)
+        return self.inner.embed(images.flatten(0, 1))
+
+    def check_clips(self, images: Tensor) -> None:
+        """Checks that there are as many frames as the host takes.
+
+        Raises:
+            BackboneError: there are not.
+        """
         if images.ndim != 5 or images.shape[1] != self.host.frames:
             frames, channels, height, width = self.input_shape
             raise BackboneError(
                 f"expected clips of shape (B, {frames}, {channels}, {height}, {width}); given {tuple(images.shape)}."
             )
-        return self.inner.embed(images.flatten(0, 1))
 
     def finish(self, tokens: Tokens) -> Tokens:
         return self.inner.finish(tokens)

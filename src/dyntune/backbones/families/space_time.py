@@ -31,7 +31,7 @@ SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), 
 """Width, depth and heads of VideoMAE's models."""
 _NAME = "videomae_{}_patch16_224"
 _FOLDER = "videomae:"
-_MOST_TOKENS = 65536
+MOST_TOKENS = 65536
 """Of a clip, whose positions are computed when a model is made."""
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _STRIDE = 4
@@ -95,9 +95,9 @@ class SpaceTimeViT(nn.Module):
                 f"{patch_size} pixels."
             )
         tokens = frames // tubelet * (img_size // patch_size) ** 2
-        if tokens > _MOST_TOKENS:
+        if tokens > MOST_TOKENS:
             raise BackboneError(
-                f"{frames} frames of {img_size} pixels are {tokens} tokens; expected at most {_MOST_TOKENS}. Give "
+                f"{frames} frames of {img_size} pixels are {tokens} tokens; expected at most {MOST_TOKENS}. Give "
                 "fewer frames, or smaller ones."
             )
         self.frames, self.tubelet, self.img_size = frames, tubelet, img_size

@@ -10,9 +10,10 @@ from dyntune.core.errors import DataError, how_to_install
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.datasets import SKIP
 from dyntune.data.images import read_image
-from dyntune.data.others import hub_columns
+from dyntune.data.others import HubImages, hub_columns
 from dyntune.data.sources.base import Request, Source
 from dyntune.data.splits import split_of
+from dyntune.data.videos import SKIP as SKIP_VIDEOS
 
 
 class ReaderImages(LabelledImages):
@@ -76,20 +77,23 @@ class Hfds(Source):
             # The columns of a folder of files are known only once it is loaded; timm finds it in the cache after that.
             features = datasets.load_dataset(short, split=words["train"], cache_dir=str(root)).features
             image, label = hub_columns(features)
-            readers = {
-                split: create_dataset(name, root=str(root), split=word, input_key=image, target_key=label).reader
-                for split, word in words.items()
-            }
-            # The column alone, because reading whole rows would decode any further images in them.
-            sets = {
-                split: ReaderImages(reader, reader.dataset.select_columns([label])[label], f"{name} {words[split]}")
-                for split, reader in readers.items()
-            }
+            sets: dict[str, LabelledImages] = {}
+            for split, word in words.items():
+                if type(features[image]).__name__ == "Video":
+                    data = datasets.load_dataset(short, split=word, cache_dir=str(root))
+                    sets[split] = HubImages(data, f"{name} {word}", SKIP_VIDEOS)
+                    continue
+                reader = create_dataset(name, root=str(root), split=word, input_key=image, target_key=label).reader
+                # The column alone, because reading whole rows would decode any further images in them.
+                sets[split] = ReaderImages(reader, reader.dataset.select_columns([label])[label], f"{name} {word}")
+        except DataError:
+            raise
         except Exception as error:
             raise DataError(
-                f"{name}: cannot be loaded ({type(error).__name__}: {error}). Expected a data set with an image and "
-                f"a label column that is at hand in {root} or can be downloaded; without a network, put its files "
-                "(parquet, or an image folder) into a folder and give hfds/ and that folder's path."
+                f"{name}: cannot be loaded ({type(error).__name__}: {error}). Expected a data set with a column of "
+                f"images or videos and one of labels that is at hand in {root} or can be downloaded; without a "
+                "network, put its files (parquet, or an image folder) into a folder and give hfds/ and that folder's "
+                "path."
             ) from error
         val, test = sets.get("val"), sets.get("test")
         if test is not None and set(test.targets) == {-1}:

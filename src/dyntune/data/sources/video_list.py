@@ -15,12 +15,20 @@ FORM = "Expected lines PATH LABEL, or FOLDER FRAMES LABEL, with blanks or commas
 
 
 @dataclass(frozen=True)
-class _Line:
-    """One video of a list: its path, its label as it is written, and where that stands."""
+class Line:
+    """One video of a list.
+
+    Args:
+        video: its path.
+        label: as it is written.
+        origin: the list, and the number of the line.
+        split: that the line says it is of; None where that is the list's affair.
+    """
 
     video: str
     label: str
     origin: str
+    split: str | None = None
 
 
 class VideoList(Source):
@@ -35,9 +43,13 @@ class VideoList(Source):
     form = "video-list:FILE"
 
     def load(self, request: Request) -> DataSplits:
-        lists = _lists(request.path)
-        lines = {split: _read(path) for split, path in lists.items()}
+        lines: dict[str, list[Line]] = {}
+        for split, path in _lists(request.path).items():
+            for line in self.lines(path, request):
+                lines.setdefault(line.split or split, []).append(line)
         every = [line for own in lines.values() for line in own]
+        if "train" not in lines:
+            raise DataError(f"{request.path} and the lists beside it name no videos to train on.")
         numbered = _are_numbers(every)
         if numbered:
             highest = max(int(line.label) for line in every)
@@ -51,12 +63,22 @@ class VideoList(Source):
         sets = {split: _labelled(own, classes, numbered, request.path.parent) for split, own in lines.items()}
         return request.splits(sets["train"], sets.get("val"), sets.get("test"), classes)
 
+    def lines(self, path: Path, request: Request) -> list[Line]:
+        """The videos of one list.
+
+        Raises:
+            DataError: the list cannot be read as one.
+        """
+        return _read(path)
+
     def held(self, request: Request, classes: Sequence[str] | None = None) -> Held:
         path = request.path
         split = split_of(path.stem)
         if split == "train" or not path.is_file():
             return super().held(request, classes)
-        lines = _read(path)
+        lines = self.lines(path, request)
+        if not lines:
+            raise DataError(f"{path} has no labels to evaluate by.")
         numbered = _are_numbers(lines)
         found = {printable(line.label) for line in lines}
         own = [str(label) for label in range(max(map(int, found)) + 1)] if numbered else sorted(found)
@@ -91,7 +113,7 @@ def _lists(path: Path) -> dict[str, Path]:
     return lists
 
 
-def _are_numbers(lines: Sequence[_Line]) -> bool:
+def _are_numbers(lines: Sequence[Line]) -> bool:
     """Whether labels are numbers; raises DataError if only some are."""
     names = [line for line in lines if not line.label.isdecimal()]
     if names and len(names) < len(lines):
@@ -99,7 +121,7 @@ def _are_numbers(lines: Sequence[_Line]) -> bool:
     return not names
 
 
-def _labelled(lines: Sequence[_Line], classes: Sequence[str], numbered: bool, root: Path) -> LabelledVideos:
+def _labelled(lines: Sequence[Line], classes: Sequence[str], numbered: bool, root: Path) -> LabelledVideos:
     number = {name: label for label, name in enumerate(classes)}
     return LabelledVideos(
         [line.video for line in lines],
@@ -109,7 +131,7 @@ def _labelled(lines: Sequence[_Line], classes: Sequence[str], numbered: bool, ro
     )
 
 
-def _read(path: Path) -> list[_Line]:
+def _read(path: Path) -> list[Line]:
     found = []
     try:
         text = path.read_text(encoding="utf-8")
@@ -128,7 +150,7 @@ def _read(path: Path) -> list[_Line]:
         folder, _, frames = place.rpartition("," if "," in place else " ")
         if not video.exists() and frames.strip().isdecimal() and (path.parent / folder.strip()).is_dir():
             video = path.parent / folder.strip()
-        found.append(_Line(str(video), label, origin))
+        found.append(Line(str(video), label, origin))
     if not found:
         raise DataError(f"{path} has no lines. {FORM}.")
     return found

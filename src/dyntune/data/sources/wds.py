@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files whose samples are an image and its label."""
+"""WebDataset shards: tar files whose samples are an image or a video, and its label."""
 
 import json
 import logging
@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 from dyntune.core.errors import DataError, how_to_install
 from dyntune.core.texts import printable
-from dyntune.data.base import DataSplits
+from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.datasets import SKIP
 from dyntune.data.sources.base import Request, Source
 from dyntune.data.splits import split_of
 from dyntune.data.streams import collect, is_whole, open_stream, shard_images
+from dyntune.data.video_shards import ShardVideos, holds_videos
 
 log = logging.getLogger("dyntune")
 
@@ -52,7 +53,7 @@ def _find_shards(folder: Path) -> dict[str, _Shards]:
 
 
 class Wds(Source):
-    """A folder of tar shards whose samples are an image and its label in a ``.cls`` file.
+    """A folder of tar shards whose samples are an image, or a video, and its label in a ``.cls`` file.
 
     Splits come from ``_info.json`` or ``info.json``, or else from the word ``train``, ``val`` or ``test`` in the names
     of the shards; where none has such a word, all are for training. Only local files are read: webdataset would run a
@@ -84,17 +85,21 @@ class Wds(Source):
                 if request.on_corrupt == "error":
                     raise DataError(f"{problem} Copy it again. {SKIP}")
                 log.warning("%s What can be read of it is taken.", problem)
-        found = {}
+        found: dict[str, LabelledImages] = {}
         for split, (word, shards, samples) in splits.items():
-            stream = open_stream(
-                name,
-                how_to_install("wds"),
-                root=str(folder.absolute()),
-                split=word,
-                input_key=shard_images(),
-                input_img_mode="",
-            )
-            images = collect(stream, f"{name} {split}", on_corrupt=request.on_corrupt, shards=shards)
+            images: LabelledImages
+            if holds_videos(shards[0]):
+                images = ShardVideos(shards, request.on_corrupt)
+            else:
+                stream = open_stream(
+                    name,
+                    how_to_install("wds"),
+                    root=str(folder.absolute()),
+                    split=word,
+                    input_key=shard_images(),
+                    input_img_mode="",
+                )
+                images = collect(stream, f"{name} {split}", on_corrupt=request.on_corrupt, shards=shards)
             if samples is not None and len(images) + len(images.skipped) != samples and request.on_corrupt == "error":
                 raise DataError(
                     f"{name}: the shards of the {split} split hold {len(images)} samples, but the info file of "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from dyntune.core.errors import DyntuneError
 from dyntune.core.files import write_atomically
 from dyntune.core.tokens import Provenance
+from dyntune.data.video_files import write_video
 from dyntune.parts.policies.base import Gate
 from dyntune.studies.pictures.page import LINE, Box, Page, check_numbers, wrap
 from dyntune.studies.pictures.patches import KINDS, split_path, states_at_gate
@@ -23,6 +25,8 @@ from dyntune.studies.pictures.tokens import token_figure
 _NOTE = "Skipped patches are veiled in pale blue. Under each panel: share of the tokens that were active."
 _MARGIN, _GAP, _LABEL = 14, 6, 64
 _WIDEST, _PAGE = 150, 1600
+FILMS = (".gif", ".mp4")
+"""Suffixes of animations."""
 _SHOWN = 4
 """Units in a strip, where none are named."""
 
@@ -94,22 +98,30 @@ def frames_figure(
 def frames_animation(
     frames: Sequence[Image.Image], gates: Sequence[Gate], grid: tuple[int, int], path: Path, seconds: float = 0.4
 ) -> Path:
-    """Writes a GIF that shows one frame of a clip after the other, each as a token figure.
+    """Writes a film that shows one frame of a clip after the other, each as a token figure.
 
     Args:
         frames: as for ``frames_figure``.
         gates: as for ``frames_figure``.
         grid: as for ``frames_figure``.
-        path: of the file.
+        path: of the file, an animated GIF, or an MP4 by its suffix, which needs PyAV.
         seconds: that each frame is shown.
 
     Returns:
         The path.
+
+    Raises:
+        DyntuneError: it has another suffix, or PyAV is not installed.
     """
+    if path.suffix not in FILMS:
+        raise DyntuneError(f"{path}: expected a file that ends in {' or '.join(FILMS)}.")
     pictures = [
         _rendered(token_figure([frame], [_of_frame(gate, number) for gate in gates], grid, [f"frame {number}"]))
         for number, frame in enumerate(frames)
     ]
+    if path.suffix == ".mp4":
+        write_video(path, map(_even, pictures), rate=Fraction(1 / seconds).limit_denominator(1000))
+        return path
     first, *others = pictures
     options = {"save_all": True, "append_images": others, "duration": round(1000 * seconds), "loop": 0}
     write_atomically(path, lambda file: first.save(file, format="gif", **options))
@@ -128,6 +140,12 @@ def _of_frame(gate: Gate, number: int) -> Gate:
     came = gate.provenance
     own = (None if tensor is None else tensor[number : number + 1] for tensor in (came.owner, came.sizes, came.present))
     return replace(gate, values=gate.values[number : number + 1], logits=None, provenance=Provenance(*own))
+
+
+def _even(picture: Image.Image) -> np.ndarray:
+    """Its pixels, with a white row and column more where there is an odd number of them, as H.264 needs."""
+    pixels = np.asarray(picture)
+    return np.pad(pixels, ((0, len(pixels) % 2), (0, pixels.shape[1] % 2), (0, 0)), constant_values=255)
 
 
 def _rendered(figure: Figure) -> Image.Image:
