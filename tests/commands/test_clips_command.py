@@ -191,4 +191,4 @@ def test_an_exported_clip_model_and_its_runner(films, run, shelf, tmp_path):
         )
     (folder / "deploy.json").write_text((folder / "deploy.json").read_text().replace('"stride": 2', '"stride": 3'))
     done = subprocess.run([sys.executable, folder / "run.py", shelf], capture_output=True, text=True)
-    assert done.returncode == 1 and "deploy.json missing or not as exported" in done.stderr
+    assert done.returncode == 1 and "deploy.json" in done.stderr and "not as exported" in done.stderr
