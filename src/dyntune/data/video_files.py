@@ -16,6 +16,7 @@ from PIL import Image
 from dyntune.core.errors import DataError, how_to_install, in_one_line
 from dyntune.core.files import write_atomically
 from dyntune.core.texts import printable
+from dyntune.core.words import counted
 
 FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif"
 """Containers that are opened. FFmpeg would take a picture called ``.mp4`` as a video of one frame, and follow lists of
@@ -98,8 +99,8 @@ def read_frames(
     if missing:
         why = f" ({stopped})" if stopped else ""
         raise DataError(
-            f"{name}: stops after {done} of {count} frames{why}, and frame {missing[0]} is wanted. Expected a complete "
-            "file; copy it again."
+            f"{name}: stops after {done} of {counted(count, 'frame')}{why}, and frame {missing[0]} is wanted. "
+            "Expected a complete file; copy it again."
         )
     return [found[number] for number in indices]
 
