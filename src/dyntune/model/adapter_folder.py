@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dyntune.backbones.origin import BackboneSource
 from dyntune.core.digests import values_digest
 from dyntune.core.errors import CheckpointError, in_one_line
 from dyntune.core.files import (
@@ -88,6 +89,20 @@ def described(about: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, An
 def write_calibration(folder: Path, calibration: Calibration) -> None:
     """Puts a calibration into a saved adapter, in place of one that is there; the rest of it stays as it is."""
     write_json(folder / CONFIG, sealed(read_config(folder) | {"calibration": calibration.to_dict()}))
+
+
+def without_paths(folder: Path) -> bool:
+    """Takes out of a saved adapter where on this machine its backbone lies; gives whether it said so."""
+    config = read_config(folder)
+    recorded = config["backbone"]
+    source = BackboneSource(*(recorded[name] for name in ("name", "arguments", "weights", "published")))
+    public = source.without_paths()
+    if public == source:
+        return False
+    config = sealed({**config, "backbone": recorded | public.to_dict()})
+    write_json(folder / CONFIG, config)
+    write_text(folder / CARD, model_card(config, read_weights(folder, config)))
+    return True
 
 
 def _replace(folder: Path, payload: bytes, config: dict[str, Any]) -> None:

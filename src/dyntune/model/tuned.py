@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dyntune.backbones.base import Backbone
-from dyntune.backbones.hosts import create_backbone, wrap, wrapper_advice
-from dyntune.backbones.origin import BackboneSource, fingerprint
+from dyntune.backbones.hosts import checked_origin, create_backbone, weights_fingerprint, wrap, wrapper_advice
+from dyntune.backbones.origin import BackboneSource
 from dyntune.core.digests import sample
 from dyntune.core.errors import BackboneError, CheckpointError, SpecError
+from dyntune.core.words import counted
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.adapter_folder import write_adapter
 from dyntune.model.assembly import install, settled
@@ -61,7 +61,6 @@ class TunedModel(HubModel):
         task: what the outputs mean and how they are learned.
         classes: names of the classes in label order, or None if not known.
         preprocessing: what images must go through before they reach the model.
-        origin: where the backbone's weights come from, so that ``load`` can build it again.
         dense_macs: MACs per image of the untouched backbone without its head.
         dense_block_macs: the share of each block in them.
         fingerprint: digest of the untouched backbone's weights without its head; None without weights (meta device).
@@ -79,9 +78,10 @@ class TunedModel(HubModel):
         plain = self.backbone.plain()
         dense = trace(plain, ())
         self.dense_macs, self.dense_block_macs = dense.macs, dense.block_macs
-        self.fingerprint = _fingerprint(plain, self.backbone.adopted)
-        self.origin: BackboneSource = plain.origin()
-        self.origin.remember()
+        self.fingerprint = weights_fingerprint(plain, self.backbone.adopted)
+        self._origin = plain.origin()
+        self._origin.remember()
+        self._origin_checked = False
         self.preprocessing: Preprocessing = plain.preprocessing()
         self.task: Task = Classification()
         names = plain.class_names
@@ -109,6 +109,18 @@ class TunedModel(HubModel):
         if names is not None and self.backbone.config is not None:
             self.config.id2label = dict(enumerate(names))
             self.config.label2id = {name: number for number, name in enumerate(names)}
+
+    @property
+    def origin(self) -> BackboneSource:
+        """Where the backbone and its weights come from; looked into when it is asked for the first time."""
+        if not self._origin_checked:
+            self.origin = checked_origin(self._origin, self.backbone.plain().host, self.fingerprint)
+            self.origin.remember()
+        return self._origin
+
+    @origin.setter
+    def origin(self, source: BackboneSource) -> None:
+        self._origin, self._origin_checked = source, True
 
     @property
     def spec(self) -> str:
@@ -246,7 +258,8 @@ class TunedModel(HubModel):
             )
         if self.classes is not None and self.backbone.classes not in (0, len(self.classes)):
             raise CheckpointError(
-                f"the model's head has {self.backbone.classes} outputs, but classes has {len(self.classes)} names. "
+                f"the model's head has {counted(self.backbone.classes, 'output')}, but classes has "
+                f"{counted(len(self.classes), 'name')}. "
                 "Give a name for each, or model.classes = None."
             )
 
@@ -419,8 +432,6 @@ def build_tuned(
     for head in model.backbone.heads:
         model.task.initialise(head)
     model.classes = tuple(classes)
-    model.origin = model.origin.with_weights(None if weights is None else Path(weights).resolve())
-    model.origin.remember()
     return model
 
 
@@ -429,20 +440,6 @@ def require_tuned(model: object, what: str) -> None:
     if not isinstance(model, TunedModel):
         advice = wrapper_advice(model) or "Tune it first: tune(model, method)."
         raise SpecError(f"{what} takes a model from tune or load; given {type(model).__name__}. {advice}")
-
-
-def host_fingerprint(host: nn.Module, dtype: torch.dtype | None = None) -> str | None:
-    """The ``TunedModel.fingerprint`` of a host that nothing is on yet, as if it were converted to ``dtype``."""
-    backbone = wrap(host)
-    return _fingerprint(backbone.plain(), backbone.adopted, dtype)
-
-
-def _fingerprint(backbone: Backbone, adopted: Sequence[nn.Parameter], dtype: torch.dtype | None = None) -> str | None:
-    """Digest of the weights that are the same for every adapter: without the head, and what was trained before."""
-    trained = backbone.head_parameters() | {n for n, p in backbone.named_parameters() if any(p is a for a in adopted)}
-    left_out = {backbone.saved_name(name) for name in trained}
-    weights = [(name, p) for name, p in backbone.weights() if name not in left_out]
-    return None if any(p.is_meta for _, p in weights) else fingerprint(weights, dtype)
 
 
 def require_free(host: nn.Module) -> None:
