@@ -39,6 +39,8 @@ from dyntune.model.rates import Calibration
 
 FORMAT = 1
 CONFIG, WEIGHTS, CARD = "dyntune.json", "dyntune.safetensors", "README.md"
+ASKED, STATE = "train.json", "training_state.pt"
+"""What a run keeps in its folder beside its adapter: how it began, and where it is."""
 PREVIOUS = ".dyntune.previous.safetensors"
 TRAINER_WEIGHTS = "model.safetensors"
 DESCRIPTION = "dyntune.json"
@@ -73,6 +75,15 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any
     if _is_of_trainer(folder / TRAINER_WEIGHTS):
         (folder / TRAINER_WEIGHTS).unlink()
     write_text(folder / CARD, model_card(config, tensors))
+
+
+def require_no_run(folder: Path) -> None:
+    """Raises CheckpointError where the adapter in a folder is that of a run, which goes on from it."""
+    if any((folder / name).exists() for name in (ASKED, STATE)):
+        raise CheckpointError(
+            f"{folder} holds a run of train or fit, and saving there would replace its adapter. Give another folder; "
+            "or overwrite=True, after which the run cannot be resumed."
+        )
 
 
 def versioned(about: dict[str, Any]) -> dict[str, Any]:

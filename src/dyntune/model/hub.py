@@ -62,7 +62,7 @@ class HubModel(nn.Module, abc.ABC):
         """All that is needed to put the saved tensors on the same backbone again, as JSON values."""
 
     @abc.abstractmethod
-    def save(self, folder: str | Path, results: dict[str, Any] | None = None) -> Path:
+    def save(self, folder: str | Path, results: dict[str, Any] | None = None, *, overwrite: bool = False) -> Path:
         """Writes what ``load`` reads to a folder."""
 
     @property

@@ -21,7 +21,7 @@ from dyntune.core.digests import sample
 from dyntune.core.errors import BackboneError, CheckpointError, SpecError
 from dyntune.core.words import counted
 from dyntune.data.transforms import Preprocessing
-from dyntune.model.adapter_folder import write_adapter
+from dyntune.model.adapter_folder import require_no_run, write_adapter
 from dyntune.model.assembly import install, settled
 from dyntune.model.executions import Compact, Execution, Masked, Sampled
 from dyntune.model.folding import fold
@@ -315,21 +315,24 @@ class TunedModel(HubModel):
             self.unmerged = fold(self.backbone, self.parts)
         return self.unmerged
 
-    def save(self, folder: str | Path, results: dict[str, Any] | None = None) -> Path:
+    def save(self, folder: str | Path, results: dict[str, Any] | None = None, *, overwrite: bool = False) -> Path:
         """Writes adapter, dispatchers and head to ``folder``: JSON, safetensors and a model card.
 
         Args:
-            folder: made if it is not there; an adapter in it is replaced.
+            folder: made if it is not there; an adapter in it that was saved alone is replaced.
             results: measured figures to keep with the adapter, for instance ``{"val_accuracy": 0.93}``.
+            overwrite: replace the adapter of a run too, which can then not be resumed.
 
         Returns:
             The folder.
 
         Raises:
             CheckpointError: the model is merged, or what is trained could not be loaded again; a tensor is not finite;
-                or ``folder`` is a file.
+                or ``folder`` is a file, or holds a run.
         """
         self.require_savable()
+        if not overwrite:
+            require_no_run(Path(folder))
         tensors = self.saved_state()
         spoilt = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
         if spoilt:

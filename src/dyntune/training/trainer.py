@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from dyntune.backbones.base import file_name
 from dyntune.core.errors import CheckpointError, TrainingError
-from dyntune.core.files import alone_in, write_json
+from dyntune.core.files import write_json
 from dyntune.core.limits import limits_named
+from dyntune.core.words import counted
 from dyntune.model.forward import activation_rates
 from dyntune.model.objective import Criterion, training_loss
 from dyntune.model.tuned import TunedModel, require_tuned
@@ -33,6 +34,7 @@ from dyntune.training.logs import RunLog
 from dyntune.training.optimizer import fill_optimizer, make_optimizer, pretrained_parameters, set_learning_rate
 from dyntune.training.progress import Progress, Silent
 from dyntune.training.randomness import EpochSampler, SeededDataset, caller_randomness_kept, seed_all
+from dyntune.training.run_folder import require_own_adapter, require_room, run_alone
 from dyntune.training.seen import Seen
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE, RunState
@@ -160,7 +162,7 @@ class _Run:
         world = self.accelerator.num_processes
         if settings.drop_last and size < settings.batch_size * world:
             raise TrainingError(
-                f"drop_last leaves no step: {size} training images, {settings.batch_size * world} per step. "
+                f"drop_last leaves no step: {counted(size, 'training image')}, {settings.batch_size * world} per step. "
                 "Use smaller batches, or do without drop_last."
             )
         self.sampler = EpochSampler(size, settings.seed, settings.batch_size * world if world > 1 else 1)
@@ -244,10 +246,7 @@ class _Run:
         if self.out is None or not self._main or (self.out.exists() and not self.out.is_dir()):
             yield
             return
-        refusal = TrainingError(
-            f"another process is training in {self.out}. Wait for its end, stop it, or give another folder."
-        )
-        with alone_in(self.out, refusal):
+        with run_alone(self.out):
             yield
 
     @contextmanager
@@ -280,21 +279,14 @@ class _Run:
             if resume:
                 raise TrainingError("resume needs the folder of the run: give out=FOLDER.")
             return 0, 0
+        require_room(self.out, resume)
         started = (self.out / STATE).exists()
-        used = self.out.exists() and any(self.out.iterdir())
         self.accelerator.wait_for_everyone()  # every process has looked before one of them writes
         if not started:
-            if used and not resume:
-                begun = " A run began there: continue it with resume (--resume)." if (self.out / ASKED).exists() else ""
-                raise TrainingError(f"{self.out} is not empty.{begun} Give another folder, or remove it.")
             if self._main:
                 write_json(self.out / ASKED, self.identity)
                 Seen.by(*self.images).write(self.out)
             return 0, 0
-        if not resume:
-            raise TrainingError(
-                f"{self.out} holds a run already. Continue it with resume (--resume), or give another folder."
-            )
         state = RunState.read(self.out)
         done = state.epoch * self.steps_per_epoch + state.step
         settles = any(policy.settles for policy in self.model.policies)
@@ -311,6 +303,7 @@ class _Run:
         own = {file_name(name): tensor for name, tensor in self.model.course_tensors().items()}
         statistics = own.keys() - map(file_name, self.model.tuned_state())
         state.require_fit(own, statistics, self.out, self.settings.epochs, self.steps_per_epoch)
+        require_own_adapter(self.model, state, self.out)
         fill_optimizer(self.optimizer, state.optimizer)
         self._fill(state.tensors)
         self.model.backbone.resume_course(state.course)
@@ -398,9 +391,9 @@ class _Run:
             self.best_epoch = epoch + 1
             self.best_tensors = {name: p.clone() for name, p in self._tensors().items()}
             if self.out and self._main:
-                self.model.save(self.out, measured)
+                self.model.save(self.out, measured, overwrite=True)
         if self.out and self._main:
-            self.model.save(self.out / "last", measured)
+            self.model.save(self.out / "last", measured, overwrite=True)
         self._write_state(epoch + 1, 0)
         if self.out:
             self.progress.saved(epoch + 1, self.out)
