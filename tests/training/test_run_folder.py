@@ -3,8 +3,11 @@
 import pytest
 import torch
 from torch.utils.data import TensorDataset
+from typer.testing import CliRunner
 
 import dyntune
+from dyntune.commands import compare, noah, train
+from dyntune.commands.main import app
 from dyntune.core import files
 from dyntune.core.errors import CheckpointError, TrainingError
 from dyntune.model.adapter_folder import ASKED, STATE, WEIGHTS
@@ -115,6 +118,23 @@ def test_room_is_a_folder_without_a_run_or_one_to_be_continued(run, tmp_path):
             require_room(place, resume)
     for place, resume in ((run, True), (tmp_path / "used", True), (tmp_path / "new", False)):
         require_room(place, resume)
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "options", "where"),
+    [
+        ("train", train, (), ""),
+        ("compare", compare, ("--methods", "linear,lora"), "lora"),
+        ("noah", noah, (), ""),
+    ],
+)
+def test_a_folder_is_refused_before_the_data_are_read(monkeypatch, run, tmp_path, command, place, options, where):
+    out = tmp_path / "out"
+    (out / where).parent.mkdir(exist_ok=True)
+    run.rename(out / where)
+    monkeypatch.setattr(place, "load_data", lambda *given, **named: pytest.fail("the data were read"))
+    done = CliRunner().invoke(app, [command, "digits", "--out", str(out), *options])
+    assert isinstance(done.exception, TrainingError) and "holds a run already" in str(done.exception)
 
 
 def test_two_searches_in_one_folder_are_one_too_many(monkeypatch, make_host, tmp_path):

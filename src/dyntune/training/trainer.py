@@ -24,6 +24,7 @@ from dyntune.core.limits import limits_named
 from dyntune.core.words import counted
 from dyntune.model.forward import activation_rates
 from dyntune.model.objective import Criterion, training_loss
+from dyntune.model.rates import dispatchers
 from dyntune.model.tuned import TunedModel, require_tuned
 from dyntune.training.accelerator import apart, make_accelerator
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
@@ -40,6 +41,8 @@ from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE, RunState
 from dyntune.training.teacher import ready_teacher, warn_about_teacher
 
+ACTIVATION = "val_activation"
+"""What a saved adapter calls the share of the patches that its gates computed on the validation split."""
 _ADVICE = "Try a tenth of the learning rate, clip_norm=1, a longer warm-up, or fp32 or bf16 instead of fp16."
 
 
@@ -193,6 +196,7 @@ class _Run:
             _Step(model, criterion, teacher), optimizer, loader
         )
         self.steps_per_epoch = len(self.loader)
+        self.gated = bool(dispatchers(model.backbone))
         self.best, self.best_epoch = -1.0, 0
         self.best_tensors: dict[str, Tensor] = {}
         self.seconds = 0.0
@@ -373,16 +377,19 @@ class _Run:
         """Evaluates if it is time, keeps the epoch if it is the best so far (of equals, the later one), and saves."""
         self._require_finite_weights(epoch)
         score: float | None = None
+        skipping: dict[str, float] = {}
         due = (epoch + 1) % self.settings.eval_every == 0 or epoch + 1 == self.settings.epochs
         if self.val_loader is not None and due:
             evaluation = self._evaluate()
             score = evaluation.score
+            if self.gated:
+                skipping = {ACTIVATION: round(evaluation.activation, 6)}
             self.progress.evaluated(evaluation)
             if log:
                 figures = {**evaluation.figures, "activation": evaluation.activation}
                 log.write("val", (epoch + 1) * self.steps_per_epoch, {"epoch": epoch + 1, **figures})
         merit = f"val_{self.model.task.merit}"
-        measured = {"epoch": epoch + 1, **({} if score is None else {merit: round(score, 6)})}
+        measured = {"epoch": epoch + 1, **({} if score is None else {merit: round(score, 6)}), **skipping}
         # Before, a policy may still do more than it will do in the end: such an epoch is not what was asked for.
         settled = (epoch + 1) / self.settings.epochs >= max((p.settles for p in self.model.policies), default=0.0)
         best_so_far = score is not None and score >= self.best
