@@ -53,6 +53,18 @@ def test_weights_are_published_if_they_are_those_of_the_name(build, published):
     assert (found.name, found.published, found.weights) == (BUILTIN_BACKBONE, published, None)
 
 
+def test_nothing_is_looked_for_until_it_is_recorded(monkeypatch):
+    def looked(*given):
+        raise AssertionError("it was looked for")
+
+    model = dyntune.tune(timm.create_model(BUILTIN_BACKBONE), "dyt")
+    with monkeypatch.context() as patch:
+        patch.setattr("dyntune.model.tuned.checked_origin", looked)
+        assert dyntune.cost(model).model == BUILTIN_BACKBONE
+        dyntune.optimize(model.eval())
+    assert not model.origin.published
+
+
 def test_training_every_weight_does_not_make_them_unknown():
     model = dyntune.tune(create_backbone(BUILTIN_BACKBONE), "full")
     changed(model.backbone.host)
@@ -120,6 +132,16 @@ def test_a_model_of_a_hub_that_others_have_built_is_compared_with_the_cache(tmp_
     found = origin(timm.create_model("hf-hub:somebody/little-vit", pretrained=pretrained))
     assert (found.name, found.published) == ("hf-hub:somebody/little-vit", pretrained)
     assert found.repository == ("somebody/little-vit" if pretrained else None)
+
+
+def test_nothing_is_downloaded_to_look_at_it(monkeypatch, tmp_path):
+    """These weights are of no hub."""
+    name, created = "vit_huge_patch14_gap_224.in1k_ijepa", []
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(timm, "create_model", lambda name, **arguments: created.append(name))
+    with hub.cache_alone(), pytest.raises(BackboneError, match="not on this machine"):
+        create_backbone(name)
+    assert not created and hub.downloads()
 
 
 @pytest.mark.parametrize(

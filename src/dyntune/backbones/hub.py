@@ -15,6 +15,7 @@ PATIENCE = 2.0
 _REMEMBERED = 30.0
 """Seconds for which an answer holds: one command asks for several files."""
 _known: tuple[float, bool] | None = None
+_alone = False
 
 
 @contextlib.contextmanager
@@ -37,14 +38,20 @@ def quickly() -> Iterator[str | None]:
 @contextlib.contextmanager
 def cache_alone() -> Iterator[None]:
     """What is asked of the hub inside comes from its cache, or fails at once."""
+    global _alone
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
+    before = constants.HF_HUB_OFFLINE, _alone
+    constants.HF_HUB_OFFLINE = _alone = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE, _alone = before
+
+
+def downloads() -> bool:
+    """Whether files of other places than the hub may be fetched: not inside ``cache_alone``."""
+    return not _alone
 
 
 def _reachable(endpoint: str) -> bool:

@@ -19,6 +19,7 @@ import safetensors.torch
 import timm
 import torch
 from timm.models import (
+    PretrainedCfg,
     beit,
     clean_state_dict,
     eva,
@@ -35,7 +36,7 @@ from dyntune.backbones import builtin as _builtin  # noqa: F401  registers the b
 from dyntune.backbones import timm_blocks
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosted import block_sites, fold_factors
-from dyntune.backbones.hub import quickly
+from dyntune.backbones.hub import downloads, quickly
 from dyntune.backbones.origin import OR_BUILT_IN, BackboneSource
 from dyntune.backbones.sites import Site
 from dyntune.core.attention import bias_of
@@ -71,6 +72,7 @@ _ANCHORS = ("patch_embed.proj.weight", "blocks.0.norm1.weight", "visual.class_em
 """Names that ViTs have: what stands before them is a prefix."""
 _KIN = ("dist_token", "register_tokens", "storage_tokens", "norm1", "ln_pre", "rope", "rope_embed")
 """First words of tensors that ViTs of other kinds have."""
+_HUBS = ("hf-hub:", "hf_hub:")
 _ARGUMENTS = ("num_classes", "global_pool", "dynamic_img_size")
 
 log = logging.getLogger("dyntune")
@@ -276,13 +278,15 @@ def create(name: str, *, weights: str | Path | None = None, pretrained: bool = T
     Raises:
         BackboneError: unknown name, no weights to be had, or weights that do not fit.
     """
-    hub = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    hub = name.startswith((*_HUBS, "local-dir:"))
     if not hub and not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5)
         hint = f" Did you mean {near[0]!r}? Also near: {', '.join(near[1:])}." if near else ""
         raise BackboneError(f"timm has no model {name!r}.{hint} timm.list_models('vit*') lists them.")
     arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     download = pretrained and weights is None
+    if download and not downloads() and _elsewhere(name):
+        raise BackboneError(f"the weights of {name!r} are not on this machine.")
     with quickly() if _asks_the_hub(name, download) else contextlib.nullcontext() as unreachable:
         try:
             model = timm.create_model(name, pretrained=download, **arguments)
@@ -306,12 +310,23 @@ def create(name: str, *, weights: str | Path | None = None, pretrained: bool = T
 
 def _asks_the_hub(name: str, download: bool) -> bool:
     """Whether building a model asks Hugging Face's hub for a file."""
-    if name.startswith(("hf-hub:", "hf_hub:")):
-        return True
-    config = None
+    config = _known_weights(name) if download else None
+    return name.startswith(_HUBS) or (config is not None and bool(config.hf_hub_id) and not config.file)
+
+
+def _elsewhere(name: str) -> bool:
+    """Whether weights are of another place than the hub, and were not fetched from there yet."""
+    config = _known_weights(name)
+    if config is None or not config.url or config.hf_hub_id or config.file:
+        return False
+    return not (Path(torch.hub.get_dir()) / "checkpoints" / config.url.rpartition("/")[2]).is_file()
+
+
+def _known_weights(name: str) -> PretrainedCfg | None:
+    """What timm knows of the weights that a name stands for."""
     with contextlib.suppress(Exception):  # a tag that is none: whoever builds the model says so
-        config = get_pretrained_cfg(name) if download else None
-    return config is not None and bool(config.hf_hub_id) and not config.file
+        return get_pretrained_cfg(name)
+    return None
 
 
 def load_weights(model: Any, path: str | Path) -> None:

@@ -54,7 +54,6 @@ class OptimizedModel(nn.Module):
         self.spec = tuned.spec
         self.classes = tuned.classes
         self.preprocessing = tuned.preprocessing
-        self.origin = tuned.origin
         self.dense_macs = tuned.dense_macs
         self.calibration = tuned.calibration
         self.notes: list[str] = []

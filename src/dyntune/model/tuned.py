@@ -111,8 +111,16 @@ class TunedModel(HubModel):
             self.config.label2id = {name: number for number, name in enumerate(names)}
 
     @property
+    def backbone_name(self) -> str | None:
+        """The name by which the backbone can be built; None where there is none. It says nothing of its weights."""
+        return self._origin.name
+
+    @property
     def origin(self) -> BackboneSource:
-        """Where the backbone and its weights come from; looked into when it is asked for the first time."""
+        """Where the backbone and its weights come from; looked into when it is asked for the first time.
+
+        For a backbone that Dyntune has not built itself that takes as long as building it.
+        """
         if not self._origin_checked:
             self.origin = checked_origin(self._origin, self.backbone.plain().host, self.fingerprint)
             self.origin.remember()

@@ -122,7 +122,7 @@ def backbone_row(model: TunedModel) -> tuple[str, str]:
     *frames, _, height, width = model.preprocessing.shape
     size = f"{counted(frames[0], 'frame')} of " if frames else ""
     tokens = counted(cost(model).blocks[0].attention_tokens, "token")
-    name = model.origin.name or type(model.backbone.host).__name__
+    name = model.backbone_name or type(model.backbone.host).__name__
     return "backbone", f"{name}, {model.origin.weights_in_words}; {size}{height} x {width} pixels, {tokens}"
 
 
@@ -188,7 +188,7 @@ def _too_small(model: TunedModel, train: LabelledImages | Samples) -> Iterator[s
         return
     rows, columns = (round(median(size[axis] for size in sizes)) for axis in (1, 0))
     if min(rows, columns) >= _TIMES * max(height, width):
-        name = model.origin.name or "the backbone"
+        name = model.backbone_name or "the backbone"
         yield (
             f"the images have about {rows} x {columns} pixels, and {name} sees them at {height} x {width}, at which "
             "most of what tells photographs apart is gone. Take a model that was pretrained at 224 x 224: --model "

@@ -35,7 +35,7 @@ def run_identity(
         "settings": dataclasses.asdict(settings),
         "spec": model.spec,
         "parts": [part.to_dict() for part in expand(model.parts)],
-        "backbone": model.origin.name,
+        "backbone": model.backbone_name,
         "architecture": hashlib.sha256(str(model.backbone.host).encode()).hexdigest()[:16],
         "weights": model.fingerprint,
         "task": model.task.name,
