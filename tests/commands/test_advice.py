@@ -89,7 +89,7 @@ def test_after_train_the_run_is_evaluated_on_the_images_that_chose_it(photos, tw
     line = the_next(dyntune_says("train", data, *two, "--method", "linear", "--out", tmp_path / "run", *QUICK, *given))
     said = " ".join(follow(line).split())
     images = load_data(data, val_fraction=0.5, on_corrupt="skip").val
-    assert "left out 1 images" in said and f"on {len(images)} val images" in said
+    assert "left out 1 image that" in said and f"on {len(images)} val images" in said
 
 
 def test_an_interrupted_training_goes_on_with_the_line_that_it_printed(photos, two, tmp_path, monkeypatch):
@@ -100,7 +100,7 @@ def test_an_interrupted_training_goes_on_with_the_line_that_it_printed(photos, t
     monkeypatch.setattr(train, "ProgressBar", Impatient)
     arguments = ("train", photos, *two, "--method", "linear", "--out", tmp_path / "run", *QUICK)
     said = dyntune_says(*arguments, status=1)
-    assert "the state is saved" in said
+    assert "stopped in epoch 1" in said and "the state is saved" in said and "error" not in said
     monkeypatch.setattr(train, "ProgressBar", ProgressBar)
     assert "saved epoch 1" in follow(the_next(said))
 
@@ -141,7 +141,7 @@ def test_an_image_that_cannot_be_read_is_left_out_with_the_option_that_the_error
     said = dyntune_says(*given, status=1).replace("\n", " ")
     option = re.search(r"\((--on-corrupt skip)\)", said)[1]
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    assert "left out 1 images" in dyntune_says(*given, *option.split())
+    assert "left out 1 image that" in dyntune_says(*given, *option.split())
 
 
 def test_a_name_in_place_of_a_model_is_answered_with_a_line_that_works(monkeypatch):

@@ -137,7 +137,7 @@ def test_films_of_a_run_are_known_wherever_they_lie(films, run, tmp_path):
     done = run_command("eval", run, data, "--json", "--device", "cpu", "--on-corrupt", "skip")
     report = json.loads(done.stdout)
     assert (report["split"], report["images"], report["trained_on"], report["skipped"]) == ("test", 6, 6, 1)
-    assert "of the 6 videos, the run was trained on 6" in done.stderr and "left out 1 videos" in done.stderr
+    assert "of the 6 videos, the run was trained on 6" in done.stderr and "left out 1 video that" in done.stderr
     (tmp_path / "some.txt").write_text("Testing/dark/0.mp4 dark\n")
     alone = json.loads(invoke("eval", run, f"video-list:{tmp_path / 'some.txt'}", "--json", "--device", "cpu"))
     assert alone["images"] == alone["trained_on"] == 1 and alone["accuracy"] == 1.0

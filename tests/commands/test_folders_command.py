@@ -71,7 +71,7 @@ def test_a_folder_that_the_run_was_not_trained_on_is_tested_whole(flat, tmp_path
     assert evaluated(flat[1] / "last", tmp_path)["trained_on"] == 0
     shutil.rmtree(tmp_path / "blue")
     alone = evaluated(flat[1], tmp_path)
-    assert alone["images"] == 3 and "no images of 1 classes: 'blue'" in alone["said"]
+    assert alone["images"] == 3 and "no images of 1 class: 'blue'" in alone["said"]
     draw(tmp_path / "green", 1)
     assert "'green'" in dyntune("eval", flat[1], tmp_path, status=1).stderr
 

@@ -190,7 +190,7 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
     assert "left out the 4 images of Test, which lie in no class folders" in caplog.text
     assert "beside the splits: 'extra'" in caplog.text
     assert "left out 3 files that are no images which Pillow reads: 1 .txt, 1 .avi, 1 no suffix" in caplog.text
-    assert "1 images that lie in no class folder, such as stray.png" in caplog.text
+    assert "1 image that lies in no class folder, such as stray.png" in caplog.text
 
 
 @pytest.mark.parametrize("place", ["pictures", "cat/pictures"])
@@ -293,7 +293,7 @@ def test_skipping_drops_and_names_corrupt_images_and_leaves_the_other_splits_alo
 def test_a_split_of_corrupt_images_only_is_an_error(tmp_path):
     fill(tmp_path, {"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 0})
     corrupt(tmp_path / "val/a/000.png")
-    with pytest.raises(DataError, match=r"none of the 1 images.*val/a/000\.png"):
+    with pytest.raises(DataError, match=r"a split of 1 image, of which none.*val/a/000\.png"):
         load_data(tmp_path, on_corrupt="skip")
 
 

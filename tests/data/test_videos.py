@@ -315,7 +315,7 @@ def test_splits_have_other_names_and_may_stand_alone(films, tmp_path, caplog):
     (tmp_path / "inner" / "dev").unlink()
     held = load_held(f"video-folder:{tmp_path / 'inner'}", classes=["down", "side", "up"])
     assert [*held.splits] == ["test"] and held.splits["test"].targets == (0, 0, 2, 2) and held.all.videos
-    assert "there are no videos of 1 classes: 'side'" in caplog.text
+    assert "there are no videos of 1 class: 'side'" in caplog.text
 
 
 def test_videos_are_known_by_their_content(films, tmp_path):

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 
 import dyntune
+from dyntune.backbones.hosts import create_backbone
 from dyntune.core.errors import CheckpointError, SpecError, TrainingError
 from dyntune.model.adapter_folder import CONFIG, TRAINER_WEIGHTS, WEIGHTS
 from dyntune.model.rates import dispatchers
@@ -226,7 +227,7 @@ class Hub:
 
 
 @torch.no_grad()
-def test_a_model_goes_to_a_hub_and_comes_back(fresh, tmp_path, monkeypatch):
+def test_a_model_goes_to_a_hub_and_comes_back(fresh, host_folder, tmp_path, monkeypatch):
     hub = Hub(tmp_path / "hub")
     monkeypatch.setattr("huggingface_hub.HfApi", hub)
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
@@ -234,9 +235,30 @@ def test_a_model_goes_to_a_hub_and_comes_back(fresh, tmp_path, monkeypatch):
     assert model.push_to_hub("me/flowers", commit_message="First") == "hub://me/flowers/1"
     assert json.loads((tmp_path / "hub" / "about.json").read_text())["commit_message"] == "First"
     assert {path.name for path in Path(tmp_path / "hub" / "me" / "flowers").iterdir()} == {CONFIG, WEIGHTS, "README.md"}
-    assert torch.equal(dyntune.TunedModel.from_pretrained("me/flowers")(images()), model(images()))
+    host = create_backbone(f"hf:{host_folder}")
+    loaded = dyntune.TunedModel.from_pretrained("me/flowers", backbone=host)
+    assert torch.equal(loaded(images()), model(images()))
     with pytest.raises(CheckpointError, match=r"nobody/none.*fetch dyntune.json and dyntune.safetensors"):
         dyntune.TunedModel.from_pretrained("nobody/none")
+
+
+def test_a_hub_is_not_told_where_the_backbone_lies_on_this_machine(
+    host_folder, two_blocks, tmp_path, monkeypatch, caplog
+):
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.HfApi", hub)
+    hosts = create_backbone(f"hf:{host_folder}"), create_backbone("vit_two_blocks", weights=two_blocks)
+    for number, host in enumerate(hosts):
+        model = dyntune.tune(host, "linear").eval()
+        assert str(tmp_path.parent.parent) in json.dumps(model.describe())
+        model.push_to_hub(f"me/{number}")
+        folder = tmp_path / "hub" / "me" / str(number)
+        assert all(str(tmp_path.parent.parent) not in (folder / name).read_text() for name in (CONFIG, "README.md"))
+        assert "does not say from where" in caplog.messages.pop()
+    images = torch.randn(2, 3, 32, 32)
+    loaded = dyntune.load(folder, weights=two_blocks)
+    assert torch.equal(loaded(images), model(images))
+    assert model.origin.weights is not None  # what is uploaded alone lacks it
 
 
 def test_a_folder_with_two_adapters_is_refused(fresh, tmp_path):

@@ -205,7 +205,7 @@ def test_the_run_folder_says_what_was_asked(make_host, colours, tmp_path):
     asked = json.loads((tmp_path / "run" / "train.json").read_text())
     assert asked["settings"]["lr"] == 3e-3 and asked["spec"] == "dyt:scale=1"
     config = json.loads((tmp_path / "run" / "dyntune.json").read_text())
-    assert set(config["results"]) == {"epoch", "val_accuracy"}
+    assert set(config["results"]) == {"epoch", "val_accuracy", "val_activation"}
 
 
 class _Saved(Silent):

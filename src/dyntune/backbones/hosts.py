@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import reprlib
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ import torch
 from torch import nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.origin import BackboneSource
+from dyntune.backbones.hub import cache_alone
+from dyntune.backbones.origin import OR_BUILT, OR_BUILT_IN, BackboneSource, fingerprint
 from dyntune.core.discovery import discover
 from dyntune.core.errors import BackboneError, SpecError
 from dyntune.core.fields import Range
@@ -19,6 +23,8 @@ from dyntune.core.shapes import shapes_only
 from dyntune.data.transforms import LARGEST_SIZE
 
 GROUP = "dyntune.families"
+_FILLED = "dyntune_weights"
+"""The attribute of a host that says what it was filled with: the fingerprint of that, and the file that was given."""
 DATA_PARALLEL = (
     "nn.DataParallel runs copies of a model that know nothing of each other's gates. Leave it out; several GPUs train "
     "together with torchrun: torchrun --nproc-per-node 2 -m dyntune.commands.main train ..., or on a script with fit."
@@ -103,7 +109,12 @@ def create_backbone(
     builder = _builders(name)[0]
     if pretrained and weights is None and not builder.prefix:
         _require_supported(builder, name, arguments)
-    return builder.create(name, weights=weights, pretrained=pretrained, **arguments)
+    host = builder.create(name, weights=weights, pretrained=pretrained, **arguments)
+    if (pretrained or weights is not None) and not any(p.is_meta for p in host.parameters()):
+        with contextlib.suppress(BackboneError):  # one that is refused is so where it is used
+            given = None if weights is None else str(Path(weights).resolve())
+            setattr(host, _FILLED, (host_fingerprint(host), given))
+    return host
 
 
 def _require_supported(builder: type[Backbone], name: str, arguments: dict[str, Any]) -> None:
@@ -117,6 +128,50 @@ def _require_supported(builder: type[Backbone], name: str, arguments: dict[str, 
         wrap_plain(outline)
     except BackboneError as error:
         raise BackboneError(f"{name}: {error}") from error
+
+
+def host_fingerprint(host: nn.Module, dtype: torch.dtype | None = None) -> str | None:
+    """The ``TunedModel.fingerprint`` of a host that nothing is on yet, as if it were converted to ``dtype``."""
+    backbone = wrap(host)
+    return weights_fingerprint(backbone.plain(), backbone.adopted, dtype)
+
+
+def weights_fingerprint(
+    backbone: Backbone, adopted: Sequence[nn.Parameter], dtype: torch.dtype | None = None
+) -> str | None:
+    """Digest of the weights that are the same for every adapter: without the head, and what was trained before.
+
+    None where a weight has no content.
+    """
+    trained = backbone.head_parameters() | {n for n, p in backbone.named_parameters() if any(p is a for a in adopted)}
+    left_out = {backbone.saved_name(name) for name in trained}
+    weights = [(name, p) for name, p in backbone.weights() if name not in left_out]
+    return None if any(p.is_meta for _, p in weights) else fingerprint(weights, dtype)
+
+
+def checked_origin(source: BackboneSource, host: nn.Module, found: str | None) -> BackboneSource:
+    """A source with what is true of a host's weights: its name says nothing of what was loaded since it was built.
+
+    They are what ``create_backbone`` has read if they still are; else they are compared with those that the name stands
+    for, as far as these are on this machine.
+
+    Args:
+        source: what builds the host.
+        host: as it was built.
+        found: the fingerprint of its weights; None without content.
+    """
+    if source.name is None or found is None:
+        return source
+    filled, file = getattr(host, _FILLED, (None, None))
+    if filled == found:
+        return replace(source, weights=file, published=file is None)
+    dtype = next(host.parameters()).dtype
+    for given in dict.fromkeys((file, None)):
+        with contextlib.suppress(BackboneError), cache_alone():  # what is not on this machine
+            again = rebuild(source, weights=given)
+            if found in (host_fingerprint(again), host_fingerprint(again, dtype)):
+                return replace(source, weights=given, published=given is None)
+    return source
 
 
 def rebuild(source: BackboneSource, *, weights: str | Path | None = None, pretrained: bool = True) -> nn.Module:
@@ -137,7 +192,12 @@ def rebuild(source: BackboneSource, *, weights: str | Path | None = None, pretra
             "cannot be built again. Build it yourself and pass it: dyntune.load(folder, backbone=model)."
         )
     file = (weights or source.weights) if pretrained else None
-    return create_backbone(source.name, weights=file, pretrained=pretrained, **source.arguments)
+    try:
+        return create_backbone(source.name, weights=file, pretrained=pretrained, **source.arguments)
+    except BackboneError as error:
+        if OR_BUILT_IN not in str(error):
+            raise
+        raise BackboneError(str(error).replace(OR_BUILT_IN, OR_BUILT)) from error.__cause__
 
 
 def check_arguments(name: str | None, arguments: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dyntune.backbones.hub import cache_alone, quickly
 from dyntune.core.errors import BackboneError, how_to_install, in_one_line
 from dyntune.core.files import write_json
 from dyntune.data.transforms import Preprocessing
@@ -57,6 +58,16 @@ _DEFAULTS: dict[str, tuple[tuple[tuple[float, ...], tuple[float, ...]], str]] = 
 """Mean and deviation, and resize, of each kind of model, for those that come without an image processor's file."""
 _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Pillow's numbers of resizes."""
+_NOT_COMPUTED = frozenset(
+    {
+        *("architectures", "id2label", "label2id", "problem_type", "_name_or_path", "transformers_version"),
+        *("dtype", "torch_dtype", "output_attentions", "output_hidden_states", "return_dict", "_attn_implementation"),
+        *("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "drop_path_rate"),
+        *("initializer_range", "initializer_factor", "apply_layernorm", "reshape_hidden_states", "out_features"),
+        *("out_indices", "stage_names", "_out_features", "_out_indices"),
+    }
+)
+"""Entries of a configuration that change no feature of an image at inference, or those of the classifier alone."""
 _PROCESSOR, _CONFIG = "preprocessor_config.json", "config.json"
 _JOINT_PROCESSOR = "processor_config.json"
 """Where transformers 5 puts what processors of images and texts have in common: the former's in ``image_processor``."""
@@ -278,23 +289,25 @@ def folder_of(weights: str | Path | None) -> str | None:
 @contextlib.contextmanager
 def _told(source: str, weights: str | Path | None) -> Iterator[None]:
     """Errors of files that cannot be had, in one line that says which to fetch and how to give them."""
-    try:
-        yield
-    except BackboneError:
-        raise
-    except Exception as error:
-        # transformers, huggingface_hub and the network stack each have their own error types for this.
-        if weights is not None or Path(source).is_dir():
+    here = Path(folder_of(weights) or source).is_dir()
+    with contextlib.nullcontext() if here else quickly() as unreachable:
+        try:
+            yield
+        except BackboneError:
+            raise
+        except Exception as error:
+            # transformers, huggingface_hub and the network stack each have their own error types for this.
+            if weights is not None or Path(source).is_dir():
+                raise BackboneError(
+                    f"cannot read a model of transformers from {weights or source}: "
+                    f"{unreachable or in_one_line(error)}. Expected a folder with config.json and model.safetensors, "
+                    "as save_pretrained writes it."
+                ) from error
             raise BackboneError(
-                f"cannot read a model of transformers from {weights or source}: {in_one_line(error)}. Expected a "
-                "folder with config.json and model.safetensors, as save_pretrained writes it."
+                f"cannot load {source!r}: {unreachable or in_one_line(error)}. Without a network, fetch config.json, "
+                f"model.safetensors and preprocessor_config.json of https://huggingface.co/{source} into a folder "
+                "elsewhere, and give that: --model hf:FOLDER, or --weights FOLDER for a run (weights=FOLDER in Python)."
             ) from error
-        raise BackboneError(
-            f"cannot load {source!r}: {in_one_line(error)}. Without a network, fetch config.json, model.safetensors "
-            f"and preprocessor_config.json of https://huggingface.co/{source} into a folder elsewhere, and give that: "
-            "--model hf:FOLDER, or --weights FOLDER for a run (weights=FOLDER in Python). HF_HUB_OFFLINE=1 in the "
-            "environment saves the wait."
-        ) from error
 
 
 @contextlib.contextmanager
@@ -310,6 +323,25 @@ def _quiet(transformers: Any) -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def as_read(host: Any, place: str) -> bool:
+    """Whether a model computes what the configuration says that lies where it was read from, as far as this is here.
+
+    Args:
+        host: the model, which may have been given another configuration.
+        place: the folder or repository that it names.
+    """
+    transformers = library()
+    revision = None if Path(place).is_dir() else revision_of(host)
+    known = {} if revision is None else {"revision": revision}
+    try:
+        with _quiet(transformers), cache_alone():
+            read = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, **known)
+    except Exception:  # it is not there, or not on this machine
+        return False
+    kept, own = (getattr(config, "vision_config", config).to_dict() for config in (read, host.config))
+    return all(kept.get(name) == own.get(name) for name in (kept.keys() | own.keys()) - _NOT_COMPUTED)
 
 
 def revision_of(host: Any) -> str | None:
@@ -348,7 +380,8 @@ def _fetched(repository: str, file: str, revision: str | None) -> Path | None:
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repository, file, revision=revision))
+        with quickly():
+            return Path(hf_hub_download(repository, file, revision=revision))
     except (EntryNotFoundError, HFValidationError) as error:
         if isinstance(error, LocalEntryNotFoundError) and file == _PROCESSOR:
             log.warning(

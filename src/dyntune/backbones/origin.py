@@ -17,8 +17,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.core.digests import sample
 
+OR_BUILT_IN = ", or use the built-in backbone (vit_mini_patch4_32.dyntune, what train does without --model)"
+"""The end of what is advised to those who choose a backbone whose weights cannot be had."""
+OR_BUILT = ", or the model itself (load(folder, backbone=model))"
+"""The same for those who need that one."""
 CLIPS, INFLATED = "frames:", "inflated:"
 """In front of the name of an image model that each frame of a clip goes through, or all together; they name no
 place."""
@@ -31,12 +36,59 @@ class BackboneSource:
     Args:
         name: model name, with the tag of its weights if it has one; None for a model that cannot be built from a name.
         arguments: keyword arguments for whoever builds it, ``timm.create_model`` for timm's models.
-        weights: path of a local weight file; None for the weights that are downloaded for ``name``.
+        weights: path of a local weight file; None without.
+        published: whether the weights are known to be those that are had by ``name`` alone, because they were loaded
+            so or compared with them. Without that and ``weights`` nobody knows where to have them.
     """
 
     name: str | None
     arguments: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
+    published: bool = False
+
+    @property
+    def known(self) -> bool:
+        """Whether the weights can be had again."""
+        return self.published or self.weights is not None
+
+    @property
+    def title(self) -> str:
+        """The backbone in a heading: its name, and where its weights are not the published ones, whose they are."""
+        if self.name is None:
+            return "a custom model"
+        if self.published:
+            return self.name
+        if self.weights is not None:
+            return f"{self.name} with weights from {Path(self.weights).name}"
+        return f"{self.architecture} with weights of unknown origin"
+
+    @property
+    def architecture(self) -> str:
+        """The name without the tag of its weights."""
+        name = self.name or "its backbone"
+        return name if ":" in name else name.partition(".")[0]
+
+    @property
+    def repository(self) -> str | None:
+        """The repository on a hub that the weights are known to be from, if they are from one."""
+        if self.name is None or not self.published or self.name == BUILTIN_BACKBONE:
+            return None
+        library, colon, place = self.name.partition(":")
+        if not colon:
+            return f"timm/{self.name}"
+        return place.partition("@")[0] if library in ("hf", "hf-hub") and not self._local else None
+
+    @property
+    def _local(self) -> bool:
+        """Whether the name is that of a folder."""
+        place = (self.name or "").removeprefix(CLIPS).partition(":")[2]
+        return Path(place).is_absolute() or place.startswith(".")
+
+    def without_paths(self) -> Self:
+        """The same for others, who do not have the files of this machine and need not know where they lie."""
+        if self._local:
+            return type(self)(None)
+        return replace(self, weights=None)
 
     def with_weights(self, weights: str | Path | None) -> Self:
         """The same source with its weights in a local file."""
@@ -52,6 +104,20 @@ class BackboneSource:
         own = (self.name or "").removeprefix(CLIPS).removeprefix(INFLATED)
         name = (own,) if ":" in own else ()
         return name if self.weights is None else (*name, self.weights)
+
+    @property
+    def weights_in_words(self) -> str:
+        """Where the weights come from."""
+        library, colon, _ = (self.name or "").removeprefix(CLIPS).partition(":")
+        if self.weights is not None:
+            return f"weights from {self.weights}"
+        if self.name is None:
+            return "weights as they were given"
+        if not self.published:
+            return "weights that are not known to be published"
+        if self.name == BUILTIN_BACKBONE:
+            return "weights that come with Dyntune"
+        return f"weights from there ({library})" if colon else "weights that timm has for it"
 
     def remember(self) -> None:
         """Notes for this user of this machine that the places were given here, so that saved models may name them."""

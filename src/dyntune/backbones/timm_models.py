@@ -19,9 +19,11 @@ import safetensors.torch
 import timm
 import torch
 from timm.models import (
+    PretrainedCfg,
     beit,
     clean_state_dict,
     eva,
+    get_pretrained_cfg,
     naflexvit,
     swin_transformer,
     swin_transformer_v2,
@@ -34,13 +36,15 @@ from dyntune.backbones import builtin as _builtin  # noqa: F401  registers the b
 from dyntune.backbones import timm_blocks
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosted import block_sites, fold_factors
-from dyntune.backbones.origin import BackboneSource
+from dyntune.backbones.hub import downloads, quickly
+from dyntune.backbones.origin import OR_BUILT_IN, BackboneSource
 from dyntune.backbones.sites import Site
 from dyntune.core.attention import bias_of
 from dyntune.core.errors import BackboneError
 from dyntune.core.rotation import Rotation
 from dyntune.core.shapes import shapes_only
 from dyntune.core.tokens import Tokens
+from dyntune.core.words import counted
 from dyntune.data.transforms import Preprocessing
 
 PATCH_DROP = "it drops patches at random (patch_drop_rate); build it with patch_drop_rate=0"
@@ -77,6 +81,7 @@ _PLAIN: list[Any] = [
     *((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
 ]
 """Plain values that scripts save beside tensors, and that may be read."""
+_HUBS = ("hf-hub:", "hf_hub:")
 _ARGUMENTS = ("num_classes", "global_pool", "dynamic_img_size")
 
 log = logging.getLogger("dyntune")
@@ -289,26 +294,27 @@ def create(name: str, *, weights: str | Path | None = None, pretrained: bool = T
     Raises:
         BackboneError: unknown name, no weights to be had, or weights that do not fit.
     """
-    hub = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    hub = name.startswith((*_HUBS, "local-dir:"))
     if not hub and not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5)
         hint = f" Did you mean {near[0]!r}? Also near: {', '.join(near[1:])}." if near else ""
         raise BackboneError(f"timm has no model {name!r}.{hint} timm.list_models('vit*') lists them.")
     arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     download = pretrained and weights is None
-    try:
-        model = timm.create_model(name, pretrained=download, **arguments)
-    except Exception as error:
-        # timm, huggingface_hub and the network stack each have their own error types for a download that fails.
-        advice = (
-            " Without a network, give a local weight file (--weights FILE; weights=... in Python), "
-            "or use the built-in backbone (vit_mini_patch4_32.dyntune, what train does without --model). "
-            "HF_HUB_OFFLINE=1 in the environment saves the wait."
-        )
-        raise BackboneError(
-            f"cannot build {name!r}{' with its pretrained weights' if download else ''}: {_first_line(error)}."
-            f"{advice if download else ''}"
-        ) from error
+    if download and not downloads() and _elsewhere(name):
+        raise BackboneError(f"the weights of {name!r} are not on this machine.")
+    with quickly() if _asks_the_hub(name, download) else contextlib.nullcontext() as unreachable:
+        try:
+            model = timm.create_model(name, pretrained=download, **arguments)
+        except Exception as error:
+            # timm, huggingface_hub and the network stack each have their own error types for a download that fails.
+            advice = (
+                f" Without a network, give a local weight file (--weights FILE; weights=... in Python){OR_BUILT_IN}."
+            )
+            raise BackboneError(
+                f"cannot build {name!r}{' with its pretrained weights' if download else ''}: "
+                f"{unreachable or _first_line(error)}.{advice if download else ''}"
+            ) from error
     if "img_size" in arguments and not hasattr(model, "patch_embed"):  # nothing else in such a model tells its size
         size = arguments["img_size"]
         height, width = size if isinstance(size, tuple) else (size, size)
@@ -316,6 +322,27 @@ def create(name: str, *, weights: str | Path | None = None, pretrained: bool = T
     if weights is not None and not next(model.parameters()).is_meta:
         load_weights(model, weights)
     return model
+
+
+def _asks_the_hub(name: str, download: bool) -> bool:
+    """Whether building a model asks Hugging Face's hub for a file."""
+    config = _known_weights(name) if download else None
+    return name.startswith(_HUBS) or (config is not None and bool(config.hf_hub_id) and not config.file)
+
+
+def _elsewhere(name: str) -> bool:
+    """Whether weights are of another place than the hub, and were not fetched from there yet."""
+    config = _known_weights(name)
+    if config is None or not config.url or config.hf_hub_id or config.file:
+        return False
+    return not (Path(torch.hub.get_dir()) / "checkpoints" / config.url.rpartition("/")[2]).is_file()
+
+
+def _known_weights(name: str) -> PretrainedCfg | None:
+    """What timm knows of the weights that a name stands for."""
+    with contextlib.suppress(Exception):  # a tag that is none: whoever builds the model says so
+        return get_pretrained_cfg(name)
+    return None
 
 
 def load_weights(model: Any, path: str | Path) -> None:
@@ -348,7 +375,7 @@ def load_weights(model: Any, path: str | Path) -> None:
             with np.load(path, allow_pickle=False) as arrays:
                 blocks = {match[0] for name in arrays for match in re.finditer(r"encoderblock_\d+", name)}
             if blocks and len(blocks) != len(model.blocks):
-                raise ValueError(f"the file has {len(blocks)} blocks")
+                raise ValueError(f"the file has {counted(len(blocks), 'block')}")
             model.load_pretrained(str(path))
         except Exception as error:
             raise BackboneError(
@@ -508,7 +535,7 @@ def _plain(module: nn.Module) -> dict[str, Any]:
 def _size(model: Any) -> str:
     rows, columns = model.patch_embed.grid_size if hasattr(model, "patch_embed") else model.embeds.pos_embed_grid_size
     blocks = len(list(timm_blocks.named(model)))
-    return f"the model (width {model.embed_dim}, {blocks} blocks, {rows} x {columns} patches)"
+    return f"the model (width {model.embed_dim}, {counted(blocks, 'block')}, {rows} x {columns} patches)"
 
 
 def _some(names: list[str]) -> str:

@@ -16,7 +16,6 @@ from dyntune.commands.common import (
     ModelOption,
     PolicyOption,
     WeightsOption,
-    duration,
     err,
     out,
     parts,
@@ -26,6 +25,7 @@ from dyntune.commands.common import (
 )
 from dyntune.commands.options import Options, option, with_options
 from dyntune.core.errors import SpecError
+from dyntune.core.words import counted, duration
 from dyntune.parts.spec_list import split_list
 from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.report import DETAILS, details, speed_figure, summary, write
@@ -104,8 +104,8 @@ def command(
     )
     kept = "" if folder is None else f", each is written to {folder} as it is made"
     err.print(
-        f"about {duration(estimate(plan))} for {len(plan.runtimes)} runtimes, {len(plan.batch_sizes)} batch sizes and "
-        f"{1 + len(plan.against)} models{kept}",
+        f"about {duration(estimate(plan))} for {counted(len(plan.runtimes), 'runtime')}, "
+        f"{counted(len(plan.batch_sizes), 'batch size')} and {counted(1 + len(plan.against), 'model')}{kept}",
         highlight=False,
         markup=False,
         soft_wrap=True,

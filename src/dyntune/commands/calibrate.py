@@ -17,13 +17,14 @@ from dyntune.commands.common import (
     TrainedValFractionOption,
     WeightsOption,
     err,
-    millions,
     pick_device,
     print_json,
     print_table,
     report_skipped,
+    say_threads,
 )
 from dyntune.core.errors import SpecError
+from dyntune.core.words import counted, millions
 from dyntune.data import load_held
 from dyntune.model.adapter_folder import write_calibration
 from dyntune.model.cost import cost
@@ -61,6 +62,7 @@ def command(
     except ValueError:
         raise SpecError(f"--rates {rates!r}: expected shares of the patches, written 0.3/0.5/0.7.") from None
     model = load(run, weights=weights, device=pick_device(device))
+    say_threads(model, run)
     held = load_held(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(held)
     found = held.splits.get("val") or held.splits.get("train") or held.all
@@ -76,7 +78,7 @@ def command(
         print_json({"run": str(run), "images": calibration.images, "dense_macs": model.dense_macs, "rates": rows})
         return
     print_table(
-        f"{model.spec} in {run}, calibrated on {calibration.images} images",
+        f"{model.spec} in {run}, calibrated on {counted(calibration.images, 'image')}",
         ("rate", "active patches", "MACs per image"),
         [
             (

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import torch
 import typer
 from rich.cells import cell_len
 from rich.console import Console
@@ -21,9 +20,10 @@ from rich.text import Text
 
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.commands.options import option
-from dyntune.core.errors import DataError, SpecError, TrainingError
+from dyntune.core.errors import DataError, SpecError
 from dyntune.core.texts import printable
-from dyntune.core.threads import chosen_by_user, take_threads
+from dyntune.core.threads import available_cores, chosen_by_user, take_threads
+from dyntune.core.words import counted, several
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.images import expand_images, read_image
 from dyntune.data.load import forms
@@ -33,8 +33,9 @@ from dyntune.model.load import load
 from dyntune.model.trial import settle_threads_for
 from dyntune.model.tuned import TunedModel
 from dyntune.studies.vtab.recipes import Recipe
-from dyntune.training.accelerator import launched_processes
-from dyntune.training.identity import began_with
+from dyntune.training.accelerator import launched_processes, pick_device
+from dyntune.training.header import Header
+from dyntune.training.identity import ASKED, began_with
 from dyntune.training.inputs import Interpolation, Normalisation
 from dyntune.training.settings import TrainSettings
 
@@ -86,6 +87,8 @@ VAL_FRACTION = 0.2
 _PIPED_WIDTH = None if sys.stdout is not None and sys.stdout.isatty() else 160
 """A table in a file or a log need not fit a terminal of 80."""
 _MOST_CLASSES = 40
+_RATE_MISSED = 0.02
+"""Share of the patches by which a rate may be missed before it is said."""
 # Names of files and classes are part of what is printed, and their brackets and colons mean nothing.
 out = Console(width=_PIPED_WIDTH, markup=False, emoji=False)
 err = Console(stderr=True, markup=False, emoji=False)
@@ -106,27 +109,50 @@ def calibration_images(data: DataSplits) -> LabelledImages:
     return data.train if data.val is None else data.val
 
 
-def say_threads(model: TunedModel, settings: TrainSettings, folder: Path) -> None:
-    """Takes the number of threads that training on a CPU is quickest with, and says so on standard error.
+def choose_threads(build: Callable[[], TunedModel], settings: TrainSettings, folder: Path) -> str | None:
+    """Takes the number of threads that training on a CPU is quickest with.
 
     A run that goes on takes as many as it began with, because sums of numbers depend on it in their last bits.
 
     Args:
-        model: what is trained; tried on an image or some.
+        build: gives a model like the one that is trained, to be tried on some images.
         settings: of the training.
         folder: of the run, or of several.
+
+    Returns:
+        What was taken, for people; None where nothing was to be chosen.
     """
     if chosen_by_user() or launched_processes() > 1 or pick_device(settings.device).type != "cpu":
-        return
+        return None
     before = next(filter(None, map(began_with, (folder, *sorted(folder.glob("*/"))))), None)
     if before is None:
+        model = build()
         training = model.training
         said = settle_threads_for(model.eval(), settings.batch_size)
         model.train(training)
     else:
         take_threads(before)
-        said = f"{before} threads, as the run began with"
+        said = f"{counted(before, 'thread')}, as the run began with"
+    return said
+
+
+def say_threads(model: TunedModel, run: Path) -> None:
+    """Takes the number of threads that a run was trained with, or else the quickest one, and says so."""
+    if chosen_by_user() or next(model.parameters()).device.type != "cpu":
+        return
+    before = began_with(run if (run / ASKED).is_file() or run.name != "last" else run.parent)
+    if before is not None and before <= available_cores():
+        take_threads(before)
+        said: str | None = f"{counted(before, 'thread')}, as the run was trained with"
+    else:
+        said = settle_threads_for(model)
     err.print(f"threads: {said}", highlight=False, soft_wrap=True)
+
+
+def show_header(header: Header) -> None:
+    """Says on standard error what a training begins with."""
+    if os.environ.get("RANK", "0") == "0":  # another process of the same run says it
+        err.print(str(header), highlight=False, soft_wrap=True)
 
 
 def apply_rate(model: TunedModel, rate: float | None, policy: str | None) -> None:
@@ -139,12 +165,30 @@ def apply_rate(model: TunedModel, rate: float | None, policy: str | None) -> Non
     model.set_rate(rate)
 
 
+def say_missed_rate(activation: float, target: float, on: str) -> None:
+    """Says on standard error where the gates let clearly more or fewer patches through than they were meant to.
+
+    Args:
+        activation: share of the patches that were computed.
+        target: share that was aimed at.
+        on: the images, in words.
+    """
+    if abs(activation - target) > _RATE_MISSED:
+        err.print(
+            f"the gates computed {activation:.1%} of the patches of the {on}, aimed at {target:.1%}. A calibrated run "
+            f"comes closer with --rate {target:g}; or train longer.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
 def report_skipped(data: DataSplits | Held) -> None:
     """Says on standard error how many images were left out because they cannot be read."""
     if data.skipped:
         first = printable(data.skipped[0])
         noun = data.train.noun if isinstance(data, DataSplits) else data.all.noun
-        err.print(f"left out {len(data.skipped)} {noun}s that cannot be read, the first is {first}", soft_wrap=True)
+        unread = counted(len(data.skipped), noun)
+        err.print(f"left out {unread} that cannot be read, the first is {first}", soft_wrap=True)
 
 
 def report_classes(data: DataSplits) -> None:
@@ -156,7 +200,7 @@ def report_classes(data: DataSplits) -> None:
         for name, split in (("train", data.train), ("val", data.val), ("test", data.test))
         if split is not None
     ]
-    table = Table(title=printable(f"{data.name}: {len(data.classes)} classes"), title_justify="left")
+    table = Table(title=printable(f"{data.name}: {counted(len(data.classes), 'class')}"), title_justify="left")
     table.add_column("class", overflow="fold")
     for name, _ in counts:
         table.add_column(name, justify="right")
@@ -168,7 +212,7 @@ def report_classes(data: DataSplits) -> None:
         cells = (f"{low}" if low == high else f"{low} to {high}" for low, high in ranges)
         table.add_row(f"{len(further)} more, each", *cells)
     table.add_section()
-    table.add_row(f"{data.train.noun}s", *(str(count.total()) for _, count in counts))
+    table.add_row(several(data.train.noun), *(str(count.total()) for _, count in counts))
     err.print(table)
 
 
@@ -237,13 +281,13 @@ def require_classes(model: TunedModel, data: DataSplits | Held) -> None:
     """Raises DataError when a data set's classes are not those that the model was trained on."""
     if not model.classes and model.backbone.classes and len(data.classes) > model.backbone.classes:
         raise DataError(
-            f"{data.name} has {len(data.classes)} classes ({_some(data.classes)}), but the model tells "
+            f"{data.name} has {counted(len(data.classes), 'class')} ({_some(data.classes)}), but the model tells "
             f"{model.backbone.classes} apart. Give data with the same classes."
         )
     if model.classes and tuple(model.classes) != tuple(data.classes):
         raise DataError(
-            f"{data.name} has {len(data.classes)} classes ({_some(data.classes)}), but the model was trained on "
-            f"{len(model.classes)} ({_some(model.classes)}). Give data with the same classes."
+            f"{data.name} has {counted(len(data.classes), 'class')} ({_some(data.classes)}), but the model was "
+            f"trained on {len(model.classes)} ({_some(model.classes)}). Give data with the same classes."
         )
 
 
@@ -254,22 +298,10 @@ def load_teacher(run: Path | None, data: DataSplits) -> TunedModel | None:
     teacher = load(run)
     if teacher.classes and tuple(teacher.classes) != tuple(data.classes):
         raise DataError(
-            f"the teacher in {run} was trained on {len(teacher.classes)} classes ({_some(teacher.classes)}), but "
-            f"{data.name} has {len(data.classes)} ({_some(data.classes)}). Give a teacher trained on the same data."
+            f"the teacher in {run} was trained on {counted(len(teacher.classes), 'class')} ({_some(teacher.classes)}), "
+            f"but {data.name} has {len(data.classes)} ({_some(data.classes)}). Give a teacher trained on the same data."
         )
     return teacher
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that ``--device`` names; ``auto`` takes an accelerator if there is one."""
-    if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
-    if name not in ("cpu", "cuda", "mps"):
-        raise TrainingError(f"device {name!r}: expected auto, cpu, cuda or mps.")
-    if name != "cpu" and not getattr(torch, name).is_available():
-        raise TrainingError(f"device {name!r} is not available on this machine; use auto or cpu.")
-    return torch.device(name)
 
 
 def print_json(data: Any) -> None:
@@ -353,26 +385,6 @@ def _filled(pieces: Sequence[str], width: int) -> list[str]:
 
 def _fold(text: str, width: int) -> str:
     return "\n".join(_filled(_pieces(text), width))
-
-
-def millions(count: float) -> str:
-    """A count of MACs or parameters in a unit that people read: k, M or G."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3f} {unit}" if unit == "G" else f"{count / size:.2f} {unit}"
-    return f"{count:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """A time in a unit that people read: s, min or h."""
-    if seconds < 100:
-        return f"{max(1, seconds):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def kilobytes(size: int) -> str:
-    """A file size in kB (1,000 bytes)."""
-    return f"{size / 1000:,.0f} kB"
 
 
 def _some(names: Sequence[str]) -> str:

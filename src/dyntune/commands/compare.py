@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,21 +16,28 @@ from dyntune.commands.common import (
     OnCorruptOption,
     TeacherOption,
     WeightsOption,
+    choose_threads,
     load_teacher,
     out,
     print_json,
     print_table,
     report_classes,
     report_skipped,
+    show_header,
     train_settings,
 )
 from dyntune.commands.options import Options, with_options
 from dyntune.core.machine import machine
+from dyntune.core.words import counted
 from dyntune.data import load_data
-from dyntune.parts.spec_list import split_specs
+from dyntune.data.base import DataSplits
+from dyntune.model.tuned import build_tuned
+from dyntune.parts.spec_list import folder_name, split_specs
 from dyntune.studies.compare import compare
 from dyntune.studies.report import table_columns, table_rows, write_report
+from dyntune.training.header import outlines, training_header
 from dyntune.training.progress import ProgressBar
+from dyntune.training.run_folder import require_room
 from dyntune.training.settings import TrainSettings
 
 EXAMPLES = (
@@ -71,8 +79,11 @@ def command(
 ) -> None:
     """Train several methods alike, evaluate them on the test split, time them in turns, and write a page."""
     specs = split_specs(methods)
+    for spec in specs:
+        require_room(folder / folder_name(spec), resume)
     splits = load_data(data, on_corrupt=on_corrupt)
     report_skipped(splits)
+    show_comparison(specs, splits, folder, model, settings, weights)
     report_classes(splits)
     rows, models = compare(
         specs,
@@ -86,11 +97,38 @@ def command(
         teacher=load_teacher(teacher, splits),
     )
     assert splits.test is not None  # compare() has refused data without a test split
-    trained = f"{len(splits.train)} training images, {settings.epochs} epochs, seed {settings.seed}"
-    intro = f"{model} adapted to {data}: {trained}; {len(splits.test)} test images."
+    trained = (
+        f"{counted(len(splits.train), 'training image')}, {counted(settings.epochs, 'epoch')}, seed {settings.seed}"
+    )
+    intro = f"{model} adapted to {data}: {trained}; {counted(len(splits.test), 'test image')}."
     page = write_report(folder, f"Methods on {data}", intro, rows, models, splits.test)
     if json:
         print_json({"data": data, "model": model, "machine": machine(), "rows": [row.to_dict() for row in rows]})
         return
     print_table(f"{data} with {model}", table_columns(rows), table_rows(rows))
     out.print(f"measured on {machine()}\npage: {page}", highlight=False)
+
+
+def show_comparison(
+    specs: Sequence[str],
+    data: DataSplits,
+    folder: Path,
+    model: str,
+    settings: TrainSettings,
+    weights: Path | None = None,
+) -> None:
+    """Says what a comparison begins with, for which every method is tried on the backbone's shapes."""
+    models = outlines(model, [[spec] for spec in specs], classes=data.classes, weights=weights)
+    show_header(
+        training_header(
+            models,
+            data.train,
+            data.val,
+            settings,
+            test=data.test,
+            name=data.name,
+            threads=choose_threads(
+                lambda: build_tuned(model, specs[0], classes=data.classes, weights=weights), settings, folder
+            ),
+        )
+    )

@@ -16,8 +16,6 @@ from dyntune.commands.common import (
     ModelOption,
     PolicyOption,
     err,
-    kilobytes,
-    millions,
     out,
     parts,
     print_json,
@@ -25,6 +23,7 @@ from dyntune.commands.common import (
 )
 from dyntune.commands.options import Options, with_options
 from dyntune.core.shapes import shapes_only
+from dyntune.core.words import kilobytes, millions
 from dyntune.model.cost import Cost, cost
 from dyntune.model.tuned import tune
 from dyntune.studies.table5 import CLASSES, MODEL, ROWS, SOURCE, WIDTHS

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from dyntune.commands.common import DEFAULT_MODEL, JsonOption, err, out, print_json, print_table, say_threads
+from dyntune.commands.common import DEFAULT_MODEL, JsonOption, err, out, print_json, print_table
+from dyntune.commands.compare import show_comparison
 from dyntune.core.errors import DyntuneError
 from dyntune.core.machine import machine
+from dyntune.core.words import counted
 from dyntune.data import load_data
-from dyntune.model.tuned import build_tuned
 from dyntune.studies.bench.peers import DENSE
 from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.run import bench
@@ -46,16 +47,16 @@ def command(
     """
     settings = TrainSettings(epochs=epochs, batch_size=16, lr=5e-3, device="cpu", seed=seed)
     splits = load_data("digits")
-    say_threads(build_tuned(DEFAULT_MODEL, SPECS[0], classes=splits.classes).eval(), settings, folder)
+    show_comparison(SPECS, splits, folder, DEFAULT_MODEL, settings)
     rows, models = compare(
         SPECS, splits, folder, model=DEFAULT_MODEL, settings=settings, resume=True, progress=ProgressBar
     )
     assert splits.test is not None  # digits has one
     intro = (
         "The built-in backbone, which never saw a digit, adapted to scikit-learn's handwritten digits: "
-        f"{len(splits.train)} training images, {epochs} epochs, {len(splits.test)} test images. "
-        "The backbone stays frozen. The gates of DyT are trained to compute half of the patches in the MLPs and skip "
-        "the rest; the table says what they computed."
+        f"{counted(len(splits.train), 'training image')}, {counted(epochs, 'epoch')}, "
+        f"{counted(len(splits.test), 'test image')}. The backbone stays frozen. The gates of DyT are trained to "
+        "compute half of the patches in the MLPs and skip the rest; the table says what they computed."
     )
     further = [_large(folder / "speed")] if speed else []
     page = write_report(folder, "Dyntune demo: handwritten digits", intro, rows, models, splits.test, *further)

@@ -23,14 +23,16 @@ from dyntune.commands.common import (
     WorkersOption,
     apply_rate,
     err,
-    millions,
     pick_device,
     print_json,
     print_table,
     report_skipped,
     require_classes,
+    say_missed_rate,
+    say_threads,
 )
 from dyntune.core.errors import DataError
+from dyntune.core.words import counted, millions, several
 from dyntune.data import LabelledImages, load_held
 from dyntune.data.sources.base import Held
 from dyntune.model.load import load
@@ -72,6 +74,7 @@ def command(
     held = load_held(data, classes=model.classes, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(held)
     require_classes(model, held)
+    say_threads(model, run)
     seen = Seen.read(run)
     used = split or _default_split(held, seen, run)
     images = _images_of(held, used)
@@ -80,6 +83,8 @@ def command(
     with EvaluationBar(len(images), model.task.merit, err) as bar:
         result = evaluate(model, images, batch_size=batch_size, workers=workers, watch=bar)
     timed = first_batch(images, model, batch_size)
+    if result.activation_per_unit:
+        say_missed_rate(result.activation, model.target_rate, f"{used} {several(images.noun)}")
     with err.status("timing it beside the dense backbone"):
         speeds = compare_speed({model.spec: model}, timed)
     speed, dense = speeds[model.spec], speeds[DENSE]
@@ -115,8 +120,12 @@ def command(
         *((f"active in {unit}", f"{rate:.1%}") for unit, rate in result.activation_per_unit.items()),
         *((f"tokens in {unit}", str(count)) for unit, count in result.tokens_per_unit.items()),
     ]
-    which = f"all {result.images}" if used == "all" else f"{result.images} {used}"
-    print_table(f"{model.spec} on {which} {images.noun}s of {data}", ("", ""), rows)
+    which = (
+        f"all {counted(result.images, images.noun)}"
+        if used == "all"
+        else counted(result.images, f"{used} {images.noun}")
+    )
+    print_table(f"{model.spec} on {which} of {data}", ("", ""), rows)
 
 
 def _default_split(held: Held, seen: Seen | None, run: Path) -> str:
@@ -147,9 +156,9 @@ def _default_split(held: Held, seen: Seen | None, run: Path) -> str:
         if trained == 0
         else f"does not say which {items} it was trained on"
     )
-    err.print(
-        f"{held.name} has no splits, and {run} {why}: evaluating on all {len(everything)} {items}", soft_wrap=True
-    )
+    count = counted(len(everything), everything.noun)
+    one_or_all = count if len(everything) == 1 else f"all {count}"
+    err.print(f"{held.name} has no splits, and {run} {why}: evaluating on {one_or_all}", soft_wrap=True)
     return "all"
 
 
@@ -168,6 +177,7 @@ def _report_seen(images: LabelledImages, trained: int | None, chosen: int | None
     if trained is None or chosen is None:
         err.print(f"which of the {items} the run was trained on is not known: it does not say", soft_wrap=True)
         return
-    told = f"of the {len(images)} {items}, the run was trained on {trained}, and its epoch was chosen on {chosen}"
+    given = counted(len(images), images.noun)
+    told = f"of the {given}, the run was trained on {trained}, and its epoch was chosen on {chosen}"
     better = f": its figures are better than they are on new {items}" if trained or chosen else ""
     err.print(told + better, soft_wrap=True)

@@ -127,8 +127,10 @@ def main() -> None:
             text = text.rpartition("Error: ")[2]
         if "--on-corrupt" not in _options_of(sys.argv[1:]):
             text = text.replace(SKIP, "")
-        then = f"next: {_going_on(sys.argv[1:])}" if isinstance(error, TrainingInterrupted) else None
-        _fail("\n".join(map(printable, text.strip().split("\n"))), then)
+        words = "\n".join(map(printable, text.strip().split("\n")))
+        if isinstance(error, TrainingInterrupted):
+            _fail(words, f"next: {_going_on(sys.argv[1:])}", label=None)
+        _fail(words)
     except RuntimeError as error:
         if launched_processes() == 1 or not _LOST.search(str(error)):
             raise
@@ -188,16 +190,24 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _fail(text: str, then: str | None = None, behind: int = 0) -> NoReturn:
-    """Ends the program with an error, and perhaps a line that says what to do next; ``behind`` others, in seconds."""
-    err.print("error:", style="bold red", end=" ")
+def _fail(text: str, then: str | None = None, behind: int = 0, label: str | None = "error:") -> NoReturn:
+    """Ends the program with an error, or what ``label`` says, and perhaps a line that says what to do next.
+
+    Args:
+        text: what has happened.
+        then: the line.
+        behind: seconds that other processes are ahead.
+        label: in front of the text; None where nothing is wrong.
+    """
+    if label is not None:
+        err.print(label, style="bold red", end=" ")
     err.print(text, highlight=False, soft_wrap=True)
     if then is not None:
         err.print(then, highlight=False, soft_wrap=True)
     # torchrun ends with a report of its own, whose last line comes from this file.
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:
-        told = {"py_callstack": f"error: {text}", "timestamp": str(int(time.time()) + behind)}
+        told = {"py_callstack": " ".join(filter(None, (label, text))), "timestamp": str(int(time.time()) + behind)}
         Path(report).write_text(json.dumps({"message": {"message": text, "extraInfo": told}}), encoding="utf-8")
     sys.stderr.flush()
     if torch.distributed.is_initialized():

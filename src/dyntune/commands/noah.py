@@ -20,16 +20,18 @@ from dyntune.commands.common import (
     OnCorruptOption,
     ValFractionOption,
     WeightsOption,
-    kilobytes,
+    choose_threads,
     out,
     print_json,
     print_next_eval,
     report_classes,
     report_skipped,
+    show_header,
     train_settings,
 )
 from dyntune.commands.options import Options, with_options
 from dyntune.core.errors import DataError, SpecError
+from dyntune.core.words import counted, kilobytes
 from dyntune.data import load_data
 from dyntune.data.datasets import JoinedImages
 from dyntune.model.cost import cost
@@ -37,7 +39,9 @@ from dyntune.model.tuned import TunedModel, build_tuned
 from dyntune.parts.methods.noah import Noah
 from dyntune.parts.registry import resolve
 from dyntune.studies.noah import SearchSettings, train_noah
+from dyntune.studies.noah.pipeline import require_no_other_run
 from dyntune.studies.noah.progress import SearchBar
+from dyntune.training.header import outlines, training_header
 from dyntune.training.inputs import with_pixels_as
 from dyntune.training.progress import ProgressBar
 from dyntune.training.settings import TrainSettings
@@ -96,9 +100,9 @@ def command(
             f"--method {method}: expected noah without sizes, alone or joined by + with other parts. "
             "Train a part that has sizes with dyntune train."
         )
+    require_no_other_run(run)
     splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(splits)
-    report_classes(splits)
     if splits.val is None:
         raise DataError(f"{data} has no validation split, which the search needs.")
 
@@ -108,6 +112,21 @@ def command(
         tuned.preprocessing = with_pixels_as(tuned.preprocessing, normalisation, interpolation)
         return tuned
 
+    first = counted(supernet["supernet_epochs"], "epoch")
+    show_header(
+        training_header(
+            outlines(model, [parts], classes=splits.classes, weights=weights),
+            splits.train,
+            splits.val,
+            settings,
+            test=splits.test,
+            name=splits.name,
+            threads=choose_threads(lambda: build(supernets[0]), settings, run),
+            course=f"{first} of the supernet, {counted(search.population * search.generations, 'candidate')} at most, "
+            f"{counted(settings.epochs, 'epoch')} of what was found, seed {settings.seed}",
+        )
+    )
+    report_classes(splits)
     result = train_noah(
         supernets[0],
         build,

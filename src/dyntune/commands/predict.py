@@ -26,6 +26,7 @@ from dyntune.commands.common import (
     pick_device,
     print_json,
     print_table,
+    say_threads,
 )
 from dyntune.core.errors import ExportError
 from dyntune.data import build_transform, read_image
@@ -108,6 +109,7 @@ def _model(
     if not is_exported(run):
         model = load(run, policy=policy, weights=weights, device=pick_device(device), trust=trust)
         apply_rate(model, rate, policy)
+        say_threads(model, run)
         return model
     if policy is not None or rate is not None or weights is not None:
         raise ExportError(

@@ -26,7 +26,7 @@ from dyntune.commands.common import (
     ValFractionOption,
     WeightsOption,
     calibration_images,
-    kilobytes,
+    choose_threads,
     load_teacher,
     out,
     parts,
@@ -34,21 +34,26 @@ from dyntune.commands.common import (
     print_next_eval,
     report_classes,
     report_skipped,
-    say_threads,
+    say_missed_rate,
+    show_header,
     train_settings,
 )
 from dyntune.commands.options import Options, with_options
 from dyntune.core.errors import DataError, SpecError
+from dyntune.core.words import counted, kilobytes, several
 from dyntune.data import load_data
+from dyntune.model.adapter_folder import read_config
 from dyntune.model.cost import cost
 from dyntune.model.tuned import build_tuned
 from dyntune.parts.registry import resolve
 from dyntune.parts.spec import Part
 from dyntune.training.accelerator import is_main_process
+from dyntune.training.header import training_header
 from dyntune.training.inputs import with_pixels_as
 from dyntune.training.progress import ProgressBar
+from dyntune.training.run_folder import require_room
 from dyntune.training.settings import TrainSettings
-from dyntune.training.trainer import fit
+from dyntune.training.trainer import ACTIVATION, fit
 
 EXAMPLES = (
     "dyntune train digits --method dyt:rate=0.5 --out runs/digits",
@@ -89,6 +94,7 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """Adapt a pretrained ViT to labelled images, or clips of videos, and save the adapter of the best epoch."""
+    require_room(run, resume)
     splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(splits)
     select = settings.select
@@ -103,8 +109,18 @@ def command(
     arguments |= of_clips
     tuned = build_tuned(model, *given, classes=splits.classes, weights=weights, **arguments)
     tuned.preprocessing = clip.preprocessing(with_pixels_as(tuned.preprocessing, normalisation, interpolation))
+    show_header(
+        training_header(
+            tuned,
+            splits.train,
+            chosen,
+            settings,
+            test=None if select == "test" else splits.test,
+            name=splits.name,
+            threads=choose_threads(lambda: tuned, settings, run),
+        )
+    )
     report_classes(splits)
-    say_threads(tuned, settings, run)
     bar = ProgressBar(tuned.spec)
     result = fit(
         tuned,
@@ -119,6 +135,11 @@ def command(
     )
     if not is_main_process():
         return
+    missed = read_config(run).get("results", {}).get(ACTIVATION)
+    if missed is not None:
+        say_missed_rate(
+            missed, tuned.target_rate, f"{'test' if select == 'test' else 'val'} {several(splits.train.noun)}"
+        )
     calibration = tuned.calibration
     figures = cost(tuned)
     if json:
@@ -141,7 +162,7 @@ def command(
     out.print(f"saved epoch {result.best_epoch}{score} to {run} ({kilobytes(figures.adapter_bytes)})", highlight=False)
     if calibration is not None:
         out.print(
-            f"calibrated on {calibration.images} images: eval, predict and visualize take --rate, "
+            f"calibrated on {counted(calibration.images, 'image')}: eval, predict and visualize take --rate, "
             f"{calibration.rates[0]:g} to {calibration.rates[-1]:g}",
             highlight=False,
         )

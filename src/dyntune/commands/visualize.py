@@ -25,9 +25,11 @@ from dyntune.commands.common import (
     err,
     out,
     pick_device,
+    say_threads,
 )
 from dyntune.core.errors import DyntuneError
 from dyntune.core.texts import listed, printable
+from dyntune.core.words import counted
 from dyntune.data import Preprocessing, build_transform
 from dyntune.data.images import require_some
 from dyntune.data.load import load_held
@@ -79,6 +81,7 @@ def command(
     require_some(images)
     model = load(run, weights=weights, device=pick_device(device), policy=policy)
     apply_rate(model, rate, policy)
+    say_threads(model, run)
     clip = model.preprocessing.clip
     found = Pictures(images, videos=clip is not None)
     if not model.policies:
@@ -141,7 +144,7 @@ def _rates_on(model: TunedModel, names: list[str]) -> Figure:
         splits = load_held(name).splits
         images = next(splits[split] for split in ("test", "val", "train") if split in splits)
         summed: Tensor = torch.zeros(())
-        with err.status(f"running on {len(images)} {images.noun}s of {printable(name)}"), torch.inference_mode():
+        with err.status(f"running on {counted(len(images), images.noun)} of {printable(name)}"), torch.inference_mode():
             for batch, _ in DataLoader(preprocessed(images, model.preprocessing), _BATCH):
                 gates = model.run(batch.to(next(model.parameters()).device)).gates
                 summed = summed + len(batch) * activation_rates(gates).cpu()

@@ -21,6 +21,7 @@ from dyntune.commands.common import (
 from dyntune.commands.options import Options, with_options
 from dyntune.core.errors import TrainingError
 from dyntune.core.machine import machine
+from dyntune.core.words import counted
 from dyntune.parts.spec_list import split_specs
 from dyntune.studies.noah import SearchSettings
 from dyntune.studies.vtab.folders import find_folders
@@ -164,7 +165,10 @@ def _list_jobs(plan: Plan, json: bool) -> None:
         out.print(f"{state}: {job}", markup=False, highlight=False, soft_wrap=True)
     todo = sum(state == "to do" for _, state in states)
     tasks = len(plan.benchmark.tasks)
-    out.print(f"the data of all {tasks} tasks is complete; {todo} of {len(states)} jobs to do", highlight=False)
+    out.print(
+        f"the data of {counted(tasks, 'task')} is complete; {todo} of {counted(len(states), 'job')} to do",
+        highlight=False,
+    )
 
 
 def _show(plan: Plan, result: BenchmarkResult, json: bool) -> None:
@@ -189,5 +193,5 @@ def _show(plan: Plan, result: BenchmarkResult, json: bool) -> None:
     print_table(f"{plan.benchmark.name} with {plan.model}", heads, rows)
     out.print(describe(plan), markup=False, highlight=False, soft_wrap=True)
     if result.elsewhere:
-        out.print(f"being run by another command: {len(result.elsewhere)} of the jobs", highlight=False)
+        out.print(f"being run by another command: {counted(len(result.elsewhere), 'job')}", highlight=False)
     out.print(f"tables: {plan.out / 'table'}.csv, .md, .tex; measured on {machine()}", highlight=False)

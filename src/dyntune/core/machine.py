@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from dyntune.core.words import counted
+
 _PROC = Path("/proc")
 _RESET_PEAK = "5"
 """What Linux's /proc/self/clear_refs takes to set the high-water mark of the resident set to the set's size."""
@@ -27,7 +29,7 @@ def machine() -> str:
         ]
         name = models[0] if models else name
     device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    threads = f"{counted(os.cpu_count() or 1, 'core')}, {counted(torch.get_num_threads(), 'thread')}"
     return f"{name}, {threads}{device}, torch {torch.__version__}, {platform.system()}"
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from dyntune.core.words import counted
+
 SECONDS = 1.0
 """That a trial takes, unless a single call takes longer."""
 _ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -100,7 +102,7 @@ def settle_threads(call: Callable[[], Any], seconds: float = SECONDS) -> str | N
             break
     take_threads(best)
     others = ", ".join(f"{count}: {rate / rates[best]:.2f}" for count, rate in rates.items() if count != best)
-    return f"{best} of {cores} threads, quickest in a trial (of its speed had {others})"
+    return f"{best} of {counted(cores, 'thread')}, quickest in a trial (of its speed had {others})"
 
 
 def _rate(call: Callable[[], Any], seconds: float) -> float:

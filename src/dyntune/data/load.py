@@ -11,6 +11,7 @@ from typing import Literal
 
 from dyntune.core.discovery import discover
 from dyntune.core.errors import DataError
+from dyntune.core.words import counted
 from dyntune.data.base import DataSplits, ImageSubset, LabelledImages
 from dyntune.data.sources.base import Held, Request, Source
 
@@ -157,7 +158,7 @@ def _without_unreadable(data: LabelledImages) -> LabelledImages:
     bad = [data.source(index) for index, fine in enumerate(good) if not fine]
     if len(bad) == len(data):
         raise DataError(
-            f"none of the {len(data)} {data.noun}s of a split can be read, the first being {bad[0]}. "
+            f"a split of {counted(len(data), data.noun)}, of which none can be read, the first being {bad[0]}. "
             f"Expected complete {data.noun} files; check that the data set was copied whole."
         )
     return ImageSubset(data, [index for index, fine in enumerate(good) if fine], skipped=bad)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from dyntune.core.errors import DataError
+from dyntune.core.words import counted
 from dyntune.data.base import DataSplits, ImageSubset, LabelledImages
 from dyntune.data.datasets import FileImages, JoinedImages
 from dyntune.data.images import read_image, to_rgb
@@ -267,7 +268,7 @@ def whole_label(target: Any, index: int, classes: int | None, name: str) -> int:
 
 
 def _bad_label(what: str, where: str, classes: int | None) -> DataError:
-    end = "" if classes is None else f" to {classes - 1}, one for each of the head's {classes} classes"
+    end = "" if classes is None else f" to {classes - 1}, one for each of the head's {counted(classes, 'class')}"
     return DataError(
         f"the label of {where} is {what}. Expected a single whole number from 0{end}; mend the labels, or create the "
         "model with num_classes=<number of classes>."

@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from dyntune.core.errors import DataError
+from dyntune.core.words import counted
 from dyntune.data.base import DataSplits, ImageSubset, LabelledImages
 
 _WORDS = dict.fromkeys(("train", "training"), "train") | {"test": "test", "testing": "test"}
@@ -130,8 +131,8 @@ def split_off(data: LabelledImages, fraction: float, *, key: str) -> tuple[Label
         chosen, rest = stratified_take(data.targets, max(1, round(len(data) * fraction)), key=key)
     if not chosen:
         raise DataError(
-            f"cannot split {fraction:.0%} off {len(data)} {data.noun}s: every class must keep one and none has two. "
-            f"Add {data.noun}s, or give those to validate and to test on as splits of their own."
+            f"cannot split {fraction:.0%} off {counted(len(data), data.noun)}: every class must keep one and none has "
+            f"two. Add {data.noun}s, or give those to validate and to test on as splits of their own."
         )
     return ImageSubset(data, rest), ImageSubset(data, chosen)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dyntune.core.errors import DataError
+from dyntune.core.words import counted
 from dyntune.data.datasets import EncodedImages
 from dyntune.data.images import image_suffixes, read_image, to_rgb
 
@@ -148,8 +149,8 @@ def collect(
     bad += [f"{name}: a sample without a readable image and label"] * (len(warnings) - len(bad))
     if bad and on_corrupt == "error":
         raise DataError(
-            f"{name}: {len(warnings)} samples cannot be read, the first being {bad[0]} ({warnings[0]}). Expected "
-            "complete images with labels (.cls); mend the shard, or load the data set with "
+            f"{name}: {counted(len(warnings), 'sample')} cannot be read, the first being {bad[0]} ({warnings[0]}). "
+            "Expected complete images with labels (.cls); mend the shard, or load the data set with "
             "on_corrupt='skip' (--on-corrupt skip)."
         )
     return EncodedImages(files, targets, name, bad)

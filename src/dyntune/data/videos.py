@@ -14,6 +14,7 @@ from PIL import Image
 
 from dyntune.core.errors import DataError
 from dyntune.core.texts import printable
+from dyntune.core.words import counted
 from dyntune.data.datasets import FileImages, content_digest
 from dyntune.data.images import (
     in_short,
@@ -74,7 +75,7 @@ class Video:
         count = len(self)
         wrong = [index for index in indices if not 0 <= index < count]
         if wrong:
-            raise DataError(f"{self.name}: has {count} frames, numbered from 0; frame {wrong[0]} is wanted.")
+            raise DataError(f"{self.name}: has {counted(count, 'frame')}, numbered from 0; frame {wrong[0]} is wanted.")
         with self._advised():
             if self._folder:
                 frames = self._frames()

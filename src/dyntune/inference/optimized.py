@@ -56,7 +56,7 @@ class OptimizedModel(nn.Module):
         self.spec = tuned.spec
         self.classes = tuned.classes
         self.preprocessing = tuned.preprocessing
-        self.origin = tuned.origin
+        self.backbone_name = tuned.backbone_name
         self.dense_macs = tuned.dense_macs
         self.calibration = tuned.calibration
         self.notes: list[str] = []
@@ -72,7 +72,7 @@ class OptimizedModel(nn.Module):
         self.eval()
 
     def __repr__(self) -> str:
-        backbone = self.origin.name or type(self.backbone.host).__name__
+        backbone = self.backbone_name or type(self.backbone.host).__name__
         return f"OptimizedModel({self.spec} on {backbone}: {'; '.join(self.notes)})"
 
     def forward(self, images: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dyntune.backbones.origin import BackboneSource
 from dyntune.core.digests import values_digest
 from dyntune.core.errors import CheckpointError, in_one_line
 from dyntune.core.files import (
@@ -38,6 +39,8 @@ from dyntune.model.rates import Calibration
 
 FORMAT = 1
 CONFIG, WEIGHTS, CARD = "dyntune.json", "dyntune.safetensors", "README.md"
+ASKED, STATE = "train.json", "training_state.pt"
+"""What a run keeps in its folder beside its adapter: how it began, and where it is."""
 PREVIOUS = ".dyntune.previous.safetensors"
 TRAINER_WEIGHTS = "model.safetensors"
 DESCRIPTION = "dyntune.json"
@@ -76,6 +79,15 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any
     write_text(folder / CARD, model_card(config, tensors))
 
 
+def require_no_run(folder: Path) -> None:
+    """Raises CheckpointError where the adapter in a folder is that of a run, which goes on from it."""
+    if any((folder / name).exists() for name in (ASKED, STATE)):
+        raise CheckpointError(
+            f"{folder} holds a run of train or fit, and saving there would replace its adapter. Give another folder; "
+            "or overwrite=True, after which the run cannot be resumed."
+        )
+
+
 def versioned(about: dict[str, Any]) -> dict[str, Any]:
     """The configuration of an adapter, but for the digest of its weights: by whom it is written, and what it says."""
     versions = {"dyntune_version": VERSION, "torch_version": torch.__version__}
@@ -90,6 +102,20 @@ def described(about: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, An
 def write_calibration(folder: Path, calibration: Calibration) -> None:
     """Puts a calibration into a saved adapter, in place of one that is there; the rest of it stays as it is."""
     write_json(folder / CONFIG, sealed(read_config(folder) | {"calibration": calibration.to_dict()}))
+
+
+def without_paths(folder: Path) -> bool:
+    """Takes out of a saved adapter where on this machine its backbone lies; gives whether it said so."""
+    config = read_config(folder)
+    recorded = config["backbone"]
+    source = BackboneSource(*(recorded[name] for name in ("name", "arguments", "weights", "published")))
+    public = source.without_paths()
+    if public == source:
+        return False
+    config = sealed({**config, "backbone": recorded | public.to_dict()})
+    write_json(folder / CONFIG, config)
+    write_text(folder / CARD, model_card(config, read_weights(folder, config)))
+    return True
 
 
 def _replace(folder: Path, payload: bytes, config: dict[str, Any]) -> None:

@@ -1,12 +1,12 @@
 """The README.md that lies beside a saved adapter: what it is, what it scores, how to run it."""
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dyntune.backbones.builtin import BUILTIN_BACKBONE
+from dyntune.backbones.origin import BackboneSource
 from dyntune.core.texts import for_markdown, for_markdown_code
+from dyntune.core.words import counted
 
 
 def model_card(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
@@ -16,8 +16,8 @@ def model_card(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         config: what ``dyntune.json`` holds.
         tensors: the saved tensors.
     """
-    name = config["backbone"]["name"]
-    backbone = name or "a custom model"
+    recorded = config["backbone"]
+    source = BackboneSource(recorded["name"], {}, recorded["weights"], recorded["published"])
     count = sum(t.numel() for t in tensors.values())
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     results = "".join(f"| {name} | {value} |\n" for name, value in sorted(config["results"].items()))
@@ -27,18 +27,18 @@ def model_card(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     metadata = [
         "---",
         "library_name: dyntune",
-        *([f"base_model: {base}", "base_model_relation: adapter"] if (base := _repository(name)) else []),
+        *([f"base_model: {base}", "base_model_relation: adapter"] if (base := source.repository) else []),
         f"pipeline_tag: {config['task']}",
         "tags: [dyntune, parameter-efficient-fine-tuning, token-skipping]",
         "---",
     ]
     sections = [
         "\n".join(metadata),
-        f"# {for_markdown_code(config['spec'])} on {for_markdown_code(backbone)}",
-        f"An adapter made with Dyntune {config['dyntune_version']}: {count:,} trained values, {size:,} bytes. "
-        "The backbone is not in this folder; it is built from its name or from a local weight file.",
-        '```python\nimport dyntune\n\nmodel = dyntune.load("path/to/this/folder")   # in eval mode\n'
-        "logits = model(images)\n```",
+        f"# {for_markdown_code(config['spec'])} on {for_markdown_code(source.title)}",
+        f"An adapter made with Dyntune {config['dyntune_version']}: {counted(count, 'trained value')}, {size:,} bytes. "
+        + _whose(source, recorded["complete"]),
+        f'```python\nimport dyntune\n\nmodel = dyntune.load("path/to/this/folder"{_given(source, recorded)})   '
+        "# in eval mode\nlogits = model(images)\n```",
     ]
     if results:
         sections.append(f"## Measured\n\n| figure | value |\n| --- | --- |\n{results}".rstrip())
@@ -47,12 +47,15 @@ def model_card(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _repository(name: str | None) -> str | None:
-    """The repository on the hub that a backbone comes from, if it comes from one."""
-    if name is None or name == BUILTIN_BACKBONE:
-        return None
-    library, colon, place = name.partition(":")
-    if not colon:
-        return f"timm/{name}"
-    repository = library in ("hf", "hf-hub") and not Path(place).is_absolute()
-    return place.partition("@")[0] if repository else None
+def _whose(source: BackboneSource, complete: bool) -> str:
+    """Where the weights of the backbone are."""
+    if complete:
+        return "Every weight of the backbone is among them."
+    if source.known and source.name is not None:
+        return "The backbone is not in this folder; it is built from its name or from a local weight file."
+    return "The backbone is not in this folder, and nobody knows where to have its weights: who loads it gives them."
+
+
+def _given(source: BackboneSource, recorded: dict[str, Any]) -> str:
+    """What ``load`` must be given beside the folder."""
+    return "" if source.name is not None and (source.known or recorded["complete"]) else ", backbone=model"

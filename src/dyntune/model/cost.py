@@ -97,7 +97,7 @@ def cost(model: TunedModel) -> Cost:
     traced = trace(model.backbone, model.policies)
 
     return Cost(
-        model=model.origin.name or type(model.backbone.host).__name__,
+        model=model.backbone_name or type(model.backbone.host).__name__,
         method="+".join(map(format_spec, methods)),
         tokens="+".join(map(format_spec, policies)) or None,
         trainable_params=sum(p.numel() for name, p in trained.items() if name not in head),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
 from dyntune.core.errors import TrainingError
-from dyntune.model.adapter_folder import DESCRIPTION, described
+from dyntune.model.adapter_folder import DESCRIPTION, described, without_paths
 from dyntune.model.objective import training_loss
 from dyntune.model.tasks import Task
 from dyntune.parts.policies.base import Output, TokenPolicy
@@ -62,7 +62,7 @@ class HubModel(nn.Module, abc.ABC):
         """All that is needed to put the saved tensors on the same backbone again, as JSON values."""
 
     @abc.abstractmethod
-    def save(self, folder: str | Path, results: dict[str, Any] | None = None) -> Path:
+    def save(self, folder: str | Path, results: dict[str, Any] | None = None, *, overwrite: bool = False) -> Path:
         """Writes what ``load`` reads to a folder."""
 
     @property
@@ -183,6 +183,11 @@ class HubModel(nn.Module, abc.ABC):
         repository = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
+            if without_paths(Path(folder)):
+                log.warning(
+                    "the backbone was read from this machine: what is uploaded does not say from where, and whoever "
+                    "loads it gives the backbone (load(folder, backbone=model)) or its weights (weights=FILE)."
+                )
             commit = hub.upload_folder(
                 repo_id=repository,
                 folder_path=folder,

@@ -6,7 +6,7 @@ import os
 import reprlib
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.hosts import check_arguments, create_backbone, rebuild, wrap, wrap_plain
+from dyntune.backbones.hosts import check_arguments, create_backbone, host_fingerprint, rebuild, wrap, wrap_plain
+from dyntune.backbones.hub import quickly
 from dyntune.backbones.huggingface_models import PREFIX, folder_of
 from dyntune.backbones.origin import BackboneSource
 from dyntune.backbones.owners import require_free
@@ -28,6 +29,7 @@ from dyntune.core.errors import (
     in_one_line,
 )
 from dyntune.core.shapes import shapes_only
+from dyntune.core.words import counted
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.adapter_folder import (
     CARD,
@@ -43,7 +45,7 @@ from dyntune.model.adapter_folder import (
 from dyntune.model.assembly import empty_copy, install
 from dyntune.model.rates import Calibration, dispatchers
 from dyntune.model.tasks import Task, saved_task
-from dyntune.model.tuned import TunedModel, host_fingerprint, kept_buffers
+from dyntune.model.tuned import TunedModel, kept_buffers
 from dyntune.parts.policies.base import Searching
 from dyntune.parts.registry import as_in_files, expand, part_from_dict, resolve
 from dyntune.parts.spec import Part
@@ -105,6 +107,12 @@ def load(
     origin = saved.origin if weights is None else saved.origin.with_weights(weights)
     if backbone is None:
         _require_known(saved.origin, weights, folder, trust)
+        if origin.name is not None and not origin.known and not saved.complete:
+            raise CheckpointError(
+                f"the adapter in {folder} was trained on weights of {origin.architecture} that are not those published "
+                "under its name, or were not known to be, so that nobody knows where to have them. Give them: "
+                "load(folder, backbone=model), or weights=FILE (--weights FILE)."
+            )
     extra = resolve([policy]) if policy else ()
     try:
         empty = _without_content(saved, backbone, origin, folder)
@@ -131,6 +139,8 @@ def load(
             "wrongly. Give the weights it was trained on (weights=FILE, --weights FILE or backbone=model), or "
             "check_backbone=False to load it anyway."
         )
+    if saved.fingerprint not in given:
+        origin = replace(origin, weights=None, published=False)
     model = TunedModel(host, (*saved.parts, *extra))
     if empty is None:
         saved.check(model.backbone, tensors, folder)
@@ -173,14 +183,15 @@ def from_pretrained(
     from huggingface_hub import snapshot_download
 
     files = [CONFIG, WEIGHTS, CARD, FORMER_CONFIG, FORMER_WEIGHTS[0], TRAINER_WEIGHTS]
-    try:
-        folder = snapshot_download(str(place), revision=revision, token=token, allow_patterns=files)
-    except Exception as error:
-        # huggingface_hub and the network stack each have their own error types for this.
-        raise CheckpointError(
-            f"no folder {place}, and no repository of that name can be had: {in_one_line(error)}. Without a network, "
-            f"fetch {CONFIG} and {WEIGHTS} of it into a folder elsewhere, and give that."
-        ) from error
+    with quickly() as unreachable:
+        try:
+            folder = snapshot_download(str(place), revision=revision, token=token, allow_patterns=files)
+        except Exception as error:
+            # huggingface_hub and the network stack each have their own error types for this.
+            raise CheckpointError(
+                f"no folder {place}, and no repository of that name can be had: {unreachable or in_one_line(error)}. "
+                f"Without a network, fetch {CONFIG} and {WEIGHTS} of it into a folder elsewhere, and give that."
+            ) from error
     return load(folder, **options)
 
 
@@ -234,7 +245,13 @@ class _Saved:
                 raise TypeError("extra must say for each tensor whether it is trained")
             return cls(
                 parts=_parts(config),
-                origin=BackboneSource(name, check_arguments(name, recorded["arguments"]), weights),
+                origin=BackboneSource(
+                    name,
+                    check_arguments(name, recorded["arguments"]),
+                    weights,
+                    # Before it was looked into, weights without a file were taken for the published ones.
+                    recorded.get("published", weights is None) is True,
+                ),
                 complete=recorded.get("complete") is True,
                 fingerprint=recorded["fingerprint"],
                 dtype=_DTYPES[recorded["dtype"]],
@@ -281,7 +298,8 @@ class _Saved:
             )
         if self.classes is not None and backbone.classes not in (0, len(self.classes)):
             raise CheckpointError(
-                f"{file} names {len(self.classes)} classes, but the head has {backbone.classes} outputs. Give as many "
+                f"{file} names {counted(len(self.classes), 'class')}, but the head has "
+                f"{counted(backbone.classes, 'output')}. Give as many "
                 "names, or none (null)."
             )
         gates = dispatchers(backbone).keys()
@@ -399,7 +417,7 @@ def _require_fit(backbone: Backbone, own: dict[str, Tensor], tensors: dict[str, 
     if any(name in problem for problem in problems for name in head):
         biases = (tensors[name] for name in sorted(head) if name in tensors and name.endswith("bias"))
         classes = next((len(bias) for bias in biases if bias.ndim), 0)
-        problems.insert(0, f"its head has {classes} classes, that of the backbone given {backbone.classes}")
+        problems.insert(0, f"its head has {counted(classes, 'class')}, that of the backbone given {backbone.classes}")
     if problems:
         raise CheckpointError(
             f"the adapter in {folder} does not fit the backbone: {'; '.join(problems[:5])}"

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dyntune.backbones.base import Backbone
-from dyntune.backbones.hosts import create_backbone, not_tuned, wrap
-from dyntune.backbones.origin import BackboneSource, fingerprint
+from dyntune.backbones.hosts import checked_origin, create_backbone, not_tuned, weights_fingerprint, wrap
+from dyntune.backbones.origin import BackboneSource
 from dyntune.backbones.owners import claim, release, require_free
 from dyntune.core.digests import checksum, sample
 from dyntune.core.errors import CheckpointError, SpecError
 from dyntune.core.texts import listed
 from dyntune.core.tokens import Tokens
+from dyntune.core.words import counted
 from dyntune.data.transforms import Preprocessing
-from dyntune.model.adapter_folder import write_adapter
+from dyntune.model.adapter_folder import require_no_run, write_adapter
 from dyntune.model.assembly import install, settled
 from dyntune.model.executions import Compact, Execution, Masked, Sampled
 from dyntune.model.folding import fold
@@ -61,7 +61,6 @@ class TunedModel(TimmMethods, HubModel):
         task: what the outputs mean and how they are learned.
         classes: names of the classes in label order, or None if not known.
         preprocessing: what images must go through before they reach the model.
-        origin: where the backbone's weights come from, so that ``load`` can build it again.
         dense_macs: MACs per image of the untouched backbone without its head.
         dense_block_macs: the share of each block in them.
         fingerprint: digest of the untouched backbone's weights without its head; None without weights (meta device).
@@ -79,9 +78,10 @@ class TunedModel(TimmMethods, HubModel):
         plain = self.backbone.plain()
         dense = trace(plain, ())
         self.dense_macs, self.dense_block_macs = dense.macs, dense.block_macs
-        self.fingerprint = _fingerprint(plain, self.backbone.adopted)
-        self.origin: BackboneSource = plain.origin()
-        self.origin.remember()
+        self.fingerprint = weights_fingerprint(plain, self.backbone.adopted)
+        self._origin = plain.origin()
+        self._origin.remember()
+        self._origin_checked = False
         self.preprocessing: Preprocessing = plain.preprocessing()
         self.task: Task = Classification()
         names = plain.class_names
@@ -121,6 +121,26 @@ class TunedModel(TimmMethods, HubModel):
             self.config.label2id = {name: number for number, name in enumerate(names)}
 
     @property
+    def backbone_name(self) -> str | None:
+        """The name by which the backbone can be built; None where there is none. It says nothing of its weights."""
+        return self._origin.name
+
+    @property
+    def origin(self) -> BackboneSource:
+        """Where the backbone and its weights come from; looked into when it is asked for the first time.
+
+        For a backbone that Dyntune has not built itself that takes as long as building it.
+        """
+        if not self._origin_checked:
+            self.origin = checked_origin(self._origin, self.backbone.plain().host, self.fingerprint)
+            self.origin.remember()
+        return self._origin
+
+    @origin.setter
+    def origin(self, source: BackboneSource) -> None:
+        self._origin, self._origin_checked = source, True
+
+    @property
     def spec(self) -> str:
         """The parts as one spec string, for instance ``dyt:rate=0.7``."""
         return "+".join(format_spec(part) for part in self.parts)
@@ -139,7 +159,7 @@ class TunedModel(TimmMethods, HubModel):
         if self.calibration is not None:
             known.append(f"calibrated for rates from {self.calibration.rates[0]:g} to {self.calibration.rates[-1]:g}")
         known += ["merged"] if self.unmerged is not None else []
-        backbone = self.origin.name or type(self.backbone.host).__name__
+        backbone = self.backbone_name or type(self.backbone.host).__name__
         return f"TunedModel({self.spec} on {backbone}: {'; '.join(known)})"
 
     @property
@@ -290,7 +310,8 @@ class TunedModel(TimmMethods, HubModel):
             )
         if self.classes is not None and self.backbone.classes not in (0, len(self.classes)):
             raise CheckpointError(
-                f"the model's head has {self.backbone.classes} outputs, but classes has {len(self.classes)} names. "
+                f"the model's head has {counted(self.backbone.classes, 'output')}, but classes has "
+                f"{counted(len(self.classes), 'name')}. "
                 "Give a name for each, or model.classes = None."
             )
 
@@ -346,26 +367,30 @@ class TunedModel(TimmMethods, HubModel):
         results: dict[str, Any] | None = None,
         *,
         classes: Sequence[str] | None = None,
+        overwrite: bool = False,
     ) -> Path:
         """Writes adapter, dispatchers and head to ``folder``: JSON, safetensors and a model card.
 
         Args:
-            folder: made if it is not there; an adapter in it is replaced.
+            folder: made if it is not there; an adapter in it that was saved alone is replaced.
             results: measured figures to keep with the adapter, for instance ``{"val_accuracy": 0.93}``.
             classes: names of the classes in label order, such as ``data.classes``, for a model that has none; ``fit``
                 gives it those of its data.
+            overwrite: replace the adapter of a run too, which can then not be resumed.
 
         Returns:
             The folder.
 
         Raises:
             CheckpointError: the model is merged, or what is trained could not be loaded again; a tensor is not finite;
-                or ``folder`` is a file.
+                or ``folder`` is a file, or holds a run.
         """
         if classes is not None:
             self.classes = classes
         self.require_savable()
         self._miss_names()
+        if not overwrite:
+            require_no_run(Path(folder))
         tensors = self.saved_state()
         spoilt = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
         if spoilt:
@@ -481,8 +506,6 @@ def build_tuned(
     for head in model.backbone.heads:
         model.task.initialise(head)
     model.classes = tuple(classes)
-    model.origin = model.origin.with_weights(None if weights is None else Path(weights).resolve())
-    model.origin.remember()
     return model
 
 
@@ -490,20 +513,6 @@ def require_tuned(model: object, what: str) -> None:
     """Raises SpecError unless ``model`` is one that ``tune`` or ``load`` has made."""
     if not isinstance(model, TunedModel):
         raise not_tuned(model, what)
-
-
-def host_fingerprint(host: nn.Module, dtype: torch.dtype | None = None) -> str | None:
-    """The ``TunedModel.fingerprint`` of a host that nothing is on yet, as if it were converted to ``dtype``."""
-    backbone = wrap(host)
-    return _fingerprint(backbone.plain(), backbone.adopted, dtype)
-
-
-def _fingerprint(backbone: Backbone, adopted: Sequence[nn.Parameter], dtype: torch.dtype | None = None) -> str | None:
-    """Digest of the weights that are the same for every adapter: without the head, and what was trained before."""
-    trained = backbone.head_parameters() | {n for n, p in backbone.named_parameters() if any(p is a for a in adopted)}
-    left_out = {backbone.saved_name(name) for name in trained}
-    weights = [(name, p) for name, p in backbone.weights() if name not in left_out]
-    return None if any(p.is_meta for _, p in weights) else fingerprint(weights, dtype)
 
 
 _NONE = torch.empty(0, 0, device="meta")

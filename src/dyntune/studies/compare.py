@@ -129,7 +129,9 @@ def compare_speed(models: dict[str, TunedModel], images: Tensor) -> dict[str, Th
     """Images per second of tuned models and of the untouched backbone, ``DENSE``, in turns on one batch."""
     first = next(iter(models.values()))
     like = next(first.parameters())
-    plain = rebuild(first.origin, pretrained=False) if first.origin.name else copy.deepcopy(first.backbone.plain().host)
+    plain = (
+        rebuild(first.origin, pretrained=False) if first.backbone_name else copy.deepcopy(first.backbone.plain().host)
+    )
     contestants: dict[str, Callable[[Tensor], Any]] = {DENSE: plain.to(like).eval()}
     contestants |= {spec: model.eval() for spec, model in models.items()}
     with torch.inference_mode():

@@ -40,6 +40,18 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
     return accelerator
 
 
+def pick_device(name: str) -> torch.device:
+    """The device that ``--device`` names; ``auto`` takes an accelerator if there is one."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    if name not in ("cpu", "cuda", "mps"):
+        raise TrainingError(f"device {name!r}: expected auto, cpu, cuda or mps.")
+    if name != "cpu" and not getattr(torch, name).is_available():
+        raise TrainingError(f"device {name!r} is not available on this machine; use auto or cpu.")
+    return torch.device(name)
+
+
 def launched_processes() -> int:
     """How many processes torchrun or accelerate launch has started to do the same together; 1 without them."""
     return int(os.environ.get("WORLD_SIZE", "1"))

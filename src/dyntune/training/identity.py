@@ -13,15 +13,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from dyntune.core.words import counted
 from dyntune.data.base import LabelledImages
+from dyntune.model.adapter_folder import ASKED
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.registry import as_in_files, expand, part_from_dict, resolve
 from dyntune.parts.spec import Part, format_spec
 from dyntune.training.settings import TrainSettings
 from dyntune.training.teacher import teacher_identity
-
-ASKED = "train.json"
-"""The file in a run's folder that holds its identity."""
 
 
 def run_identity(
@@ -36,7 +35,7 @@ def run_identity(
         "settings": dataclasses.asdict(settings),
         "spec": model.spec,
         "parts": [part.to_dict() for part in expand(model.parts)],
-        "backbone": model.origin.name,
+        "backbone": model.backbone_name,
         "architecture": hashlib.sha256(str(model.backbone.host).encode()).hexdigest()[:16],
         "weights": model.fingerprint,
         "task": model.task.name,
@@ -94,7 +93,7 @@ def identity_changes(
     if "processes" in before and before["processes"] != now["processes"] and "processes" not in left_out:
         share, rest = divmod(images[0], now["processes"])
         if not rest:
-            changed.append(f"a step of the run has {images[0]} images: with batch_size={share} it goes on")
+            changed.append(f"a step of the run has {counted(images[0], 'image')}: with batch_size={share} it goes on")
     return changed
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dyntune.core.errors import DataError, TrainingError
 from dyntune.core.texts import printable
+from dyntune.core.words import counted
 from dyntune.data.base import LabelledImages
 from dyntune.data.others import Samples, accepted, check_labels
 from dyntune.data.transforms import Preprocessing, preprocessed
@@ -61,7 +62,7 @@ def require_matching_head(model: TunedModel, dataset: Dataset[Any]) -> None:
         )
     if names is not None and head and len(names) != head:
         raise TrainingError(
-            f"the model's head has {head} classes, the data set {len(names)}. Create the model with "
+            f"the model's head has {counted(head, 'class')}, the data set {len(names)}. Create the model with "
             f"num_classes={len(names)}."
         )
     if model.classes is None and names is not None:

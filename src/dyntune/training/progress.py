@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -10,11 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Column
 
+from dyntune.core.words import counted, duration
 from dyntune.training.evaluate import Evaluation
 from dyntune.training.interrupt import TrainingInterrupted
 
 _SHORT = {"accuracy": "acc"}
 """Figures of merit as a narrow line names them."""
+_FIRST, _SECONDS = 3, 2.0
+"""Steps behind the first one, which takes longer, and the time that they took, before it is said how long all take."""
 
 
 class Progress(Protocol):
@@ -65,6 +69,8 @@ class Silent:
 class ProgressBar:
     """One bar for the run, with running means of the loss terms; one line per epoch when the output is no terminal.
 
+    After the first steps a line says how long the training will take.
+
     Args:
         title: shown before the bar.
         console: where to write; standard error by default, so that standard output stays clean.
@@ -87,6 +93,9 @@ class ProgressBar:
         self.validation = ""
         self.label = title
         self.task: Any = None
+        self.left, self.timed, self.spent = 0, -1, 0.0
+        self.mark = time.monotonic()
+        self.estimated, self.shown = False, True
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -94,31 +103,58 @@ class ProgressBar:
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
+        if error[0] is None:
+            self._line()
 
     def epoch(self, epoch: int, epochs: int, steps: int, first: int) -> None:
         if self.task is None:
             self.task = self.bar.add_task(self.title, total=epochs * steps, status="")
-        if epoch and self.means and not self.validation and not self.console.is_terminal:
-            self.console.print(f"{self.label}: {self._status()}", highlight=False, soft_wrap=True)
+        self._line()
         self.label = f"{self.title} epoch {epoch + 1}/{epochs}"
+        self.left, self.mark = (epochs - epoch) * steps - first, time.monotonic()
         self.bar.update(self.task, completed=epoch * steps + first, description=self.label)
 
     def step(self, figures: dict[str, float]) -> None:
         for name, value in figures.items():
             old = self.means.get(name, value)
             self.means[name] = self.SMOOTHING * old + (1 - self.SMOOTHING) * value
+        self.shown = False
+        self._estimate()
         self.bar.update(self.task, advance=1, status=f"{self._status()} {self.validation}".rstrip())
+
+    def _estimate(self) -> None:
+        """Says once how long the steps that are left will take, as soon as some of them tell."""
+        now = time.monotonic()
+        self.left, self.timed = self.left - 1, self.timed + 1
+        self.spent += now - self.mark if self.timed else 0.0  # the first step takes longer
+        self.mark = now
+        if self.estimated or self.timed < _FIRST or self.spent < _SECONDS:
+            return
+        self.estimated = True
+        if self.left > 0:
+            about = f"about {duration(self.left * self.spent / self.timed)} for {counted(self.left, 'more step')}"
+            self.say(f"{self.title}: {about}, evaluations aside")
 
     def evaluated(self, evaluation: Evaluation) -> None:
         self.validation = f"val {_SHORT.get(evaluation.merit, evaluation.merit)} {evaluation.score:.1%}"
-        if not self.console.is_terminal:
-            status = f"{self._status()} {self.validation}".strip()
-            self.console.print(f"{self.label}: {status}", highlight=False, soft_wrap=True)
+        self.shown = False
+        self._line(self.validation)
 
     def saved(self, epoch: int, folder: Path) -> None: ...
 
     def calibrating(self, images: int) -> None:
-        self.console.print(f"calibrating the gates for other rates on {images} images", highlight=False, soft_wrap=True)
+        self.say(f"calibrating the gates for other rates on {counted(images, 'image')}")
+
+    def say(self, text: str) -> None:
+        """Lines beside the bar, as they are."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _line(self, validation: str = "") -> None:
+        """Where the output is no terminal, a line about the epoch, unless it had one."""
+        if not self.shown and not self.console.is_terminal:
+            status = f"{self._status()} {validation}".strip()
+            self.say(f"{self.label}: {status}")
+        self.shown = True
 
     def _status(self) -> str:
         """The figures of the last steps; nothing in a run that goes on behind the last step of an epoch."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from dyntune.core.digests import values_digest
 from dyntune.core.errors import CheckpointError, in_one_line
 from dyntune.core.files import write_atomically
+from dyntune.model.adapter_folder import STATE
 
-STATE = "training_state.pt"
 _DIGEST = "sha256"
 """The entry with the digest of all others; states of earlier versions have none."""
 

@@ -10,6 +10,7 @@ from torch import nn
 from dyntune.backbones.hosts import wrap
 from dyntune.backbones.origin import fingerprint
 from dyntune.core.errors import TrainingError
+from dyntune.core.words import counted
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.policies.base import learners
 
@@ -39,8 +40,8 @@ def ready_teacher(model: TunedModel, teacher: nn.Module | None, device: torch.de
         )
     if backbone.classes != model.backbone.classes:
         raise TrainingError(
-            f"the teacher has {backbone.classes} classes, the model {model.backbone.classes}. Give a teacher that was "
-            "trained on the same classes."
+            f"the teacher has {counted(backbone.classes, 'class')}, the model {model.backbone.classes}. Give a "
+            "teacher that was trained on the same classes."
         )
     if isinstance(teacher, TunedModel):
         for what, taught, own in (

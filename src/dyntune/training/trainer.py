@@ -19,28 +19,34 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from dyntune.backbones.base import file_name
 from dyntune.core.errors import CheckpointError, TrainingError
-from dyntune.core.files import alone_in, write_json
+from dyntune.core.files import write_json
 from dyntune.core.limits import limits_named
+from dyntune.core.words import counted
 from dyntune.model.forward import activation_rates
 from dyntune.model.objective import Criterion, training_loss
+from dyntune.model.rates import dispatchers
 from dyntune.model.tuned import TunedModel, require_tuned
 from dyntune.training.accelerator import apart, make_accelerator
 from dyntune.training.calibration import calibrate_run
 from dyntune.training.closed_gates import ClosedGate, closed_gates
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
+from dyntune.training.header import training_header
 from dyntune.training.identity import ASKED, identity_changes, run_identity
 from dyntune.training.inputs import data_for, require_labels, require_matching_head, training_images
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.logs import RunLog
 from dyntune.training.optimizer import fill_optimizer, make_optimizer, pretrained_parameters, set_learning_rate
-from dyntune.training.progress import Progress, Silent, display
+from dyntune.training.progress import Progress, ProgressBar, Silent, display
 from dyntune.training.randomness import EpochSampler, SeededDataset, caller_randomness_kept, seed_all
+from dyntune.training.run_folder import require_own_adapter, require_room, run_alone
 from dyntune.training.seen import Seen
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE, RunState
 from dyntune.training.teacher import ready_teacher, warn_about_teacher
 
 log = logging.getLogger("dyntune")
+ACTIVATION = "val_activation"
+"""What a saved adapter calls the share of the patches that its gates computed on the validation split."""
 _ADVICE = "Try a tenth of the learning rate, clip_norm=1, a longer warm-up, or fp32 or bf16 instead of fp16."
 
 
@@ -115,8 +121,11 @@ def fit(
         raise TrainingError("give settings=... or single options, not both.")
     chosen = settings or TrainSettings.of(**options)
     folder = None if out is None else Path(out).expanduser()
+    shown = display(progress, model.spec)
     with apart(), limits_named():
-        run = _Run(model, train_set, val_set, folder, chosen, display(progress, model.spec), teacher)
+        run = _Run(model, train_set, val_set, folder, chosen, shown, teacher)
+        if run._main and shown is not progress and isinstance(shown, ProgressBar):
+            shown.say(str(training_header(model, train_set, val_set, chosen)))
         result = run.train(resume)
         if not run._main:
             return result
@@ -182,7 +191,7 @@ class _Run:
         world = self.accelerator.num_processes
         if settings.drop_last and size < settings.batch_size * world:
             raise TrainingError(
-                f"drop_last leaves no step: {size} training images, {settings.batch_size * world} per step. "
+                f"drop_last leaves no step: {counted(size, 'training image')}, {settings.batch_size * world} per step. "
                 "Use smaller batches, or do without drop_last."
             )
         self.sampler = EpochSampler(size, settings.seed, settings.batch_size * world if world > 1 else 1)
@@ -214,6 +223,7 @@ class _Run:
             _Step(model, criterion, teacher), optimizer, loader
         )
         self.steps_per_epoch = len(self.loader)
+        self.gated = bool(dispatchers(model.backbone))
         self.best, self.best_epoch = -1.0, 0
         self.best_tensors: dict[str, Tensor] = {}
         self.seconds = 0.0
@@ -267,10 +277,7 @@ class _Run:
         if self.out is None or not self._main or (self.out.exists() and not self.out.is_dir()):
             yield
             return
-        refusal = TrainingError(
-            f"another process is training in {self.out}. Wait for its end, stop it, or give another folder."
-        )
-        with alone_in(self.out, refusal):
+        with run_alone(self.out):
             yield
 
     @contextmanager
@@ -303,21 +310,14 @@ class _Run:
             if resume:
                 raise TrainingError("resume needs the folder of the run: give out=FOLDER.")
             return 0, 0
+        require_room(self.out, resume)
         started = (self.out / STATE).exists()
-        used = self.out.exists() and any(self.out.iterdir())
         self.accelerator.wait_for_everyone()  # every process has looked before one of them writes
         if not started:
-            if used and not resume:
-                begun = " A run began there: continue it with resume (--resume)." if (self.out / ASKED).exists() else ""
-                raise TrainingError(f"{self.out} is not empty.{begun} Give another folder, or remove it.")
             if self._main:
                 write_json(self.out / ASKED, self.identity)
                 Seen.by(*self.images).write(self.out)
             return 0, 0
-        if not resume:
-            raise TrainingError(
-                f"{self.out} holds a run already. Continue it with resume (--resume), or give another folder."
-            )
         state = RunState.read(self.out)
         done = state.epoch * self.steps_per_epoch + state.step
         settles = any(policy.settles for policy in self.model.policies)
@@ -334,6 +334,7 @@ class _Run:
         own = {file_name(name): tensor for name, tensor in self.model.course_tensors().items()}
         statistics = own.keys() - map(file_name, self.model.tuned_state())
         state.require_fit(own, statistics, self.out, self.settings.epochs, self.steps_per_epoch)
+        require_own_adapter(self.model, state, self.out)
         fill_optimizer(self.optimizer, state.optimizer)
         self._fill(state.tensors)
         self.model.backbone.resume_course(state.course)
@@ -403,16 +404,19 @@ class _Run:
         """Evaluates if it is time, keeps the epoch if it is the best so far (of equals, the later one), and saves."""
         self._require_finite_weights(epoch)
         score: float | None = None
+        skipping: dict[str, float] = {}
         due = (epoch + 1) % self.settings.eval_every == 0 or epoch + 1 == self.settings.epochs
         if self.val_loader is not None and due:
             evaluation = self._evaluate()
             score = evaluation.score
+            if self.gated:
+                skipping = {ACTIVATION: round(evaluation.activation, 6)}
             self.progress.evaluated(evaluation)
             if log:
                 figures = {**evaluation.figures, "activation": evaluation.activation}
                 log.write("val", (epoch + 1) * self.steps_per_epoch, {"epoch": epoch + 1, **figures})
         merit = f"val_{self.model.task.merit}"
-        measured = {"epoch": epoch + 1, **({} if score is None else {merit: round(score, 6)})}
+        measured = {"epoch": epoch + 1, **({} if score is None else {merit: round(score, 6)}), **skipping}
         # Before, a policy may still do more than it will do in the end: such an epoch is not what was asked for.
         settled = (epoch + 1) / self.settings.epochs >= max((p.settles for p in self.model.policies), default=0.0)
         best_so_far = score is not None and score >= self.best
@@ -421,9 +425,9 @@ class _Run:
             self.best_epoch = epoch + 1
             self.best_tensors = {name: p.clone() for name, p in self._tensors().items()}
             if self.out and self._main:
-                self.model.save(self.out, measured)
+                self.model.save(self.out, measured, overwrite=True)
         if self.out and self._main:
-            self.model.save(self.out / "last", measured)
+            self.model.save(self.out / "last", measured, overwrite=True)
         self._write_state(epoch + 1, 0)
         if self.out:
             self.progress.saved(epoch + 1, self.out)

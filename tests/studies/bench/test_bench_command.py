@@ -69,7 +69,7 @@ def test_a_fresh_model_beside_its_peers(tmp_path):
     assert rows["eager", 1, names[0]]["active"] == rows["fast", 1, "gather"]["active"]
     assert rows["eager", 1, "dense"]["macs_ratio"] == 1 and rows["fast", 2, names[0]]["macs_ratio"] > 1.4
     notes = " ".join(report["notes"])
-    for words in ("gates set to 25% of the patches, untrained", "random weights", "noise", "2 rounds", "1 threads"):
+    for words in ("gates set to 25% of the patches, untrained", "random weights", "noise", "2 rounds", "1 thread"):
         assert words in notes
     assert "on which gates" not in notes
     for picture in (tmp_path / "speed.png", tmp_path / "out" / "speed.png"):

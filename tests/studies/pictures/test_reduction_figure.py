@@ -255,7 +255,7 @@ def test_nothing_reduced_is_an_error_that_says_what_to_do() -> None:
     ("images", "titles", "columns", "message"),
     [
         (2, None, None, r"the reduction at blocks\.0\.mlp has shape \(1, 6\): expected .* \(2, 6\)"),
-        (1, ["a", "b"], None, "2 titles for 1 images"),
+        (1, ["a", "b"], None, "2 titles for 1 image:"),
         (0, None, None, "0 images"),
         (1, None, 0, "0 columns"),
     ],

@@ -219,7 +219,7 @@ def test_no_gates_is_an_error_that_says_what_to_do() -> None:
     [
         (2, None, PATCHES, 12, r"shape \(1, 15\): expected .* \(2, 15\)"),
         (1, None, PATCHES + 1, 12, "shape"),
-        (1, ["a", "b"], PATCHES, 12, "2 titles for 1 images"),
+        (1, ["a", "b"], PATCHES, 12, "2 titles for 1 image:"),
         (0, None, PATCHES, 12, "0 images"),
         (1, None, PATCHES, 0, "0 columns"),
     ],

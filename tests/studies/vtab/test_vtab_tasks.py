@@ -153,9 +153,9 @@ def test_no_list_repeats_an_image_and_none_shares_one_with_the_test_list(root):
     text = str(caught.value)
     for words in (
         "train800.txt: images/train800/000001.jpg (lines 2 and 3, labels 1 and 0)",
-        f"KITTI-Dist: 1 images of {root / 'kitti' / 'test.txt'} are in train800val200.txt too: images/test/000002.jpg",
-        f"CIFAR-100: 1 images of {root / 'cifar100' / 'test.txt'} are in val200.txt too: images/test/000001.jpg",
-        f"Pets: 1 images of {pets / 'val200.txt'} are in train800.txt too",
+        f"KITTI-Dist: 1 image of {root / 'kitti' / 'test.txt'} is in train800val200.txt too: images/test/000002.jpg",
+        f"CIFAR-100: 1 image of {root / 'cifar100' / 'test.txt'} is in val200.txt too: images/test/000001.jpg",
+        f"Pets: 1 image of {pets / 'val200.txt'} is in train800.txt too",
     ):
         assert words in text, text
     assert text.count("\n  ") == 4

@@ -151,7 +151,7 @@ class HuggingFace(Backbone):
     def origin(self) -> BackboneSource:
         holder = getattr(self.host, "tower", self.host)
         place = getattr(holder, "name_or_path", "")
-        if not place:
+        if not place or not models.as_read(holder, place):
             return BackboneSource(None)
         local = Path(place).is_dir()
         arguments: dict[str, Any] = {"num_classes": self.classes}

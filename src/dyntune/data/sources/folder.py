@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from dyntune.core.errors import DataError
 from dyntune.core.texts import printable
+from dyntune.core.words import counted, several
 from dyntune.data.base import LabelledImages
 from dyntune.data.datasets import FileImages
 from dyntune.data.images import drawn, is_data_folder, is_image_name, report_left_out, scan_images
@@ -192,10 +193,10 @@ def _class_folders(path: Path, kind: Kind) -> list[str]:
         raise DataError(f"no class folders in {path}. {kind.layout}")
     if inside.items:
         log.warning(
-            "%s: left out %d %ss that lie in no class folder, such as %s.",
+            "%s: left out %s that %s in no class folder, such as %s.",
             printable(str(path)),
-            len(inside.items),
-            kind.noun,
+            counted(len(inside.items), kind.noun),
+            "lies" if len(inside.items) == 1 else "lie",
             printable(min(inside.items)),
         )
     return names
@@ -228,8 +229,8 @@ def _read_training(path: Path, root: Path, kind: Kind) -> tuple[LabelledImages, 
         )
     if len(folders) < 2:
         raise DataError(
-            f"{path} has one class folder, {_named(folders)}, with {len(data)} {kind.noun}s, and of one class there "
-            f"is nothing to tell apart. {kind.layout} Give the folder that holds the class folders."
+            f"{path} has one class folder, {_named(folders)}, with {counted(len(data), kind.noun)}, and of one class "
+            f"there is nothing to tell apart. {kind.layout} Give the folder that holds the class folders."
         )
     return data, folders
 
@@ -360,7 +361,11 @@ class Folder(Source):
             if absent:
                 none = _named([names[label] for label in absent])
                 log.warning(
-                    "%s: there are no %ss of %d classes: %s.", printable(str(path)), self.kind.noun, len(absent), none
+                    "%s: there are no %s of %s: %s.",
+                    printable(str(path)),
+                    several(self.kind.noun),
+                    counted(len(absent), "class"),
+                    none,
                 )
         if found:
             if "val" not in images and "train" in images:

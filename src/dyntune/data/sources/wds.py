@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from dyntune.core.errors import DataError, how_to_install
 from dyntune.core.texts import printable
+from dyntune.core.words import counted
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.datasets import SKIP
 from dyntune.data.sources.base import Request, Source
@@ -102,8 +103,8 @@ class Wds(Source):
                 images = collect(stream, f"{name} {split}", on_corrupt=request.on_corrupt, shards=shards)
             if samples is not None and len(images) + len(images.skipped) != samples and request.on_corrupt == "error":
                 raise DataError(
-                    f"{name}: the shards of the {split} split hold {len(images)} samples, but the info file of "
-                    f"{folder} says {samples}. Copy the shards again, or mend the info file."
+                    f"{name}: the shards of the {split} split hold {counted(len(images), 'sample')}, but the info "
+                    f"file of {folder} says {samples}. Copy the shards again, or mend the info file."
                 )
             found[split] = images
         return request.splits(found["train"], found.get("val"), found.get("test"))

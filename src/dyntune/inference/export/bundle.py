@@ -73,7 +73,7 @@ class Export:
             "format": FORMAT,
             "dyntune_version": VERSION,
             "spec": self.model.spec,
-            "backbone": costs.model,
+            "backbone": self.model.origin.title,
             "runtime": runtime.name(),
             "precision": precision,
             "integer_products": quantised.integer_products if quantised else 0,

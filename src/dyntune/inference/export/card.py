@@ -3,6 +3,7 @@
 from typing import Any
 
 from dyntune.core.texts import for_markdown_code
+from dyntune.core.words import counted
 from dyntune.inference.export.registry import lookup
 from dyntune.inference.export.runtimes.base import FP32
 
@@ -17,7 +18,7 @@ def export_card(config: dict[str, Any]) -> str:
     """
     height, width = config["preprocessing"]["size"]
     clip = config["preprocessing"].get("clip")
-    what = "Images" if clip is None else f"Clips of {clip['frames']} frames"
+    what = "Images" if clip is None else f"Clips of {counted(clip['frames'], 'frame')}"
     one, extra, sample = ("image", (), "photo.jpg") if clip is None else ("clip", ("av",), "film.mp4")
     classes = config["classes"]
     runtime = lookup(config["runtime"]).from_config(config)
@@ -29,7 +30,7 @@ def export_card(config: dict[str, Any]) -> str:
         f"# {for_markdown_code(config['spec'])} on {for_markdown_code(str(config['backbone']))}, "
         f"for {config['runtime']}{written_in}",
         f"Written by Dyntune {config['dyntune_version']}. {what} of {height} x {width} pixels"
-        + (f", {len(classes)} classes" if classes else "")
+        + (f", {counted(len(classes), 'class')}" if classes else "")
         + f"; {config['macs'] / 1e9:.3f} G MACs per {one} where {config['activation']:.0%} of the patches are active "
         f"({config['macs'] / config['dense_macs']:.0%} of the dense backbone).",
         f"```bash\npip install {packages}\npython run.py {sample} --top-k 3\n```",

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dyntune.core.errors import DataError, ExportError
+from dyntune.core.words import counted
 from dyntune.data.transforms import preprocessed
 from dyntune.inference.export.folder import OpenedModel
 from dyntune.model.tuned import TunedModel
@@ -54,9 +55,10 @@ class Check:
         """
         if self.agreement < least:
             raise ExportError(
-                f"the exported model agrees with the tuned one on {self.agreement:.2%} of {self.images} images, which "
-                f"is less than {least:.2%} (accuracy {self.accuracy_before:.2%} before, {self.accuracy_after:.2%} "
-                "after). Take --precision fp32, or accept it with a lower --min-agreement."
+                f"the exported model agrees with the tuned one on {self.agreement:.2%} of "
+                f"{counted(self.images, 'image')}, which is less than {least:.2%} (accuracy {self.accuracy_before:.2%} "
+                f"before, {self.accuracy_after:.2%} after). Take --precision fp32, or accept it with a lower "
+                "--min-agreement."
             )
 
 

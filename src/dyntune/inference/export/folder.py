@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dyntune.core.errors import DataError, ExportError, in_one_line
 from dyntune.core.files import SEAL, file_digest, read_json, seal_holds
+from dyntune.core.words import counted
 from dyntune.data.transforms import Preprocessing
 from dyntune.inference.export.registry import lookup, registered
 from dyntune.inference.export.runtimes.base import Session
@@ -63,8 +64,8 @@ class OpenedModel:
         logits, masks = self.session.run(images)
         if self.classes is not None and logits.shape[-1] != len(self.classes):
             raise ExportError(
-                f"the exported model has {logits.shape[-1]} outputs, but {CONFIG} names {len(self.classes)} classes. "
-                "Get the folder again from who made it."
+                f"the exported model has {counted(logits.shape[-1], 'output')}, but {CONFIG} names "
+                f"{counted(len(self.classes), 'class')}. Get the folder again from who made it."
             )
         return logits, masks
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dyntune.core.errors import DyntuneError, TrainingError
 from dyntune.core.losses import distillation_loss
+from dyntune.core.words import counted
 from dyntune.model.tasks.base import Metric, TargetSettings, Task
 
 
@@ -102,7 +103,9 @@ class Classification(Task):
                 "for its precision: use fp32, or weights from before the step that spoilt them."
             )
         if names and len(names) != outputs.shape[-1]:
-            raise DyntuneError(f"the model has {outputs.shape[-1]} outputs and names for {len(names)} classes.")
+            raise DyntuneError(
+                f"the model has {outputs.shape[-1]} outputs and names for {counted(len(names), 'class')}."
+            )
         probabilities, labels = outputs.float().softmax(-1).topk(min(most, outputs.shape[-1]))
         return [
             {

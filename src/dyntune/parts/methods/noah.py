@@ -16,6 +16,7 @@ from dyntune.backbones.base import Backbone
 from dyntune.backbones.sites import Change, Site
 from dyntune.core.errors import BackboneError, SpecError
 from dyntune.core.tokens import Tokens
+from dyntune.core.words import counted
 from dyntune.parts.methods.base import TuningMethod, quick_gelu
 
 Init = Literal["zero", "noah"]
@@ -323,8 +324,8 @@ class Noah(TuningMethod):
             given = getattr(self, name)
             if len(given) not in (1, blocks):
                 raise BackboneError(
-                    f"noah: {name} has {len(given)} numbers, but the backbone has {blocks} blocks; give one for each "
-                    "block, or one for all."
+                    f"noah: {name} has {len(given)} numbers, but the backbone has {counted(blocks, 'block')}; give "
+                    "one for each block, or one for all."
                 )
             sizes.append(given if len(given) == blocks else given * blocks)
         return Subnet(*sizes)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone, Bypass
 from dyntune.core.errors import BackboneError
+from dyntune.core.words import counted
 from dyntune.parts.methods.base import TuningMethod
 
 Scale = float | Literal["learnable", "channel", "gate"]
@@ -132,7 +133,7 @@ class ResTuningBypass(TuningMethod):
         sizes = (self.bottleneck,) * count if isinstance(self.bottleneck, int) else self.bottleneck
         if len(sizes) != count:
             raise BackboneError(
-                f"{self.name()}: bottleneck has {len(sizes)} numbers, but the backbone {count} blocks; "
+                f"{self.name()}: bottleneck has {len(sizes)} numbers, but the backbone {counted(count, 'block')}; "
                 "give one for each block, or a single one for all."
             )
         if backbone.bypass is not None:

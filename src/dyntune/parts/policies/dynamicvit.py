@@ -16,6 +16,7 @@ from dyntune.core.errors import BackboneError
 from dyntune.core.losses import distillation_loss, gumbel_difference
 from dyntune.core.matching import taken
 from dyntune.core.tokens import Projected, Tokens
+from dyntune.core.words import counted
 from dyntune.parts.policies.base import Output
 from dyntune.parts.policies.reducing import Reducer, ReducingPolicy
 
@@ -161,7 +162,7 @@ class DynamicViT(ReducingPolicy):
 
     def install(self, backbone: Backbone) -> None:
         depth = len(backbone.blocks)
-        self.require(self.layers[-1] < depth, f"layers below {depth}, for the backbone has {depth} blocks")
+        self.require(self.layers[-1] < depth, f"layers below {depth}, for the backbone has {counted(depth, 'block')}")
         for layer, keep in zip(self.layers, self.keep, strict=True):
             block = backbone.blocks[layer]
             block.add_reducer(self.name(), Stage(block.width, keep, self.temperature))

@@ -20,6 +20,7 @@ from dyntune.core.errors import DyntuneError
 from dyntune.core.files import alone_in, room_beside, write_json
 from dyntune.core.shapes import shapes_only
 from dyntune.core.timing import WARM_UP
+from dyntune.core.words import counted
 from dyntune.model.adapter_folder import read_config
 from dyntune.model.macs import trace
 from dyntune.studies.bench.measure import TOLERANCE, Row
@@ -71,7 +72,7 @@ class Report:
         exact = [f"{name} {value:.1e}" for name, value in largest.items() if is_exact(name)]
         rough = [f"{name} {value:.1e}" for name, value in largest.items() if not is_exact(name)]
         loads = ", ".join(
-            f"{name} {measured.threads} threads"
+            f"{name} {counted(measured.threads, 'thread')}"
             + ("" if measured.other_load is None else f" and {measured.other_load:.2f} cores busy with other work")
             for name, measured in self.measured.items()
         )

@@ -102,7 +102,7 @@ def measure_runtime(
         model.set_rate(plan.rate, images if own else None)
         notes.append(f"{name}: set to a rate of {plan.rate:.0%}" + (", calibrated on the timed images" if own else ""))
     built: dict[str, Callable[[Tensor], Tensor]] = {}
-    backbone = model.origin.name or type(model.backbone.host).__name__
+    backbone = model.backbone_name or type(model.backbone.host).__name__
     done = before or Measured((), backbone, name, machine(), threads, None, tuple(notes))
     for number, batch_size in enumerate(plan.batch_sizes):
         if any(row.batch_size == batch_size for row in done.rows):

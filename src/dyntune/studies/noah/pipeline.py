@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from dyntune.core.errors import CheckpointError, TrainingError, in_one_line
 from dyntune.core.fields import Range
 from dyntune.core.files import load_json, seal_holds, sealed, write_json
+from dyntune.core.words import counted
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.methods.noah import Noah, Selection, Subnet
 from dyntune.studies.noah.evolution import Candidate, SearchSettings, evolve, require_possible, winner
@@ -26,6 +27,7 @@ from dyntune.training.identity import ASKED, identity_changes, run_identity
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.progress import Progress
 from dyntune.training.randomness import caller_randomness_kept, seed_all
+from dyntune.training.run_folder import require_room, run_alone
 from dyntune.training.settings import TrainSettings
 from dyntune.training.trainer import FitResult, fit
 
@@ -116,8 +118,7 @@ def train_noah(
     out = Path(out)
     found: SearchResult | None = None
     if not part.searched:
-        if (out / ASKED).exists() and not (out / SEARCH).exists():
-            raise TrainingError(f"{out} holds a run already, and no search. Give another folder, or remove it.")
+        require_no_other_run(out)
         supernet = _supernet_settings(settings, supernet_epochs, supernet_lr)
         found = search_noah(
             part, build, train, val, out, supernet, search, progress=progress, search_progress=search_progress
@@ -130,6 +131,17 @@ def train_noah(
     )
     seconds = result.seconds + (found.seconds if found else 0.0)
     return NoahResult(model, part, result, found.best if found else None, seconds)
+
+
+def require_no_other_run(out: Path) -> None:
+    """Refuses a folder whose run did not begin with a search, before any work is done for it.
+
+    Raises:
+        TrainingError: it holds such a run, or is a file.
+    """
+    require_room(out, resume=True)
+    if (out / ASKED).exists() and not (out / SEARCH).exists():
+        raise TrainingError(f"{out} holds a run already, and no search. Give another folder, or remove it.")
 
 
 def search_noah(
@@ -153,7 +165,24 @@ def search_noah(
         raise TrainingError("the search of noah runs in one process; start it without accelerate launch or torchrun.")
     if part.searched:
         raise TrainingError("noah has sizes already, so there is nothing to search; leave them out.")
-    out, search = Path(out), search or SearchSettings()
+    with run_alone(Path(out)):
+        return _search(
+            part, build, train, val, Path(out), settings, search or SearchSettings(), progress, search_progress
+        )
+
+
+def _search(
+    part: Noah,
+    build: Build,
+    train: Dataset[Any],
+    val: Dataset[Any],
+    out: Path,
+    settings: TrainSettings,
+    search: SearchSettings,
+    progress: Callable[[str], Progress] | None,
+    search_progress: Callable[[SearchSettings], SearchProgress] | None,
+) -> SearchResult:
+    """``search_noah`` in a folder that is this process's own."""
     model = _built(build, part, settings.seed)
     width, space = model.backbone.blocks[0].width, part.space(len(model.backbone.blocks))
     require_possible(space, search, width)
@@ -176,7 +205,7 @@ def search_noah(
             shown.candidate(candidate, winner(found))
             if stop.is_set():
                 raise TrainingInterrupted(
-                    f"stopped after {len(found)} candidates; they are saved in {out}. Start the same again to go on."
+                    f"stopped after {counted(len(found), 'candidate')}, saved in {out}. Start the same again to go on."
                 )
     figure = search_figure(found, search.limit, search.least)
     for suffix in (".png", ".svg"):

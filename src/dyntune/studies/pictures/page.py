@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from dyntune.core.texts import printable
+from dyntune.core.words import counted
 from dyntune.studies.pictures.style import DPI, FAINT, INK, SMALL_SIZE, new_figure
 
 LINE = 20
@@ -327,6 +328,6 @@ def check_numbers(images: int, titles: Sequence[str] | None, columns: int) -> No
         ValueError: no image, no column, or not one title for each image.
     """
     if not images or columns < 1:
-        raise ValueError(f"{images} images in {columns} columns: expected at least one of each.")
+        raise ValueError(f"{counted(images, 'image')} in {counted(columns, 'column')}: expected at least one of each.")
     if titles is not None and len(titles) != images:
-        raise ValueError(f"{len(titles)} titles for {images} images: expected one for each.")
+        raise ValueError(f"{counted(len(titles), 'title')} for {counted(images, 'image')}: expected one for each.")

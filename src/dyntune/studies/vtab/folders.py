@@ -15,6 +15,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from dyntune.core.errors import DataError
+from dyntune.core.words import counted
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.transforms import Preprocessing
 from dyntune.data.vtab import LINE, LISTS, Entry, ImageList, first_label, load_vtab_task, read_list
@@ -106,9 +107,11 @@ def list_problems(folder: Path, sizes: Mapping[str, tuple[int, ...]], classes: i
             problems.append(f"{len(twice)} listed twice in {file}: {_some(twice)}")
         found = {path: file_size(f"{folder}/{path}") for path, _, _ in images.entries}
         if gone := [f"{folder}/{path}" for path, size in found.items() if size is None]:
-            problems.append(f"{len(gone)} of the {len(found)} images of {file} are missing: {_some(gone)}")
+            problems.append(f"{len(gone)} of the {counted(len(found), 'image')} of {file} are missing: {_some(gone)}")
         if empty := [f"{folder}/{path}" for path, size in found.items() if size == 0]:
-            problems.append(f"{len(empty)} of the {len(found)} images of {file} are empty files: {_some(empty)}")
+            problems.append(
+                f"{len(empty)} of the {counted(len(found), 'image')} of {file} are empty files: {_some(empty)}"
+            )
     return problems + _shared(lists) + _labels(lists, classes)
 
 
@@ -132,7 +135,8 @@ def _shared(lists: Mapping[str, ImageList]) -> list[str]:
             known = {entry.path for entry in lists[train].entries}
             both = [entry.path for entry in lists[other].entries if entry.path in known]
             if both:
-                problems.append(f"{len(both)} images of {lists[other].file} are in {train}.txt too: {_some(both)}")
+                many, verb = counted(len(both), "image"), "is" if len(both) == 1 else "are"
+                problems.append(f"{many} of {lists[other].file} {verb} in {train}.txt too: {_some(both)}")
     return problems
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -11,10 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from dyntune.backbones.hosts import create_backbone
 from dyntune.core.errors import BackboneError, SpecError, TrainingError
-from dyntune.core.shapes import shapes_only
-from dyntune.model.tuned import tune
+from dyntune.core.words import counted, duration
+from dyntune.model.tuned import TunedModel
 from dyntune.studies.vtab.jobs import Outcome, forget_failure, run_jobs
 from dyntune.studies.vtab.plan import Job, Plan
 from dyntune.studies.vtab.report import write_tables
@@ -22,6 +22,7 @@ from dyntune.studies.vtab.results import Failure, finished, read_failure, read_r
 from dyntune.studies.vtab.search import open_storage
 from dyntune.studies.vtab.table import MethodRow
 from dyntune.studies.vtab.train import unsearched
+from dyntune.training.header import Header, backbone_row, device_row, method_rows, outlines
 from dyntune.training.interrupt import TrainingInterrupted
 
 
@@ -40,8 +41,11 @@ class BenchmarkResult:
     elsewhere: list[Job]
 
 
-def check_methods(plan: Plan) -> None:
+def check_methods(plan: Plan) -> list[TunedModel]:
     """Builds every method on the shape of the backbone, so that what cannot work is known before anything is trained.
+
+    Returns:
+        The models, as shapes alone.
 
     Raises:
         BackboneError: the backbone or its weight file does not exist, or a method is not defined on it.
@@ -56,8 +60,34 @@ def check_methods(plan: Plan) -> None:
             raise SpecError(
                 f"{spec} searches its own sizes, which --search cannot be part of; run it without --search."
             )
-        with shapes_only():
-            tune(create_backbone(plan.model, pretrained=False, num_classes=2, **plan.backbone_arguments), spec)
+    parts = [[spec] for spec in plan.specs]
+    return outlines(plan.model, parts, classes=("yes", "no"), weights=plan.weights, **plan.backbone_arguments)
+
+
+def benchmark_header(plan: Plan, models: Sequence[TunedModel], workers: int = 1) -> Header:
+    """What is said before the first job.
+
+    Args:
+        plan: the benchmark.
+        models: of each method, as shapes alone.
+        workers: jobs at a time.
+    """
+    benchmark, settings = plan.benchmark, plan.recipe.settings
+    sizes = sorted({task.classes for task in benchmark.tasks})
+    classes = f"{sizes[0]} to {counted(sizes[-1], 'class')}" if len(sizes) > 1 else counted(sizes[0], "class")
+    images = f"{benchmark.train_images} training and {benchmark.val_images} validation images each"
+    seeds, epochs = counted(len(plan.seeds), "seed"), counted(settings.epochs, "epoch")
+    trials = f", after {counted(plan.search, 'trial')} of each method and task" if plan.search else ""
+    together = "" if workers == 1 else f", {counted(workers, 'job')} at a time"
+    return Header(
+        (
+            backbone_row(models[0]),
+            ("data", f"{benchmark.name}: {counted(len(benchmark.tasks), 'task')} of {classes}, {images}"),
+            *method_rows(models),
+            device_row(settings),
+            ("training", f"{counted(len(plan.jobs()), 'job')} of {epochs} ({seeds}){trials}{together}"),
+        )
+    )
 
 
 def run_benchmark(
@@ -75,7 +105,7 @@ def run_benchmark(
         TrainingError: the folder holds another run.
         TrainingInterrupted: Ctrl-C or SIGTERM; states are saved and tables written.
     """
-    check_methods(plan)
+    models = check_methods(plan)
     plan.take_folder()
     if plan.search:
         open_storage(plan)  # makes the tables, which workers must not do at the same time
@@ -83,6 +113,8 @@ def run_benchmark(
     if retry_failed:
         for job in every:
             forget_failure(job, plan.out)
+    console = console or Console(stderr=True)
+    console.print(str(benchmark_header(plan, models, workers)), markup=False, highlight=False, soft_wrap=True)
     try:
         for phase in (plan.searches(), plan.jobs()):
             todo = [job for job in phase if _open(job, plan)]
@@ -92,8 +124,8 @@ def run_benchmark(
         done = sum(finished(job, plan.out) for job in every)
         write_tables(plan)
         raise TrainingInterrupted(
-            f"stopped: {done} of {len(every)} jobs are finished, and those that were running have saved their state in "
-            f"{plan.out}."
+            f"stopped: {done} of {counted(len(every), 'job')} finished, and those that were running have saved their "
+            f"state in {plan.out}."
         ) from None
     failures = {job: failure for job in every if (failure := read_failure(job, plan.out))}
     elsewhere = [job for job in every if _waits(job, plan, failures)]
@@ -115,7 +147,7 @@ def _check_batches(plan: Plan) -> None:
 def failure_report(failures: dict[Job, Failure], plan: Plan) -> str:
     """The failed jobs, their errors, and what to do."""
     lines = [f"{job}: {failure.kind}: {failure.error} ({job.folder(plan.out)})" for job, failure in failures.items()]
-    jobs = "1 job" if len(lines) == 1 else f"{len(lines)} jobs"
+    jobs = counted(len(lines), "job")
     advice = "run again with --retry-failed once the cause is gone, or with other options in another --out"
     return f"{jobs} failed; {advice}:\n  " + "\n  ".join(lines)
 
@@ -167,6 +199,8 @@ class JobDisplay:
         )
         self.running: dict[Job, TaskID] = {}
         self.left = set(todo)
+        self.first: dict[Job, tuple[float, float]] = {}
+        self.estimated = False
         self.total = self.bar.add_task("jobs", total=len(self.jobs), status="")
 
     def __enter__(self) -> Self:
@@ -182,6 +216,15 @@ class JobDisplay:
 
     def share(self, job: Job, done: float) -> None:
         self.bar.update(self.running[job], completed=round(100 * done))
+        now = time.monotonic()
+        share, began = self.first.setdefault(job, (done, now))
+        if done == share or self.estimated or self._remaining():
+            return
+        self.estimated = True
+        each = (now - began) / (done - share)
+        left = each * len(self.left) / max(1, min(self.workers, len(self.left)))
+        said = f"about {duration(left)} for {counted(len(self.left), 'job')}, if all are like {job}"
+        self.console.print(said, markup=False, highlight=False, soft_wrap=True)
 
     def ended(self, job: Job, outcome: Outcome) -> None:
         self.bar.remove_task(self.running.pop(job))
