@@ -10,7 +10,7 @@ import pytest
 
 from dyntune.core import files
 from dyntune.core.errors import DyntuneError, MachineError
-from dyntune.core.files import alone_in, room_beside, write_atomically, write_text
+from dyntune.core.files import alone_in, load_json, room_beside, write_atomically, write_text
 
 
 def _full(number=errno.ENOSPC, filename=None):
@@ -120,3 +120,8 @@ def test_one_process_may_hold_a_folder_again_after_it_let_go(tmp_path):
     for _ in range(2):
         with alone_in(tmp_path / "folder", DyntuneError("in use")):
             assert (tmp_path / "folder").is_dir()
+
+
+def test_json_that_an_editor_has_marked_as_utf8_is_read(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": "\u00e9"}', encoding="utf-8-sig")
+    assert load_json(tmp_path / "x.json") == {"a": "\u00e9"}

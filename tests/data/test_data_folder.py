@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
 from dyntune.core.errors import DataError
-from dyntune.data import build_transform, load_data
+from dyntune.data import build_transform, load_data, load_held
 from dyntune.data.transforms import Preprocessing
 
 
@@ -160,6 +161,17 @@ def test_images_may_lie_in_a_folder_of_their_class_that_says_nothing(tmp_path):
     (tmp_path / "train/cat/cat_boxes.txt").touch()
     splits = load_data(tmp_path)
     assert splits.classes == ("cat", "dog") and len(splits.train) + len(splits.val) == 6
+
+
+def test_classes_are_the_same_however_their_accents_are_written(tmp_path):
+    one, other = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    fill(tmp_path, {f"train/{one}": 3, "train/tea": 3, f"test/{other}": 2, "test/tea": 1})
+    splits = load_data(tmp_path)
+    assert splits.classes == (one, "tea") and splits.test.targets == (0, 0, 1)
+    assert load_held(tmp_path / "test", classes=[one, "tea"]).all.targets.count(0) == 2
+    fill(tmp_path, {f"train/{other}": 1})
+    with pytest.raises(DataError, match="differ in how their accents are written"):
+        load_data(tmp_path)
 
 
 def test_what_came_of_a_split_of_few_images_is_said(tmp_path, caplog):

@@ -14,9 +14,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import TensorDataset
 
 import dyntune
 from dyntune.backbones.hosts import wrap
+from dyntune.core.errors import BackboneError, DataError
 from dyntune.core.shapes import shapes_only
 from dyntune.model.macs import FusedAttention, MacCounter, Watch, trace
 from dyntune.model.tasks import Metric
@@ -278,6 +280,42 @@ def test_heads_are_counted_as_they_run(make_host, images_for, name, policy):
     labels = torch.zeros(2, dtype=torch.long) if name == "convolution" else torch.zeros(2, 5, dtype=torch.long)
     if policy != ("dispatch",):
         assert evaluate(model, [(images, labels)], metric=_Nothing(1)).macs == cost.macs
+
+
+class Cosine(nn.Module):
+    """A head of no linear map: cosines to a prototype of each class; several things at once, where they are asked."""
+
+    def __init__(self, classes, also=False):
+        super().__init__()
+        self.prototypes, self.also = nn.Parameter(torch.ones(classes, 32)), also
+
+    def forward(self, x):
+        logits = F.normalize(x, dim=-1) @ F.normalize(self.prototypes, dim=-1).T
+        return (logits, x) if self.also else logits
+
+
+def test_a_head_without_a_linear_map_has_the_outputs_that_it_gives(make_host, images_for):
+    host = make_host()
+    host.head = Cosine(7)
+    model = dyntune.tune(host, "lora")
+    assert model.backbone.classes == 7 and dyntune.cost(model).head_macs == 32 * 7
+    with pytest.raises(DataError, match=r"is 7\. Expected a single whole number from 0 to 6"):
+        evaluate(model, TensorDataset(images_for(host, 2), torch.tensor([0, 7])))
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (nn.Linear(31, 5), "cannot compute an input of the shape"),
+        (nn.LazyLinear(5), "lazy layers have run once"),
+        (Cosine(5, also=True), "head gives a tuple. Expected one tensor"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused(make_host, head, words):
+    host = make_host()
+    host.head = head
+    with pytest.raises(BackboneError, match=words):
+        dyntune.tune(host, "lora")
 
 
 class _Nothing(Metric):

@@ -169,6 +169,12 @@ def test_any_changed_byte_of_the_weights_is_noticed(saved, make_host, position):
     refused(saved, make_host, WEIGHTS, "damaged")
 
 
+def test_weights_that_are_not_meant_are_never_in_memory(saved, make_host, monkeypatch):
+    os.truncate(saved / WEIGHTS, 2**24)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"all of {path.name} was read"))
+    refused(saved, make_host, WEIGHTS, "damaged")
+
+
 def test_cut_off_weights_are_noticed(saved, make_host):
     (saved / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes()[:-10])
     refused(saved, make_host, "damaged")

@@ -36,6 +36,17 @@ def test_a_published_checkpoint_gives_its_logits(trained, make_host, images_for)
     assert torch.equal(model(images), trained(images))
 
 
+@pytest.mark.parametrize("start", ["module.", "model.", "module._orig_mod."])
+def test_a_whole_checkpoint_of_a_wrapped_model_is_taken(trained, make_host, images_for, start):
+    state = {f"{start}{name}": tensor for name, tensor in _published(trained).items()}
+    model = dyntune.tune(make_host(seed=9), "dyt:bottleneck=4").eval()
+    dyntune.load_published(model, {"model": state | {"steps": 3}, "epoch": 9})
+    images = images_for(model.backbone.host, 4)
+    assert torch.equal(model(images), trained(images))
+    with pytest.raises(CheckpointError, match="holds no tensors"):
+        dyntune.load_published(model, {"epoch": 9})
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(trained, make_host):
     model = dyntune.tune(make_host(), "dyt:bottleneck=4")
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -1,4 +1,5 @@
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -45,6 +46,14 @@ def test_executed_macs_follow_from_the_active_tokens(model, images_for):
         mlp = active * (2 * width * hidden + 5 * width)
         fixed += attention + mlp + 2 * tokens * width * 8 + patches * width  # adapter, dispatcher
     assert result.macs == pytest.approx(fixed)
+
+
+def test_threads_may_evaluate_one_model(model, images_for):
+    data = TensorDataset(images_for(model.backbone.host, 8), torch.arange(8) % 5)
+    alone = evaluate(model, data, batch_size=2)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: evaluate(model, data, batch_size=2), range(8)))
+    assert found == [alone] * 8
 
 
 def test_masked_evaluation_executes_everything_but_scores_alike(model, images_for):

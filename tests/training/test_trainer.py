@@ -19,6 +19,7 @@ from dyntune.core.errors import BackboneError, SpecError, TrainingError
 from dyntune.model.rates import dispatchers
 from dyntune.model.tasks import Classification
 from dyntune.training.evaluate import evaluate
+from dyntune.training.identity import began_with
 from dyntune.training.interrupt import TrainingInterrupted
 from dyntune.training.logs import read_log
 from dyntune.training.progress import Silent
@@ -89,6 +90,29 @@ def test_the_log_has_every_term_of_the_loss(make_host, colours, tmp_path):
         assert 0 <= record["activation"] <= 1
     assert [record["epoch"] for record in records if record["kind"] == "val"] == [1, 2]
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "train.json"])
+@pytest.mark.parametrize("content", [b"\xff\x00{{\n", b'[1]\n{"kind": 3}\n', b"[" * 5000, b"", b'{"step": "1"}'])
+def test_files_beside_the_state_may_be_damaged(make_host, colours, tmp_path, name, content):
+    run = tmp_path / "run"
+    model = _model(make_host, "linear")
+    fit(model, colours[0], out=run, **SHORT)
+    (run / name).write_bytes(content)
+    assert began_with(run) == (None if name == "train.json" else torch.get_num_threads())
+    again = _model(make_host, "linear")
+    fit(again, colours[0], out=run, resume=True, **SHORT)
+    assert all(torch.equal(p, again.tuned_state()[each]) for each, p in model.tuned_state().items())
+    assert all(type(record["step"]) is int for record in read_log(run))
+
+
+def test_tensors_with_other_labels_do_not_go_on(make_host, colours, tmp_path):
+    images, labels = colours[0].tensors
+    fit(_model(make_host, "linear"), colours[0], out=tmp_path, **SHORT)
+    fit(_model(make_host, "linear"), TensorDataset(images.clone(), labels), out=tmp_path, resume=True, **SHORT)
+    for other in (TensorDataset(images, (labels + 1) % 5), TensorDataset(images.flip(0), labels)):
+        with pytest.raises(TrainingError, match="started differently: data was"):
+            fit(_model(make_host, "linear"), other, out=tmp_path, resume=True, **SHORT)
 
 
 def test_ties_keep_the_later_epoch_and_last_ignores_accuracy(make_host, colours, tmp_path):

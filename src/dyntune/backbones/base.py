@@ -79,6 +79,8 @@ class Backbone(nn.Module, abc.ABC):
     """The models that the family takes, in words."""
     prefix: ClassVar[str] = ""
     """What the names of models begin with that ``create`` builds, such as ``hf:``; empty for timm's names."""
+    outputs: int = 0
+    """Of the classifier, as they were seen to be when the host was tuned."""
     arguments: ClassVar[tuple[str, ...]] = ()
     """Names of the keyword arguments that ``origin`` records for ``create``: numbers, texts, lists of numbers."""
 
@@ -272,14 +274,17 @@ class Backbone(nn.Module, abc.ABC):
 
     @property
     def classes(self) -> int:
-        """Outputs of the classifier, those of its last linear map or convolution; 0 where it has none."""
+        """Outputs of the classifier, those of its last linear map or convolution; 0 where it has none.
+
+        Of a classifier without such, ``outputs``, where that is known.
+        """
         for head in self.heads:
             for module in reversed([*head.modules()]):
                 if isinstance(module, nn.Linear):
                     return module.out_features
                 if isinstance(module, nn.modules.conv._ConvNd):
                     return module.out_channels
-        return 0
+        return self.outputs
 
     @property
     @abc.abstractmethod

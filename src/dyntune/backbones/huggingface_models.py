@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones.hub import cache_alone, quickly
 from dyntune.core.errors import BackboneError, how_to_install, in_one_line
-from dyntune.core.files import write_json
+from dyntune.core.files import load_json, write_json
 from dyntune.data.transforms import Preprocessing
 
 log = logging.getLogger("dyntune")
@@ -405,7 +404,7 @@ def _beside(host: Any, file: str, fetch: bool) -> dict[str, Any]:
     if not place or path is None or not path.is_file():
         return {}
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = load_json(Path(path))
     except (ValueError, OSError) as error:
         raise BackboneError(f"{path} is not readable JSON: {error}.") from error
     return values if isinstance(values, dict) else {}

@@ -46,6 +46,7 @@ from dyntune.inference.export.runtimes.base import FP32, Runtime
 from dyntune.model.load import load
 from dyntune.model.tuned import TunedModel
 from dyntune.studies.compare import first_batch
+from dyntune.training.progress import CountBar
 
 EXAMPLES = (
     "dyntune export runs/flowers --out flowers-onnx --check folder:flowers",
@@ -151,10 +152,10 @@ def command(
             export = Export(model, masks=masks)
         choice = None
         if runtime == AUTO:
-            images = _timed_images(model, data, calibration, batch_size)
+            timed = _timed_images(model, data, calibration, batch_size)
             with err.status("timing the runtimes"):
                 choice = choose(
-                    export, room, images, taken, precision=precision, threads=threads, calibration_images=calibration
+                    export, room, timed, taken, precision=precision, threads=threads, calibration_images=calibration
                 )
             taken = [one for one in taken if one.name() == choice.runtime]
         (chosen,) = taken
@@ -163,10 +164,13 @@ def command(
             export.write(written, chosen, precision, calibration)
         checked = None
         if data is not None:
-            with err.status("checking"):
+            images = _checked_split(data)
+            with CountBar("checking", len(images), f"{images.noun}s", err) as bar:
                 after = open_export(written, threads, trust=True)
                 with_masks = _with_masks(export, room, chosen, precision, calibration, threads)
-                checked = check(export.model, after, _checked_split(data), with_masks=with_masks, batch_size=batch_size)
+                checked = check(
+                    export.model, after, images, with_masks=with_masks, batch_size=batch_size, watch=bar.count
+                )
             checked.require(_LEAST if min_agreement is None else min_agreement)
         record(written, choice=choice and choice.to_dict(), check=checked and checked.to_dict())
         written.rename(folder)

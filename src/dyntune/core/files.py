@@ -185,7 +185,8 @@ def parse_json(text: bytes) -> Any:
     if len(text) > LARGEST_JSON:
         raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
     try:
-        data = json.loads(text.decode("utf-8"), parse_int=_whole_number)
+        # Some editors begin a file with a mark of its encoding.
+        data = json.loads(text.decode("utf-8-sig"), parse_int=_whole_number)
     except (RecursionError, MemoryError):
         raise ValueError(f"it is nested more than {_DEEPEST} deep") from None
     level = [data]

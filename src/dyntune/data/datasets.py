@@ -60,7 +60,12 @@ class FileImages(LabelledImages):
         return self.paths[index] if self.origins is None else f"{self.paths[index]} ({self.origins[index]})"
 
     def place(self, index: int) -> str | None:
-        return None if self.root is None else Path(os.path.relpath(self.paths[index], self.root)).as_posix()
+        if self.root is None:
+            return None
+        path, start = self.paths[index], os.path.join(self.root, "")
+        # A list may name files that do not lie below it.
+        below = path[len(start) :] if path.startswith(start) else os.path.relpath(path, self.root)
+        return Path(below).as_posix()
 
     def identity(self, index: int) -> str:
         try:

@@ -25,6 +25,7 @@ from dyntune.core.errors import CheckpointError, in_one_line
 from dyntune.core.files import (
     LARGEST_JSON,
     SEAL,
+    file_digest,
     parse_json,
     read_json,
     seal_holds,
@@ -233,13 +234,14 @@ def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     path = next((file for file in files if file.is_file()), None)
     if path is None:
         raise CheckpointError(f"{folder} is incomplete: {WEIGHTS} is missing.")
-    payloads = (file.read_bytes() for file in files if file.is_file())
-    payload = next((p for p in payloads if hashlib.sha256(p).hexdigest() == config.get("weights_sha256")), None)
-    if payload is None:
+    # The digest is computed piece by piece: a file of any size that is not meant takes no memory.
+    named = (file for file in files if file.is_file() and file_digest(file) == config.get("weights_sha256"))
+    whole = next(named, None)
+    if whole is None:
         raise CheckpointError(
             f"{path} is damaged or does not belong to {CONFIG} (digests differ). Copy the folder again."
         )
-    return _tensors(payload, path)
+    return _tensors(whole.read_bytes(), whole)
 
 
 _ANY = object()

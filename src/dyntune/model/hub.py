@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
 from dyntune.core.errors import TrainingError
+from dyntune.core.files import parse_json
 from dyntune.model.adapter_folder import DESCRIPTION, described, without_paths
 from dyntune.model.objective import training_loss
 from dyntune.model.tasks import Task
@@ -230,7 +231,11 @@ def _read_state(
         del state[name]
     description = state.pop(prefix + DESCRIPTION, None)
     if description is not None:
-        _warn_of_another(model, json.loads(bytes(description.tolist())))
+        theirs = _description(description)
+        if theirs is None:
+            log.warning("what the state says of the model that it is of cannot be read.")
+        else:
+            _warn_of_another(model, theirs)
     own = model.backbone.state_dict(keep_vars=True)
     expected = model.saved_names()
     for name in own:
@@ -240,6 +245,15 @@ def _read_state(
         elif name in expected:
             missing.append(saved)
     state.update((start + name, tensor) for name, tensor in own.items())
+
+
+def _description(tensor: Tensor) -> dict[str, Any] | None:
+    """What a state says of the model that it is of; None where it cannot be read."""
+    try:
+        found = parse_json(bytes(tensor.tolist()))
+    except (ValueError, TypeError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("backbone"), dict) else None
 
 
 def _warn_of_another(model: HubModel, theirs: dict[str, Any]) -> None:

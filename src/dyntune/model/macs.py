@@ -9,6 +9,7 @@ sees what ran, fused attention included, and a new method needs no formula of it
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.units import Unit
+from dyntune.core.errors import BackboneError
 from dyntune.core.tokens import Tokens
 from dyntune.model.executions import Compact
 from dyntune.model.forward import run
@@ -57,11 +59,15 @@ class MacCounter(TorchDispatchMode):
     def watching(self, backbone: Backbone) -> Iterator[None]:
         """Tells the classifier's MACs from the others, whatever it is made of and however many tokens it reads."""
         began: list[float] = []
+        own = threading.get_ident()  # others may run the same model meanwhile, and counters are of one thread
 
         def enter(*_: Any) -> None:
-            began.append(self.macs)
+            if threading.get_ident() == own:
+                began.append(self.macs)
 
         def leave(*_: Any) -> None:
+            if threading.get_ident() != own:
+                return
             start = began.pop()
             if not began:  # a head may be part of another
                 self.head_macs += self.macs - start
@@ -235,6 +241,7 @@ class Trace:
         mlp_tokens: tokens in the MLP of each block.
         gates: the gates of the pass; their values mean nothing.
         largest: the largest tensor.
+        logits: shape of the logits.
     """
 
     embedding_macs: int
@@ -245,6 +252,7 @@ class Trace:
     mlp_tokens: tuple[int, ...]
     gates: tuple[Gate, ...]
     largest: Activation
+    logits: tuple[int, ...]
 
     @property
     def macs(self) -> int:
@@ -300,6 +308,10 @@ class _Traced(nn.Module):
                 watch.piece = pieces[len(marks) - 1]
 
             output = run(self.backbone, policies, images, Planned(watch), passed)
+            if not isinstance(output.logits, Tensor):
+                raise BackboneError(
+                    f"the model's head gives a {type(output.logits).__name__}. Expected one tensor, of logits."
+                )
             marks.append(watch.macs - watch.head_macs)
         entered = {block.path: block.enter(before).x.shape[1] for block, before in zip(blocks, tokens, strict=False)}
         entered |= {reduction.unit: reduction.count for reduction in output.reductions if reduction.unit in entered}
@@ -315,4 +327,5 @@ class _Traced(nn.Module):
             tuple(leaving.x.shape[1] for leaving in tokens[1:]),
             output.gates,
             watch.largest,
+            tuple(output.logits.shape),
         )

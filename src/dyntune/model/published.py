@@ -30,6 +30,8 @@ _NAMES = {
     r"^head\.last_layer\.": "head.",
 }
 """Names of the backbone in the code of VPT and AdaptFormer -> timm's, one after the other; ``/0`` is a third of it."""
+_WRAPPERS = ("module", "model", "net", "_orig_mod", "_fsdp_wrapped_module")
+"""What names of a whole checkpoint begin with where a module around the model was saved."""
 _HEAD_EPS = 1e-6
 """Of the norm that AdaptFormer's code puts in front of the head."""
 
@@ -44,13 +46,16 @@ def load_published(model: TunedModel, state: Mapping[str, Any]) -> None:
     Args:
         model: with the same methods and sizes as the checkpoint; filled in place.
         state: tensors by their public names, the whole model or the tuned part of it; also as the entry ``model`` or
-            ``state_dict`` of a checkpoint.
+            ``state_dict`` of a checkpoint, or in a wrapper such as DistributedDataParallel.
 
     Raises:
         CheckpointError: a tensor has no place in the model or another shape, is not finite, or a tuned tensor is
             missing.
     """
     state = next((state[name] for name in ("model", "state_dict") if isinstance(state.get(name), Mapping)), state)
+    state = _unwrapped({name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)})
+    if not state:
+        raise CheckpointError("the checkpoint holds no tensors. Give its state dict: tensors by their names.")
     own = dict(model.backbone.named_parameters())
     # A module that is changed by a method, or wrapped by PEFT, stands deeper than in the plain host.
     plain = {model.backbone.saved_name(name.replace(".base.", ".")): name for name in own if name.startswith("host.")}
@@ -89,6 +94,14 @@ def load_published(model: TunedModel, state: Mapping[str, Any]) -> None:
     with torch.no_grad():
         for name, tensor in found.items():
             own[name].copy_(tensor)
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state without what all of its names begin with, if that is of a wrapper, such as DistributedDataParallel."""
+    first = next(iter(state), "").partition(".")[0]
+    if first not in _WRAPPERS or not all(name.startswith(f"{first}.") for name in state):
+        return state
+    return _unwrapped({name.removeprefix(f"{first}."): tensor for name, tensor in state.items()})
 
 
 def _placed(name: str, plain: Mapping[str, str], saved: Mapping[str, str]) -> str:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosts import checked_origin, create_backbone, not_tuned, weights_fingerprint, wrap
 from dyntune.backbones.origin import BackboneSource
 from dyntune.backbones.owners import claim, release, require_free
 from dyntune.core.digests import checksum, sample
-from dyntune.core.errors import CheckpointError, SpecError
+from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError, SpecError, in_one_line
 from dyntune.core.texts import listed
 from dyntune.core.tokens import Tokens
 from dyntune.core.words import counted
@@ -28,7 +29,7 @@ from dyntune.model.executions import Compact, Execution, Masked, Sampled
 from dyntune.model.folding import fold
 from dyntune.model.forward import run
 from dyntune.model.hub import HubModel
-from dyntune.model.macs import trace
+from dyntune.model.macs import Trace, trace
 from dyntune.model.rates import Calibration, set_rate
 from dyntune.model.tasks import Classification, Task
 from dyntune.model.timm_methods import TimmMethods
@@ -76,7 +77,9 @@ class TunedModel(TimmMethods, HubModel):
         require_free(host)
         self.backbone = wrap(host)
         plain = self.backbone.plain()
-        dense = trace(plain, ())
+        dense = _traced(plain)
+        if len(dense.logits) == 2 and any(True for head in self.backbone.heads for _ in head.parameters()):
+            self.backbone.outputs = dense.logits[-1]
         self.dense_macs, self.dense_block_macs = dense.macs, dense.block_macs
         self.fingerprint = weights_fingerprint(plain, self.backbone.adopted)
         self._origin = plain.origin()
@@ -524,6 +527,19 @@ def kept_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in part.named_buffers(recurse=False):
             if name not in part._non_persistent_buffers_set:
                 yield f"{path}.{name}" if path else name, buffer
+
+
+def _traced(backbone: Backbone) -> Trace:
+    """What a host computes; raises BackboneError where it does not, such as with a head of another width."""
+    try:
+        return trace(backbone, ())
+    except DyntuneError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, IndexError) as error:
+        raise BackboneError(
+            f"the model cannot compute an input of the shape {backbone.input_shape}: {type(error).__name__}: "
+            f"{in_one_line(error)}. Give one whose parts go together, and whose lazy layers have run once."
+        ) from error
 
 
 def _differs(tensor: Tensor, before: tuple[Tensor, int]) -> bool:

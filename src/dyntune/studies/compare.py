@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from dyntune.backbones.hosts import rebuild
 from dyntune.core.errors import DataError
 from dyntune.core.timing import Throughput, measure_throughput
-from dyntune.data.base import DataSplits
+from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.model.cost import cost
 from dyntune.model.tuned import TunedModel, build_tuned
 from dyntune.parts.policies.base import learners
 from dyntune.parts.spec_list import folder_name
 from dyntune.training.evaluate import Evaluation, evaluate
 from dyntune.training.inputs import first_batch
-from dyntune.training.progress import Progress
+from dyntune.training.progress import EvaluationBar, Progress
 from dyntune.training.settings import TrainSettings
 from dyntune.training.trainer import fit
 
@@ -108,7 +109,9 @@ def compare(
             teacher=teacher if learners(models[spec].policies) else None,
         )
         seconds[spec] = result.seconds
-    evaluations = {spec: evaluate(m, data.test, batch_size=settings.batch_size) for spec, m in models.items()}
+    evaluations = {
+        spec: _evaluated(m, data.test, settings.batch_size, shown=progress is not None) for spec, m in models.items()
+    }
     speeds = compare_speed(models, first_batch(data.test, next(iter(models.values())), SPEED_BATCH))
     rows = [
         Row(
@@ -123,6 +126,13 @@ def compare(
         for spec in specs
     ]
     return rows, models
+
+
+def _evaluated(model: TunedModel, images: LabelledImages, batch_size: int, *, shown: bool) -> Evaluation:
+    if not shown:
+        return evaluate(model, images, batch_size=batch_size)
+    with EvaluationBar(len(images), model.task.merit, Console(stderr=True)) as bar:
+        return evaluate(model, images, batch_size=batch_size, watch=bar)
 
 
 def compare_speed(models: dict[str, TunedModel], images: Tensor) -> dict[str, Throughput]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,6 +25,18 @@ from dyntune.model.tuned import ExecutionName, TunedModel, require_tuned
 from dyntune.training.inputs import data_for, require_labels
 
 log = logging.getLogger("dyntune")
+
+
+@dataclass
+class _Users:
+    """The mode that a model was in, and how many threads evaluate it."""
+
+    training: bool
+    count: int = 0
+
+
+_LOCK = threading.Lock()
+_EVALUATED: WeakKeyDictionary[TunedModel, _Users] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -137,14 +151,12 @@ def evaluate(
     elif isinstance(data, DataLoader) and isinstance(data.dataset, LabelledImages) and data.dataset.transform is None:
         raise DataError("the batches would be of PIL images. Give the data set itself, which is preprocessed then.")
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     metric = metric or model.task.metric(model.backbone.classes)
     images = spoilt = 0
     active: dict[str, float] = {}
     tokens: dict[str, int] = {}
     counter = MacCounter() if count_macs else None
-    try:
+    with _in_eval_mode(model):
         for number, given in enumerate(batches):
             batch, targets = (tensor.to(device) for tensor in _pair(given, number))
             batch, views = in_views(batch, model.preprocessing.clip)
@@ -152,15 +164,13 @@ def evaluate(
                 output = model.run(batch, execution=execution)
             outputs = over_views(output.logits.float(), views, model.task, model.preprocessing.clip)
             metric.update(outputs, targets)
-            spoilt += int((~outputs.flatten(1).isfinite().all(1)).sum())
+            spoilt += int((~outputs.reshape(len(outputs), -1).isfinite().all(1)).sum())
             images += len(targets)
             for gate in output.gates:
                 active[gate.unit] = active.get(gate.unit, 0.0) + len(targets) * float(gate.values.float().mean())
             tokens = {reduction.unit: reduction.count for reduction in output.reductions}
             if watch:
                 watch(images, metric.figures())
-    finally:
-        model.train(training)
     if not images:
         raise DataError("there is no image to evaluate on.")
     if spoilt:
@@ -180,6 +190,23 @@ def evaluate(
         tokens_per_unit=tokens,
         merit=model.task.merit,
     )
+
+
+@contextmanager
+def _in_eval_mode(model: TunedModel) -> Iterator[None]:
+    """Puts a model back into its mode when the last of the threads that evaluate it is done."""
+    with _LOCK:
+        users = _EVALUATED.setdefault(model, _Users(model.training))
+        users.count += 1
+        model.eval()
+    try:
+        yield
+    finally:
+        with _LOCK:
+            users.count -= 1
+            if not users.count:
+                del _EVALUATED[model]
+                model.train(users.training)
 
 
 def _pair(batch: Any, number: int) -> tuple[Tensor, Tensor]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
+from dyntune.core.digests import sample, values_digest
+from dyntune.core.files import load_json
 from dyntune.core.words import counted
 from dyntune.data.base import LabelledImages
+from dyntune.data.others import Samples
 from dyntune.model.adapter_folder import ASKED
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.registry import as_in_files, expand, part_from_dict, resolve
@@ -127,7 +129,7 @@ def _longer(former: dict[str, Any], now: TrainSettings, settles: bool) -> str:
 def began_with(folder: Path) -> int | None:
     """The number of threads that the run in a folder began with; None where there is none, or it says nothing."""
     try:
-        threads = json.loads((folder / ASKED).read_text(encoding="utf-8"))["threads"]
+        threads = load_json(folder / ASKED)["threads"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return threads if type(threads) is int and threads > 0 else None
@@ -141,7 +143,14 @@ def _parts(identity: dict[str, Any]) -> list[Part]:
 
 
 def _data_digest(dataset: Dataset[Any]) -> str | None:
-    """Tells two data sets apart by the labels and file names of their images; None for data sets of another kind."""
+    """Tells two data sets apart by the labels and file names of their images; None for data sets of another kind.
+
+    Those of tensors by all labels, and some values of the images.
+    """
+    held = dataset.data if isinstance(dataset, Samples) else dataset
+    if isinstance(held, TensorDataset):
+        first, *others = held.tensors
+        return values_digest([list(first.shape), sample(first), *others])[:16]
     if not isinstance(dataset, LabelledImages):
         return None
     digest = hashlib.sha256()

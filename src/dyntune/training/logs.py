@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from dyntune.core.files import write_text
+from dyntune.core.files import parse_json, write_text
 from dyntune.core.limits import limit, limits_named
 
 log = logging.getLogger("dyntune")
@@ -55,12 +55,15 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run; a last line that was cut off by a kill is left out."""
+    """The records of a run; what stands behind a line that was cut off, or is none of a run's, is left out."""
     path = folder / LOG
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            records.append(json.loads(line))
+            record = parse_json(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            break
+        records.append(record)
     return records

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from dyntune.core.errors import CheckpointError
-from dyntune.core.files import write_json
+from dyntune.core.files import load_json, write_json
 from dyntune.data.base import LabelledImages
 
 SEEN = "images.json"
@@ -49,11 +48,11 @@ class Seen:
         if path is None:
             return None
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = load_json(path)
             lists = [kept["trained"], kept["chosen"]]
             if not all(ids is None or all(isinstance(each, str) for each in ids) for ids in lists):
                 raise TypeError("expected texts")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({type(error).__name__}). Copy it again, or remove it; without it, what the "
                 "run was trained on is not known."

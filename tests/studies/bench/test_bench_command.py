@@ -228,8 +228,8 @@ def test_the_picture_has_a_panel_per_batch_size_and_a_bar_per_row(tmp_path):
 def test_a_measurement_that_was_stopped_goes_on_with_the_rest(monkeypatch, tmp_path):
     """Each batch size is on disk when it is measured; --resume measures the others alone, and of the same plan."""
     monkeypatch.setattr(
-        "dyntune.studies.bench.run.subprocess.run",
-        lambda command, **_: SimpleNamespace(returncode=worker.main(command[3:])),
+        "dyntune.studies.bench.run.subprocess",  # not subprocess itself, which others use
+        SimpleNamespace(run=lambda command, **_: SimpleNamespace(returncode=worker.main(command[3:]))),
     )
     sizes, real = [], worker.measure
 
@@ -248,6 +248,11 @@ def test_a_measurement_that_was_stopped_goes_on_with_the_rest(monkeypatch, tmp_p
     assert [row["batch_size"] for row in kept["rows"]] == [2, 2]
     message = run_bench(*words, "--rounds", "3", "--resume", error=DyntuneError)
     assert "another plan: rounds was 2, is 3" in message
+    whole = (tmp_path / "out/measurements/eager.json").read_bytes()
+    for damaged in (whole[:50], b"[" * 5000, b"[]"):
+        (tmp_path / "out/measurements/eager.json").write_bytes(damaged)
+        assert "eager.json cannot be read" in run_bench(*words, "--resume", error=DyntuneError)
+    (tmp_path / "out/measurements/eager.json").write_bytes(whole)
     report = json.loads(run_bench(*words, "--resume"))
     assert sizes == [2, "stopped", 1]
     assert [row["batch_size"] for row in report["rows"]] == [2, 2, 1, 1]

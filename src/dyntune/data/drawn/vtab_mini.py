@@ -1,7 +1,6 @@
 """vtab-mini: six small tasks in VTAB's groups and VTAB-1K's folder layout, made on the spot without a download."""
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dyntune.core.errors import DataError
-from dyntune.core.files import room_beside, write_json
+from dyntune.core.files import load_json, room_beside, write_json
 from dyntune.core.limits import limits_named
 from dyntune.data.drawn.mini_drawn import (
     CELLS,
@@ -122,8 +121,8 @@ def _claim(root: Path, index: dict[str, Any]) -> None:
     file = root / INDEX
     if file.exists():
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            found = load_json(file)
+        except (ValueError, OSError) as error:
             raise DataError(f"cannot read {file} ({error}). Remove {root}, or name another folder.") from error
         if found != index:
             asked, there = (

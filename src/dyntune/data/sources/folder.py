@@ -2,6 +2,7 @@
 
 import logging
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -161,6 +162,11 @@ def _unwrapped(path: Path, split: str, kind: Kind) -> Path:
     return path / inside.folders[0] if alone and _entries(path / inside.folders[0], kind).folders else path
 
 
+def _known(name: str) -> str:
+    """The name of a class as it is compared: systems differ in how they write accents."""
+    return unicodedata.normalize("NFC", printable(name))
+
+
 def _class_folders(path: Path, kind: Kind) -> list[str]:
     """The names of the class folders, in the order of their labels; each holds what is looked for, or nothing at all.
 
@@ -191,6 +197,9 @@ def _class_folders(path: Path, kind: Kind) -> list[str]:
         log.warning("%s: left out pictures that dyntune drew: %s.", printable(str(path)), _named(pictures))
     if not names:
         raise DataError(f"no class folders in {path}. {kind.layout}")
+    if len(set(map(_known, names))) < len(names):
+        twice = [name for name in names if sum(_known(name) == _known(other) for other in names) > 1]
+        raise DataError(f"{path} has {_named(twice)}, which differ in how their accents are written alone. Join them.")
     if inside.items:
         log.warning(
             "%s: left out %s that %s in no class folder, such as %s.",
@@ -237,8 +246,10 @@ def _read_training(path: Path, root: Path, kind: Kind) -> tuple[LabelledImages, 
 
 def _read_evaluation(path: Path, train: Path, folders: Sequence[str], root: Path, kind: Kind) -> LabelledImages:
     """The images of a folder that must have the classes of the training folder."""
-    found = set(_class_folders(path, kind))
-    missing, extra = sorted(set(folders) - found), sorted(found - set(folders))
+    found = {_known(name): name for name in _class_folders(path, kind)}
+    wanted = {_known(name): name for name in folders}
+    missing = sorted(name for known, name in wanted.items() if known not in found)
+    extra = sorted(name for known, name in found.items() if known not in wanted)
     if missing or extra:
         differences = [f"{path} lacks {_named(missing)}"] if missing else []
         differences += [f"{train} lacks {_named(extra)}"] if extra else []
@@ -246,7 +257,7 @@ def _read_evaluation(path: Path, train: Path, folders: Sequence[str], root: Path
             f"the class folders of {path} and {train} differ: {'; '.join(differences)}. Expected the same class "
             "folders in both; rename, add (an empty one will do in the former) or remove them."
         )
-    return _read_classes(path, folders, range(len(folders)), root, kind)
+    return _read_classes(path, [found[known] for known in wanted], range(len(folders)), root, kind)
 
 
 def _report_made(data: DataSplits, asked: dict[str, float]) -> None:
@@ -339,10 +350,12 @@ class Folder(Source):
         root, found = self._layout(request)
         places = found or {"all": root}
         folders = {split: _class_folders(path, self.kind) for split, path in places.items()}
-        names = list(classes or sorted({printable(name) for each in folders.values() for name in each}))
+        every = {_known(name): printable(name) for each in folders.values() for name in each}
+        names = list(classes or sorted(every.values()))
+        known = {_known(name): label for label, name in enumerate(names)}
         images: dict[str, LabelledImages] = {}
         for split, path in places.items():
-            unknown = [name for name in folders[split] if printable(name) not in names]
+            unknown = [name for name in folders[split] if _known(name) not in known]
             if unknown:
                 other = len(unknown) == len(folders[split])
                 advice = "Give images of these classes." if other else "Give a folder without them, or rename them."
@@ -350,7 +363,7 @@ class Folder(Source):
                     f"{path} has the class folders {_named(unknown)}, which are no classes that the model was trained "
                     f"on ({_named(names)}). {advice}"
                 )
-            labels = [names.index(printable(name)) for name in folders[split]]
+            labels = [known[_known(name)] for name in folders[split]]
             images[split] = _read_classes(path, folders[split], labels, root, self.kind)
             if not len(images[split]):
                 raise DataError(

@@ -1,12 +1,12 @@
 """WebDataset shards: tar files whose samples are an image or a video, and its label."""
 
-import json
 import logging
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from dyntune.core.errors import DataError, how_to_install
+from dyntune.core.files import load_json
 from dyntune.core.texts import printable
 from dyntune.core.words import counted
 from dyntune.data.base import DataSplits, LabelledImages
@@ -33,7 +33,7 @@ def _find_shards(folder: Path) -> dict[str, _Shards]:
         info = folder / info_name
         if info.is_file():
             try:
-                splits = json.loads(info.read_text(encoding="utf-8"))["splits"]
+                splits = load_json(info)["splits"]
                 named = {
                     word: _Shards(word, [folder / file for file in entry["filenames"]], entry.get("num_samples"))
                     for word, entry in splits.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,6 +70,7 @@ def check(
     *,
     with_masks: OpenedModel | None = None,
     batch_size: int = 1,
+    watch: Callable[[int], object] | None = None,
 ) -> Check:
     """Compares an exported model with the model that it was made from.
 
@@ -80,6 +81,7 @@ def check(
         data: a data set of (image, label), or an iterable of batches.
         with_masks: the same model, exported with masks, where ``after`` has none: its gates are compared.
         batch_size: images per forward pass, for a data set. With int8 in ONNX, logits depend on it.
+        watch: is told after each batch how many images are done.
 
     Raises:
         DataError: there is no image.
@@ -119,6 +121,8 @@ def check(
                 for unit, mask, gate in zip(seeing.gates, masks.unbind(1), output.gates, strict=True):
                     agree = mask == (gate.on_patches > 0.5).cpu()
                     gates[unit] = gates.get(unit, 0.0) + len(batch) * float(agree.float().mean())
+            if watch:
+                watch(images)
     finally:
         before.train(training)
     if not images:

@@ -17,7 +17,7 @@ import torch
 
 from dyntune.backbones.hosts import check_arguments, create_backbone, wrap
 from dyntune.core.errors import DyntuneError
-from dyntune.core.files import alone_in, room_beside, write_json
+from dyntune.core.files import alone_in, load_json, room_beside, write_json
 from dyntune.core.shapes import shapes_only
 from dyntune.core.timing import WARM_UP
 from dyntune.core.words import counted
@@ -204,8 +204,10 @@ def _macs_per_second() -> float:
 
 def _require_same(written: Path, plan: Plan) -> None:
     try:
-        before = json.loads(written.read_text("utf-8"))
-    except ValueError as error:
+        before = load_json(written)
+        if not isinstance(before, dict):
+            raise ValueError("it is no plan")
+    except (ValueError, OSError) as error:
         raise DyntuneError(f"{written} cannot be read ({error}). Measure again without --resume.") from error
     now = json.loads(json.dumps(plan.to_dict()))
     changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
@@ -221,7 +223,7 @@ def _measured(plan: Path, runtime: str, result: Path) -> Measured:
     command = [sys.executable, "-m", "dyntune.studies.bench.worker", str(plan), runtime, str(result)]
     # What libraries print goes to standard error, so that standard output holds the report alone.
     status = subprocess.run(command, stdout=sys.__stderr__, check=False).returncode
-    found = json.loads(result.read_text("utf-8")) if result.exists() else {}
+    found = load_json(result) if result.exists() else {}
     if "error" in found:
         result.unlink()
         raise DyntuneError(found["error"])
