@@ -181,7 +181,7 @@ def test_an_exported_clip_model_and_its_runner(films, run, shelf, tmp_path):
     rows = json.loads(predicted.stdout)["predictions"]
     done = subprocess.run([sys.executable, folder / "run.py", shelf], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "bad\\x1b.mp4" in done.stderr and "1 videos could not be read" in done.stderr
+    assert "bad\\x1b.mp4" in done.stderr and "1 video could not be read" in done.stderr
     lines = done.stdout.splitlines()
     assert lines[::3] == [row["video"] for row in rows] and len(rows) == 2
     for place, row in enumerate(rows):

@@ -205,7 +205,7 @@ def test_labels_that_only_validation_has_are_said(model, caplog):
     tuned = model()
     tuned.classes = ("a", "b", "c")
     fit(tuned, TensorDataset(X[:2], Y[:2]), TensorDataset(X, Y), **SHORT)
-    assert "1 labels that no training image has, which cannot be learned: 2 (c)" in caplog.text
+    assert "1 label that no training image has, which cannot be learned: 2 (c)" in caplog.text
 
 
 @pytest.mark.parametrize("names", [(1, 2, 3), np.arange(3), ("a", "b"), ("a", "b", "c", "d")])

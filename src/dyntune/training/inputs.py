@@ -168,8 +168,8 @@ def require_labels(
         names = model.classes
         shown = ", ".join(f"{label} ({printable(names[label])})" if names else f"{label}" for label in unseen[:10])
         log.warning(
-            "the validation set has %d labels that no training image has, which cannot be learned: %s.",
-            len(unseen),
+            "the validation set has %s that no training image has, which cannot be learned: %s.",
+            counted(len(unseen), "label"),
             shown,
         )
 

@@ -135,10 +135,9 @@ def _splits_in(root: Path, kind: Kind) -> dict[str, Path]:
     for name, split in splits.items():
         if name in flat:
             log.warning(
-                "%s: left out the %d %ss of %s, which lie in no class folders, and so have no labels.",
+                "%s: left out the %s of %s, which lie in no class folders, and so have no labels.",
                 printable(str(root)),
-                len(inside[name].items),
-                kind.noun,
+                counted(len(inside[name].items), kind.noun),
                 printable(name),
             )
         elif split in found:

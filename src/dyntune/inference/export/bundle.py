@@ -157,6 +157,7 @@ def _runner(model: TunedModel, runtime: Runtime) -> str:
     """The text of ``run.py``, which reads images, or videos where the model takes clips."""
     clips = model.preprocessing.clip is not None
     words = {
+        "item": "video" if clips else "image",
         "items": "videos" if clips else "images",
         "find": "films" if clips else "inside",
         "sample": "film.mp4 films/" if clips else "photo.jpg photos/",
