@@ -12,7 +12,7 @@ from dyntune.core.errors import DyntuneError
 from dyntune.model.adapter_folder import read_config, write_calibration
 from dyntune.model.rates import IMAGES, Calibration, calibrate, dispatchers
 from dyntune.model.tuned import TunedModel
-from dyntune.training.progress import Progress
+from dyntune.training.progress import CalibrationProgress, Progress
 
 log = logging.getLogger("dyntune")
 
@@ -26,7 +26,7 @@ def calibrate_run(model: TunedModel, images: Dataset[Any], folder: Path | None, 
         model: as the training has left it.
         images: of a kind that ``fit`` takes.
         folder: of the run, if it has one.
-        progress: is told of it.
+        progress: is told of it, if it wants to be.
     """
     if not dispatchers(model.backbone):
         return
@@ -34,7 +34,8 @@ def calibrate_run(model: TunedModel, images: Dataset[Any], folder: Path | None, 
     if saved is not None:
         model.calibration = Calibration.from_dict(saved)
         return
-    progress.calibrating(min(IMAGES, len(images)))  # type: ignore[arg-type]
+    if isinstance(progress, CalibrationProgress):
+        progress.calibrating(min(IMAGES, len(images)))  # type: ignore[arg-type]
     try:
         model.calibration = calibrate(model, images)
     except DyntuneError as error:

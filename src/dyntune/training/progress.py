@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -43,8 +43,14 @@ class Progress(Protocol):
     def saved(self, epoch: int, folder: Path) -> None:
         """What a run is resumed from after ``epoch`` epochs, and that epoch's adapter, are on disk in ``folder``."""
 
+
+@runtime_checkable
+class CalibrationProgress(Protocol):
+    """Told of what may come behind a run; a ``Progress`` need not be."""
+
     def calibrating(self, images: int) -> None:
         """The training is over, and gates are calibrated for other rates, on so many images."""
+        ...
 
 
 class Silent:
@@ -62,8 +68,6 @@ class Silent:
     def evaluated(self, evaluation: Evaluation) -> None: ...
 
     def saved(self, epoch: int, folder: Path) -> None: ...
-
-    def calibrating(self, images: int) -> None: ...
 
 
 class ProgressBar:
