@@ -25,7 +25,7 @@ from dyntune.core.errors import DataError, SpecError, TrainingError
 from dyntune.core.texts import printable
 from dyntune.core.threads import chosen_by_user, take_threads
 from dyntune.data.base import DataSplits, LabelledImages
-from dyntune.data.images import expand_images, read_image
+from dyntune.data.images import expand_images, matches, read_image
 from dyntune.data.load import forms
 from dyntune.data.sources.base import Held
 from dyntune.data.videos import Video, expand_videos
@@ -231,6 +231,15 @@ class Pictures:
     def _fail(self, name: str, error: DataError) -> None:
         self.failed[name] = str(error)
         err.print(f"left out: {printable(str(error))}", highlight=False, soft_wrap=True)
+
+
+def require_anything(arguments: Sequence[str]) -> None:
+    """Raises DataError, before a model is loaded, when arguments stand for no file and no folder at all."""
+    if not any(True for argument in arguments for _ in matches(argument, lambda folder: [folder], lambda name: True)):
+        raise DataError(
+            f"no image found for {', '.join(map(repr, arguments))}, and no video. Expected files, folders or patterns "
+            "that match some; check the spelling."
+        )
 
 
 def require_classes(model: TunedModel, data: DataSplits | Held) -> None:

@@ -25,6 +25,7 @@ from dyntune.commands.common import (
     pick_device,
     print_json,
     print_table,
+    require_anything,
 )
 from dyntune.core.errors import ExportError
 from dyntune.data import build_transform, read_image
@@ -67,6 +68,7 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """The most probable classes of images or videos, folders of them, or globs, from a run or an exported model."""
+    require_anything(images)
     model = _model(run, weights=weights, device=device, policy=policy, rate=rate, trust=trust)
     preprocessing = with_views(model.preprocessing, views)
     if isinstance(model, TunedModel):

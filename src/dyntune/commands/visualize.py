@@ -25,6 +25,7 @@ from dyntune.commands.common import (
     err,
     out,
     pick_device,
+    require_anything,
 )
 from dyntune.core.errors import DyntuneError
 from dyntune.core.texts import printable
@@ -75,6 +76,7 @@ def command(
     device: DeviceOption = "auto",
 ) -> None:
     """Draw over images, or frames of videos, which tokens each block computes, merges or drops, and how many."""
+    require_anything(images)
     model = load(run, weights=weights, device=pick_device(device), policy=policy)
     apply_rate(model, rate, policy)
     clip = model.preprocessing.clip
