@@ -136,9 +136,14 @@ def test_a_model_of_a_hub_that_others_have_built_is_compared_with_the_cache(tmp_
 
 def test_nothing_is_downloaded_to_look_at_it(monkeypatch, tmp_path):
     """These weights are of no hub."""
-    name, created = "vit_huge_patch14_gap_224.in1k_ijepa", []
+    name, created, create = "vit_huge_patch14_gap_224.in1k_ijepa", [], timm.create_model
+
+    def noting(name, pretrained=False, **arguments):
+        created.extend([name] * pretrained)
+        return create(name, **arguments)
+
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(timm, "create_model", lambda name, **arguments: created.append(name))
+    monkeypatch.setattr(timm, "create_model", noting)
     with hub.cache_alone(), pytest.raises(BackboneError, match="not on this machine"):
         create_backbone(name)
     assert not created and hub.downloads()
