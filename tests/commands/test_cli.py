@@ -146,7 +146,7 @@ def test_methods_lists_every_part_and_the_options_of_one():
         (("cost", "--method", "adaptfomer"), ("adaptformer",)),
         (("cost", "--model", "cait_xxs24_224"), ("Cait", "not supported", "DeiT")),
         (("eval", "nowhere", "digits"), ("nowhere", "dyntune.json")),
-        (("predict", "nowhere", "missing*.jpg"), ("missing*.jpg",)),
+        (("predict", "nowhere", "missing*.jpg"), ("nowhere", "dyntune.json")),
         (("train", "digitz", "--out", "never"), ("digitz", "digits")),
         (("train", "digits", "--out", "never", "--weights", "missing.npz"), ("missing.npz", ".safetensors")),
     ],
