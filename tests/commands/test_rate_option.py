@@ -136,7 +136,7 @@ def test_rates_that_cannot_be_read(run, photos):
     "command",
     [
         "eval {} digits",
-        "visualize {} x.png --out pictures",
+        "visualize {0} {0} --out pictures",
         "bench {}",
         "calibrate {} digits",
         "merge {} --out weights.safetensors",

@@ -220,8 +220,8 @@ def require_some(arguments: Sequence[str]) -> None:
     """Raises DataError where none is there, whatever they hold: what needs no model is said before one is read."""
     if not any(any(matches(argument, lambda folder: [folder], lambda name: True)) for argument in arguments):
         raise DataError(
-            f"nothing found for {', '.join(map(repr, arguments))}. Expected files, folders or patterns that match "
-            "some; check the spelling."
+            f"no image found for {', '.join(map(repr, arguments))}, and no video. Expected files, folders or patterns "
+            "that match some; check the spelling."
         )
 
 
