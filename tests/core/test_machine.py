@@ -11,6 +11,7 @@ import torch
 
 from dyntune.core import machine
 from dyntune.core.machine import OtherLoad, peak_memory
+from dyntune.core.words import counted
 
 CPU = torch.device("cpu")
 
@@ -66,7 +67,8 @@ def test_the_machine_in_words(monkeypatch, tmp_path):
     file = tmp_path / "cpuinfo"
     file.write_text("processor : 0\nmodel name\t: A CPU @ 2 GHz: fast\nprocessor : 1\nmodel name\t: B\n")
     words = machine.machine()
-    assert words.startswith(f"A CPU @ 2 GHz: fast, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    threads = counted(torch.get_num_threads(), "thread")
+    assert words.startswith(f"A CPU @ 2 GHz: fast, {counted(os.cpu_count(), 'core')}, {threads}")
     assert f"torch {torch.__version__}" in words
     file.unlink()
     assert "A CPU" not in machine.machine() and " cores, " in machine.machine()
