@@ -380,7 +380,7 @@ def test_checkpoints_of_another_depth_are_refused(make_host):
     with pytest.raises(CheckpointError, match=r"blocks\.3\..* has no place"):
         dyntune.load_published(model, published_state(4, 32, 10))
     with pytest.raises(CheckpointError, match="lacks"):
-        dyntune.load_published(model, {})
+        dyntune.load_published(model, published_state(2, 32, 10))
 
 
 @torch.no_grad()
