@@ -78,6 +78,10 @@ class Part:
     def check(self) -> None:
         """Raises SpecError when values do not make sense together; fields already have their types."""
 
+    def settled(self) -> Self:
+        """The part with every option that it leaves to something else, such as a recipe, as the value that is meant."""
+        return self
+
     def require(self, condition: bool, expected: str) -> None:
         """Raises SpecError naming this part and what was ``expected`` unless ``condition`` holds."""
         if not condition:

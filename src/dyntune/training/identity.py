@@ -36,7 +36,7 @@ def run_identity(
     return {
         "settings": dataclasses.asdict(settings),
         "spec": model.spec,
-        "parts": [part.to_dict() for part in expand(model.parts)],
+        "parts": [part.settled().to_dict() for part in expand(model.parts)],
         "backbone": model.backbone_name,
         "architecture": hashlib.sha256(str(model.backbone.host).encode()).hexdigest()[:16],
         "weights": model.fingerprint,
@@ -135,11 +135,20 @@ def began_with(folder: Path) -> int | None:
     return threads if type(threads) is int and threads > 0 else None
 
 
+_STEADY = {"quiet": 0.85}
+"""What the recipe steady chose otherwise when runs recorded its name and not its values."""
+
+
 def _parts(identity: dict[str, Any]) -> list[Part]:
     """The parts of a run; of one that recorded its spec alone, what that stood for."""
-    if "parts" in identity:
-        return [part_from_dict(part) for part in identity["parts"]]
-    return list(expand(as_in_files(resolve([identity["spec"]]))))
+    if "parts" not in identity:
+        return [part.settled() for part in expand(as_in_files(resolve([identity["spec"]])))]
+    parts = []
+    for part in identity["parts"]:
+        left = part.get("recipe") == "steady"
+        former = {name: value for name, value in _STEADY.items() if left and part.get(name) == "recipe"}
+        parts.append(part_from_dict(part | former).settled())
+    return parts
 
 
 def _data_digest(dataset: Dataset[Any]) -> str | None:

@@ -280,6 +280,18 @@ def test_an_older_run_goes_on_with_the_recipe_that_it_began_with(make_host, data
     assert identity_changes(identity("dyt"), identity("adaptformer:scale=1+dispatch")) == []
 
 
+def test_a_run_whose_recipe_chose_otherwise_does_not_go_on_with_todays(make_host, data):
+    def identity(spec):
+        return run_identity(dyntune.tune(make_host(), spec), TrainSettings(), data, 1)
+
+    old = identity("dyt:rate=0.7")
+    old["parts"] = [part.to_dict() for part in expand(resolve(["dyt:rate=0.7"]))]
+    (change,) = identity_changes(old, identity("dyt:rate=0.7"))
+    assert "quiet=0.85" in change and "stands for something else" in change
+    assert identity_changes(old, identity("dyt:rate=0.7,quiet=0.85")) == []
+    assert identity_changes(identity("dispatch:where=attn"), identity("dispatch:where=attn,bias=2")) == []
+
+
 def test_parts_of_an_older_run_are_those_of_its_files():
     (dyt,) = resolve(["dyt:recipe=published"])
     assert expand([part_from_dict({"type": "dyt"})]) == expand([dyt])

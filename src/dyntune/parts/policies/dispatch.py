@@ -130,6 +130,12 @@ class Dispatch(GatingPolicy):
         value = getattr(self, option)
         return RECIPES[self.recipe][option] if value == "recipe" else value
 
+    def settled(self) -> Dispatch:
+        options = {name: self.chosen(name) for name in RECIPES[self.recipe] if hasattr(self, name)}
+        if self.where not in ("mlp", "attn-mlp"):
+            options["explore"] = None
+        return replace(self, **options)
+
     @property
     def middle(self) -> float:
         """The rate, or the middle of the range."""
