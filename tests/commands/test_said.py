@@ -10,8 +10,6 @@ from dyntune.commands import common
 from dyntune.commands.common import say_missed_rate, say_threads
 from dyntune.commands.main import app
 from dyntune.core import threads
-from dyntune.core.files import write_json
-from dyntune.model.adapter_folder import ASKED
 
 
 @pytest.mark.parametrize(("activation", "said"), [(0.521, True), (0.519, False), (0.5, False), (0.479, True)])
@@ -31,32 +29,18 @@ def test_train_and_eval_say_it(photos, two_blocks, tmp_path):
     assert "of the test images, aimed at 20.0%" in " ".join(done.stderr.split()), done.stderr
 
 
-@pytest.mark.parametrize(
-    ("before", "folder", "taken"),
-    [(2, "run", 2), (2, "run/last", 2), (64, "run", None), (None, "run", None)],
-    ids=("its own", "of its last epoch", "of a larger machine", "not known"),
-)
-def test_a_run_is_evaluated_with_the_threads_that_it_was_trained_with(
-    monkeypatch, capsys, tmp_path, before, folder, taken
-):
+@pytest.mark.parametrize(("images", "said"), [(64, "threads: 4 of 4 threads"), (63, "")])
+def test_a_trial_of_threads_is_for_many_images(monkeypatch, capsys, images, said):
     for name in threads._ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(threads, "_settled", False)
     monkeypatch.setattr(threads, "_AT_FIRST", torch.get_num_threads())
-    monkeypatch.setattr(common, "available_cores", lambda: 4)
     monkeypatch.setattr(common, "settle_threads_for", lambda model: "4 of 4 threads")
-    set_to = []
-    monkeypatch.setattr(common, "take_threads", set_to.append)
-    if before is not None:
-        write_json(tmp_path / "run" / ASKED, {"threads": before})
-    model = SimpleNamespace(parameters=lambda: iter([torch.zeros(1)]))
-    say_threads(model, tmp_path / folder)
-    assert set_to == ([] if taken is None else [taken])
-    said = "4 of 4 threads" if taken is None else "2 threads, as the run was trained with"
-    assert f"threads: {said}" in " ".join(capsys.readouterr().err.split())
+    say_threads(SimpleNamespace(), images)
+    assert capsys.readouterr().err.strip() == said
 
 
-def test_who_has_set_the_threads_hears_nothing(monkeypatch, capsys, tmp_path):
+def test_who_has_set_the_threads_hears_nothing(monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    say_threads(SimpleNamespace(parameters=lambda: iter([torch.zeros(1)])), tmp_path)
+    say_threads(SimpleNamespace(), 1000)
     assert not capsys.readouterr().err

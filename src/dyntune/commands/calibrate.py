@@ -62,10 +62,10 @@ def command(
     except ValueError:
         raise SpecError(f"--rates {rates!r}: expected shares of the patches, written 0.3/0.5/0.7.") from None
     model = load(run, weights=weights, device=pick_device(device))
-    say_threads(model, run)
     held = load_held(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(held)
     found = held.splits.get("val") or held.splits.get("train") or held.all
+    say_threads(model, min(images, len(found)))
     with CountBar("calibrating", len(set(asked)), "rates", err) as bar:
         calibration = calibrate(model, found, asked, images=images, batch_size=batch_size, watch=bar.count)
     write_calibration(run, calibration)

@@ -22,7 +22,7 @@ from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.commands.options import option
 from dyntune.core.errors import DataError, SpecError
 from dyntune.core.texts import printable
-from dyntune.core.threads import available_cores, chosen_by_user, take_threads
+from dyntune.core.threads import chosen_by_user, take_threads
 from dyntune.core.words import counted, several
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.images import expand_images, read_image
@@ -35,7 +35,7 @@ from dyntune.model.tuned import TunedModel
 from dyntune.studies.vtab.recipes import Recipe
 from dyntune.training.accelerator import launched_processes, pick_device
 from dyntune.training.header import Header
-from dyntune.training.identity import ASKED, began_with
+from dyntune.training.identity import began_with
 from dyntune.training.inputs import Interpolation, Normalisation
 from dyntune.training.settings import TrainSettings
 
@@ -87,6 +87,8 @@ VAL_FRACTION = 0.2
 _PIPED_WIDTH = None if sys.stdout is not None and sys.stdout.isatty() else 160
 """A table in a file or a log need not fit a terminal of 80."""
 _MOST_CLASSES = 40
+_MANY = 64
+"""Images from which on a trial of threads pays."""
 _RATE_MISSED = 0.02
 """Share of the patches by which a rate may be missed before it is said."""
 # Names of files and classes are part of what is printed, and their brackets and colons mean nothing.
@@ -136,17 +138,18 @@ def choose_threads(build: Callable[[], TunedModel], settings: TrainSettings, fol
     return said
 
 
-def say_threads(model: TunedModel, run: Path) -> None:
-    """Takes the number of threads that a run was trained with, or else the quickest one, and says so."""
-    if chosen_by_user() or next(model.parameters()).device.type != "cpu":
+def say_threads(model: TunedModel, images: int) -> None:
+    """Takes the number of threads that a model on the CPU is quickest with, and says so.
+
+    Args:
+        model: that is to run.
+        images: how many it will be given; before a trial of a second is over, few are done.
+    """
+    if images < _MANY or chosen_by_user():
         return
-    before = began_with(run if (run / ASKED).is_file() or run.name != "last" else run.parent)
-    if before is not None and before <= available_cores():
-        take_threads(before)
-        said: str | None = f"{counted(before, 'thread')}, as the run was trained with"
-    else:
-        said = settle_threads_for(model)
-    err.print(f"threads: {said}", highlight=False, soft_wrap=True)
+    said = settle_threads_for(model)
+    if said is not None:
+        err.print(f"threads: {said}", highlight=False, soft_wrap=True)
 
 
 def show_header(header: Header) -> None:

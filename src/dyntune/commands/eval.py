@@ -74,12 +74,12 @@ def command(
     held = load_held(data, classes=model.classes, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(held)
     require_classes(model, held)
-    say_threads(model, run)
     seen = Seen.read(run)
     used = split or _default_split(held, seen, run)
     images = _images_of(held, used)
     trained, chosen = seen.count(images) if seen else (None, None)
     _report_seen(images, trained, chosen)
+    say_threads(model, len(images))
     with EvaluationBar(len(images), model.task.merit, err) as bar:
         result = evaluate(model, images, batch_size=batch_size, workers=workers, watch=bar)
     timed = first_batch(images, model, batch_size)

@@ -80,6 +80,8 @@ def command(
     elif views is not None:
         model = replace(model, preprocessing=preprocessing)
     pictures = Pictures(images, videos=preprocessing.clip is not None)
+    if isinstance(model, TunedModel):
+        say_threads(model, len(pictures.paths))
     batches = pictures.batches(batch_size, _prepare(model))
     noun = noun_of(model)
     predictions: list[dict[str, Any]] = []
@@ -109,7 +111,6 @@ def _model(
     if not is_exported(run):
         model = load(run, policy=policy, weights=weights, device=pick_device(device), trust=trust)
         apply_rate(model, rate, policy)
-        say_threads(model, run)
         return model
     if policy is not None or rate is not None or weights is not None:
         raise ExportError(

@@ -25,7 +25,6 @@ from dyntune.commands.common import (
     err,
     out,
     pick_device,
-    say_threads,
 )
 from dyntune.core.errors import DyntuneError
 from dyntune.core.texts import listed, printable
@@ -81,7 +80,6 @@ def command(
     require_some(images)
     model = load(run, weights=weights, device=pick_device(device), policy=policy)
     apply_rate(model, rate, policy)
-    say_threads(model, run)
     clip = model.preprocessing.clip
     found = Pictures(images, videos=clip is not None)
     if not model.policies:
