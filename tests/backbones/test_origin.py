@@ -192,14 +192,14 @@ def test_without_a_network_there_is_an_answer_at_once(unreachable, tmp_path, mon
 def test_a_name_that_is_looked_up_for_ever_is_waited_for_no_longer_than_said(monkeypatch):
     found, course = threading.Event(), []
 
-    def connect(*given):
+    def look_up(*given, **options):
         course.append("asked")
         found.wait(30)
         course.append("found")
         raise OSError
 
     monkeypatch.setattr(hub, "PATIENCE", 0.05)
-    monkeypatch.setattr(hub.socket, "create_connection", connect)
+    monkeypatch.setattr(hub.socket, "getaddrinfo", look_up)
     assert not hub._connects("https://huggingface.co")
     assert course == ["asked"]
     found.set()
@@ -216,14 +216,44 @@ def test_a_name_that_is_looked_up_for_ever_is_waited_for_no_longer_than_said(mon
 def test_behind_a_proxy_that_is_what_must_answer(monkeypatch, proxies, place):
     asked = []
 
-    def connect(to, seconds):
+    def look_up(*to, **options):
         asked.append(to)
         raise OSError
 
     monkeypatch.setattr(hub.urllib.request, "getproxies", lambda: proxies)
     monkeypatch.setattr(hub.urllib.request, "proxy_bypass", lambda host: False)
-    monkeypatch.setattr(hub.socket, "create_connection", connect)
+    monkeypatch.setattr(hub.socket, "getaddrinfo", look_up)
     assert not hub._connects("https://hub.org") and asked == [place]
+
+
+def test_one_address_that_leads_nowhere_does_not_matter(monkeypatch):
+    nowhere = threading.Event()
+
+    class Connection:
+        def close(self): ...
+
+    def connect(address, seconds):
+        if address[0] == "::1":
+            nowhere.wait(30)
+        return Connection()
+
+    found = [(0, 0, 0, "", ("::1", 443, 0, 0)), (0, 0, 0, "", ("10.0.0.1", 443))]
+    monkeypatch.setattr(hub.socket, "getaddrinfo", lambda *given, **options: found)
+    monkeypatch.setattr(hub.socket, "create_connection", connect)
+    assert hub._connects("https://hub.org")
+    nowhere.set()
+
+
+def test_threads_may_leave_the_cache_in_any_order(monkeypatch):
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    first, second = hub.cache_alone(), hub.cache_alone()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert constants.HF_HUB_OFFLINE and not hub.downloads()
+    second.__exit__(None, None, None)
+    assert not constants.HF_HUB_OFFLINE and hub.downloads()
 
 
 def test_a_model_of_a_repository_with_another_configuration_is_not_the_repositorys(make_hf, tmp_path):
