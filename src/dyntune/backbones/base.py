@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dyntune.backbones.origin import BackboneSource
 from dyntune.backbones.sites import Site, SiteKind
 from dyntune.backbones.units import Block, Unit, Where
-from dyntune.core.errors import BackboneError, CheckpointError
+from dyntune.core.errors import BackboneError, CheckpointError, DataError
 from dyntune.core.places import Places
 from dyntune.core.tokens import Provenance, Tokens
 from dyntune.data.transforms import Preprocessing
@@ -170,9 +170,19 @@ class Backbone(nn.Module, abc.ABC):
                 yield from (site.part(kind) for kind in ("q", "k", "v") if kind in kinds)
 
     def in_its_precision(self, images: Tensor) -> Tensor:
-        """Images in the precision of the host's weights, such as bf16; those that are no floating point as they are."""
+        """Images in the precision of the host's weights, such as bf16.
+
+        Raises:
+            DataError: they are no tensor of floating point, such as preprocessing makes.
+        """
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            given = str(images.dtype) if isinstance(images, Tensor) else type(images).__name__
+            raise DataError(
+                f"given {given}: expected a tensor of preprocessed images, (B, 3, height, width) in floating point. "
+                "From a PIL image: dyntune.data.build_transform(model.preprocessing)(image)[None]."
+            )
         dtype = next(self.host.parameters()).dtype
-        return images.to(dtype) if images.is_floating_point() and dtype.is_floating_point else images
+        return images.to(dtype) if dtype.is_floating_point else images
 
     @abc.abstractmethod
     def embed(self, images: Tensor) -> Tokens:

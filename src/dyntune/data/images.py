@@ -17,6 +17,7 @@ from PIL import EpsImagePlugin, Image, ImageOps
 
 from dyntune.core.errors import DataError
 from dyntune.core.texts import printable
+from dyntune.core.words import counted
 
 _NO_PICTURES = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
 """Formats that Pillow knows when it sees them, but cannot read a picture of by itself."""
@@ -173,9 +174,10 @@ def report_left_out(
     if left:
         kinds = ", ".join(f"{count} {printable(kind)}" for kind, count in left.most_common())
         log.warning(
-            "%s: left out %d files that are no %s: %s.",
+            "%s: left out %s that %s no %s: %s.",
             printable(os.fspath(place)),
-            left.total(),
+            counted(left.total(), "file"),
+            "is" if left.total() == 1 else "are",
             expected,
             kinds,
         )

@@ -81,7 +81,7 @@ class OptimizedModel(nn.Module):
 
     def run(self, images: Tensor) -> Output:
         """One forward pass with the decisions that it made: none in a last MLP that computes only what is read."""
-        device = images.device.type
+        device = next(self.backbone.parameters()).device.type
         # Its precision is its own: autocast would lower that of the residual stream and of the gates.
         ours = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         with torch.no_grad(), ours:

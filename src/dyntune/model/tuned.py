@@ -444,7 +444,7 @@ class TunedModel(TimmMethods, HubModel):
         }
 
 
-def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
+def tune(model: nn.Module, *parts: str | Part, **options: Any) -> TunedModel:
     """Puts tuning methods and token policies on a pretrained model.
 
     The model is adapted in place, so give each tuned model a backbone of its own. Its parameters are frozen but for
@@ -455,12 +455,20 @@ def tune(model: nn.Module, *parts: str | Part) -> TunedModel:
             has wrapped.
         parts: spec strings (``"dyt:rate=0.5"``, ``"adaptformer"``, ``"dispatch:where=mlp,rate=0.5"``) or typed
             configurations (``DyT(rate=0.5)``).
+        options: none; whoever gives one is told where it belongs.
 
     Raises:
         BackboneError: the model is not supported, or a part is not defined on it.
         SpecError: a part's name, option or value is wrong, no part is given, or the host's configuration is for another
             problem than one label for each image.
     """
+    if options:
+        given = ",".join(f"{name}={value}" for name, value in options.items())
+        first = parts[0] if parts and isinstance(parts[0], str) else "dyt"
+        raise SpecError(
+            f"options belong to a part, not to tune: tune(model, {first + (',' if ':' in first else ':') + given!r}), "
+            "or a typed configuration such as dyntune.DyT(rate=0.5)."
+        )
     if any(isinstance(part, nn.Module) for part in parts):
         raise SpecError("tune takes the model first, then its methods: tune(vit, method, ...).")
     if isinstance(model, str):

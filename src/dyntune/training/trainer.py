@@ -124,8 +124,15 @@ def fit(
     shown = display(progress, model.spec)
     with apart(), limits_named():
         run = _Run(model, train_set, val_set, folder, chosen, shown, teacher)
-        if run._main and shown is not progress and isinstance(shown, ProgressBar):
-            shown.say(str(training_header(model, train_set, val_set, chosen)))
+        if run._main and progress in (
+            None,
+            True,
+        ):  # else the caller says it, or wants to hear nothing
+            header = training_header(model, train_set, val_set, chosen)
+            if isinstance(shown, ProgressBar):
+                shown.say(str(header))
+            for warning in () if isinstance(shown, ProgressBar) else header.warnings:
+                log.warning("%s", warning)
         result = run.train(resume)
         if not run._main:
             return result

@@ -1,0 +1,31 @@
+"""What people give a model, or tune, at first: a sentence says what is meant."""
+
+import pytest
+import torch
+from PIL import Image
+
+import dyntune
+from dyntune.core.errors import DataError, SpecError
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (Image.new("RGB", (32, 32)), "Image"),
+        ([Image.new("RGB", (32, 32))], "list"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "torch.uint8"),
+    ],
+)
+def test_images_that_nobody_preprocessed(make_host, given, named):
+    model = dyntune.tune(make_host(), "dyt").eval()
+    for run in (model, dyntune.optimize(model)):
+        with pytest.raises(DataError, match=rf"given {named}: .*build_transform"):
+            run(given)
+
+
+@pytest.mark.parametrize(
+    ("parts", "meant"), [(("dyt",), "'dyt:rate=0.7'"), (("dyt:bottleneck=4",), "'dyt:bottleneck=4,rate=0.7'")]
+)
+def test_options_that_are_given_to_tune(make_host, parts, meant):
+    with pytest.raises(SpecError, match=meant):
+        dyntune.tune(make_host(), *parts, rate=0.7)
