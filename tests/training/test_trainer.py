@@ -158,10 +158,12 @@ def test_a_used_folder_is_refused_and_resuming_with_other_options_too(make_host,
         fit(_model(make_host), *colours, out=tmp_path / "mine", **SHORT)
 
 
-def test_resuming_a_finished_run_gives_its_result_back(make_host, colours, tmp_path):
+def test_resuming_a_finished_run_gives_its_result_back_and_says_so(make_host, colours, tmp_path, caplog):
     first, second = _model(make_host), _model(make_host)
     result = fit(first, *colours, out=tmp_path / "run", **SHORT)
+    assert "is complete" not in caplog.text
     again = fit(second, *colours, out=tmp_path / "run", resume=True, **SHORT)
+    assert f"the run in {tmp_path / 'run'} is complete: there is nothing to train" in caplog.text
     assert (again.best_accuracy, again.best_epoch) == (result.best_accuracy, result.best_epoch)
     assert all(torch.equal(p, second.tuned_state()[name]) for name, p in first.tuned_state().items())
 

@@ -241,20 +241,22 @@ class _Run:
             epoch, step = self._begin(resume)
             if step or epoch:
                 self.look_at_labels()
+            if epoch == self.settings.epochs and self._main:
+                log.warning("the run in %s is complete: there is nothing to train", self.out)
             # Thresholds that were shifted, and the shifts, belong to the weights that training leaves behind.
             self.model.set_rate(None)
             self.model.calibration = None
             self.started = time.perf_counter() - self.seconds
-            log = RunLog(self.out, epoch * self.steps_per_epoch + step) if self.out and self._main else None
+            written = RunLog(self.out, epoch * self.steps_per_epoch + step) if self.out and self._main else None
             try:
                 with stop_requests() as stop, self.progress:
                     for current in range(epoch, self.settings.epochs):
-                        self._epoch(current, step if current == epoch else 0, log, stop)
+                        self._epoch(current, step if current == epoch else 0, written, stop)
                         if self._agreed(stop.is_set()):
                             raise TrainingInterrupted(self._farewell(current + 1, 0))
             finally:
-                if log:
-                    log.close()
+                if written:
+                    written.close()
             self._fill(self.best_tensors)
             self.seconds = time.perf_counter() - self.started if epoch < self.settings.epochs else self.seconds
         self.model.eval()
