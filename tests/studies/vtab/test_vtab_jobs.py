@@ -150,7 +150,7 @@ def test_sigterm_stops_the_workers_and_says_how_to_go_on(make_plan, quick_proces
 
     stopper = threading.Thread(target=stop)
     stopper.start()
-    with pytest.raises(TrainingInterrupted, match=r"0 of 2 jobs are finished.*saved their state"):
+    with pytest.raises(TrainingInterrupted, match=r"0 of 2 jobs finished.*saved their state"):
         run_benchmark(plan, workers=2, console=QUIET)
     stopper.join()
     assert all(run.exists() for run in runs) and not multiprocessing.active_children()
