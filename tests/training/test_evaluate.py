@@ -108,8 +108,8 @@ def test_who_stops_an_evaluation_is_told_what_came_out_so_far(make_host):
             raise KeyboardInterrupt
 
     with (
-        pytest.raises(TrainingInterrupted, match=f"8 of 10 images, acc {heard[1][1]:.1%}"),
-        EvaluationBar(10, "accuracy", Console(file=io.StringIO())) as bar,
+        pytest.raises(TrainingInterrupted, match=f"8 of 10 videos, acc {heard[1][1]:.1%}"),
+        EvaluationBar(10, "accuracy", Console(file=io.StringIO()), "video") as bar,
     ):
         evaluate(model, data, batch_size=4, watch=stopped)
 
