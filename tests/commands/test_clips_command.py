@@ -5,7 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
+from string import Template
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from dyntune.core.errors import DyntuneError
 from dyntune.data import Video
 
 pytest.importorskip("av")
-from dyntune.data.video_files import write_video
+from dyntune.data.video_files import FORMATS, write_video
 
 
 def run_command(*arguments, status=0):
@@ -52,9 +54,10 @@ def run(films, two_blocks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     own = ("--model", "vit_two_blocks", "--weights", two_blocks, "--method", "dyt", "--device", "cpu")
     clip = ("--frames", 2, "--stride", 2, "--views", "2x3", "--temporal", "mixer")
-    invoke(
+    done = run_command(
         "train", f"video-folder:{films}", "--out", folder, *own, *clip, "--epochs", 8, "--batch-size", 3, "--lr", 0.01
     )
+    assert "for other rates on 2 videos" in done.stderr and "calibrated on 2 videos" in done.stdout
     return folder
 
 
@@ -102,6 +105,10 @@ def test_pictures_of_a_film(films, run, tmp_path):
         assert animation.n_frames == 2
     invoke("visualize", run, film, "--out", tmp_path / "mp4", "--device", "cpu", "--animation", "mp4")
     assert len(Video(tmp_path / "mp4" / "tokens-1.mp4")) == 2
+    again = run_command("visualize", run, film, "--out", tmp_path / "mp4", "--device", "cpu", "--animation", "mp4")
+    assert "tokens-1.mp4, in the place of an earlier one" in again.stdout
+    other = run_command("visualize", run, film, "--out", tmp_path / "mp4", "--device", "cpu")
+    assert "still has tokens-1.mp4" in other.stderr
 
 
 @pytest.fixture
@@ -126,6 +133,21 @@ def test_predict_and_visualize_do_what_they_can_and_name_the_rest(run, shelf, tm
     done = run_command("visualize", run, shelf, "--out", tmp_path / "pictures", "--device", "cpu", status=1)
     drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert drawn == {"activation.png", *(f"tokens-{number}.{kind}" for number in (1, 2) for kind in ("gif", "png"))}
+
+
+def test_a_runner_on_a_film_without_frames(tmp_path):
+    import av
+
+    with av.open(str(tmp_path / "none.avi"), "w") as film:
+        stream = film.add_stream("mpeg4", rate=12)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        film.start_encoding()
+    text = files("dyntune.inference.export").joinpath("clip_input.template").read_text(encoding="utf-8")
+    runner = {}
+    exec(Template(text).substitute(suffixes="", formats=FORMATS), runner)
+    for sampling in ("spans", "segments"):
+        with pytest.raises(ValueError, match="stops after 0 of 0 frames"):
+            runner["read"](tmp_path / "none.avi", {"frames": 2, "stride": 2, "sampling": sampling})
 
 
 def test_films_of_a_run_are_known_wherever_they_lie(films, run, tmp_path):

@@ -1,5 +1,7 @@
 """What holds for the joint host: VideoMAE's logits and counts, and every part on it that is defined."""
 
+import json
+
 import pytest
 import torch
 from test_hosts import GATES, OPTIONS, check, half_open, trained
@@ -7,6 +9,7 @@ from test_hosts import GATES, OPTIONS, check, half_open, trained
 import dyntune
 from dyntune.backbones.families.space_time import SpaceTimeViT
 from dyntune.backbones.hosts import create_backbone
+from dyntune.core.errors import BackboneError
 from dyntune.parts.registry import registered
 
 TINY = {"num_classes": 5, "frames": 4, "img_size": 16, "patch_size": 8, "width": 32, "depth": 2, "heads": 4}
@@ -131,6 +134,46 @@ def test_files_of_the_public_code(build, tmp_path, prefix):
 def test_what_is_refused(name, message):
     with pytest.raises(dyntune.DyntuneError, match=message):
         create_backbone(name)
+
+
+CONFIG = {
+    "model_type": "videomae", "num_frames": 4, "image_size": 16, "patch_size": 8, "tubelet_size": 2, "hidden_size": 32,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+}  # fmt: skip
+
+
+def of_config(folder, **changed):
+    (folder / "config.json").write_text(json.dumps(CONFIG | changed))
+    return create_backbone(f"videomae:{folder}", pretrained=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tubelet_size", 0),
+        ("num_attention_heads", 0),
+        ("num_frames", "16"),
+        ("num_frames", -16),
+        ("num_frames", 4.0),
+        ("num_frames", True),
+        ("image_size", [16, 24]),
+        ("num_hidden_layers", 4000),
+        ("hidden_size", 2**20),
+        ("intermediate_size", 0),
+        ("layer_norm_eps", "small"),
+    ],
+)
+def test_a_number_of_a_folder_that_cannot_be(tmp_path, key, value):
+    with pytest.raises(BackboneError, match=rf"config\.json: {key} is .*expected a") as refused:
+        of_config(tmp_path, **{key: value})
+    assert str(tmp_path) in str(refused.value) and repr(value) in str(refused.value)
+
+
+def test_numbers_of_a_folder_that_do_not_go_together(tmp_path):
+    assert of_config(tmp_path, image_size=[16, 16]).img_size == 16
+    with pytest.raises(BackboneError, match=r"heads of equal width") as refused:
+        of_config(tmp_path, num_attention_heads=5)
+    assert str(tmp_path) in str(refused.value)
 
 
 def test_weights_that_are_not_finite_and_clips_of_any_length_are_refused(build, tmp_path):

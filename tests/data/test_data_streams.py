@@ -64,9 +64,13 @@ def test_shards_of_no_split_beside_others_are_left_out_and_said(tmp_path, caplog
     write_shard(tmp_path / "flowers-holdout-0.tar", shard_samples(6, 4))
     splits = load_data(f"wds/{tmp_path}")
     assert len(splits.train) + len(splits.val) == 6 and "1 shards of no split, such as flowers-holdout" in caplog.text
+    caplog.clear()
     (tmp_path / "flowers-train-0.tar").unlink()
     splits = load_data(f"wds/{tmp_path}")
     assert len(splits.train) + len(splits.val) == 4
+    write_shard(tmp_path / "flowers-val-0.tar", shard_samples(10, 2))
+    splits = load_data(f"wds/{tmp_path}")
+    assert (len(splits.train), len(splits.val)) == (4, 2) and "of no split" not in caplog.text
 
 
 def test_bad_samples_of_a_shard_are_named_or_skipped(tmp_path):

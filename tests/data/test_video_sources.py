@@ -13,7 +13,9 @@ from dyntune.core.errors import DataError
 from dyntune.data import load_data, load_held
 
 pytest.importorskip("av")
+from dyntune.data.datasets import content_digest
 from dyntune.data.video_files import write_video
+from dyntune.data.video_shards import ShardVideos
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,22 @@ def test_shards_of_videos_are_read_where_they_lie(films, tmp_path):
     assert len(copy) < 3000 and levels(pickle.loads(copy)) == levels(data.train)  # no video is carried along
     assert data.train.source(4).endswith("train-1.tar: clips/004.mp4")
     assert len({data.train.identity(index) for index in range(6)}) == 6
+
+
+def test_a_video_in_a_shard_is_known_as_a_file_of_it_is(tmp_path):
+    """Of a large one no more is read than its beginning, middle and end."""
+    large = np.random.default_rng(0).bytes(2_000_000)
+    changed = bytearray(large)
+    changed[400_000] ^= 1
+    contents = [large, bytes(changed), large[:-1] + bytes([large[-1] ^ 1]), large[:1000]]
+    given = [(f"{n}.{kind}", part) for n, film in enumerate(contents) for kind, part in (("mp4", film), ("cls", b"0"))]
+    write_shard(tmp_path / "train-0.tar", given)
+    data = ShardVideos([tmp_path / "train-0.tar"])
+    (tmp_path / "alone.mp4").write_bytes(large)
+    (tmp_path / "short.mp4").write_bytes(large[:1000])
+    first, second, third, fourth = (data.identity(index) for index in range(4))
+    assert first == second == content_digest(tmp_path / "alone.mp4") and third != first
+    assert fourth == content_digest(tmp_path / "short.mp4")
 
 
 def test_shards_that_are_not_whole(films, tmp_path):
@@ -128,6 +146,12 @@ def test_annotations_of_kinetics(kinetics):
     (kinetics / "all.csv").write_text(HEADER + rows.replace(",val\n", ",validate\n"))
     whole = load_data(f"kinetics:{kinetics / 'all.csv'}")
     assert [levels(split) for split in (whole.train, whole.val, whole.test)] == [[0, 1, 2, 3], [4, 5], [6, 7]]
+    own = load_held(f"kinetics:{kinetics / 'all.csv'}", classes=data.classes).splits
+    assert {split: levels(videos) for split, videos in own.items()} == {
+        "train": [0, 1, 2, 3],
+        "val": [4, 5],
+        "test": [6, 7],
+    }
     (kinetics / "test.csv").write_text("youtube_id,time_start,time_end,split\n-id6_x,6,16,test\n")
     assert load_data(f"kinetics:{kinetics / 'train.csv'}").test is None
 

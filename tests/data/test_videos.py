@@ -388,6 +388,15 @@ def test_lists_of_names_relative_to_them(films):
     assert before <= {data.val.source(index).split()[0] for index in range(len(data.val))}
 
 
+def test_lists_begin_and_separate_as_programs_write_them(films):
+    (films / "tabs.txt").write_text(
+        f"train/up/0.mp4\t1\ntrain/up/as_frames\t5 \t1\n{films}/train/down/0.mp4 \t0\ntrain/down/../down/1.mp4\t0\n",
+        encoding="utf-8-sig",
+    )
+    held = load_held(f"video-list:{films / 'tabs.txt'}").splits["test"]
+    assert held.targets == (1, 1, 0, 0) and [len(held.read(index)) for index in (0, 1, 2, 3)] == [8, 5, 8, 8]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

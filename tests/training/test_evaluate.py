@@ -48,6 +48,22 @@ def test_executed_macs_follow_from_the_active_tokens(model, images_for):
     assert result.macs == pytest.approx(fixed)
 
 
+def test_views_go_through_in_pieces_of_a_batch(make_host, randomise, monkeypatch):
+    model = dyntune.tune(dyntune.ClipClassifier(make_host("plain", depth=1, num_classes=2), 2), "dyt").eval()
+    randomise(model, seed=3)
+    clips = torch.randn((5, 3, *model.backbone.input_shape), generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(5) % 2
+    with torch.no_grad():
+        whole = model.run(clips.flatten(0, 1))
+    logits = model.task.averaged(whole.logits.unflatten(0, (5, 3)), model.preprocessing.clip.average)
+    sizes, run = [], model.run
+    monkeypatch.setattr(model, "run", lambda batch, **options: sizes.append(len(batch)) or run(batch, **options))
+    result = evaluate(model, iter(list(zip(clips.split(2), labels.split(2), strict=True))))
+    assert sizes == [2] * 6 + [1] * 3 and result.images == 5
+    assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert result.activation == pytest.approx(whole.gates[0].values.mean().item())
+
+
 def test_threads_may_evaluate_one_model(model, images_for):
     data = TensorDataset(images_for(model.backbone.host, 8), torch.arange(8) % 5)
     alone = evaluate(model, data, batch_size=2)
@@ -92,8 +108,8 @@ def test_who_stops_an_evaluation_is_told_what_came_out_so_far(make_host):
             raise KeyboardInterrupt
 
     with (
-        pytest.raises(TrainingInterrupted, match=f"8 of 10 images, acc {heard[1][1]:.1%}"),
-        EvaluationBar(10, "accuracy", Console(file=io.StringIO())) as bar,
+        pytest.raises(TrainingInterrupted, match=f"8 of 10 videos, acc {heard[1][1]:.1%}"),
+        EvaluationBar(10, "accuracy", Console(file=io.StringIO()), "video") as bar,
     ):
         evaluate(model, data, batch_size=4, watch=stopped)
 

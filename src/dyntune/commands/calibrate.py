@@ -78,7 +78,7 @@ def command(
         print_json({"run": str(run), "images": calibration.images, "dense_macs": model.dense_macs, "rates": rows})
         return
     print_table(
-        f"{model.spec} in {run}, calibrated on {counted(calibration.images, 'image')}",
+        f"{model.spec} in {run}, calibrated on {counted(calibration.images, found.noun)}",
         ("rate", "active patches", "MACs per image"),
         [
             (

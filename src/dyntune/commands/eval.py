@@ -80,7 +80,7 @@ def command(
     trained, chosen = seen.count(images) if seen else (None, None)
     _report_seen(images, trained, chosen)
     say_threads(model, len(images))
-    with EvaluationBar(len(images), model.task.merit, err) as bar:
+    with EvaluationBar(len(images), model.task.merit, err, images.noun) as bar:
         result = evaluate(model, images, batch_size=batch_size, workers=workers, watch=bar)
     timed = first_batch(images, model, batch_size)
     if result.activation_per_unit:

@@ -143,7 +143,8 @@ def _predicted(
 ) -> list[dict[str, Any]]:
     clip, task = model.preprocessing.clip, task_of(model)
     batch, views = in_views(torch.stack([tensor for _, tensor in prepared]), clip)
-    outputs = model(batch if isinstance(model, OpenedModel) else batch.to(next(model.parameters()).device))
+    device = torch.device("cpu") if isinstance(model, OpenedModel) else next(model.parameters()).device
+    outputs = torch.cat([model(piece.to(device)) for piece in batch.chunk(views)])
     predictions = task.predictions(over_views(outputs, views, task, clip), model.classes, top_k)
     noun = noun_of(model)
     return [{noun: str(path), **prediction} for (path, _), prediction in zip(prepared, predictions, strict=True)]

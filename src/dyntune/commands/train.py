@@ -162,7 +162,7 @@ def command(
     out.print(f"saved epoch {result.best_epoch}{score} to {run} ({kilobytes(figures.adapter_bytes)})", highlight=False)
     if calibration is not None:
         out.print(
-            f"calibrated on {counted(calibration.images, 'image')}: eval, predict and visualize take --rate, "
+            f"calibrated on {counted(calibration.images, splits.train.noun)}: eval, predict and visualize take --rate, "
             f"{calibration.rates[0]:g} to {calibration.rates[-1]:g}",
             highlight=False,
         )

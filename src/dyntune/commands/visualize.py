@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ EXAMPLES = (
     "dyntune visualize runs/flowers photo.jpg --rates-on folder:flowers --rates-on digits --out pictures",
 )
 
+Film = Literal["gif", "mp4"]
 _BATCH = 64
 """Images per forward pass of a whole data set."""
 
@@ -71,9 +72,7 @@ def command(
     ] = None,
     per_figure: Annotated[int, typer.Option(min=1, help="Images in one picture.")] = 6,
     suffix: Annotated[str, typer.Option("--format", help="png, svg or pdf.")] = "png",
-    animation: Annotated[
-        Literal["gif", "mp4"], typer.Option(help="Of videos: the file that shows one frame after the other.")
-    ] = "gif",
+    animation: Annotated[Film, typer.Option(help="Of videos: the file that shows one frame after the other.")] = "gif",
     device: DeviceOption = "auto",
 ) -> None:
     """Draw over images, or frames of videos, which tokens each block computes, merges or drops, and how many."""
@@ -162,7 +161,8 @@ def _seen(clip: Tensor, preprocessing: Preprocessing) -> list[Image.Image]:
 
 def _drawn(folder: Path, suffix: str) -> set[Path]:
     """The pictures that an earlier call has left in a folder."""
-    kinds = (f"tokens-*.{suffix}", "tokens-*.gif", f"reductions-*.{suffix}", f"activation*.{suffix}")
+    kinds = [f"{name}.{suffix}" for name in ("tokens-*", "reductions-*", "activation*")]
+    kinds += [f"tokens-*.{film}" for film in get_args(Film)]
     return {path for kind in kinds for path in folder.glob(kind)}
 
 

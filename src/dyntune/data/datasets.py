@@ -74,14 +74,20 @@ class FileImages(LabelledImages):
             return super().identity(index)
 
 
-def content_digest(path: str | os.PathLike[str]) -> str:
-    """Digest of a file's size and content; of a large one, of its beginning, middle and end."""
-    size = os.path.getsize(path)
+def content_digest(path: str | os.PathLike[str], offset: int = 0, size: int | None = None) -> str:
+    """Digest of a file's size and content; of a large one, of its beginning, middle and end.
+
+    Args:
+        path: of the file.
+        offset: where in bytes it begins, if it lies inside a larger one.
+        size: its bytes; by default all of the file.
+    """
+    size = os.path.getsize(path) if size is None else size
     digest = hashlib.blake2b(str(size).encode(), digest_size=8)
     with open(path, "rb") as file:
         for start in (0,) if size <= 3 * _PIECE else (0, (size - _PIECE) // 2, size - _PIECE):
-            file.seek(start)
-            digest.update(file.read(3 * _PIECE if size <= 3 * _PIECE else _PIECE))
+            file.seek(offset + start)
+            digest.update(file.read(size if size <= 3 * _PIECE else _PIECE))
     return digest.hexdigest()
 
 

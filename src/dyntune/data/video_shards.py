@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from dyntune.core.errors import DataError
 from dyntune.data.base import LabelledImages
+from dyntune.data.datasets import content_digest
 from dyntune.data.images import is_image_name
 from dyntune.data.video_files import Piece, require_reader
 from dyntune.data.videos import SKIP, Video, is_video_name
@@ -80,7 +80,7 @@ class ShardVideos(LabelledImages):
     def identity(self, index: int) -> str:
         piece = self.samples[index].video
         assert piece is not None
-        return hashlib.blake2b(piece.read(), digest_size=8).hexdigest()
+        return content_digest(piece.path, piece.start, piece.size)
 
 
 def holds_videos(shard: Path) -> bool:

@@ -131,7 +131,7 @@ def compare(
 def _evaluated(model: TunedModel, images: LabelledImages, batch_size: int, *, shown: bool) -> Evaluation:
     if not shown:
         return evaluate(model, images, batch_size=batch_size)
-    with EvaluationBar(len(images), model.task.merit, Console(stderr=True)) as bar:
+    with EvaluationBar(len(images), model.task.merit, Console(stderr=True), images.noun) as bar:
         return evaluate(model, images, batch_size=batch_size, watch=bar)
 
 

@@ -35,7 +35,8 @@ def calibrate_run(model: TunedModel, images: Dataset[Any], folder: Path | None, 
         model.calibration = Calibration.from_dict(saved)
         return
     if isinstance(progress, CalibrationProgress):
-        progress.calibrating(min(IMAGES, len(images)))  # type: ignore[arg-type]
+        noun = "image" if model.preprocessing.clip is None else "video"
+        progress.calibrating(min(IMAGES, len(images)), noun)  # type: ignore[arg-type]
     try:
         model.calibration = calibrate(model, images)
     except DyntuneError as error:

@@ -104,7 +104,7 @@ def in_views(batch: Tensor, clip: Sampling | None) -> tuple[Tensor, int]:
         clip: how clips are taken from videos; None for images.
 
     Returns:
-        Inputs ``(B V, ...)``, and V.
+        Inputs ``(B V, ...)``, and V: their chunks, as many, are no larger than a batch that is seen in one view.
     """
     return (batch, 1) if clip is None or batch.ndim < 6 else (batch.flatten(0, 1), batch.shape[1])
 
@@ -131,7 +131,7 @@ def evaluate(
     Args:
         model: put in eval mode for the run, and back afterwards.
         data: a data set of (image, target), as for ``fit``, or an iterable of batches.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; of videos in several views, clips.
         workers: processes that read images.
         count_macs: whether to count what runs; each operator then passes through Python, which costs some time.
         execution: ``compact`` skips tokens, ``masked`` computes all.
@@ -158,16 +158,20 @@ def evaluate(
     counter = MacCounter() if count_macs else None
     with _in_eval_mode(model):
         for number, given in enumerate(batches):
-            batch, targets = (tensor.to(device) for tensor in _pair(given, number))
+            batch, targets = _pair(given, number)
             batch, views = in_views(batch, model.preprocessing.clip)
-            with counter or nullcontext(), counter.watching(model.backbone) if counter else nullcontext():
-                output = model.run(batch, execution=execution)
-            outputs = over_views(output.logits.float(), views, model.task, model.preprocessing.clip)
+            targets, logits = targets.to(device), []
+            for piece in batch.chunk(views):
+                with counter or nullcontext(), counter.watching(model.backbone) if counter else nullcontext():
+                    output = model.run(piece.to(device), execution=execution)
+                logits.append(output.logits.float())
+                for gate in output.gates:
+                    share = float(gate.values.float().mean()) / views
+                    active[gate.unit] = active.get(gate.unit, 0.0) + len(targets) * share
+            outputs = over_views(torch.cat(logits), views, model.task, model.preprocessing.clip)
             metric.update(outputs, targets)
             spoilt += int((~outputs.reshape(len(outputs), -1).isfinite().all(1)).sum())
             images += len(targets)
-            for gate in output.gates:
-                active[gate.unit] = active.get(gate.unit, 0.0) + len(targets) * float(gate.values.float().mean())
             tokens = {reduction.unit: reduction.count for reduction in output.reductions}
             if watch:
                 watch(images, metric.figures())

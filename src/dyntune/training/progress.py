@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Column
 
-from dyntune.core.words import counted, duration
+from dyntune.core.words import counted, duration, several
 from dyntune.training.evaluate import Evaluation
 from dyntune.training.interrupt import TrainingInterrupted
 
@@ -48,8 +48,8 @@ class Progress(Protocol):
 class CalibrationProgress(Protocol):
     """Told of what may come behind a run; a ``Progress`` need not be."""
 
-    def calibrating(self, images: int) -> None:
-        """The training is over, and gates are calibrated for other rates, on so many images."""
+    def calibrating(self, images: int, noun: str) -> None:
+        """The training is over, and gates are calibrated for other rates, on so many images, or what ``noun`` says."""
         ...
 
 
@@ -146,8 +146,8 @@ class ProgressBar:
 
     def saved(self, epoch: int, folder: Path) -> None: ...
 
-    def calibrating(self, images: int) -> None:
-        self.say(f"calibrating the gates for other rates on {counted(images, 'image')}")
+    def calibrating(self, images: int, noun: str) -> None:
+        self.say(f"calibrating the gates for other rates on {counted(images, noun)}")
 
     def say(self, text: str) -> None:
         """Lines beside the bar, as they are."""
@@ -222,10 +222,11 @@ class EvaluationBar(CountBar):
         images: how many there are.
         merit: the figure that is shown.
         console: where to write.
+        noun: what one of them is called.
     """
 
-    def __init__(self, images: int, merit: str, console: Console) -> None:
-        super().__init__("evaluating", images, "images", console)
+    def __init__(self, images: int, merit: str, console: Console, noun: str = "image") -> None:
+        super().__init__("evaluating", images, several(noun), console)
         self.merit = merit
 
     def __call__(self, done: int, figures: dict[str, float]) -> None:

@@ -33,6 +33,18 @@ _NAME = "videomae_{}_patch16_224"
 _FOLDER = "videomae:"
 MOST_TOKENS = 65536
 """Of a clip, whose positions are computed when a model is made."""
+_WHOLE = {
+    "frames": ("num_frames", 4096),
+    "img_size": ("image_size", 4096),
+    "patch_size": ("patch_size", 256),
+    "tubelet": ("tubelet_size", 64),
+    "width": ("hidden_size", 4096),
+    "depth": ("num_hidden_layers", 64),
+    "heads": ("num_attention_heads", 256),
+}
+"""Arguments that are whole numbers from 1: what transformers calls each, and the highest value, well above those of
+published models."""
+_WIDEST_MLP = 32768
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _STRIDE = 4
 """Between two frames of VideoMAE's clips of 16."""
@@ -89,6 +101,11 @@ class SpaceTimeViT(nn.Module):
         fc_eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        given = (frames, img_size, patch_size, tubelet, width, depth, heads)
+        for (name, (_, highest)), value in zip(_WHOLE.items(), given, strict=True):
+            _whole(name, value, highest)
+        if width % heads:
+            raise BackboneError(f"{width} channels and {heads} heads: expected heads of equal width.")
         if frames % tubelet or img_size % patch_size:
             raise BackboneError(
                 f"{frames} frames of {img_size} pixels: expected whole tubelets of {tubelet} frames and patches of "
@@ -170,11 +187,15 @@ class SpaceTime(Backbone):
         cls, name: str, *, weights: str | Path | None = None, pretrained: bool = True, **arguments: Any
     ) -> nn.Module:
         """A VideoMAE by its name, with weights from a file of its public code, or from a folder of transformers."""
-        if isinstance(arguments.get("img_size"), list | tuple):
-            arguments["img_size"] = arguments["img_size"][0]
+        if "img_size" in arguments:
+            arguments["img_size"] = _side(arguments["img_size"])
         if name.startswith(_FOLDER):
             folder = Path(name.removeprefix(_FOLDER)).expanduser()
-            host = SpaceTimeViT(**_shape(folder) | arguments)
+            shape = _shape(folder) | arguments
+            try:
+                host = SpaceTimeViT(**shape)
+            except BackboneError as error:
+                raise BackboneError(f"{folder}: {error}") from error
             host.__dict__["_name"] = f"{_FOLDER}{folder.resolve()}"
             host.__dict__["_pixels"] = _pixels(folder)
             weights = weights or folder
@@ -336,8 +357,9 @@ def _public_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _shape(folder: Path) -> dict[str, Any]:
     """The arguments of a model that transformers has saved."""
+    file = folder / "config.json"
     try:
-        config = load_json(folder / "config.json")
+        config = load_json(file)
         if config["model_type"] != "videomae":
             raise BackboneError(f"{folder} holds a {config['model_type']}; expected a videomae.")
         if not config.get("use_mean_pooling", True) or not config.get("qkv_bias", True):
@@ -346,17 +368,17 @@ def _shape(folder: Path) -> dict[str, Any]:
             )
         if config.get("hidden_act", "gelu") != "gelu":
             raise BackboneError(f"{folder}: its activation is {config['hidden_act']}; expected gelu.")
+        config["image_size"] = _side(config["image_size"])
+        shape = {own: _whole(f"{file}: {key}", config[key], highest) for own, (key, highest) in _WHOLE.items()}
+        hidden = _whole(f"{file}: intermediate_size", config["intermediate_size"], _WIDEST_MLP)
+        eps = config.get("layer_norm_eps", 1e-12)
+        if not isinstance(eps, float) or not 0 < eps < 1:
+            raise BackboneError(f"{file}: layer_norm_eps is {eps!r:.40}; expected a number between 0 and 1.")
         return {
+            **shape,
             "num_classes": len(config["id2label"]) if config.get("id2label") else 0,
-            "frames": config["num_frames"],
-            "img_size": config["image_size"],
-            "patch_size": config["patch_size"],
-            "tubelet": config["tubelet_size"],
-            "width": config["hidden_size"],
-            "depth": config["num_hidden_layers"],
-            "heads": config["num_attention_heads"],
-            "mlp_ratio": config["intermediate_size"] / config["hidden_size"],
-            "eps": config.get("layer_norm_eps", 1e-12),
+            "mlp_ratio": hidden / shape["width"],
+            "eps": eps,
             "fc_eps": 1e-5,
         }
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
@@ -365,6 +387,19 @@ def _shape(folder: Path) -> dict[str, Any]:
         raise BackboneError(
             f"{folder} is no folder of a VideoMAE that transformers saved ({error!r}). Expected config.json in it."
         ) from error
+
+
+def _side(size: Any) -> Any:
+    """One number for two equal ones; anything else as it is."""
+    return size[0] if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1] else size
+
+
+def _whole(name: str, value: Any, highest: int) -> int:
+    """A value that is a whole number from 1 to ``highest``; raises BackboneError for another."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
+        square = ", or two that are equal" if name.endswith(("img_size", "image_size")) else ""
+        raise BackboneError(f"{name} is {value!r:.40}; expected a whole number from 1 to {highest}{square}.")
+    return value
 
 
 def _pixels(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:

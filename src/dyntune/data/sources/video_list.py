@@ -6,12 +6,15 @@ from pathlib import Path
 
 from dyntune.core.errors import DataError
 from dyntune.core.texts import printable
-from dyntune.data.base import DataSplits
+from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.sources.base import Held, Request, Source
 from dyntune.data.splits import split_of
 from dyntune.data.videos import LabelledVideos
 
-FORM = "Expected lines PATH LABEL, or FOLDER FRAMES LABEL, with blanks or commas between, and paths below the list's"
+FORM = (
+    "Expected lines PATH LABEL, or FOLDER FRAMES LABEL, with blanks, tabs or commas between, and paths that are "
+    "absolute or from the list's folder"
+)
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,10 @@ class Line:
 class VideoList(Source):
     """A text file with a path and a label in each line; labels are numbers, or all names.
 
-    Paths are relative to the list's folder. A list called ``train``, or by another name of a training split, has its
-    validation and test lists beside it, under names such as ``val.csv`` and ``test.csv`` with the same suffix; what is
-    missing is treated as in a folder. A list by itself is evaluated on whole.
+    Paths are absolute or relative to the list's folder. A list called ``train``, or by another name of a training
+    split, has its validation and test lists beside it, under names such as ``val.csv`` and ``test.csv`` with the same
+    suffix; what is missing is treated as in a folder. A list by itself is evaluated on whole, each video in the split
+    that it is of.
     """
 
     prefix = "video-list:"
@@ -90,7 +94,13 @@ class VideoList(Source):
                 raise DataError(
                     f"{line.origin}: {line.label!r} is none of the classes that the model was trained on ({shown})."
                 )
-        return Held(request.name, {split or "test": _labelled(lines, names, numbered, path.parent)}, tuple(names))
+        grouped: dict[str, list[Line]] = {}
+        for line in lines:
+            grouped.setdefault(line.split or split or "test", []).append(line)
+        splits: dict[str, LabelledImages] = {
+            word: _labelled(own, names, numbered, path.parent) for word, own in grouped.items()
+        }
+        return Held(request.name, splits, tuple(names))
 
 
 def _lists(path: Path) -> dict[str, Path]:
@@ -134,23 +144,28 @@ def _labelled(lines: Sequence[Line], classes: Sequence[str], numbered: bool, roo
 def _read(path: Path) -> list[Line]:
     found = []
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no text in UTF-8. {FORM}.") from error
     for count, line in enumerate(text.splitlines(), start=1):
         words = line.strip()
         if not words or words.startswith("#"):
             continue
-        place, _, label = words.rpartition("," if "," in words else " ")
-        place, label = place.strip(), label.strip()
+        place, label = _cut(words)
         origin = f"{path}, line {count}"
         if not place or not label:
             raise DataError(f"{origin}: {words!r} has no label. {FORM}.")
         video = path.parent / place
-        folder, _, frames = place.rpartition("," if "," in place else " ")
-        if not video.exists() and frames.strip().isdecimal() and (path.parent / folder.strip()).is_dir():
-            video = path.parent / folder.strip()
+        folder, frames = _cut(place)
+        if frames.isdecimal() and not video.exists() and (path.parent / folder).is_dir():
+            video = path.parent / folder
         found.append(Line(str(video), label, origin))
     if not found:
         raise DataError(f"{path} has no lines. {FORM}.")
     return found
+
+
+def _cut(words: str) -> tuple[str, str]:
+    """What is before and what is behind the last comma, or the last blanks where there is no comma."""
+    before, *behind = words.rsplit("," if "," in words else None, 1)
+    return before.strip(), "".join(behind).strip()

@@ -46,7 +46,7 @@ def _find_shards(folder: Path) -> dict[str, _Shards]:
     for shard in sorted(folder.glob("*.tar")):
         words = [split for word in re.split(r"[^a-z]+", shard.name.lower()) if (split := split_of(word))]
         (found.setdefault(words[0], []) if words else others).append(shard)
-    if not found and others:
+    if "train" not in found and others:
         found["train"] = others
     elif others:
         log.warning("%s: left out %d shards of no split, such as %s.", folder, len(others), printable(others[0].name))
@@ -57,8 +57,9 @@ class Wds(Source):
     """A folder of tar shards whose samples are an image, or a video, and its label in a ``.cls`` file.
 
     Splits come from ``_info.json`` or ``info.json``, or else from the word ``train``, ``val`` or ``test`` in the names
-    of the shards; where none has such a word, all are for training. Only local files are read: webdataset would run a
-    ``pipe:`` address as a command. A shard that was cut off is refused, unless what cannot be read is to be left out.
+    of the shards; where none is called ``train``, those without such a word are for training. Only local files are
+    read: webdataset would run a ``pipe:`` address as a command. A shard that was cut off is refused, unless what cannot
+    be read is to be left out.
     """
 
     prefix = "wds/"
