@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 import dyntune
 from dyntune.core.errors import CheckpointError, DataError, SpecError
@@ -75,6 +75,45 @@ def test_calibrating_is_left_to_others_where_that_is_asked(make_host, data):
     plain = dyntune.tune(make_host(depth=1), "linear")
     dyntune.fit(plain, *data, **SHORT)
     assert plain.calibration is None
+
+
+class _Spoilt(Dataset):
+    """Images that cannot be had, or that draw random numbers, once the training is over."""
+
+    def __init__(self, data, fails):
+        self.data, self.fails, self.over = data, fails, False
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        if self.over:
+            torch.rand(1)
+        if self.over and self.fails:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        return self.data[index]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_follows_the_training_neither_loses_it_nor_draws(make_host, data, tmp_path, caplog, monkeypatch, fails):
+    sizes = []
+    images = _Spoilt(data[1], fails)
+
+    def looked(model, data, batch_size):
+        images.over = True
+        sizes.append(batch_size)
+        return closed_gates(model, data, batch_size)
+
+    monkeypatch.setattr("dyntune.training.trainer.closed_gates", looked)
+    model = dyntune.tune(make_host(depth=1), "dyt")
+    torch.manual_seed(3)
+    with caplog.at_level(logging.WARNING, "dyntune"):
+        dyntune.fit(model, data[0], images, out=tmp_path / "run", **SHORT)
+    drawn = torch.rand(1)
+    assert torch.equal(drawn, torch.rand(1, generator=torch.Generator().manual_seed(3))) and sizes == [16]
+    said = [record.getMessage() for record in caplog.records if "memory" in record.getMessage()]
+    assert len(said) == (2 if fails else 0) and (model.calibration is None) == fails
+    assert dyntune.load(tmp_path / "run", backbone=make_host(depth=1)) is not None
 
 
 def _gates(model, *biases):

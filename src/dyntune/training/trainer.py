@@ -27,7 +27,7 @@ from dyntune.model.objective import Criterion, training_loss
 from dyntune.model.rates import dispatchers
 from dyntune.model.tuned import TunedModel, require_tuned
 from dyntune.training.accelerator import apart, make_accelerator
-from dyntune.training.calibration import calibrate_run
+from dyntune.training.calibration import after_training, calibrate_run
 from dyntune.training.closed_gates import ClosedGate, closed_gates
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
 from dyntune.training.header import training_header
@@ -129,11 +129,16 @@ def fit(
         result = run.train(resume)
         if not run._main:
             return result
-        closed = closed_gates(model, run.held_out)
+        closed: tuple[ClosedGate, ...] = ()
+        batch_size = min(32, chosen.batch_size)  # what is known to fit
+        with after_training("nobody has looked whether gates have closed"):
+            closed = closed_gates(model, run.held_out, batch_size)
         for gate in closed:
             log.warning("%s", gate)
         if calibrate is not False:
-            calibrate_run(model, run.held_out if calibrate is True else calibrate, folder, run.progress)
+            images = run.held_out if calibrate is True else calibrate
+            with after_training("the gates are not calibrated, so that set_rate needs images"):
+                calibrate_run(model, images, folder, run.progress, batch_size)
         return replace(result, closed=closed)
 
 
