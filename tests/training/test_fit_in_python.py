@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import dyntune
-from dyntune.core.errors import CheckpointError, DataError, SpecError
+from dyntune.core.errors import CheckpointError, DataError, SpecError, TrainingError
 from dyntune.data import load_data
 from dyntune.data.base import DataSplits
 from dyntune.data.datasets import ArrayImages
@@ -64,6 +65,34 @@ def test_gates_are_calibrated_at_the_end(make_host, data, tmp_path, capsys):
     dyntune.fit(again, *data, out=tmp_path / "run", resume=True, progress=True, **SHORT)
     assert "calibrating" not in capsys.readouterr().err, "a run that is complete has that already"
     assert again.calibration == saved and json.loads((tmp_path / "run" / "dyntune.json").read_text()) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("yes", "calibrate='yes': expected True, False, or a data set"),
+        (0.5, "calibrate=0.5: expected True, False, or a data set"),
+        (iter([]), "the data set to calibrate on is a list_iterator, which is not read by index"),
+        (TensorDataset(torch.zeros(0, 3, 32, 32), torch.zeros(0)), "the data set to calibrate on is empty"),
+        (TensorDataset(torch.zeros(2, 3, 32, 20), torch.zeros(2)), "the first image of the data set to calibrate on"),
+    ],
+)
+def test_what_to_calibrate_on_is_looked_at_before_the_training(make_host, data, tmp_path, given, words):
+    model = dyntune.tune(make_host(depth=1), "dyt")
+    with pytest.raises((DataError, TrainingError), match=re.escape(words)):
+        dyntune.fit(model, *data, out=tmp_path / "run", calibrate=given, **SHORT)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_complete_run_is_calibrated_again_where_other_images_are_given(make_host, data, tmp_path):
+    def calibration(images, resume=True):
+        model = dyntune.tune(make_host(depth=1), "dyt")
+        dyntune.fit(model, *data, out=tmp_path / "run", resume=resume, calibrate=images, **SHORT)
+        return model.calibration
+
+    assert calibration(None, resume=False) is None
+    assert [calibration(images).images for images in (True, data[0], data[1])] == [16, 32, 32]
+    assert dyntune.load(tmp_path / "run", backbone=make_host(depth=1)).calibration.images == 32
 
 
 def test_calibrating_is_left_to_others_where_that_is_asked(make_host, data):

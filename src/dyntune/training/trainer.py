@@ -27,7 +27,7 @@ from dyntune.model.objective import Criterion, training_loss
 from dyntune.model.rates import dispatchers
 from dyntune.model.tuned import TunedModel, require_tuned
 from dyntune.training.accelerator import apart, make_accelerator
-from dyntune.training.calibration import after_training, calibrate_run
+from dyntune.training.calibration import after_training, calibrate_run, calibration_images
 from dyntune.training.closed_gates import ClosedGate, closed_gates
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
 from dyntune.training.header import training_header
@@ -82,7 +82,7 @@ def fit(
     out: str | Path | None = None,
     resume: bool = False,
     progress: Progress | bool | None = None,
-    calibrate: bool | Dataset[Any] = True,
+    calibrate: bool | Dataset[Any] | None = True,
     settings: TrainSettings | None = None,
     teacher: nn.Module | None = None,
     **options: Any,
@@ -104,7 +104,8 @@ def fit(
         progress: shows what goes on: True or False, or what is told of it. By default a bar, or a line for each epoch,
             appears in a terminal or a notebook and nothing elsewhere.
         calibrate: whether learned gates are calibrated at the end, so that ``set_rate`` can choose other rates; or the
-            images to do that on, by default those of ``val_set`` or else of ``train_set``. It is saved with the run.
+            images to do that on, by default those of ``val_set`` or else of ``train_set``. It is saved with the run; a
+            complete run that is resumed keeps what it has, unless other images are given. None is False.
         settings: all options at once.
         teacher: a model of the same task, tuned or a plain backbone, for policies that learn from one (DynamicViT);
             others ignore it. It is moved to the device, put into eval mode, never trained and not saved. Without it
@@ -121,6 +122,7 @@ def fit(
         raise TrainingError("give settings=... or single options, not both.")
     chosen = settings or TrainSettings.of(**options)
     folder = None if out is None else Path(out).expanduser()
+    wanted = calibration_images(model, calibrate, train_set if val_set is None else val_set)
     shown = display(progress, model.spec)
     with apart(), limits_named():
         run = _Run(model, train_set, val_set, folder, chosen, shown, teacher)
@@ -135,10 +137,10 @@ def fit(
             closed = closed_gates(model, run.held_out, batch_size)
         for gate in closed:
             log.warning("%s", gate)
-        if calibrate is not False:
-            images = run.held_out if calibrate is True else calibrate
+        if wanted is not False:
+            images = run.held_out if wanted is True else wanted
             with after_training("the gates are not calibrated, so that set_rate needs images"):
-                calibrate_run(model, images, folder, run.progress, batch_size)
+                calibrate_run(model, images, folder, run.progress, batch_size, again=wanted is not True)
         return replace(result, closed=closed)
 
 
