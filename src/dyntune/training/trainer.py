@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -129,18 +130,8 @@ def fit(
         if run._main and shown is not progress and isinstance(shown, ProgressBar):
             shown.say(str(training_header(model, train_set, val_set, chosen)))
         result = run.train(resume)
-        if not run._main:
-            return result
-        closed: tuple[ClosedGate, ...] = ()
-        batch_size = min(32, chosen.batch_size)  # what is known to fit
-        with after_training("nobody has looked whether gates have closed"):
-            closed = closed_gates(model, run.held_out, batch_size)
-        for gate in closed:
-            log.warning("%s", gate)
-        if wanted is not False:
-            images = run.held_out if wanted is True else wanted
-            with after_training("the gates are not calibrated, so that set_rate needs images"):
-                calibrate_run(model, images, folder, run.progress, batch_size, again=wanted is not True)
+        closed = run.look_at_gates(wanted) if run._main else ()
+        model.calibration, closed = broadcast_object_list([model.calibration, closed])
         return replace(result, closed=closed)
 
 
@@ -264,6 +255,24 @@ class _Run:
             steps=self.settings.epochs * self.steps_per_epoch,
             seconds=self.seconds,
         )
+
+    def look_at_gates(self, calibrate: bool | Dataset[Any]) -> tuple[ClosedGate, ...]:
+        """After the training: tells of gates that have closed, which it gives, and calibrates them.
+
+        Args:
+            calibrate: see ``calibration_images``.
+        """
+        closed: tuple[ClosedGate, ...] = ()
+        batch_size = min(32, self.settings.batch_size)  # what is known to fit
+        with after_training("nobody has looked whether gates have closed"):
+            closed = closed_gates(self.model, self.held_out, batch_size)
+        for gate in closed:
+            log.warning("%s", gate)
+        if calibrate is not False:
+            images, again = (self.held_out, False) if calibrate is True else (calibrate, True)
+            with after_training("the gates are not calibrated, so that set_rate needs images"):
+                calibrate_run(self.model, images, self.out, self.progress, batch_size, again=again)
+        return closed
 
     @contextmanager
     def _course(self) -> Iterator[None]:
