@@ -306,8 +306,9 @@ class TunedModel(TimmMethods, HubModel):
         kept = {name: shape for name, shape in self._shapes.items() if name not in before}
         self._shapes = kept | {name: p.shape for name, p in self._held() if name in new}
         claim(self, self.backbone)
-        if "num_classes" in self.origin.arguments:
-            self.origin = replace(self.origin, arguments=self.origin.arguments | {"num_classes": classes})
+        self.backbone.outputs = classes
+        if "num_classes" in self._origin.arguments:
+            self._origin = replace(self._origin, arguments=self._origin.arguments | {"num_classes": classes})
         if self._classes is not None and len(self._classes) != classes:
             self._classes = None
 
