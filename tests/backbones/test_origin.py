@@ -181,11 +181,21 @@ def test_a_heading_names_what_is_known(source, title, repository):
     assert (source.title, source.repository) == (title, repository)
 
 
-@pytest.mark.parametrize("name", ["hf:/home/me/vit", "local-dir:/home/me/vit", "frames:hf:/home/me/vit"])
+@pytest.mark.parametrize(
+    "name", ["hf:/home/me/vit", "local-dir:/home/me/vit", "frames:hf:/home/me/vit", "inflated:local-dir:/home/me/vit"]
+)
 def test_no_path_of_this_machine_is_left_for_others(name):
     assert BackboneSource(name, {"num_classes": 3}, published=True).without_paths() == BackboneSource(None)
     kept = BackboneSource("vit.tag", {"num_classes": 3}, "/home/me/a.npz").without_paths()
     assert kept == BackboneSource("vit.tag", {"num_classes": 3})
+
+
+@pytest.mark.parametrize("prefix", ["", "frames:", "inflated:"])
+def test_a_model_for_clips_says_of_its_weights_what_its_image_model_does(prefix):
+    words = {"vit.tag": "weights that timm has for it", "hf:me/vit": "weights from there (hf)"}
+    words[BUILTIN_BACKBONE] = "weights that come with Dyntune"
+    for name, said in words.items():
+        assert BackboneSource(prefix + name, published=True).weights_in_words == said
 
 
 def test_without_a_network_there_is_an_answer_at_once(unreachable, tmp_path, monkeypatch):
