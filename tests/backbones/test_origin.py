@@ -9,7 +9,7 @@ import timm
 import torch
 
 import dyntune
-from dyntune.backbones import hub
+from dyntune.backbones import hosts, hub
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.backbones.hosts import create_backbone, rebuild
 from dyntune.backbones.origin import BackboneSource
@@ -63,6 +63,21 @@ def test_nothing_is_looked_for_until_it_is_recorded(monkeypatch):
         assert dyntune.cost(model).model == BUILTIN_BACKBONE
         dyntune.optimize(model.eval())
     assert not model.origin.published
+
+
+def test_what_weights_of_a_name_are_is_looked_into_once(monkeypatch):
+    built = []
+    monkeypatch.setattr(
+        "dyntune.backbones.hosts.rebuild", lambda *given, **how: built.append(1) or rebuild(*given, **how)
+    )
+    hosts._published_fingerprints.cache_clear()
+    for before, pretrained in ((0, True), (1, False), (1, True)):
+        model = dyntune.tune(timm.create_model(BUILTIN_BACKBONE, pretrained=pretrained), "linear")
+        model.reset_classifier(3)
+        repr(model)
+        assert len(built) == before
+        assert (model.origin.published, model.origin.arguments["num_classes"]) == (pretrained, 3)
+        assert len(built) == 1
 
 
 def test_training_every_weight_does_not_make_them_unknown():
@@ -166,11 +181,21 @@ def test_a_heading_names_what_is_known(source, title, repository):
     assert (source.title, source.repository) == (title, repository)
 
 
-@pytest.mark.parametrize("name", ["hf:/home/me/vit", "local-dir:/home/me/vit", "frames:hf:/home/me/vit"])
+@pytest.mark.parametrize(
+    "name", ["hf:/home/me/vit", "local-dir:/home/me/vit", "frames:hf:/home/me/vit", "inflated:local-dir:/home/me/vit"]
+)
 def test_no_path_of_this_machine_is_left_for_others(name):
     assert BackboneSource(name, {"num_classes": 3}, published=True).without_paths() == BackboneSource(None)
     kept = BackboneSource("vit.tag", {"num_classes": 3}, "/home/me/a.npz").without_paths()
     assert kept == BackboneSource("vit.tag", {"num_classes": 3})
+
+
+@pytest.mark.parametrize("prefix", ["", "frames:", "inflated:"])
+def test_a_model_for_clips_says_of_its_weights_what_its_image_model_does(prefix):
+    words = {"vit.tag": "weights that timm has for it", "hf:me/vit": "weights from there (hf)"}
+    words[BUILTIN_BACKBONE] = "weights that come with Dyntune"
+    for name, said in words.items():
+        assert BackboneSource(prefix + name, published=True).weights_in_words == said
 
 
 def test_without_a_network_there_is_an_answer_at_once(unreachable, tmp_path, monkeypatch):

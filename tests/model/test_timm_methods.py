@@ -188,6 +188,7 @@ def test_a_new_classifier_is_trained_saved_and_loaded(make_host, make_hf, images
     with pytest.raises(BackboneError, match="belongs to another"):
         dyntune.tune(host, "linear")
     model.reset_classifier(0)
+    assert model.num_classes == 0
     assert not model.tuned_state() and model.eval()(images).shape == (2, 32)
 
 

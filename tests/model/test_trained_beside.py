@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import dyntune
+from dyntune.core.digests import checksum
 from dyntune.core.errors import BackboneError, CheckpointError, TrainingError
 from dyntune.model.adapter_folder import CONFIG, WEIGHTS
 
@@ -94,6 +95,38 @@ def test_one_frozen_value_that_was_changed_is_saved(make_host, images, tmp_path)
     assert len(model.extra_state()) == 1 and not torch.equal(model(images), before)
     loaded = dyntune.load(model.save(tmp_path), backbone=make_host())
     assert torch.equal(loaded(images), model(images))
+
+
+@torch.no_grad()
+def test_frozen_values_are_compared_again_only_where_they_may_have_changed(make_host, tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr("dyntune.model.tuned.checksum", lambda tensor: looked.append(tensor) or checksum(tensor))
+    model = dyntune.tune(make_host(), "lora")
+    weight, every = model.backbone.host.blocks[0].mlp.fc1.weight, len(looked)
+    model.state_dict()
+    assert len(looked) == every > 0
+    model.save(tmp_path / "whole")
+    assert len(looked) == 2 * every
+    weight.mul_(1)
+    assert model.extra_state() == {} and len(looked) == 2 * every + 1
+    weight.data[17, 5] += 3
+    model.begin_training(2, 0.1)
+    model.save(tmp_path / "within")
+    assert len(looked) == 2 * every + 1
+    model.end_training()
+    saved = model.save(tmp_path / "after")
+    assert [*json.loads((saved / CONFIG).read_text())["extra"]] == ["host.blocks.0.mlp.fc1.weight"]
+    assert "host.blocks.0.mlp.fc1.weight" in model.state_dict() and len(looked) == 3 * every + 1
+    model.backbone.host.blocks[1].mlp.fc1.weight = nn.Parameter(torch.zeros_like(weight), requires_grad=False)
+    assert len(model.extra_state()) == len(copy.deepcopy(model).extra_state()) == 2
+
+
+@torch.inference_mode()
+def test_in_inference_mode_frozen_values_that_were_changed_are_saved(make_host):
+    model = dyntune.tune(make_host(), "lora")
+    model.state_dict()
+    model.backbone.host.blocks[0].mlp.fc1.weight[17, 5] += 3
+    assert "host.blocks.0.mlp.fc1.weight" in model.state_dict()
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Several processes, as ``torchrun`` starts them: together they do what one does with the whole batch."""
 
+import json
 import os
 import shutil
 import signal
@@ -46,6 +47,36 @@ def test_two_processes_train_like_one_with_twice_the_batch(photos, tmp_path):
     assert scores[0] == scores[1]
     losses = [[r["loss"] for r in read_log(tmp_path / name) if r["kind"] == "val"] for name in ("one", "two")]
     assert abs(losses[0][0] - losses[1][0]) < 1e-4
+
+
+_FIT = """
+import json, sys
+from pathlib import Path
+import dyntune, timm, torch
+from dyntune.training.accelerator import is_main_process
+from torch.utils.data import TensorDataset
+
+data = TensorDataset(torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2)
+torch.manual_seed(0)
+size = dict(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=2)
+model = dyntune.tune(timm.models.VisionTransformer(**size), "dispatch")
+with torch.no_grad():
+    model.backbone.blocks[0].mlp.dispatcher.gate.bias.fill_(-30.0)
+result = dyntune.fit(model, data, epochs=1, batch_size=4, device="cpu", lr=1e-9, min_lr=0, warmup_lr=0)
+model.set_rate(0.5)
+said = [model.calibration.to_dict(), [str(gate) for gate in result.closed]]
+Path(sys.argv[1], "main" if is_main_process() else "other").write_text(json.dumps(said))
+"""
+
+
+def test_every_process_is_told_what_one_has_found_after_the_training(tmp_path):
+    (tmp_path / "fit.py").write_text(_FIT)
+    command = [*LAUNCHER[:-2], str(tmp_path / "fit.py"), str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    main, other = (json.loads((tmp_path / name).read_text()) for name in ("main", "other"))
+    assert main == other and main[0]["images"] == 8
 
 
 def test_a_signal_to_one_process_stops_all_of_them_with_the_state_saved(photos, tmp_path):

@@ -2,15 +2,16 @@
 
 import json
 import logging
+import re
 
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 import dyntune
-from dyntune.core.errors import CheckpointError, DataError, SpecError
+from dyntune.core.errors import CheckpointError, DataError, SpecError, TrainingError
 from dyntune.data import load_data
 from dyntune.data.base import DataSplits
 from dyntune.data.datasets import ArrayImages
@@ -66,6 +67,34 @@ def test_gates_are_calibrated_at_the_end(make_host, data, tmp_path, capsys):
     assert again.calibration == saved and json.loads((tmp_path / "run" / "dyntune.json").read_text()) == config
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("yes", "calibrate='yes': expected True, False, or a data set"),
+        (0.5, "calibrate=0.5: expected True, False, or a data set"),
+        (iter([]), "the data set to calibrate on is a list_iterator, which is not read by index"),
+        (TensorDataset(torch.zeros(0, 3, 32, 32), torch.zeros(0)), "the data set to calibrate on is empty"),
+        (TensorDataset(torch.zeros(2, 3, 32, 20), torch.zeros(2)), "the first image of the data set to calibrate on"),
+    ],
+)
+def test_what_to_calibrate_on_is_looked_at_before_the_training(make_host, data, tmp_path, given, words):
+    model = dyntune.tune(make_host(depth=1), "dyt")
+    with pytest.raises((DataError, TrainingError), match=re.escape(words)):
+        dyntune.fit(model, *data, out=tmp_path / "run", calibrate=given, **SHORT)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_complete_run_is_calibrated_again_where_other_images_are_given(make_host, data, tmp_path):
+    def calibration(images, resume=True):
+        model = dyntune.tune(make_host(depth=1), "dyt")
+        dyntune.fit(model, *data, out=tmp_path / "run", resume=resume, calibrate=images, **SHORT)
+        return model.calibration
+
+    assert calibration(None, resume=False) is None
+    assert [calibration(images).images for images in (True, data[0], data[1])] == [16, 32, 32]
+    assert dyntune.load(tmp_path / "run", backbone=make_host(depth=1)).calibration.images == 32
+
+
 def test_calibrating_is_left_to_others_where_that_is_asked(make_host, data):
     model = dyntune.tune(make_host(depth=1), "dyt")
     dyntune.fit(model, *data, calibrate=False, **SHORT)
@@ -75,6 +104,45 @@ def test_calibrating_is_left_to_others_where_that_is_asked(make_host, data):
     plain = dyntune.tune(make_host(depth=1), "linear")
     dyntune.fit(plain, *data, **SHORT)
     assert plain.calibration is None
+
+
+class _Spoilt(Dataset):
+    """Images that cannot be had, or that draw random numbers, once the training is over."""
+
+    def __init__(self, data, fails):
+        self.data, self.fails, self.over = data, fails, False
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        if self.over:
+            torch.rand(1)
+        if self.over and self.fails:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        return self.data[index]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_follows_the_training_neither_loses_it_nor_draws(make_host, data, tmp_path, caplog, monkeypatch, fails):
+    sizes = []
+    images = _Spoilt(data[1], fails)
+
+    def looked(model, data, batch_size):
+        images.over = True
+        sizes.append(batch_size)
+        return closed_gates(model, data, batch_size)
+
+    monkeypatch.setattr("dyntune.training.trainer.closed_gates", looked)
+    model = dyntune.tune(make_host(depth=1), "dyt")
+    torch.manual_seed(3)
+    with caplog.at_level(logging.WARNING, "dyntune"):
+        dyntune.fit(model, data[0], images, out=tmp_path / "run", **SHORT)
+    drawn = torch.rand(1)
+    assert torch.equal(drawn, torch.rand(1, generator=torch.Generator().manual_seed(3))) and sizes == [16]
+    said = [record.getMessage() for record in caplog.records if "memory" in record.getMessage()]
+    assert len(said) == (2 if fails else 0) and (model.calibration is None) == fails
+    assert dyntune.load(tmp_path / "run", backbone=make_host(depth=1)) is not None
 
 
 def _gates(model, *biases):

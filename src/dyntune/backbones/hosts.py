@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -168,10 +169,31 @@ def checked_origin(source: BackboneSource, host: nn.Module, found: str | None) -
     dtype = next(host.parameters()).dtype
     for given in dict.fromkeys((file, None)):
         with contextlib.suppress(BackboneError), cache_alone():  # what is not on this machine
-            again = rebuild(source, weights=given)
-            if found in (host_fingerprint(again), host_fingerprint(again, dtype)):
+            if given is None and source.weights is None and ":" not in source.name:
+                known = _published_fingerprints(source.name, json.dumps(source.arguments, sort_keys=True), dtype)
+            else:
+                known = _fingerprints(source, given, dtype)
+            if found in known:
                 return replace(source, weights=given, published=given is None)
     return source
+
+
+@functools.cache
+def _published_fingerprints(name: str, arguments: str, dtype: torch.dtype) -> frozenset[str | None]:
+    """Those of the weights that timm has for a name: building the model takes seconds, and they stay the same.
+
+    Args:
+        name: of a model of timm's own.
+        arguments: it is built with, as JSON.
+        dtype: see ``_fingerprints``.
+    """
+    return _fingerprints(BackboneSource(name, json.loads(arguments)), None, dtype)
+
+
+def _fingerprints(source: BackboneSource, weights: str | None, dtype: torch.dtype) -> frozenset[str | None]:
+    """Those of a model that is built again: of its weights as they are, and converted to ``dtype``."""
+    again = rebuild(source, weights=weights)
+    return frozenset((host_fingerprint(again), host_fingerprint(again, dtype)))
 
 
 def rebuild(source: BackboneSource, *, weights: str | Path | None = None, pretrained: bool = True) -> nn.Module:

@@ -79,9 +79,14 @@ class BackboneSource:
         return place.partition("@")[0] if library in ("hf", "hf-hub") and not self._local else None
 
     @property
+    def _own_name(self) -> str:
+        """The name of the model itself, without what is put in front of an image model's for clips."""
+        return (self.name or "").removeprefix(CLIPS).removeprefix(INFLATED)
+
+    @property
     def _local(self) -> bool:
         """Whether the name is that of a folder."""
-        place = (self.name or "").removeprefix(CLIPS).partition(":")[2]
+        place = self._own_name.partition(":")[2]
         return Path(place).is_absolute() or place.startswith(".")
 
     def without_paths(self) -> Self:
@@ -101,21 +106,20 @@ class BackboneSource:
     @property
     def places(self) -> tuple[str, ...]:
         """What it names beside models of timm's own list: hubs, folders, files."""
-        own = (self.name or "").removeprefix(CLIPS).removeprefix(INFLATED)
-        name = (own,) if ":" in own else ()
+        name = (self._own_name,) if ":" in self._own_name else ()
         return name if self.weights is None else (*name, self.weights)
 
     @property
     def weights_in_words(self) -> str:
         """Where the weights come from."""
-        library, colon, _ = (self.name or "").removeprefix(CLIPS).partition(":")
+        library, colon, _ = self._own_name.partition(":")
         if self.weights is not None:
             return f"weights from {self.weights}"
         if self.name is None:
             return "weights as they were given"
         if not self.published:
             return "weights that are not known to be published"
-        if self.name == BUILTIN_BACKBONE:
+        if self._own_name == BUILTIN_BACKBONE:
             return "weights that come with Dyntune"
         return f"weights from there ({library})" if colon else "weights that timm has for it"
 

@@ -101,6 +101,10 @@ class TunedModel(TimmMethods, HubModel):
             if name not in self._tuned and not t.is_meta
         }
         """Of each tensor that the methods leave as it is, some values, and what tells any other value from before."""
+        self._compared: dict[str, tuple[tuple[Any, ...], bool]] = {
+            name: (mark, False) for name, t in self._held() if name in self._before and (mark := _mark(t)) is not None
+        }
+        """Of these, the mark of the tensor that was compared last, and whether it had other values than before."""
         self.calibration: Calibration | None = None
         self.unmerged: dict[str, str] | None = None
         self._missed = False
@@ -256,11 +260,25 @@ class TunedModel(TimmMethods, HubModel):
         return self.tuned_state() | dict(kept_buffers(self.backbone))
 
     def extra_state(self) -> dict[str, Tensor]:
-        """What has been changed, or is trained, beside the methods: unfrozen tensors, replaced weights, statistics."""
-        before = self._before.items()
+        """What has been changed, or is trained, beside the methods: unfrozen tensors, replaced weights, statistics.
+
+        Tensors that PyTorch counts no change of since they were compared last are not read again. It does not count
+        what is done to ``tensor.data``, which ``save`` therefore looks for, outside of a training.
+        """
         held = dict(self._held())
-        changed = {name: held[name] for name, values in before if name in held and _differs(held[name], values)}
+        changed = {name: held[name] for name in self._before if name in held and self._differs(name, held[name])}
         return {name: p for name, p in self.tuned_state().items() if name not in self._tuned} | changed
+
+    def _differs(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor that the methods leave as it is has other values than before."""
+        mark = _mark(tensor)
+        known = self._compared.get(name)
+        if mark is not None and known is not None and known[0] == mark:
+            return known[1]
+        found = _differs(tensor, self._before[name])
+        if mark is not None:
+            self._compared[name] = mark, found
+        return found
 
     def adopt(self, extra: dict[str, bool]) -> None:
         """Counts tensors among what is trained and saved that the methods would leave as they are.
@@ -288,8 +306,9 @@ class TunedModel(TimmMethods, HubModel):
         kept = {name: shape for name, shape in self._shapes.items() if name not in before}
         self._shapes = kept | {name: p.shape for name, p in self._held() if name in new}
         claim(self, self.backbone)
-        if "num_classes" in self.origin.arguments:
-            self.origin = replace(self.origin, arguments=self.origin.arguments | {"num_classes": classes})
+        self.backbone.outputs = classes
+        if "num_classes" in self._origin.arguments:
+            self._origin = replace(self._origin, arguments=self._origin.arguments | {"num_classes": classes})
         if self._classes is not None and len(self._classes) != classes:
             self._classes = None
 
@@ -325,6 +344,7 @@ class TunedModel(TimmMethods, HubModel):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._compared = {}
         claim(self, self.backbone)  # a copy has parameters of its own
 
     def saved_names(self) -> dict[str, str]:
@@ -392,6 +412,8 @@ class TunedModel(TimmMethods, HubModel):
             self.classes = classes
         self.require_savable()
         self._miss_names()
+        if self.backbone.steps is None:
+            self._compared.clear()
         if not overwrite:
             require_no_run(Path(folder))
         tensors = self.saved_state()
@@ -432,7 +454,7 @@ class TunedModel(TimmMethods, HubModel):
                 **self.origin.to_dict(),
                 "fingerprint": self.fingerprint,
                 "dtype": str(next(self.backbone.parameters()).dtype).removeprefix("torch."),
-                "complete": self.saved_state().keys() >= every,
+                "complete": every <= {*self.saved_names().values()},
             },
             "extra": {self.backbone.saved_name(name): tensor.requires_grad for name, tensor in extra.items()},
             "peft": self.backbone.recipe(),
@@ -548,6 +570,13 @@ def _traced(backbone: Backbone) -> Trace:
             f"the model cannot compute an input of the shape {backbone.input_shape}: {type(error).__name__}: "
             f"{in_one_line(error)}. Give one whose parts go together, and whose lazy layers have run once."
         ) from error
+
+
+def _mark(tensor: Tensor) -> tuple[Any, ...] | None:
+    """What stays the same as long as PyTorch counts no change of a tensor; None where it does not count."""
+    if tensor.is_meta or tensor.is_inference():
+        return None
+    return id(tensor), tensor.data_ptr(), tensor.dtype, tensor._version
 
 
 def _differs(tensor: Tensor, before: tuple[Tensor, int]) -> bool:

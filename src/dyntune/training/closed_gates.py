@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from dyntune.backbones.units import Unit
 from dyntune.core.tokens import Tokens
 from dyntune.data.transforms import preprocessed
-from dyntune.model.executions import Compact
-from dyntune.model.tuned import TunedModel
-from dyntune.parts.policies.base import Gate
+from dyntune.model.executions import Compact, Execution
+from dyntune.model.tuned import ExecutionName, TunedModel
+from dyntune.parts.policies.base import Gate, Output
 from dyntune.parts.policies.gating import GatingPolicy, gating
 
 CLOSED = 0.1
@@ -70,10 +70,15 @@ def closed_gates(model: TunedModel, data: Dataset[Any], batch_size: int = 32) ->
     model.eval()
     try:
         batches = list(_batches(model, data, batch_size))
+        like = next(model.parameters())
+
+        def run(batch: Tensor, execution: ExecutionName | Execution) -> Output:
+            return model.run(batch.to(device=like.device, dtype=like.dtype), execution=execution)
+
         images = sum(map(len, batches))
         active = dict.fromkeys(gated, 0.0)
         for batch in batches:
-            for gate in model.run(batch, execution="compact").gates:
+            for gate in run(batch, "compact").gates:
                 active[gate.unit] += len(batch) * gate.values.float().mean().item() / images
         found = []
         complete: list[Tensor] = []
@@ -81,8 +86,8 @@ def closed_gates(model: TunedModel, data: Dataset[Any], batch_size: int = 32) ->
             target = policy.target_rate(unit)
             if active[path] >= CLOSED or target < 2 * CLOSED:
                 continue
-            complete = complete or [model.run(batch, execution=_Alone(None)).logits for batch in batches]
-            alone = (model.run(batch, execution=_Alone(path)).logits for batch in batches)
+            complete = complete or [run(batch, _Alone(None)).logits for batch in batches]
+            alone = (run(batch, _Alone(path)).logits for batch in batches)
             same = [model.task.agreement(one, other) for one, other in zip(alone, complete, strict=True)]
             changed = 1 - torch.cat(same).float().mean().item()
             if changed >= NEEDED:
@@ -98,12 +103,11 @@ def _advice(policy: GatingPolicy) -> str:
 
 
 def _batches(model: TunedModel, data: Dataset[Any], batch_size: int) -> Iterator[Tensor]:
-    """Images from all over the data set, preprocessed, on the model's device."""
-    like = next(model.parameters())
+    """Images from all over the data set, preprocessed; on the CPU, because a device may have room for few."""
     images = preprocessed(data, model.preprocessing)
     places = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:IMAGES].tolist()
     for batch in DataLoader(Subset(images, places), batch_size, generator=torch.Generator()):
-        yield batch[0].to(device=like.device, dtype=like.dtype)
+        yield batch[0]
 
 
 class _Alone(Compact):

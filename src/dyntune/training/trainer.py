@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -27,7 +28,7 @@ from dyntune.model.objective import Criterion, training_loss
 from dyntune.model.rates import dispatchers
 from dyntune.model.tuned import TunedModel, require_tuned
 from dyntune.training.accelerator import apart, make_accelerator
-from dyntune.training.calibration import calibrate_run
+from dyntune.training.calibration import after_training, calibrate_run, calibration_images
 from dyntune.training.closed_gates import ClosedGate, closed_gates
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
 from dyntune.training.header import training_header
@@ -82,7 +83,7 @@ def fit(
     out: str | Path | None = None,
     resume: bool = False,
     progress: Progress | bool | None = None,
-    calibrate: bool | Dataset[Any] = True,
+    calibrate: bool | Dataset[Any] | None = True,
     settings: TrainSettings | None = None,
     teacher: nn.Module | None = None,
     **options: Any,
@@ -104,7 +105,8 @@ def fit(
         progress: shows what goes on: True or False, or what is told of it. By default a bar, or a line for each epoch,
             appears in a terminal or a notebook and nothing elsewhere.
         calibrate: whether learned gates are calibrated at the end, so that ``set_rate`` can choose other rates; or the
-            images to do that on, by default those of ``val_set`` or else of ``train_set``. It is saved with the run.
+            images to do that on, by default those of ``val_set`` or else of ``train_set``. It is saved with the run; a
+            complete run that is resumed keeps what it has, unless other images are given. None is False.
         settings: all options at once.
         teacher: a model of the same task, tuned or a plain backbone, for policies that learn from one (DynamicViT);
             others ignore it. It is moved to the device, put into eval mode, never trained and not saved. Without it
@@ -121,26 +123,20 @@ def fit(
         raise TrainingError("give settings=... or single options, not both.")
     chosen = settings or TrainSettings.of(**options)
     folder = None if out is None else Path(out).expanduser()
+    wanted = calibration_images(model, calibrate, train_set if val_set is None else val_set)
     shown = display(progress, model.spec)
     with apart(), limits_named():
         run = _Run(model, train_set, val_set, folder, chosen, shown, teacher)
-        if run._main and progress in (
-            None,
-            True,
-        ):  # else the caller says it, or wants to hear nothing
+        # A caller with a display of its own says it there; who asked for nothing hears nothing.
+        if run._main and (progress is None or progress is True):
             header = training_header(model, train_set, val_set, chosen)
             if isinstance(shown, ProgressBar):
                 shown.say(str(header))
             for warning in () if isinstance(shown, ProgressBar) else header.warnings:
                 log.warning("%s", warning)
         result = run.train(resume)
-        if not run._main:
-            return result
-        closed = closed_gates(model, run.held_out)
-        for gate in closed:
-            log.warning("%s", gate)
-        if calibrate is not False:
-            calibrate_run(model, run.held_out if calibrate is True else calibrate, folder, run.progress)
+        closed = run.look_at_gates(wanted) if run._main else ()
+        model.calibration, closed = broadcast_object_list([model.calibration, closed])
         return replace(result, closed=closed)
 
 
@@ -266,6 +262,24 @@ class _Run:
             steps=self.settings.epochs * self.steps_per_epoch,
             seconds=self.seconds,
         )
+
+    def look_at_gates(self, calibrate: bool | Dataset[Any]) -> tuple[ClosedGate, ...]:
+        """After the training: tells of gates that have closed, which it gives, and calibrates them.
+
+        Args:
+            calibrate: see ``calibration_images``.
+        """
+        closed: tuple[ClosedGate, ...] = ()
+        batch_size = min(32, self.settings.batch_size)  # what is known to fit
+        with after_training("nobody has looked whether gates have closed"):
+            closed = closed_gates(self.model, self.held_out, batch_size)
+        for gate in closed:
+            log.warning("%s", gate)
+        if calibrate is not False:
+            images, again = (self.held_out, False) if calibrate is True else (calibrate, True)
+            with after_training("the gates are not calibrated, so that set_rate needs images"):
+                calibrate_run(self.model, images, self.out, self.progress, batch_size, again=again)
+        return closed
 
     @contextmanager
     def _course(self) -> Iterator[None]:
