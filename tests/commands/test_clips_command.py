@@ -75,7 +75,7 @@ def test_a_run_is_evaluated_in_its_views_and_in_others(films, run):
     assert 4 < macs["2x3"] / macs["1x1"] < 9
 
 
-def test_averages_over_views(films, run):
+def test_averages_over_views(films, run, monkeypatch):
     from dyntune.data import build_transform, load_data
 
     model = dyntune.load(run)
@@ -87,6 +87,14 @@ def test_averages_over_views(films, run):
     rows = json.loads(invoke("predict", run, films / "test" / "bright", "--json", "--device", "cpu"))["predictions"]
     found = {top["class"]: top["probability"] for top in rows[0]["top"]}
     assert [found["bright"], found["dark"]] == pytest.approx(expected.tolist(), abs=1e-5)
+    sizes, forward = [], dyntune.TunedModel.forward
+    monkeypatch.setattr(
+        dyntune.TunedModel, "forward", lambda own, clips: sizes.append(len(clips)) or forward(own, clips)
+    )
+    done = invoke("predict", run, films / "test" / "bright", "--json", "--device", "cpu", "--batch-size", 4)
+    assert sizes == [4, 2]
+    top = json.loads(done)["predictions"][0]["top"]
+    assert {each["class"]: each["probability"] for each in top} == pytest.approx(found, abs=1e-6)
     assert torch.allclose(model.task.averaged(logits[None], "logits"), logits.mean(0, keepdim=True))
     sure = model.task.averaged(torch.tensor([[[500.0, 0.0], [400.0, 0.0]]]), "probabilities")
     assert sure.isfinite().all() and torch.allclose(sure, torch.tensor([[0.0, -400.0 - float(np.log(2))]]), atol=1e-4)

@@ -89,7 +89,7 @@ def command(
     try:
         with CountBar("predicting", len(pictures.paths), f"{noun}s", err) as bar:
             for batch in batches:
-                predictions += _predicted(model, batch, top_k)
+                predictions += _predicted(model, batch, top_k, batch_size)
                 bar.count(len(predictions))
     except TrainingInterrupted as error:
         stopped = error  # what is done is shown first
@@ -129,7 +129,7 @@ def predict(model: TunedModel | OpenedModel, paths: Sequence[Path], top_k: int) 
     """For each image or video its path and what the model's task makes of its outputs, such as ``top_k`` classes."""
     prepare, clip = _prepare(model), model.preprocessing.clip
     read = [(path, prepare(read_image(path) if clip is None else Video(path))) for path in paths]
-    return _predicted(model, read, top_k)
+    return _predicted(model, read, top_k, len(read))
 
 
 def _prepare(model: TunedModel | OpenedModel) -> Callable[[Any], torch.Tensor]:
@@ -139,12 +139,12 @@ def _prepare(model: TunedModel | OpenedModel) -> Callable[[Any], torch.Tensor]:
 
 @torch.inference_mode()
 def _predicted(
-    model: TunedModel | OpenedModel, prepared: Sequence[tuple[Path, torch.Tensor]], top_k: int
+    model: TunedModel | OpenedModel, prepared: Sequence[tuple[Path, torch.Tensor]], top_k: int, batch_size: int
 ) -> list[dict[str, Any]]:
     clip, task = model.preprocessing.clip, task_of(model)
     batch, views = in_views(torch.stack([tensor for _, tensor in prepared]), clip)
     device = torch.device("cpu") if isinstance(model, OpenedModel) else next(model.parameters()).device
-    outputs = torch.cat([model(piece.to(device)) for piece in batch.chunk(views)])
+    outputs = torch.cat([model(piece.to(device)) for piece in batch.split(batch_size)])
     predictions = task.predictions(over_views(outputs, views, task, clip), model.classes, top_k)
     noun = noun_of(model)
     return [{noun: str(path), **prediction} for (path, _), prediction in zip(prepared, predictions, strict=True)]
