@@ -93,7 +93,7 @@ def test_the_file_that_weights_were_read_from_is_recorded_and_read_again(two_blo
     assert torch.equal(dyntune.load(model.save(tmp_path))(images), model(images))
 
 
-def test_weights_of_ones_own_are_asked_for_at_once(two_blocks, tmp_path, monkeypatch):
+def test_weights_of_ones_own_are_asked_for(two_blocks, tmp_path):
     host = timm.create_model("vit_two_blocks")
     host.load_state_dict(safetensors.torch.load_file(two_blocks), strict=False)  # by hand
     model = dyntune.tune(host, "linear").eval()
@@ -102,19 +102,40 @@ def test_weights_of_ones_own_are_asked_for_at_once(two_blocks, tmp_path, monkeyp
     card = (folder / "README.md").read_text()
     assert "base_model" not in card and "vit_two_blocks with weights of unknown origin" in card
     assert 'dyntune.load("path/to/this/folder", backbone=model)' in card
-
-    def followed(*_, **__):
-        raise AssertionError("it was looked for")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(timm, "create_model", followed)
-        with pytest.raises(
-            CheckpointError, match=r"load\(folder, backbone=model\), or weights=FILE \(--weights FILE\)"
-        ):
-            dyntune.load(folder)
+    with pytest.raises(CheckpointError, match=r"load\(folder, backbone=model\), or weights=FILE \(--weights FILE\)"):
+        dyntune.load(folder)
     images = torch.randn(2, 3, 32, 32)
     loaded = dyntune.load(folder, weights=two_blocks)
     assert torch.equal(loaded(images), model(images)) and loaded.origin.weights == str(two_blocks)
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_weights_that_were_not_at_hand_when_the_adapter_was_saved_are_compared_when_it_is_loaded(
+    tmp_path, monkeypatch, official
+):
+    def missing(*_, **__):
+        raise BackboneError("the cache does not have it")
+
+    host = timm.create_model(BUILTIN_BACKBONE, pretrained=official)
+    hosts._published_fingerprints.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts, "rebuild", missing)
+        model = dyntune.tune(host, "linear").eval()
+        folder = model.save(tmp_path)
+    assert not model.origin.published
+    with monkeypatch.context() as patch:
+        patch.setattr("dyntune.model.load.rebuild", missing)
+        with pytest.raises(
+            CheckpointError, match=r"cannot be had \(the cache does not have it\), so that nobody knows"
+        ):
+            dyntune.load(folder)
+    if official:
+        images = torch.randn(2, 3, 32, 32)
+        loaded = dyntune.load(folder)
+        assert torch.equal(loaded(images), model(images)) and loaded.origin.published
+    else:
+        with pytest.raises(CheckpointError, match="are not those published under its name, so that nobody knows"):
+            dyntune.load(folder)
 
 
 def test_an_adapter_of_an_earlier_version_is_looked_for_as_before(tmp_path):

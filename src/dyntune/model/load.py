@@ -107,12 +107,6 @@ def load(
     origin = saved.origin if weights is None else saved.origin.with_weights(weights)
     if backbone is None:
         _require_known(saved.origin, weights, folder, trust)
-        if origin.name is not None and not origin.known and not saved.complete:
-            raise CheckpointError(
-                f"the adapter in {folder} was trained on weights of {origin.architecture} that are not those published "
-                "under its name, or were not known to be, so that nobody knows where to have them. Give them: "
-                "load(folder, backbone=model), or weights=FILE (--weights FILE)."
-            )
     extra = resolve([policy]) if policy else ()
     try:
         empty = _without_content(saved, backbone, origin, folder)
@@ -126,7 +120,10 @@ def load(
         saved.check(empty, tensors, folder)
     require_unchanged(folder, config)
     # Full tuning saves every weight, so the pretrained ones need not be had.
-    host = backbone or rebuild(origin, pretrained=not saved.complete)
+    if backbone is None and origin.name is not None and not origin.known and not saved.complete:
+        host, origin = _published(saved, folder), replace(origin, published=True)
+    else:
+        host = backbone or rebuild(origin, pretrained=not saved.complete)
     given = {saved.fingerprint} if saved.complete else {host_fingerprint(host, dtype) for dtype in (None, saved.dtype)}
     host = host.to(saved.dtype)
     if saved.peft is not None:
@@ -331,6 +328,27 @@ def _require_known(saved: BackboneSource, weights: str | Path | None, folder: Pa
             "you trust who made it, say so once: load(folder, trust=True), dyntune predict FOLDER IMAGE --trust. Else "
             "build the backbone yourself, and give it: load(folder, backbone=model)."
         )
+
+
+def _published(saved: _Saved, folder: Path) -> nn.Module:
+    """The backbone with the weights of its name, which could not be compared when the adapter was saved.
+
+    Raises:
+        CheckpointError: the adapter was trained on others, or they cannot be had.
+    """
+    missing: BackboneError | None = None
+    reason = "are not those published under its name"
+    try:
+        host = rebuild(saved.origin)
+        if saved.fingerprint in {host_fingerprint(host, dtype) for dtype in (None, saved.dtype)}:
+            return host
+    except BackboneError as error:
+        missing = error
+        reason = f"were not known to be those published under its name, which cannot be had ({in_one_line(error)})"
+    raise CheckpointError(
+        f"the adapter in {folder} was trained on weights of {saved.origin.architecture} that {reason}, so that nobody "
+        "knows where to have them. Give them: load(folder, backbone=model), or weights=FILE (--weights FILE)."
+    ) from missing
 
 
 def _without_content(saved: _Saved, given: nn.Module | None, origin: BackboneSource, folder: Path) -> Backbone | None:
