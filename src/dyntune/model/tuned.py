@@ -573,8 +573,11 @@ def _traced(backbone: Backbone) -> Trace:
 
 
 def _mark(tensor: Tensor) -> tuple[Any, ...] | None:
-    """What stays the same as long as PyTorch counts no change of a tensor; None where it does not count."""
-    if tensor.is_meta or tensor.is_inference():
+    """What stays the same as long as PyTorch counts no change of a tensor; None where it does not count.
+
+    It does not where a layer keeps statistics in a buffer, as batch norm does.
+    """
+    if tensor.is_meta or tensor.is_inference() or not isinstance(tensor, nn.Parameter):
         return None
     return id(tensor), tensor.data_ptr(), tensor.dtype, tensor._version
 

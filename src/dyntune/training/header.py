@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from dyntune.core.errors import DataError
@@ -206,7 +207,8 @@ def _sizes(data: LabelledImages | Samples) -> Iterator[tuple[int, int]]:
             picture = data.read(index) if isinstance(data, LabelledImages) else data.pair(index)[0]
         except DataError:  # the training says it, and where
             continue
-        yield picture.size
+        if isinstance(picture, Image.Image):  # tensors among pictures have been prepared
+            yield picture.size
 
 
 def _classes(model: TunedModel, labels: Sequence[int]) -> str:
