@@ -142,10 +142,10 @@ def test_a_prediction_that_is_stopped_shows_what_is_done(flat, tmp_path, monkeyp
     draw(tmp_path / "album", 6)
     work = predict_command._predicted
 
-    def stopped(model, batch, top_k):
+    def stopped(model, batch, *rest):
         if batch[0][0].name == "4.png":
             raise KeyboardInterrupt
-        return work(model, batch, top_k)
+        return work(model, batch, *rest)
 
     monkeypatch.setattr(predict_command, "_predicted", stopped)
     done = dyntune("predict", flat[1], tmp_path / "album", "--batch-size", 2, "--json", status=1)
