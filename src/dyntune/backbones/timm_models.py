@@ -43,6 +43,7 @@ from dyntune.core.attention import bias_of
 from dyntune.core.errors import BackboneError
 from dyntune.core.rotation import Rotation
 from dyntune.core.shapes import shapes_only
+from dyntune.core.texts import listed
 from dyntune.core.tokens import Tokens
 from dyntune.core.words import counted
 from dyntune.data.transforms import Preprocessing
@@ -397,16 +398,16 @@ def load_weights(model: Any, path: str | Path) -> None:
     if found.missing or found.left_out:
         raise BackboneError(
             f"the weights in {path} do not fit {_size(model)}. "
-            f"Missing or of another shape: {_some(found.missing)}. In the file but not used: "
-            f"{_some(found.left_out or found.others)}."
+            f"Missing or of another shape: {listed(found.missing) or 'none'}. In the file but not used: "
+            f"{listed(found.left_out or found.others) or 'none'}."
         )
     _require_finite(found.tensors.items(), path)
     if found.place or found.others:
         where = f" under {found.place!r}" if found.place else ""
-        others = f"; not used: {_some(found.others)}" if found.others else ""
+        others = f"; not used: {listed(found.others)}" if found.others else ""
         log.warning("%s: read the %d tensors of the backbone%s%s.", path, len(found.tensors), where, others)
     if found.resized:
-        log.warning("%s: resized to fit %s: %s.", path, _size(model), _some(found.resized))
+        log.warning("%s: resized to fit %s: %s.", path, _size(model), listed(found.resized))
     model.load_state_dict(found.tensors, strict=False)
 
 
@@ -506,7 +507,7 @@ def _weight_file(path: Path) -> Path:
 def _require_finite(tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
     spoilt = [name for name, tensor in tensors if not bool(tensor.isfinite().all())]
     if spoilt:
-        raise BackboneError(f"the weights in {path} are not finite in {_some(spoilt)}. Give others.")
+        raise BackboneError(f"the weights in {path} are not finite in {listed(spoilt)}. Give others.")
 
 
 def _structure(host: Any) -> str:
@@ -536,10 +537,6 @@ def _size(model: Any) -> str:
     rows, columns = model.patch_embed.grid_size if hasattr(model, "patch_embed") else model.embeds.pos_embed_grid_size
     blocks = len(list(timm_blocks.named(model)))
     return f"the model (width {model.embed_dim}, {counted(blocks, 'block')}, {rows} x {columns} patches)"
-
-
-def _some(names: list[str]) -> str:
-    return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"
 
 
 def _reason(error: Exception, path: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import reprlib
 import warnings
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -29,6 +28,7 @@ from dyntune.core.errors import (
     in_one_line,
 )
 from dyntune.core.shapes import shapes_only
+from dyntune.core.texts import listed
 from dyntune.core.words import counted
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.adapter_folder import (
@@ -281,7 +281,7 @@ class _Saved:
         held = {backbone.saved_name(name): p for name, p in chain(backbone.named_parameters(), kept_buffers(backbone))}
         unknown = self.extra.keys() - held.keys()
         if unknown:
-            raise CheckpointError(f"{file}: extra names tensors that the model lacks: {_some(unknown)}.")
+            raise CheckpointError(f"{file}: extra names tensors that the model lacks: {listed(sorted(unknown))}.")
         trained = {backbone.saved_name(name): p for name, p in backbone.named_parameters() if p.requires_grad}
         companions = {backbone.saved_name(name): tensor for name, tensor in backbone.companions().items()}
         own = trained | companions | {name: held[name] for name in self.extra}
@@ -289,9 +289,10 @@ class _Saved:
         idle = {id(parameter) for parameter in backbone.plain().idle}
         parameters = {backbone.saved_name(name) for name, p in backbone.named_parameters() if id(p) not in idle}
         if self.complete and not parameters <= tensors.keys():
+            gone = listed(sorted(parameters - tensors.keys()))
             raise CheckpointError(
-                f"{file} says that every weight of the backbone is saved, but {_some(parameters - tensors.keys())} "
-                "are not. Get the folder again from who made it."
+                f"{file} says that every weight of the backbone is saved, but {gone} are not. Get the folder again "
+                "from who made it."
             )
         if self.classes is not None and backbone.classes not in (0, len(self.classes)):
             raise CheckpointError(
@@ -301,7 +302,7 @@ class _Saved:
             )
         gates = dispatchers(backbone).keys()
         if self.calibration is not None and self.calibration.shifts.keys() != gates:
-            wrong = _some(self.calibration.shifts.keys() ^ gates)
+            wrong = listed(sorted(self.calibration.shifts.keys() ^ gates))
             raise CheckpointError(
                 f"{file}: the calibration is not one of this model's gates ({wrong}). Calibrate again (dyntune "
                 "calibrate RUN DATA), or remove the entry."
@@ -441,8 +442,3 @@ def _require_fit(backbone: Backbone, own: dict[str, Tensor], tensors: dict[str, 
             f"the adapter in {folder} does not fit the backbone: {'; '.join(problems[:5])}"
             f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}."
         )
-
-
-def _some(names: Iterable[str]) -> str:
-    first = sorted(names)
-    return ", ".join(first[:5]) + (f" and {len(first) - 5} more" if len(first) > 5 else "")

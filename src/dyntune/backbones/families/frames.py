@@ -126,7 +126,7 @@ class Frames(Backbone):
     ) -> nn.Module:
         own = {key: arguments.pop(key) for key in cls.arguments if key in arguments}
         name = name.removeprefix(cls.prefix)
-        return ClipClassifier(create_backbone(name, weights=weights, pretrained=pretrained, **arguments), **own)
+        return cls.kind(create_backbone(name, weights=weights, pretrained=pretrained, **arguments), **own)
 
     @classmethod
     def recorded(cls, name: str) -> tuple[str, ...]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from dyntune.backbones.families.frames import ClipHost, Frames
 from dyntune.backbones.families.space_time import MOST_TOKENS
 from dyntune.backbones.families.timm_vit import TimmViT
-from dyntune.backbones.hosts import create_backbone, wrap_plain
+from dyntune.backbones.hosts import wrap_plain
 from dyntune.backbones.origin import INFLATED, BackboneSource
 from dyntune.core.errors import BackboneError
 from dyntune.core.tokens import Tokens
@@ -85,14 +84,6 @@ class Inflated(Frames):
     supported: ClassVar[str] = "InflatedViT of timm's VisionTransformer, for clips"
     prefix: ClassVar[str] = INFLATED
     arguments: ClassVar[tuple[str, ...]] = ("frames", "tubelet")
-
-    @classmethod
-    def create(
-        cls, name: str, *, weights: str | Path | None = None, pretrained: bool = True, **arguments: Any
-    ) -> nn.Module:
-        own = {key: arguments.pop(key) for key in cls.arguments if key in arguments}
-        name = name.removeprefix(cls.prefix)
-        return InflatedViT(create_backbone(name, weights=weights, pretrained=pretrained, **arguments), **own)
 
     def origin(self) -> BackboneSource:
         source = self.inner.origin()
