@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -17,7 +18,8 @@ from dyntune.backbones.hosts import not_tuned, wrap
 from dyntune.model.executions import Masked
 from dyntune.model.forward import run
 from dyntune.model.tasks import Task
-from dyntune.parts.policies.base import CompletePass, Output, TokenPolicy, learners
+from dyntune.model.worth import unit_worth
+from dyntune.parts.policies.base import CompletePass, Output, TokenPolicy, Weighing, learners
 from dyntune.parts.spec import format_spec
 
 log = logging.getLogger("dyntune")
@@ -89,6 +91,7 @@ def training_loss(
     _warn_without_course(model)
     if model.training:
         model.backbone.begin_step(epoch, step)
+        _weigh(model, images)
     output = model.run(images)
     terms: dict[str, Tensor] = {}
 
@@ -118,6 +121,14 @@ def training_loss(
     return Loss(sum(terms.values(), start=terms["task"].new_zeros(())), terms, output)
 
 
+def _weigh(model: Learner, images: Tensor) -> None:
+    """Tells policies what their units are worth, on the first images that a training shows."""
+    for policy in model.policies:
+        if isinstance(policy, Weighing) and (units := policy.unweighed(model.backbone)):
+            with _evaluating(model.backbone):
+                policy.weigh(unit_worth(model.backbone, units, images))
+
+
 def _warn_without_course(model: Learner) -> None:
     """Says once that gates do not know how long they are trained."""
     if model.training and model.backbone.steps is None:
@@ -138,12 +149,19 @@ def _without_course(spec: str) -> None:
 @torch.no_grad()
 def dense_output(teacher: nn.Module, images: Tensor) -> Output:
     """What a teacher, tuned or a plain backbone, makes of images; in eval mode, without gradient."""
-    modes = {module: module.training for module in teacher.modules()}
-    teacher.eval()
-    try:
+    with _evaluating(teacher):
         if isinstance(teacher, Learner):
             return teacher.run(images)
         return run(teacher if isinstance(teacher, Backbone) else wrap(teacher), (), images, Masked())
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model in eval mode for a while, and each of its modules back in its own."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
     finally:
         for module, training in modes.items():
             module.training = training

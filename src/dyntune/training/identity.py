@@ -135,8 +135,8 @@ def began_with(folder: Path) -> int | None:
     return threads if type(threads) is int and threads > 0 else None
 
 
-_STEADY = {"quiet": 0.85}
-"""What the recipe steady chose otherwise when runs recorded its name and not its values."""
+_STEADY = {"quiet": 0.85, "lead": None}
+"""What the recipe steady chose otherwise when runs recorded its name and not its values, or did not know an option."""
 
 
 def _parts(identity: dict[str, Any]) -> list[Part]:
@@ -146,7 +146,7 @@ def _parts(identity: dict[str, Any]) -> list[Part]:
     parts = []
     for part in identity["parts"]:
         left = part.get("recipe") == "steady"
-        former = {name: value for name, value in _STEADY.items() if left and part.get(name) == "recipe"}
+        former = {name: value for name, value in _STEADY.items() if left and part.get(name, "recipe") == "recipe"}
         parts.append(part_from_dict(part | former).settled())
     return parts
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dyntune.core.errors import SpecError, TrainingError
 from dyntune.core.files import SEAL
 from dyntune.model.adapter_folder import CONFIG
 from dyntune.model.rates import dispatchers
+from dyntune.model.worth import unit_worth
 from dyntune.parts.policies.dispatch import Dispatch
 from dyntune.parts.policies.dispatcher import Course
 from dyntune.parts.registry import expand, part_from_dict, resolve
@@ -84,9 +86,108 @@ def test_gates_without_noise_decide_in_training_as_in_evaluation(make_host, imag
     assert torch.equal(first.values, (first.logits > 0).float()) == (options == "quiet=0")
 
 
+def skip(unit):
+    """Lets no patch through a unit."""
+    with torch.no_grad():
+        unit.dispatcher.gate.weight.zero_()
+        unit.dispatcher.gate.bias.fill_(-9.0)
+
+
+@pytest.mark.parametrize("options", ["", ",dispatch=attn", ",dispatch=attn-mlp", ",dispatch=layer", ",experts=2"])
+def test_gates_of_units_that_the_model_needs_more_start_further_open(make_host, images_for, options):
+    """Once the features change twice as much, one logit more; the change is that of a gate that lets nothing through."""
+    torch.manual_seed(0)
+    model = dyntune.tune(make_host(), f"dyt:rate=0.4{options}").eval()
+    images = images_for(model.backbone.host, 4)
+    units = [unit for unit in model.backbone.all_units() if unit.dispatcher is not None]
+
+    def features(source):
+        output = source.run(images)
+        return model.backbone.pooled(output.tokens)
+
+    with torch.no_grad():
+        for unit in units:
+            unit.dispatcher.gate.weight.zero_()
+        whole = features(model)
+        changes = []
+        for number in range(len(units)):
+            other = copy.deepcopy(model)
+            skip([unit for unit in other.backbone.all_units() if unit.dispatcher is not None][number])
+            changes.append(((features(other) - whole).norm() / whole.norm()).item())
+    expected = [min(max(math.log2(max(change, 1e-9) / statistics.median(changes)), 0), 3) for change in changes]
+    assert max(expected) > 0
+    model.train().begin_training(10, 1e-3)
+    assert all(unit.dispatcher.linear.bias.item() == 2 for unit in units)
+    dyntune.training_loss(model, images, torch.arange(4))
+    starts = [unit.dispatcher.linear.bias.item() - 2 for unit in units]
+    assert starts == pytest.approx(expected, abs=1e-4)
+    assert all(module.training for module in model.modules())
+    dyntune.training_loss(model, images, torch.arange(4))
+    assert [unit.dispatcher.linear.bias.item() - 2 for unit in units] == pytest.approx(expected, abs=1e-4), "once"
+
+
+def test_only_gates_as_they_were_made_are_opened_further(model, images_for):
+    """Those that have been trained stay where that left them."""
+    images = images_for(model.backbone.host, 4)
+    gates = [*dispatchers(model.backbone).values()]
+    with torch.no_grad():
+        gates[0].gate.bias.fill_(0.5)
+    model.begin_training(10, 1e-3)
+    assert [gate.unweighed for gate in gates] == [False, *[True] * (len(gates) - 1)]
+    dyntune.training_loss(model, images, torch.arange(4))
+    assert gates[0].lead is None and gates[0].linear.bias.item() == pytest.approx(0.5, abs=1e-5)
+    assert all(gate.lead is not None for gate in gates[1:])
+    model.end_training()
+    assert not any(gate.unweighed or gate.lead is not None for gate in gates)
+
+
+def test_a_training_that_goes_on_keeps_the_lead_without_a_pace(make_host, images_for):
+    images = images_for(make_host(), 4)
+    runs = []
+    for stopped in (False, True):
+        torch.manual_seed(0)
+        model = dyntune.tune(make_host(), "dyt:rate=0.4,moves=none,explore=none,dropout=0").train()
+        model.begin_training(10, 1e-3)
+        dyntune.training_loss(model, images, torch.arange(4), step=0)
+        if stopped:
+            course, state = model.backbone.course_state(), copy.deepcopy(model.state_dict())
+            assert {name.rpartition(".")[2] for name in course} == {"lead"}
+            model = dyntune.tune(make_host(), "dyt:rate=0.4,moves=none,explore=none,dropout=0").train()
+            model.begin_training(10, 1e-3)
+            model.backbone.resume_course(course)
+            model.load_state_dict(state)
+        dyntune.training_loss(model, images, torch.arange(4), step=1)
+        runs.append([gate.linear.bias.item() for gate in dispatchers(model.backbone).values()])
+    assert runs[0] == runs[1] and len({*runs[0]}) > 1
+
+
+def test_gates_start_alike_where_nobody_tells_the_length_or_the_recipe_is_the_published_one(make_host, images_for):
+    for spec, told in (("dyt", False), ("dyt:recipe=published", True), ("dyt:lead=none", True)):
+        model = dyntune.tune(make_host(), spec).train()
+        if told:
+            model.begin_training(10, 1e-3)
+        dyntune.training_loss(model, images_for(model.backbone.host, 4), torch.arange(4))
+        gates = dispatchers(model.backbone).values()
+        assert len({round(gate.linear.bias.item(), 4) for gate in gates}) == 1, spec
+
+
+def test_what_units_are_worth_draws_no_random_number_and_leaves_no_gradient(model, images_for):
+    images = images_for(model.backbone.host, 4)
+    model.begin_training(10, 1e-3)
+    policy = model.policies[0]
+    before = torch.get_rng_state()
+    worth = unit_worth(model.eval().backbone, policy.unweighed(model.backbone), images)
+    assert torch.equal(before, torch.get_rng_state())
+    assert [unit.path for unit in worth] == [*dispatchers(model.backbone)]
+    assert [*worth.values()][-1] == 0, "behind the last block, the head reads the class token alone"
+    assert min([*worth.values()][:-1]) > 0
+
+
 @pytest.mark.parametrize("lr", [1e-4, 1e-2])
-def test_the_pace_lets_the_length_decide_how_far_gates_move(model, images_for, lr):
+def test_the_pace_lets_the_length_decide_how_far_gates_move(make_host, images_for, lr):
     """In 4 of 40 steps, Adam moves a bias by at most 4 / 40 of 6 logits, and comes near it where gradients agree."""
+    torch.manual_seed(0)
+    model = dyntune.tune(make_host(), "dyt:rate=0.4,lead=none").train()
     model.begin_training(40, lr)
     weights = {unit: gate.linear.weight.clone() for unit, gate in dispatchers(model.backbone).items()}
     model.backbone.shared["dispatch-mlp"].falls = (0.0, 0.0)  # the rate is the target at once, so all biases fall
@@ -97,7 +198,9 @@ def test_the_pace_lets_the_length_decide_how_far_gates_move(model, images_for, l
         assert 0.3 < begin - (gate.gate.bias * gate.bias_pace).item() < 0.61, unit
 
 
-def test_the_pace_of_weights_is_for_features_around_their_mean(model, images_for):
+def test_the_pace_of_weights_is_for_features_around_their_mean(make_host, images_for):
+    torch.manual_seed(0)
+    model = dyntune.tune(make_host(), "dyt:rate=0.4,lead=none").train()
     images = images_for(model.backbone.host, 4)
     gates = dispatchers(model.backbone)
     before = {unit: copy.deepcopy(gate.linear) for unit, gate in gates.items()}
@@ -233,6 +336,7 @@ PUBLISHED = {
     "course": (0.0, 0.0),
     "quiet": None,
     "moves": None,
+    "lead": None,
     "rate_weight": 2.0,
     "rate_of": "training",
     "explore": None,
@@ -252,7 +356,7 @@ def test_the_published_recipe_and_options_that_differ_from_a_recipe():
 
 
 @pytest.mark.parametrize(
-    "options", ["course=0.5", "course=0.6/0.1", "course=0.5/1.5", "quiet=1.1", "moves=1", "moves=0/3", "recipe=slow"]
+    "options", ["course=0.5", "course=0.6/0.1", "course=0.5/1.5", "quiet=1.1", "moves=1", "moves=0/3", "lead=1", "lead=0/3", "recipe=slow"]
 )
 def test_options_that_make_no_sense(options):
     with pytest.raises(SpecError):
@@ -287,8 +391,13 @@ def test_a_run_whose_recipe_chose_otherwise_does_not_go_on_with_todays(make_host
     old = identity("dyt:rate=0.7")
     old["parts"] = [part.to_dict() for part in expand(resolve(["dyt:rate=0.7"]))]
     (change,) = identity_changes(old, identity("dyt:rate=0.7"))
-    assert "quiet=0.85" in change and "stands for something else" in change
-    assert identity_changes(old, identity("dyt:rate=0.7,quiet=0.85")) == []
+    assert "lead=none,course=0.1/0.6,quiet=0.85," in change and "stands for something else" in change
+    assert identity_changes(old, identity("dyt:rate=0.7,quiet=0.85,lead=none")) == []
+    former = identity("dyt:rate=0.7")
+    del former["parts"][1]["lead"]
+    (change,) = identity_changes(former, identity("dyt:rate=0.7"))
+    assert "lead=none" in change
+    assert identity_changes(former, identity("dyt:rate=0.7,lead=none")) == []
     assert identity_changes(identity("dispatch:where=attn"), identity("dispatch:where=attn,bias=2")) == []
 
 
@@ -306,7 +415,7 @@ def test_resuming_with_another_recipe_is_refused(make_host, data, tmp_path):
 
 def test_the_complete_pass_grows_with_what_gates_are_meant_to_skip(make_host, images_for):
     """Target 1: no complete pass; on half of the way to the rate, half of the batch at half of the weight."""
-    model = dyntune.tune(make_host(), "dyt:rate=0.4,dropout=0,complete_course=true").train()
+    model = dyntune.tune(make_host(), "dyt:rate=0.4,dropout=0,complete_course=true,lead=none").train()
     images, labels = images_for(model.backbone.host, 4), torch.arange(4)
     model.begin_training(100, 1e-3)
     seen = []
@@ -326,7 +435,7 @@ def test_a_saved_model_that_knows_no_recipe_keeps_the_name_of_its_preset(make_ho
     config = json.loads(file.read_text())
     config["spec"] = "dyt:rate=0.7"
     del config[SEAL]
-    for name in ("recipe", "course", "quiet", "moves", "complete_course"):
+    for name in ("recipe", "course", "quiet", "moves", "lead", "complete_course"):
         del config["parts"][1][name]
     config["parts"][1] |= {"bias": 0.0, "rate_weight": 2.0, "rate_of": "training", "explore": None}
     file.write_text(json.dumps(config))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -204,6 +204,19 @@ class Searching(Protocol):
         Raises:
             SpecError: what is asked for cannot be had on this backbone.
         """
+        ...
+
+
+@runtime_checkable
+class Weighing(Protocol):
+    """A policy that wants to know, before the first step of a training, what the units are worth that it gates."""
+
+    def unweighed(self, backbone: Backbone) -> list[Unit]:
+        """The units of which it wants to know it now."""
+        ...
+
+    def weigh(self, changes: Mapping[Unit, float]) -> None:
+        """Takes, for each of them, how much the features change when no patch goes through it (``model.worth``)."""
         ...
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
@@ -29,6 +32,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
         "rate_of": "inference",
         "rate_weight": 10.0,
         "explore": 0.1,
+        "lead": (1.0, 3.0),
         "scale": 1.0,
     },
     "published": {
@@ -39,6 +43,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
         "rate_of": "training",
         "rate_weight": 2.0,
         "explore": None,
+        "lead": None,
         "scale": 0.1,
     },
 }
@@ -57,10 +62,10 @@ class Dispatch(GatingPolicy):
     until ``TunedModel.set_rate`` says another rate.
 
     How gates are trained is a recipe. ``published`` is the paper's. ``steady`` keeps its losses and its second pass
-    and changes what makes short trainings fail (``docs/dyt.md`` has the reasons): gates start open, the target falls to
-    the rate over the training, gates decide without noise, the rate loss holds what inference computes, and the
-    pace of the gates follows the length of the training, which ``fit`` tells and ``begin_training`` tells for a loop
-    of your own. An option that is left at "recipe" is chosen by it.
+    and changes what makes short trainings fail (``docs/dyt.md`` has the reasons): gates start open, furthest where the
+    model needs the unit most, the target falls to the rate over the training, gates decide without noise, the rate loss
+    holds what inference computes, and the pace of the gates follows the length of the training, which ``fit`` tells and
+    ``begin_training`` tells for a loop of your own. An option that is left at "recipe" is chosen by it.
 
     Args:
         rate: target share of active patches, the mean over all gated units, between 0 and 1; or the lowest and the
@@ -70,6 +75,9 @@ class Dispatch(GatingPolicy):
         temperature: of the Gumbel-sigmoid; it shapes the gradient only.
         bias: logit that all gates start at. 0, as published, starts with about half of the patches active everywhere;
             steady starts at 2, and gates close where that costs least.
+        lead: logits by which a gate starts further open for each doubling, over the median of the gates, of how much
+            the features change when its unit is skipped, and the most of them; measured on the first batch. 1/3 in
+            steady; none, as published, starts all gates alike.
         course: shares of the training until which the target is 1, and after which it is the rate; between, it falls
             along half a cosine. 0.1/0.6 in steady, 0/0 as published.
         quiet: share of the training after which gates decide without noise, which falls linearly until then; 0 in
@@ -104,6 +112,7 @@ class Dispatch(GatingPolicy):
     recipe: Recipe = "steady"
     temperature: float = 5.0
     bias: float | Chosen = "recipe"
+    lead: tuple[float, ...] | Chosen | None = "recipe"
     course: tuple[float, ...] | Chosen = "recipe"
     quiet: float | Chosen | None = "recipe"
     moves: tuple[float, ...] | Chosen | None = "recipe"
@@ -150,13 +159,14 @@ class Dispatch(GatingPolicy):
         self.require(self.temperature > 0, "temperature above 0")
         weights = (self.chosen("rate_weight"), self.complete_weight, self.distill_weight)
         self.require(min(weights) >= 0, "loss weights of at least 0")
-        course, quiet, moves = map(self.chosen, ("course", "quiet", "moves"))
+        course, quiet, moves, lead = map(self.chosen, ("course", "quiet", "moves", "lead"))
         self.require(
             len(course) == 2 and 0 <= course[0] <= course[1] <= 1,
             "as course two shares of the training between 0 and 1, the lower one first",
         )
         self.require(quiet is None or 0 <= quiet <= 1, "quiet between 0 and 1, or none")
         self.require(moves is None or (len(moves) == 2 and min(moves) > 0), "as moves two numbers above 0, or none")
+        self.require(lead is None or (len(lead) == 2 and min(lead) > 0), "as lead two numbers above 0, or none")
         explore = self.chosen("explore")
         self.require(explore is None or 0 < explore <= 1, "explore above 0 and at most 1, or none")
         self.require(
@@ -202,6 +212,18 @@ class Dispatch(GatingPolicy):
 
     def explored(self, unit: Unit) -> float | None:
         return self.chosen("explore")
+
+    def unweighed(self, backbone: Backbone) -> list[Unit]:
+        if self.chosen("lead") is None:
+            return []
+        return [unit for unit in backbone.all_units() if self.gates(unit) and self.learned(unit).unweighed]
+
+    def weigh(self, changes: Mapping[Unit, float]) -> None:
+        strength, most = self.chosen("lead")
+        middle = median(changes.values())
+        for unit, change in changes.items():
+            doublings = math.log2(change / middle) if change > middle > 0 else 0.0
+            self.learned(unit).open_further(min(strength * doublings, most))
 
     @property
     def settles(self) -> float:

@@ -109,12 +109,15 @@ class Dispatcher(LearnedGate):
         weight_pace: p; None while the gate is not paced, and learns w and b themselves.
         bias_pace: q.
         centre: m, ``(C,)``.
+        lead: logits that the gate has been opened further by at the start of its training; None before.
+        unweighed: whether a training has begun on a gate as it was made, and nobody has said what its unit is worth.
     """
 
     slope: nn.Parameter | None
     weight_pace: Tensor | None
     bias_pace: Tensor | None
     centre: Tensor | None
+    lead: Tensor | None
 
     def __init__(
         self,
@@ -129,9 +132,11 @@ class Dispatcher(LearnedGate):
         self.gate = nn.Linear(width, 1)
         self._course = (course,)  # not registered: the backbone has it among what its places share
         self.slope = nn.Parameter(torch.ones(())) if elastic else None
-        for name in ("weight_pace", "bias_pace", "centre"):
+        for name in ("weight_pace", "bias_pace", "centre", "lead"):
             self.register_buffer(name, None, persistent=False)
         self.moves = moves
+        self.start = bias
+        self.unweighed = False
         self._reach: tuple[float, float] | None = None
         """Pace of the bias, and that of the weights for features of size 1, until the size of the features is known."""
         nn.init.trunc_normal_(self.gate.weight, std=0.02)
@@ -202,37 +207,48 @@ class Dispatcher(LearnedGate):
     def begin_course(self, travel: float | None) -> None:
         """Sets the pace, at the first step: until then the size of the features is not known."""
         self.end_course()
+        self.unweighed = bool((self.gate.bias == self.start).all())  # another value is of a gate that has been trained
         if self.moves is not None and travel is not None:
             bias, weight = self.moves
             self._reach = bias / travel, weight / (travel * self.gate.in_features)
 
     def course_state(self) -> dict[str, Tensor]:
-        """The pace, where there is one."""
-        pace = {"weight_pace": self.weight_pace, "bias_pace": self.bias_pace, "centre": self.centre}
-        return {name: tensor for name, tensor in pace.items() if tensor is not None}
+        """The pace and the lead, where there are such."""
+        return {name: getattr(self, name) for name in (*_PACE, "lead") if getattr(self, name) is not None}
 
     def resume_course(self, state: dict[str, Tensor]) -> None:
-        """Takes up a pace; w' and b' must come from the same place.
+        """Takes up pace and lead; w' and b' must come from the same place.
 
         Raises:
-            CheckpointError: it is no pace of this gate.
+            CheckpointError: they are not of this gate.
         """
         if not state:
             return
-        shapes = {"weight_pace": (), "bias_pace": (), "centre": (self.gate.in_features,)}
+        shapes = {name: (self.gate.in_features,) if name == "centre" else () for name in state}
+        complete = state.keys() - {"lead"} in (set(), set(_PACE))
         sound = all(bool(tensor.isfinite().all()) for tensor in state.values())
-        if {name: tuple(tensor.shape) for name, tensor in state.items()} != shapes or not sound:
-            raise CheckpointError(f"the pace of a gate needs finite {', '.join(shapes)}; given {', '.join(state)}.")
+        if {name: tuple(tensor.shape) for name, tensor in state.items()} != shapes or not (complete and sound):
+            raise CheckpointError(f"the pace of a gate needs finite {', '.join(_PACE)}; given {', '.join(state)}.")
         self._reach = None
+        self.unweighed = False
         for name, tensor in state.items():
             setattr(self, name, tensor.to(self.gate.weight.device))
 
     def end_course(self) -> None:
         """Writes the pace into the weights."""
         self._reach = None
+        self.unweighed = False
         own = [tensor.detach() for tensor in self.map()]
-        self.weight_pace = self.bias_pace = self.centre = None
+        self.weight_pace = self.bias_pace = self.centre = self.lead = None
         self._fill(*own)
+
+    @torch.no_grad()
+    def open_further(self, lead: float) -> None:
+        """Adds ``lead`` to b, once."""
+        weight, bias = (tensor.detach() for tensor in self.map())
+        self._fill(weight, bias + lead)
+        self.lead = weight.new_tensor(lead)
+        self.unweighed = False
 
     def pace(self, weight: Tensor, bias: Tensor, centre: Tensor) -> None:
         """Begins to learn w' and b', with these p, q and m; w and b stay."""
@@ -258,6 +274,7 @@ class Dispatcher(LearnedGate):
 
 
 _MAP = ("gate.weight", "gate.bias")
+_PACE = ("weight_pace", "bias_pace", "centre")
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ class DyT(Preset):
     experts: int = 1
     normalise: Normalise = MoeAdapter.normalise
     gate_bias: float | Chosen = Dispatch.bias
+    lead: tuple[float, ...] | Chosen | None = Dispatch.lead
     course: tuple[float, ...] | Chosen = Dispatch.course
     quiet: float | Chosen | None = Dispatch.quiet
     moves: tuple[float, ...] | Chosen | None = Dispatch.moves

@@ -1,0 +1,66 @@
+"""What each unit is worth to a model as it is: how much the features change when no patch goes through it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dyntune.backbones.base import Backbone
+from dyntune.backbones.units import Unit
+from dyntune.core.errors import BackboneError
+from dyntune.core.tokens import Tokens
+from dyntune.model.executions import Compact
+from dyntune.model.forward import run
+from dyntune.parts.policies.base import Gate, TokenPolicy
+from dyntune.parts.policies.gating import GatingPolicy
+
+IMAGES = 32
+"""Of a batch, the most that are looked at: each unit costs a forward pass."""
+
+
+@dataclass(frozen=True)
+class _Without(GatingPolicy):
+    """Lets no patch through one unit, and every patch through the others."""
+
+    path: str = ""
+
+    def gates(self, unit: Unit) -> bool:
+        return unit.path == self.path
+
+    def gate(self, unit: Unit, tokens: Tokens) -> Gate:
+        return Gate(unit.path, tokens.patches.new_zeros(tokens.patches.shape[:2]), self, provenance=tokens.provenance)
+
+
+@torch.no_grad()
+def unit_worth(backbone: Backbone, units: Sequence[Unit], images: Tensor) -> dict[Unit, float]:
+    """How much the features that the head reads change when the patches skip one of some units, and no other.
+
+    Processes that train together get what one that has seen all their images would.
+
+    Args:
+        backbone: in eval mode, with what is installed on it.
+        units: those to skip, one at a time. Adapters beside a unit still see every token.
+        images: ``(B, 3, height, width)``, preprocessed; the first ``IMAGES`` of them are used.
+
+    Returns:
+        The norm of the change as a share of the norm of the features, for each unit.
+    """
+    images = images[:IMAGES]
+    whole = _features(backbone, (), images)
+    without = [_features(backbone, (_Without(path=unit.path),), images) for unit in units]
+    squares = torch.stack([whole.square().sum(), *((features - whole).square().sum() for features in without)])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(squares)
+    return dict(zip(units, (squares[1:] / squares[0]).sqrt().tolist(), strict=True))
+
+
+def _features(backbone: Backbone, policies: Sequence[TokenPolicy], images: Tensor) -> Tensor:
+    tokens = run(backbone, policies, images, Compact()).tokens
+    assert tokens is not None  # run() gives them
+    try:
+        return backbone.pooled(tokens).float()
+    except BackboneError:  # a head of another kind, such as one that reads every patch
+        return tokens.x.float()
