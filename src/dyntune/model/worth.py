@@ -11,6 +11,7 @@ from torch import Tensor
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.units import Unit
 from dyntune.core.errors import BackboneError
+from dyntune.core.processes import mean_over_processes
 from dyntune.core.tokens import Tokens
 from dyntune.model.executions import Compact
 from dyntune.model.forward import run
@@ -52,8 +53,7 @@ def unit_worth(backbone: Backbone, units: Sequence[Unit], images: Tensor) -> dic
     whole = _features(backbone, (), images)
     without = [_features(backbone, (_Without(path=unit.path),), images) for unit in units]
     squares = torch.stack([whole.square().sum(), *((features - whole).square().sum() for features in without)])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(squares)
+    squares = mean_over_processes(squares)
     return dict(zip(units, (squares[1:] / squares[0]).sqrt().tolist(), strict=True))
 
 

@@ -12,7 +12,7 @@ import dyntune
 from dyntune.core.errors import SpecError
 from dyntune.core.losses import rate_loss
 from dyntune.model.rates import dispatchers
-from dyntune.parts.policies.dispatcher import Course
+from dyntune.parts.policies.course import Course
 from dyntune.training.interrupt import TrainingInterrupted
 from dyntune.training.progress import Silent
 
@@ -60,8 +60,8 @@ def test_every_step_draws_a_rate_that_all_gates_share(model, images_for):
     model.backbone.begin_step()
     assert next(iter(gates)).course.target == drawn[7]
     images = images_for(model.backbone.host, 2)
-    assert [gate.target for gate in model.run(images).gates] == [drawn[7]] * 3
-    assert [gate.target for gate in model.eval().run(images).gates] == pytest.approx([0.6] * 3)
+    assert [gate.course.target for gate in model.run(images).gates] == [drawn[7]] * 3
+    assert [gate.course.target for gate in model.eval().run(images).gates] == pytest.approx([0.6] * 3)
 
 
 def test_logits_answer_the_drawn_rate_in_training_only(model, images_for):
@@ -80,7 +80,7 @@ def test_the_rate_loss_holds_to_the_drawn_rate_and_teaches_the_slope(model, imag
     images, labels = images_for(model.backbone.host, 6), torch.arange(6) % 5
     torch.manual_seed(3)
     loss = dyntune.training_loss(model, images, labels)
-    target = loss.output.gates[0].target
+    target = loss.output.gates[0].course.target
     held = [(gate.logits > 0).float() for gate in loss.output.gates]
     expected = 10.0 * rate_loss(held, target)
     torch.testing.assert_close(loss.terms["rate"], expected)
@@ -151,7 +151,7 @@ def test_two_dispatches_draw_each_for_itself(make_host, images_for):
     model = dyntune.tune(make_host(), "linear", "dispatch:where=attn,rate=0.1/0.2", "dispatch:where=mlp,rate=0.7/0.8")
     images = images_for(model.backbone.host, 2)
     dyntune.training_loss(model.train(), images, torch.tensor([0, 1]))
-    targets = {gate.unit.rpartition(".")[2]: gate.target for gate in model.run(images).gates}
+    targets = {gate.unit.rpartition(".")[2]: gate.course.target for gate in model.run(images).gates}
     assert 0.1 < targets["attn"] < 0.2 and 0.7 < targets["mlp"] < 0.8
     assert targets["attn"] != pytest.approx(0.15) and targets["mlp"] != pytest.approx(0.75)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.units import Unit
 from dyntune.core.tokens import EVERY_PATCH, Provenance, Tokens
+from dyntune.parts.policies.course import Course
 from dyntune.parts.spec import Part
 
 
@@ -25,7 +26,8 @@ class Gate:
         policy: who decided.
         logits: ``(B, P)``, what the decision was made from before noise, where a policy has that.
         provenance: which image patches the P tokens stand for.
-        target: share of active patches that this pass is trained towards, where it changes from step to step.
+        course: what the decision is trained along, where a policy has that; ``course.target`` is the share of active
+            patches that it aims at in this step.
     """
 
     unit: str
@@ -33,7 +35,7 @@ class Gate:
     policy: TokenPolicy
     logits: Tensor | None = None
     provenance: Provenance = EVERY_PATCH
-    target: float | None = None
+    course: Course | None = None
 
     @property
     def there(self) -> Tensor:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.units import Unit, Where
-from dyntune.core.losses import rate_loss
+from dyntune.core.losses import rate_distance
 from dyntune.core.tokens import Tokens
 from dyntune.parts.policies.base import CompletePass, Gate, Output
-from dyntune.parts.policies.dispatcher import Course, Dispatcher
+from dyntune.parts.policies.course import Course
+from dyntune.parts.policies.dispatcher import Dispatcher
 from dyntune.parts.policies.gating import GatingPolicy, straight_through
 
 Recipe = Literal["steady", "published"]
@@ -31,6 +32,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
         "quiet": 0.0,
         "rate_of": "inference",
         "rate_weight": 10.0,
+        "rate_gain": 100.0,
         "explore": 0.1,
         "lead": (1.0, 3.0),
         "scale": 1.0,
@@ -42,6 +44,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
         "quiet": None,
         "rate_of": "training",
         "rate_weight": 2.0,
+        "rate_gain": None,
         "explore": None,
         "lead": None,
         "scale": 0.1,
@@ -87,6 +90,9 @@ class Dispatch(GatingPolicy):
             it. 6/15 in steady; none, as published, lets the learning rate decide.
         rate_weight: coefficient of the rate loss, the squared distance of the mean activation to the target; 10 in
             steady, 2 as published.
+        rate_gain: what else grows, once the target has reached the rate, as long as the activation has not: a
+            multiplier on the distance, by this number times the distance in a whole training. 100 in steady; none as
+            published.
         rate_of: the activation that the rate loss holds to the target: the noisy gates' of training, as published, or
             that of inference, which decides without noise, as in steady. The two differ by several points after a
             short training.
@@ -117,6 +123,7 @@ class Dispatch(GatingPolicy):
     quiet: float | Chosen | None = "recipe"
     moves: tuple[float, ...] | Chosen | None = "recipe"
     rate_weight: float | Chosen = "recipe"
+    rate_gain: float | Chosen | None = "recipe"
     rate_of: RateOf | Chosen = "recipe"
     complete_weight: float = 1.0
     distill_weight: float = 1.0
@@ -166,6 +173,8 @@ class Dispatch(GatingPolicy):
         )
         self.require(quiet is None or 0 <= quiet <= 1, "quiet between 0 and 1, or none")
         self.require(moves is None or (len(moves) == 2 and min(moves) > 0), "as moves two numbers above 0, or none")
+        gain = self.chosen("rate_gain")
+        self.require(gain is None or gain > 0, "rate_gain above 0, or none")
         self.require(lead is None or (len(lead) == 2 and min(lead) > 0), "as lead two numbers above 0, or none")
         explore = self.chosen("explore")
         self.require(explore is None or 0 < explore <= 1, "explore above 0 and at most 1, or none")
@@ -179,7 +188,7 @@ class Dispatch(GatingPolicy):
     def install(self, backbone: Backbone) -> None:
         low, high = self.rate if isinstance(self.rate, tuple) else (self.rate, self.rate)
         # Named by its units, because several dispatches may stand on different ones.
-        course = Course((low, high), self.chosen("course"), self.chosen("quiet"))
+        course = Course((low, high), self.chosen("course"), self.chosen("quiet"), self.chosen("rate_gain"))
         backbone.shared[f"{self.name()}-{self.where}"] = course
         for unit in filter(self.gates, backbone.all_units()):
             unit.dispatcher = Dispatcher(
@@ -198,8 +207,7 @@ class Dispatch(GatingPolicy):
         return self.learned(unit).linear
 
     def decision(self, unit: Unit, tokens: Tokens, logits: Tensor) -> Gate:
-        course = self.learned(unit).course
-        return replace(super().decision(unit, tokens, logits), target=None if course is None else course.target)
+        return replace(super().decision(unit, tokens, logits), course=self.learned(unit).course)
 
     def learned(self, unit: Unit) -> Dispatcher:
         return cast(Dispatcher, unit.dispatcher)
@@ -232,10 +240,10 @@ class Dispatch(GatingPolicy):
         return max((1 + fallen) / 2 if fallen else 0.0, self.chosen("quiet") or 0.0)
 
     def complete_pass(self, output: Output) -> CompletePass:
-        target = next((gate.target for gate in output.gates if gate.policy is self), None)
+        course = next((gate.course for gate in output.gates if gate.policy is self), None)
         share = 1.0
-        if self.complete_course and target is not None:
-            share = min(1.0, (1 - target) / (1 - self.middle)) if self.middle < 1 else 0.0
+        if self.complete_course and course is not None:
+            share = min(1.0, (1 - course.target) / (1 - self.middle)) if self.middle < 1 else 0.0
         return CompletePass(
             share * self.complete_weight,
             share * self.distill_weight,
@@ -248,10 +256,10 @@ class Dispatch(GatingPolicy):
         own = [gate for gate in output.gates if gate.policy is self]
         if not weight or not own:
             return {}
-        target = own[0].target
-        if target is None:  # decided outside of a training
-            target = self.middle
-        return {"rate": weight * rate_loss([self._held(gate) for gate in own], target)}
+        course = own[0].course
+        distance = rate_distance([self._held(gate) for gate in own], self.middle if course is None else course.target)
+        loss = weight * distance.square()
+        return {"rate": loss if course is None else loss + course.held(distance)}
 
     def _held(self, gate: Gate) -> Tensor:
         """The gate whose mean the rate loss holds to the target."""

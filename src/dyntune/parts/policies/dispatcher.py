@@ -1,8 +1,7 @@
-"""The linear gate of dispatch, and the course that its training takes: rate, noise and pace from first step to last."""
+"""The linear gate of dispatch: how far open it starts, and the pace at which it learns."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,77 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from dyntune.core.errors import CheckpointError
+from dyntune.core.processes import mean_over_processes
+from dyntune.parts.policies.course import Course
 from dyntune.parts.policies.gating import LearnedGate
-
-
-class Course(nn.Module):
-    """What the gates of one dispatch aim at, and how noisy they decide, at each point of a training.
-
-    The target falls from 1, along half a cosine, to the rate; the noise falls linearly to none. Where nobody says how
-    long the training is, the rate is the target and the noise stays whole, as published.
-
-    Args:
-        rates: the rate twice, or the lowest and the highest of a range from which each training step draws one.
-        falls: shares of the training until which the target is 1, and after which it is the rate.
-        quiet: share of the training after which there is no noise; None for noise to the end.
-    """
-
-    def __init__(self, rates: tuple[float, float], falls: tuple[float, float], quiet: float | None) -> None:
-        super().__init__()
-        self.low, self.high = rates
-        self.falls = falls
-        self.quiet = quiet
-        self.drawn = self.middle
-        self.progress: float | None = None
-
-    @property
-    def middle(self) -> float:
-        """The rate halfway between the lowest and the highest."""
-        return (self.low + self.high) / 2
-
-    @property
-    def rate(self) -> float:
-        """The rate that holds now: in training that of the step, in evaluation the middle."""
-        return self.drawn if self.training else self.middle
-
-    @property
-    def target(self) -> float:
-        """What the activation is held to now."""
-        return 1 + (self.rate - 1) * self._way if self.training else self.middle
-
-    @property
-    def noise(self) -> float:
-        """Factor on the noise of decisions now."""
-        if self.progress is None or self.quiet is None:
-            return 1.0
-        return max(0.0, 1 - self.progress / self.quiet) if self.quiet else 0.0
-
-    @property
-    def _way(self) -> float:
-        """Share of the way from 1 to the rate that the target has gone."""
-        if self.progress is None or self.progress >= self.falls[1]:
-            return 1.0
-        begin, end = self.falls
-        done = (self.progress - begin) / (end - begin)
-        return (1 - math.cos(math.pi * max(0.0, done))) / 2
-
-    def end_course(self) -> None:
-        """From now on nobody knows how far a training is."""
-        self.progress = None
-
-    def begin_step(self, epoch: float | None = None, progress: float | None = None) -> None:
-        """Moves to a training step; where there is a range, draws its rate from PyTorch's CPU generator, all alike."""
-        self.progress = progress
-        if self.low < self.high:
-            self.drawn = self.low + (self.high - self.low) * torch.rand((), device="cpu").item()
-
-    def distance(self) -> float:
-        """How far the rate is from the middle, in logits."""
-        return _logit(self.rate) - _logit(self.middle)
-
-
-def _logit(rate: float) -> float:
-    return math.log(rate / (1 - rate))
 
 
 class Dispatcher(LearnedGate):
@@ -204,7 +135,7 @@ class Dispatcher(LearnedGate):
             return logits
         return logits + self.slope.float() * self.course.distance()
 
-    def begin_course(self, travel: float | None) -> None:
+    def begin_course(self, steps: int, travel: float | None) -> None:
         """Sets the pace, at the first step: until then the size of the features is not known."""
         self.end_course()
         self.unweighed = bool((self.gate.bias == self.start).all())  # another value is of a gate that has been trained
@@ -262,10 +193,7 @@ class Dispatcher(LearnedGate):
         assert self._reach is not None
         flat = patches.float().flatten(0, -2)
         moments = torch.stack([flat.mean(0), flat.square().mean(0)])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(moments)
-            moments = moments / torch.distributed.get_world_size()
-        centre, square = moments
+        centre, square = mean_over_processes(moments)
         size = (square - centre.square()).mean().clamp_min(0).sqrt()
         bias, weight = self._reach
         self._reach = None
