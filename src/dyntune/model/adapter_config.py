@@ -20,8 +20,8 @@ from dyntune.core.words import counted
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.adapter_folder import CONFIG
 from dyntune.model.rates import Calibration, dispatchers
+from dyntune.model.state import kept_buffers
 from dyntune.model.tasks import Task, saved_task
-from dyntune.model.tuned import kept_buffers
 from dyntune.parts.policies.base import Searching
 from dyntune.parts.registry import as_in_files, expand, part_from_dict, resolve
 from dyntune.parts.spec import Part
