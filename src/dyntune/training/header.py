@@ -21,7 +21,8 @@ from dyntune.core.words import counted, millions, several
 from dyntune.data.base import LabelledImages
 from dyntune.data.others import Samples, accepted
 from dyntune.model.cost import cost
-from dyntune.model.tuned import TunedModel, build_tuned
+from dyntune.model.tune import build_tuned
+from dyntune.model.tuned import TunedModel
 from dyntune.parts.spec import Part
 from dyntune.training.accelerator import launched_processes, pick_device
 from dyntune.training.settings import TrainSettings
