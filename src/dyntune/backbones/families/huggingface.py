@@ -13,6 +13,7 @@ from timm.layers import QuickGELU
 from torch import Tensor, nn
 
 from dyntune.backbones import huggingface_models as models
+from dyntune.backbones import huggingface_processor as processors
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosted import HostedAttention, HostedMlp, Ref, block_sites, fold_factors
 from dyntune.backbones.origin import BackboneSource
@@ -159,13 +160,13 @@ class HuggingFace(Backbone):
             arguments["img_size"] = list(self.host.dyntune_image_size)
         if isinstance(self.host, models.TowerClassifier):
             arguments["pool"] = self.host.pool
-        revision = models.revision_of(holder)
+        revision = processors.revision_of(holder)
         if revision and not local:
             arguments["revision"] = revision
         return BackboneSource(f"{self.prefix}{Path(place).resolve() if local else place}", arguments)
 
     def preprocessing(self) -> Preprocessing:
-        return models.preprocessing(getattr(self.host, "tower", self.host), self.kind, self.image_shape[1:])
+        return processors.preprocessing(getattr(self.host, "tower", self.host), self.kind, self.image_shape[1:])
 
     @property
     def config(self) -> Any:
@@ -485,7 +486,7 @@ class HuggingFace(Backbone):
     def _image_size(self) -> tuple[int, int]:
         size = getattr(self.host, "dyntune_image_size", None)
         if size is None and self._any_size:  # most of these are used at another size than that of their configuration
-            size = models.processor_size(getattr(self.host, "tower", self.host))
+            size = processors.processor_size(getattr(self.host, "tower", self.host))
         if size is None and self.kind.startswith("siglip2"):
             size = (math.isqrt(self._config.num_patches) * self._patch_size[0],) * 2
         return size or _pair(self._config.image_size)
