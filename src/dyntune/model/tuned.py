@@ -288,7 +288,7 @@ class TunedModel(TimmMethods, HubModel):
         names = self._state.unfit(self)
         if names:
             raise CheckpointError(
-                f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}: added, removed or "
+                f"{listed(names)}: added, removed or "
                 "resized after tune(), so that a saved adapter could not be put on its backbone again. Change the "
                 "model before it is tuned; or save it all yourself: torch.save(dict(model.named_parameters()), FILE)."
             )
