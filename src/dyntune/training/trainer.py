@@ -27,7 +27,7 @@ from dyntune.model.objective import Criterion, training_loss
 from dyntune.model.rates import dispatchers
 from dyntune.model.tuned import TunedModel, require_tuned
 from dyntune.training.accelerator import apart, make_accelerator
-from dyntune.training.calibration import after_training, calibrate_run, calibration_images
+from dyntune.training.calibration import after_training, calibrate_run, wanted_calibration
 from dyntune.training.checkpoint import Checkpoint
 from dyntune.training.closed_gates import ClosedGate, closed_gates
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
@@ -123,7 +123,7 @@ def fit(
         raise TrainingError("give settings=... or single options, not both.")
     chosen = settings or TrainSettings.of(**options)
     folder = None if out is None else Path(out).expanduser()
-    wanted = calibration_images(model, calibrate, train_set if val_set is None else val_set)
+    wanted = wanted_calibration(model, calibrate, train_set if val_set is None else val_set)
     shown = display(progress, model.spec)
     with apart(), limits_named():
         run = _Run(model, train_set, val_set, folder, chosen, shown, teacher)
@@ -265,7 +265,7 @@ class _Run:
         """After the training: tells of gates that have closed, which it gives, and calibrates them.
 
         Args:
-            calibrate: see ``calibration_images``.
+            calibrate: see ``wanted_calibration``.
         """
         closed: tuple[ClosedGate, ...] = ()
         batch_size = min(32, self.settings.batch_size)  # what is known to fit
