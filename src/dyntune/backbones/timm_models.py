@@ -22,6 +22,7 @@ from dyntune.backbones.hub import downloads, quickly
 from dyntune.backbones.origin import OR_BUILT_IN, BackboneSource
 from dyntune.backbones.sites import Site
 from dyntune.backbones.timm_weights import first_line, load_weights
+from dyntune.backbones.units import Block
 from dyntune.core.attention import bias_of
 from dyntune.core.errors import BackboneError
 from dyntune.core.rotation import Rotation
@@ -40,6 +41,15 @@ class TimmBackbone(Backbone):
 
     host: Any
     arguments: ClassVar[tuple[str, ...]] = (*_ARGUMENTS, "in_chans", "img_size")
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__(host)
+        self.blocks = nn.ModuleList(self.read_blocks())  # type: ignore[assignment]
+
+    def read_blocks(self) -> Iterator[Block]:
+        """The host's blocks behind the interface, from the first to the last."""
+        for index, one in enumerate(self.host.blocks):
+            yield timm_blocks.block(index, one, self.host.embed_dim)
 
     @classmethod
     def create(
