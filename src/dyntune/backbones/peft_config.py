@@ -62,7 +62,7 @@ _OTHER_MODELS = (
 """Options that need another kind of model, PEFT's own forward pass, or a change of the backbone's weights."""
 
 
-def rebuild(host: nn.Module, recipe: Any, wrap: Callable[[nn.Module], Backbone]) -> nn.Module:
+def with_layers(host: nn.Module, recipe: Any, wrap: Callable[[nn.Module], Backbone]) -> nn.Module:
     """Puts PEFT's layers on a plain host again, with new values, as ``PeftBackbone.recipe`` says.
 
     The recipe may come from a stranger: only the types and options that a ``PeftBackbone`` takes are passed to PEFT,

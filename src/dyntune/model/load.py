@@ -247,7 +247,7 @@ def _needs_content(error: BaseException | None) -> bool:
 def _with_peft(host: nn.Module, recipe: Any, folder: Path) -> nn.Module:
     """The host with the layers of Hugging Face's PEFT that the adapter was trained with."""
     try:
-        from dyntune.backbones.peft_config import rebuild as with_layers
+        from dyntune.backbones.peft_config import with_layers
     except ImportError as error:
         raise CheckpointError(
             f"the adapter in {folder} was trained with layers of PEFT, which is not installed or not complete "
