@@ -21,7 +21,7 @@ from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.core.files import write_json, write_text
 from dyntune.data import DataSplits, load_data
 from dyntune.data.drawn.vtab_mini import write_vtab_mini
-from dyntune.model.tuned import build_tuned
+from dyntune.model.tune import build_tuned
 from dyntune.studies.pictures import save_figure
 from dyntune.studies.pictures.style import COLOURS, INK, MARKERS, TEXT_SIZE, frame, new_figure
 from dyntune.training.logs import read_log

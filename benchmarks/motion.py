@@ -31,7 +31,8 @@ from dyntune.data.clips import Sampling
 from dyntune.data.drawn.motion import PAIRS
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.forward import activation_rates
-from dyntune.model.tuned import TunedModel, build_tuned
+from dyntune.model.tune import build_tuned
+from dyntune.model.tuned import TunedModel
 
 FRAMES, BATCH = 4, 16
 CLIPS = Preprocessing((32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", Sampling(FRAMES, sampling="segments", flip=0.0))

@@ -31,7 +31,7 @@ from dyntune.core.files import write_text
 from dyntune.core.machine import machine, peak_memory
 from dyntune.core.timing import Throughput, measure_throughput
 from dyntune.data import load_data
-from dyntune.model.tuned import build_tuned
+from dyntune.model.tune import build_tuned
 from dyntune.studies.bench.peers import set_gates
 
 ADAPTFORMER, PUBLISHED, CHECKPOINTED = "AdaptFormer", "published", "published, gradient checkpointing"

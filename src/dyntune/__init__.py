@@ -19,7 +19,8 @@ from dyntune.model.macs import MacCounter
 from dyntune.model.objective import Loss, training_loss
 from dyntune.model.published import load_published
 from dyntune.model.rates import Calibration, calibrate
-from dyntune.model.tuned import TunedModel, tune
+from dyntune.model.tune import tune
+from dyntune.model.tuned import TunedModel
 from dyntune.parts.registry import registered
 
 if TYPE_CHECKING:

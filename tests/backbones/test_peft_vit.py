@@ -13,7 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 import dyntune
 from dyntune.backbones.hosts import create_backbone
-from dyntune.backbones.peft import TYPES, PeftBackbone
+from dyntune.backbones.peft import PeftBackbone
+from dyntune.backbones.peft_config import TYPES
 from dyntune.backbones.sites import Change
 from dyntune.core.errors import BackboneError, CheckpointError
 from dyntune.core.files import SEAL
@@ -511,7 +512,8 @@ def test_the_plain_model_is_to_be_given(saved, wrap):
 def test_dyntune_does_not_need_peft(saved, make_host, monkeypatch):
     """``test_imports.py`` sees that importing Dyntune does not import it."""
     monkeypatch.setitem(sys.modules, "peft", None)
-    monkeypatch.delitem(sys.modules, "dyntune.backbones.peft")
+    for name in ("peft", "peft_config"):
+        monkeypatch.delitem(sys.modules, f"dyntune.backbones.{name}")
     dyntune.tune(make_host(), "dyt")
     with pytest.raises(dyntune.DyntuneError, match=r"pip install peft"):
         dyntune.load(saved, backbone=make_host())

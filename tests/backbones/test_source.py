@@ -24,7 +24,7 @@ from timm.models.vision_transformer import (
 import dyntune
 from dyntune.backbones.hosts import create_backbone, rebuild, wrap
 from dyntune.backbones.origin import BackboneSource, fingerprint
-from dyntune.backbones.timm_models import load_weights
+from dyntune.backbones.timm_weights import load_weights
 from dyntune.core.errors import BackboneError
 
 

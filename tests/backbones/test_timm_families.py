@@ -14,7 +14,7 @@ from timm.models.naflexvit import NaFlexVitCfg
 import dyntune
 from dyntune.backbones.hosts import create_backbone, rebuild, wrap
 from dyntune.backbones.origin import BackboneSource
-from dyntune.backbones.timm_models import load_weights
+from dyntune.backbones.timm_weights import load_weights
 from dyntune.core.errors import BackboneError
 
 FIXTURES = {

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import dyntune
 from dyntune.backbones.hosts import create_backbone, rebuild, wrap
 from dyntune.backbones.origin import BackboneSource
-from dyntune.backbones.timm_models import load_weights
+from dyntune.backbones.timm_weights import load_weights
 from dyntune.commands.main import app
 from dyntune.core.errors import BackboneError
 from dyntune.inference import folded_copy

@@ -10,7 +10,7 @@ import dyntune
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.commands.main import app
 from dyntune.core.errors import CheckpointError
-from dyntune.model.tuned import build_tuned
+from dyntune.model.tune import build_tuned
 
 
 def saved(spec, folder):

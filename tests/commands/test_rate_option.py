@@ -12,7 +12,7 @@ from dyntune.commands.main import app
 from dyntune.commands.train import with_rate
 from dyntune.core.errors import DyntuneError, ExportError, SpecError
 from dyntune.model.adapter_folder import CONFIG, EXPORTED
-from dyntune.model.tuned import build_tuned
+from dyntune.model.tune import build_tuned
 from dyntune.parts.registry import resolve
 
 CLASSES = ("blue", "green", "red")

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.commands.main import app
 from dyntune.core.errors import DataError
-from dyntune.model.tuned import build_tuned
+from dyntune.model.tune import build_tuned
 
 SPEC = "dynamicvit:keep=0.7/0.5,layers=1/2"
 SHORT = ("--epochs", "1", "--batch-size", "12", "--device", "cpu")

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.commands.main import app
 from dyntune.core.errors import DyntuneError
-from dyntune.model.tuned import build_tuned
+from dyntune.model.tune import build_tuned
 
 
 def visualize(spec, photos, folder):

@@ -7,7 +7,7 @@ import torch
 from filelock import FileLock
 
 import dyntune
-from dyntune.model.tuned import build_tuned
+from dyntune.model.tune import build_tuned
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from dyntune.backbones.hosts import create_backbone
 from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError, MachineError
 from dyntune.core.files import SEAL, sealed, write_atomically
 from dyntune.model.adapter_folder import CARD, CONFIG, FORMER_CONFIG, FORMER_WEIGHTS, PREVIOUS, WEIGHTS, read_config
-from dyntune.model.tuned import build_tuned
+from dyntune.model.tune import build_tuned
 
 TINY = {"img_size": 32, "num_classes": 3}
 

@@ -16,7 +16,7 @@ from dyntune.core.timing import Throughput
 from dyntune.inference.export.check import check
 from dyntune.inference.export.folder import OpenedModel
 from dyntune.model.tasks import Classification, Metric, Task
-from dyntune.model.tuned import build_tuned
+from dyntune.model.tune import build_tuned
 from dyntune.studies.compare import Row
 from dyntune.studies.report import markdown_table, methods_table
 from dyntune.training.logs import read_log

@@ -100,7 +100,7 @@ def test_one_frozen_value_that_was_changed_is_saved(make_host, images, tmp_path)
 @torch.no_grad()
 def test_frozen_values_are_compared_again_only_where_they_may_have_changed(make_host, tmp_path, monkeypatch):
     looked = []
-    monkeypatch.setattr("dyntune.model.tuned.checksum", lambda tensor: looked.append(tensor) or checksum(tensor))
+    monkeypatch.setattr("dyntune.model.state.checksum", lambda tensor: looked.append(tensor) or checksum(tensor))
     model = dyntune.tune(make_host(), "lora")
     weight, every = model.backbone.host.blocks[0].mlp.fc1.weight, len(looked)
     model.state_dict()

@@ -7,6 +7,10 @@ from typing import Any
 
 from timm.layers import GluMlp, SwiGLU
 from timm.layers import Mlp as TimmMlp
+from timm.models.eva import EvaBlockPostNorm
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from timm.models.vision_transformer import ResPostBlock
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor
 
@@ -18,6 +22,8 @@ from dyntune.core.tokens import Tokens
 _FIRST = ("fc1", "fc1_g", "fc1_x", "w0", "w1")
 _SECOND = ("fc2", "w2")
 """Names of an MLP's maps to the hidden layer and from it."""
+_NORMS_BEHIND = (EvaBlockPostNorm, ResPostBlock, ResPostRelPosBlock, SwinTransformerV2Block)
+"""Blocks whose norms stand behind attention and MLP, instead of in front of them."""
 
 
 def named(host: Any) -> Iterator[tuple[str, Any]]:
@@ -56,8 +62,6 @@ def block(
     host: Any,
     width: int,
     *,
-    factors: tuple[str, str] = ("", ""),
-    norm_first: bool = True,
     name: str = "",
     whole: Callable[[Tensor], Tensor] | None = None,
     before: Callable[[Tokens], Tokens] | None = None,
@@ -68,18 +72,17 @@ def block(
         index: its number.
         host: timm's block.
         width: channels C of its tokens.
-        factors: names of what multiplies the two updates: ``ls1`` and ``ls2``, ``gamma_1`` and ``gamma_2``; empty for
-            nothing.
-        norm_first: whether the norms stand in front of attention and MLP, instead of behind them.
         name: of the block in its model, where it is not ``blocks.INDEX``.
         whole: a method of the host's block that computes the attention as a whole, as ``HostedWhole`` takes it.
         before: what the host does in front of the block.
     """
     path = name or f"blocks.{index}"
     norms = [_site("norm1", index, path, host), _site("norm2", index, path, host)]
+    norm_first = not isinstance(host, _NORMS_BEHIND)
     behind: list[Chain] = []
-    for factor, norm, drop in zip(factors, norms, ("drop_path1", "drop_path2"), strict=True):
-        links = (Ref(host, factor, "gamma"), *(() if norm_first else (norm,)), Ref(host, drop))
+    for number, norm in enumerate(norms, start=1):
+        factors = (Ref(host, f"ls{number}", "gamma"), Ref(host, f"gamma_{number}", "gamma"))
+        links = (*factors, *(() if norm_first else (norm,)), Ref(host, f"drop_path{number}"))
         behind.append([link for link in links if isinstance(link, Site) or hasattr(host, link.attribute)])
     attn_norm, mlp_norm = norms if norm_first else (None, None)
     attn: Attention

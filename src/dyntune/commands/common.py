@@ -21,7 +21,7 @@ from rich.text import Text
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.commands.options import option
 from dyntune.core.errors import DataError, SpecError
-from dyntune.core.texts import printable
+from dyntune.core.texts import listed, printable
 from dyntune.core.threads import chosen_by_user, take_threads
 from dyntune.core.words import counted, several
 from dyntune.data.base import DataSplits, LabelledImages
@@ -284,13 +284,13 @@ def require_classes(model: TunedModel, data: DataSplits | Held) -> None:
     """Raises DataError when a data set's classes are not those that the model was trained on."""
     if not model.classes and model.backbone.classes and len(data.classes) > model.backbone.classes:
         raise DataError(
-            f"{data.name} has {counted(len(data.classes), 'class')} ({_some(data.classes)}), but the model tells "
+            f"{data.name} has {counted(len(data.classes), 'class')} ({listed(data.classes)}), but the model tells "
             f"{model.backbone.classes} apart. Give data with the same classes."
         )
     if model.classes and tuple(model.classes) != tuple(data.classes):
         raise DataError(
-            f"{data.name} has {counted(len(data.classes), 'class')} ({_some(data.classes)}), but the model was "
-            f"trained on {len(model.classes)} ({_some(model.classes)}). Give data with the same classes."
+            f"{data.name} has {counted(len(data.classes), 'class')} ({listed(data.classes)}), but the model was "
+            f"trained on {len(model.classes)} ({listed(model.classes)}). Give data with the same classes."
         )
 
 
@@ -301,8 +301,9 @@ def load_teacher(run: Path | None, data: DataSplits) -> TunedModel | None:
     teacher = load(run)
     if teacher.classes and tuple(teacher.classes) != tuple(data.classes):
         raise DataError(
-            f"the teacher in {run} was trained on {counted(len(teacher.classes), 'class')} ({_some(teacher.classes)}), "
-            f"but {data.name} has {len(data.classes)} ({_some(data.classes)}). Give a teacher trained on the same data."
+            f"the teacher in {run} was trained on {counted(len(teacher.classes), 'class')} "
+            f"({listed(teacher.classes)}), but {data.name} has {len(data.classes)} ({listed(data.classes)}). Give a "
+            "teacher trained on the same data."
         )
     return teacher
 
@@ -388,7 +389,3 @@ def _filled(pieces: Sequence[str], width: int) -> list[str]:
 
 def _fold(text: str, width: int) -> str:
     return "\n".join(_filled(_pieces(text), width))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(printable, names[:5])) + (", ..." if len(names) > 5 else "")

@@ -31,7 +31,7 @@ from dyntune.core.machine import machine
 from dyntune.core.words import counted
 from dyntune.data import load_data
 from dyntune.data.base import DataSplits
-from dyntune.model.tuned import build_tuned
+from dyntune.model.tune import build_tuned
 from dyntune.parts.spec_list import folder_name, split_specs
 from dyntune.studies.compare import compare
 from dyntune.studies.report import table_columns, table_rows, write_report

@@ -25,7 +25,7 @@ from dyntune.commands.options import Options, with_options
 from dyntune.core.shapes import shapes_only
 from dyntune.core.words import kilobytes, millions
 from dyntune.model.cost import Cost, cost
-from dyntune.model.tuned import tune
+from dyntune.model.tune import tune
 from dyntune.studies.table5 import CLASSES, MODEL, ROWS, SOURCE, WIDTHS
 
 EXAMPLES = (

@@ -14,7 +14,7 @@ from dyntune.commands.common import JsonOption, err, out, print_json, print_tabl
 from dyntune.core.shapes import shapes_only
 from dyntune.core.words import millions
 from dyntune.model.cost import cost
-from dyntune.model.tuned import tune
+from dyntune.model.tune import tune
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.presets.base import Preset
 from dyntune.parts.registry import lookup, registered, resolve

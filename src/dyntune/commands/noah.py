@@ -35,7 +35,8 @@ from dyntune.core.words import counted, kilobytes
 from dyntune.data import load_data
 from dyntune.data.datasets import JoinedImages
 from dyntune.model.cost import cost
-from dyntune.model.tuned import TunedModel, build_tuned
+from dyntune.model.tune import build_tuned
+from dyntune.model.tuned import TunedModel
 from dyntune.parts.methods.noah import Noah
 from dyntune.parts.registry import resolve
 from dyntune.studies.noah import SearchSettings, train_noah

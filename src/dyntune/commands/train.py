@@ -44,7 +44,7 @@ from dyntune.core.words import counted, kilobytes, several
 from dyntune.data import load_data
 from dyntune.model.adapter_folder import read_config
 from dyntune.model.cost import cost
-from dyntune.model.tuned import build_tuned
+from dyntune.model.tune import build_tuned
 from dyntune.parts.registry import resolve
 from dyntune.parts.spec import Part
 from dyntune.training.accelerator import is_main_process

@@ -123,6 +123,11 @@ class Samples(Dataset[tuple[Any, Any]]):
         self.pictures = isinstance(first, Image.Image | Video)
         self.shape = None if first is None or self.pictures else self._checked(first, 0).shape
 
+    @property
+    def noun(self) -> str:
+        """What one of them is called in messages."""
+        return "video" if self.videos else "image"
+
     def with_transform(self, transform: Callable[[Any], Any]) -> Self:
         """The same data set, giving ``transform(image)`` for PIL images and videos."""
         other = copy.copy(self)

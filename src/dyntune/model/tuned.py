@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.hosts import checked_origin, create_backbone, not_tuned, weights_fingerprint, wrap
+from dyntune.backbones.hosts import checked_origin, not_tuned, weights_fingerprint, wrap
 from dyntune.backbones.origin import BackboneSource
 from dyntune.backbones.owners import claim, release, require_free
-from dyntune.core.digests import checksum, sample
 from dyntune.core.errors import BackboneError, CheckpointError, DyntuneError, SpecError, in_one_line
 from dyntune.core.texts import listed
 from dyntune.core.tokens import Tokens
@@ -31,12 +29,13 @@ from dyntune.model.forward import run
 from dyntune.model.hub import HubModel
 from dyntune.model.macs import Trace, trace
 from dyntune.model.rates import Calibration, set_rate
+from dyntune.model.state import TunedState, kept_buffers
 from dyntune.model.tasks import Classification, Task
 from dyntune.model.timm_methods import TimmMethods
 from dyntune.parts.methods.base import TuningMethod
 from dyntune.parts.policies.base import Output
 from dyntune.parts.policies.gating import gating
-from dyntune.parts.registry import expand, resolve
+from dyntune.parts.registry import expand
 from dyntune.parts.spec import Part, format_spec
 
 log = logging.getLogger("dyntune")
@@ -93,18 +92,7 @@ class TunedModel(TimmMethods, HubModel):
         self.parts = settled(host, parts, self.dense_macs)
         self.methods = tuple(part for part in expand(self.parts) if isinstance(part, TuningMethod))
         self.policies = install(self.backbone, self.parts)
-        self._tuned = frozenset(name for name, p in self.backbone.named_parameters() if p.requires_grad)
-        self._shapes = {name: tensor.shape for name, tensor in self._held()}
-        self._before = {
-            name: (sample(t).cpu(), checksum(t))
-            for name, t in self._held()
-            if name not in self._tuned and not t.is_meta
-        }
-        """Of each tensor that the methods leave as it is, some values, and what tells any other value from before."""
-        self._compared: dict[str, tuple[tuple[Any, ...], bool]] = {
-            name: (mark, False) for name, t in self._held() if name in self._before and (mark := _mark(t)) is not None
-        }
-        """Of these, the mark of the tensor that was compared last, and whether it had other values than before."""
+        self._state = TunedState(self.backbone)
         self.calibration: Calibration | None = None
         self.unmerged: dict[str, str] | None = None
         self._missed = False
@@ -252,8 +240,7 @@ class TunedModel(TimmMethods, HubModel):
 
     def tuned_state(self) -> dict[str, Tensor]:
         """The trained tensors, by name: those of the methods, and whatever else requires a gradient. Not copied."""
-        named = self.backbone.named_parameters()
-        return {name: p for name, p in named if name in self._tuned or p.requires_grad}
+        return self._state.trained()
 
     def course_tensors(self) -> dict[str, Tensor]:
         """What training changes, by name: the trained tensors, and statistics that modules keep. Not copied."""
@@ -265,20 +252,7 @@ class TunedModel(TimmMethods, HubModel):
         Tensors that PyTorch counts no change of since they were compared last are not read again. It does not count
         what is done to ``tensor.data``, which ``save`` therefore looks for, outside of a training.
         """
-        held = dict(self._held())
-        changed = {name: held[name] for name in self._before if name in held and self._differs(name, held[name])}
-        return {name: p for name, p in self.tuned_state().items() if name not in self._tuned} | changed
-
-    def _differs(self, name: str, tensor: Tensor) -> bool:
-        """Whether a tensor that the methods leave as it is has other values than before."""
-        mark = _mark(tensor)
-        known = self._compared.get(name)
-        if mark is not None and known is not None and known[0] == mark:
-            return known[1]
-        found = _differs(tensor, self._before[name])
-        if mark is not None:
-            self._compared[name] = mark, found
-        return found
+        return self._state.extra()
 
     def adopt(self, extra: dict[str, bool]) -> None:
         """Counts tensors among what is trained and saved that the methods would leave as they are.
@@ -289,22 +263,14 @@ class TunedModel(TimmMethods, HubModel):
         Raises:
             CheckpointError: there is no such tensor.
         """
-        own = self.named_in_files()
-        if extra.keys() - own.keys():
-            raise CheckpointError(f"the model has no tensor {', '.join(sorted(extra.keys() - own.keys())[:5])}.")
-        for name, trained in extra.items():
-            if trained and isinstance(own[name], nn.Parameter):
-                own[name].requires_grad_(True)
+        self._state.adopt(extra)
 
     def named_in_files(self) -> dict[str, Tensor]:
         """Every tensor of the backbone and of what is on it, by its name in files. Not copied."""
-        return {self.backbone.saved_name(name): tensor for name, tensor in self._held()}
+        return self._state.in_files()
 
     def replaced_head(self, before: set[str], classes: int) -> None:
-        new = self.backbone.head_parameters()
-        self._tuned = self._tuned - before | new
-        kept = {name: shape for name, shape in self._shapes.items() if name not in before}
-        self._shapes = kept | {name: p.shape for name, p in self._held() if name in new}
+        self._state.replace_head(before)
         claim(self, self.backbone)
         self.backbone.outputs = classes
         if "num_classes" in self._origin.arguments:
@@ -319,14 +285,10 @@ class TunedModel(TimmMethods, HubModel):
                 "the model is merged: its adapter is part of the backbone's weights now. Save it before merging, or "
                 "save the whole model with safetensors.torch.save_model(model.backbone.host, FILE)."
             )
-        shapes = {f"backbone.{name}": shape for name, shape in self._shapes.items()}
-        trained = [name for name, p in self.named_parameters() if p.requires_grad and p.shape != shapes.get(name)]
-        held = dict(self._held())
-        changed = [f"backbone.{name}" for name, shape in self._shapes.items() if held.get(name, _NONE).shape != shape]
-        if trained or changed:
-            names = sorted({*trained, *changed})
+        names = self._state.unfit(self)
+        if names:
             raise CheckpointError(
-                f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}: added, removed or "
+                f"{listed(names)}: added, removed or "
                 "resized after tune(), so that a saved adapter could not be put on its backbone again. Change the "
                 "model before it is tuned; or save it all yourself: torch.save(dict(model.named_parameters()), FILE)."
             )
@@ -337,24 +299,16 @@ class TunedModel(TimmMethods, HubModel):
                 "Give a name for each, or model.classes = None."
             )
 
-    def _held(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter of the backbone, and every buffer that belongs to its state."""
-        yield from self.backbone.named_parameters()
-        yield from kept_buffers(self.backbone)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._compared = {}
         claim(self, self.backbone)  # a copy has parameters of its own
 
     def saved_names(self) -> dict[str, str]:
-        names = self.tuned_state() | self.extra_state() | self.backbone.companions()
-        return {name: self.backbone.saved_name(name) for name in names}
+        return self._state.saved_names()
 
     def saved_state(self) -> dict[str, Tensor]:
         """What this model holds beyond the pretrained backbone: the trained tensors, and what belongs to them."""
-        state = self.backbone.state_dict(keep_vars=True)  # in which gates stand as they are read
-        return {saved: state[name] for name, saved in self.saved_names().items()}
+        return self._state.saved()
 
     @property
     def folds(self) -> bool:
@@ -413,7 +367,7 @@ class TunedModel(TimmMethods, HubModel):
         self.require_savable()
         self._miss_names()
         if self.backbone.steps is None:
-            self._compared.clear()
+            self._state.look_again()
         if not overwrite:
             require_no_run(Path(folder))
         tensors = self.saved_state()
@@ -466,97 +420,10 @@ class TunedModel(TimmMethods, HubModel):
         }
 
 
-def tune(model: nn.Module, *parts: str | Part, **options: Any) -> TunedModel:
-    """Puts tuning methods and token policies on a pretrained model.
-
-    The model is adapted in place, so give each tuned model a backbone of its own. Its parameters are frozen but for
-    the head and what a method unfreezes, and modules are added, in the order of the parts.
-
-    Args:
-        model: a vision transformer of timm or transformers with its classifier, or one that PEFT's ``get_peft_model``
-            has wrapped.
-        parts: spec strings (``"dyt:rate=0.5"``, ``"adaptformer"``, ``"dispatch:where=mlp,rate=0.5"``) or typed
-            configurations (``DyT(rate=0.5)``).
-        options: none; whoever gives one is told where it belongs.
-
-    Raises:
-        BackboneError: the model is not supported, or a part is not defined on it.
-        SpecError: a part's name, option or value is wrong, no part is given, or the host's configuration is for another
-            problem than one label for each image.
-    """
-    if options:
-        given = ",".join(f"{name}={value}" for name, value in options.items())
-        first = parts[0] if parts and isinstance(parts[0], str) else "dyt"
-        raise SpecError(
-            f"options belong to a part, not to tune: tune(model, {first + (',' if ':' in first else ':') + given!r}), "
-            "or a typed configuration such as dyntune.DyT(rate=0.5)."
-        )
-    if any(isinstance(part, nn.Module) for part in parts):
-        raise SpecError("tune takes the model first, then its methods: tune(vit, method, ...).")
-    if isinstance(model, str):
-        raise SpecError(f"tune takes a model, not a name: tune(timm.create_model({model!r}, pretrained=True), ...).")
-    if isinstance(model, TunedModel):
-        raise SpecError("the model is tuned already; give all parts at once: tune(vit, part, part).")
-    resolved = resolve(parts)
-    if not resolved:
-        raise SpecError('no tuning method given; for instance tune(model, "dyt:rate=0.5") or tune(model, "linear").')
-    tuned = TunedModel(model, resolved)
-    problem = getattr(tuned.backbone.config, "problem_type", None)
-    if problem not in (None, "single_label_classification"):
-        raise SpecError(
-            f"the host's configuration has problem_type={problem!r}; expected one label for each image, of which the "
-            "training loss is the cross-entropy. For such images set model.config.problem_type = None before tune. For "
-            "another loss do that too, and set the task of the tuned model (TunedModel.task) to one of your own."
-        )
-    return tuned
-
-
-def build_tuned(
-    name: str,
-    *parts: str | Part,
-    classes: Sequence[str],
-    weights: str | Path | None = None,
-    task: Task | None = None,
-    **arguments: Any,
-) -> TunedModel:
-    """A pretrained backbone by name with a new head and parts on it: what ``dyntune train`` begins with.
-
-    The head starts as the task says.
-
-    Args:
-        name: timm model name; ``hf:`` and a folder or repository for models of transformers.
-        parts: as for ``tune``.
-        classes: names of the classes in label order; the head has an output for each.
-        weights: local weight file of the backbone.
-        task: what the outputs mean; classification if not given.
-        arguments: for whoever builds it, for instance ``img_size``.
-    """
-    if not arguments.get("drop_path_rate", True):
-        del arguments["drop_path_rate"]  # none is the default, and not every host can have some
-    host = create_backbone(name, weights=weights, num_classes=len(classes), **arguments)
-    model = tune(host, *parts)
-    model.task = task or model.task
-    for head in model.backbone.heads:
-        model.task.initialise(head)
-    model.classes = tuple(classes)
-    return model
-
-
 def require_tuned(model: object, what: str) -> None:
     """Raises SpecError unless ``model`` is one that ``tune`` or ``load`` has made."""
     if not isinstance(model, TunedModel):
         raise not_tuned(model, what)
-
-
-_NONE = torch.empty(0, 0, device="meta")
-
-
-def kept_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers that belong to a module's state, such as the statistics of a batch norm."""
-    for path, part in module.named_modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            if name not in part._non_persistent_buffers_set:
-                yield f"{path}.{name}" if path else name, buffer
 
 
 def _traced(backbone: Backbone) -> Trace:
@@ -570,24 +437,3 @@ def _traced(backbone: Backbone) -> Trace:
             f"the model cannot compute an input of the shape {backbone.input_shape}: {type(error).__name__}: "
             f"{in_one_line(error)}. Give one whose parts go together, and whose lazy layers have run once."
         ) from error
-
-
-def _mark(tensor: Tensor) -> tuple[Any, ...] | None:
-    """What stays the same as long as PyTorch counts no change of a tensor; None where it does not count.
-
-    It does not where a layer keeps statistics in a buffer, as batch norm does.
-    """
-    if tensor.is_meta or tensor.is_inference() or not isinstance(tensor, nn.Parameter):
-        return None
-    return id(tensor), tensor.data_ptr(), tensor.dtype, tensor._version
-
-
-def _differs(tensor: Tensor, before: tuple[Tensor, int]) -> bool:
-    """Whether a tensor has other values than before, but for its precision: of another one some are compared."""
-    if tensor.is_meta:
-        return False
-    values, bits = before
-    if tensor.dtype == values.dtype:
-        return checksum(tensor) != bits
-    now = sample(tensor).cpu()
-    return not torch.equal(now, values.to(now.dtype))

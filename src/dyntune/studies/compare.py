@@ -17,7 +17,8 @@ from dyntune.core.errors import DataError
 from dyntune.core.timing import Throughput, measure_throughput
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.model.cost import cost
-from dyntune.model.tuned import TunedModel, build_tuned
+from dyntune.model.tune import build_tuned
+from dyntune.model.tuned import TunedModel
 from dyntune.parts.policies.base import learners
 from dyntune.parts.spec_list import folder_name
 from dyntune.training.evaluate import Evaluation, evaluate

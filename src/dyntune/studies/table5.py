@@ -8,7 +8,7 @@ from typing import Any
 from dyntune.backbones.hosts import create_backbone
 from dyntune.core.shapes import shapes_only
 from dyntune.model.cost import Cost, cost
-from dyntune.model.tuned import tune
+from dyntune.model.tune import tune
 
 SOURCE = "Zhao et al., NeurIPS 2024, arXiv 2403.11808, table 5 (the first two rows: tables 3 and 4)"
 MODEL = "vit_base_patch16_224"

@@ -22,7 +22,7 @@ from dyntune.training.randomness import caller_randomness_kept
 log = logging.getLogger("dyntune")
 
 
-def calibration_images(model: TunedModel, asked: Any, held_out: Any) -> bool | Dataset[Any]:
+def wanted_calibration(model: TunedModel, asked: Any, held_out: Any) -> bool | Dataset[Any]:
     """What ``fit`` was asked to calibrate on, looked at before the training.
 
     Args:

@@ -16,12 +16,13 @@ from torch.utils.data import Dataset
 
 from dyntune.core.errors import DataError
 from dyntune.core.shapes import shapes_only
-from dyntune.core.texts import printable
+from dyntune.core.texts import listed, printable
 from dyntune.core.words import counted, millions, several
 from dyntune.data.base import LabelledImages
 from dyntune.data.others import Samples, accepted
 from dyntune.model.cost import cost
-from dyntune.model.tuned import TunedModel, build_tuned
+from dyntune.model.tune import build_tuned
+from dyntune.model.tuned import TunedModel
 from dyntune.parts.spec import Part
 from dyntune.training.accelerator import launched_processes, pick_device
 from dyntune.training.settings import TrainSettings
@@ -79,9 +80,9 @@ def training_header(
     models = [models] if isinstance(models, TunedModel) else models
     sets = {"training": train, "validation": val, "test": test}
     known = {kind: accepted(data, f"the {kind} set") for kind, data in sets.items() if data is not None}
-    noun = _noun(known["training"])
+    noun = known["training"].noun
     counts = [f"{len(data):,} {kind}" for kind, data in known.items()]
-    images = _listed(counts) + f" {noun if [len(data) for data in known.values()] == [1] else several(noun)}"
+    images = _joined(counts) + f" {noun if [len(data) for data in known.values()] == [1] else several(noun)}"
     classes = f"{counted(models[0].backbone.classes, 'class')}, " if models[0].backbone.classes else ""
     return Header(
         (
@@ -214,15 +215,9 @@ def _sizes(data: LabelledImages | Samples) -> Iterator[tuple[int, int]]:
 def _classes(model: TunedModel, labels: Sequence[int]) -> str:
     """Which classes have something, with the verb."""
     names = model.classes or tuple(map(str, range(model.backbone.classes)))
-    shown = ", ".join(names[label] for label in labels[:_SHOWN])
-    more = f" and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
-    many = counted(len(labels), "class")
-    return f"{many} ({shown}{more}) {'has' if len(labels) == 1 else 'have'}"
+    many, shown = counted(len(labels), "class"), listed([names[label] for label in labels], _SHOWN)
+    return f"{many} ({shown}) {'has' if len(labels) == 1 else 'have'}"
 
 
-def _noun(data: LabelledImages | Samples) -> str:
-    return "video" if data.videos else "image"
-
-
-def _listed(words: Sequence[str]) -> str:
+def _joined(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

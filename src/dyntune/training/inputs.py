@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dyntune.core.errors import DataError, TrainingError
-from dyntune.core.texts import printable
+from dyntune.core.texts import listed, printable
 from dyntune.core.words import counted
 from dyntune.data.base import LabelledImages
 from dyntune.data.others import Samples, accepted, check_labels
@@ -35,6 +35,7 @@ STATISTICS = {
 """Mean and standard deviation of each normalisation, on a scale of 0 to 1."""
 _LARGEST_VALUE = 50
 """Of preprocessed images, whose values are below 5 or so in every preprocessing that is common."""
+_SHOWN = 8
 
 
 def with_pixels_as(
@@ -153,8 +154,8 @@ def require_labels(
     named = [tuple(map(str, names)) for data in (train_set, val_set) if (names := _names(data)) is not None]
     if len(named) == 2 and named[0] != named[1]:
         raise DataError(
-            f"the training set has the classes {_some(named[0])}, the validation set {_some(named[1])}. Expected the "
-            "same in the same order, because labels count them."
+            f"the training set has the classes {listed(named[0], _SHOWN)}, the validation set "
+            f"{listed(named[1], _SHOWN)}. Expected the same in the same order, because labels count them."
         )
     if not beforehand and isinstance(train_set, Samples):
         train_set.expect_labels(model.backbone.classes or None)
@@ -178,10 +179,6 @@ def _names(dataset: Any) -> Sequence[Any] | None:
     """The data set's class names; None without any."""
     names: Any = getattr(dataset, "classes", None)
     return names if hasattr(names, "__len__") and len(names) else None
-
-
-def _some(names: Sequence[Any]) -> str:
-    return ", ".join(printable(str(name)) for name in names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def training_images(dataset: LabelledImages | Samples, model: TunedModel, settings: TrainSettings) -> Dataset[Any]:

@@ -18,7 +18,6 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from dyntune.backbones.base import file_name
 from dyntune.core.errors import CheckpointError, TrainingError
 from dyntune.core.files import write_json
 from dyntune.core.limits import limits_named
@@ -28,21 +27,22 @@ from dyntune.model.objective import Criterion, training_loss
 from dyntune.model.rates import dispatchers
 from dyntune.model.tuned import TunedModel, require_tuned
 from dyntune.training.accelerator import apart, make_accelerator
-from dyntune.training.calibration import after_training, calibrate_run, calibration_images
+from dyntune.training.calibration import after_training, calibrate_run, wanted_calibration
+from dyntune.training.checkpoint import Checkpoint
 from dyntune.training.closed_gates import ClosedGate, closed_gates
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
 from dyntune.training.header import training_header
-from dyntune.training.identity import ASKED, identity_changes, run_identity
+from dyntune.training.identity import ASKED, run_identity
 from dyntune.training.inputs import data_for, require_labels, require_matching_head, training_images
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.logs import RunLog
-from dyntune.training.optimizer import fill_optimizer, make_optimizer, pretrained_parameters, set_learning_rate
+from dyntune.training.optimizer import make_optimizer, pretrained_parameters, set_learning_rate
 from dyntune.training.progress import Progress, ProgressBar, Silent, display
 from dyntune.training.randomness import EpochSampler, SeededDataset, caller_randomness_kept, seed_all
-from dyntune.training.run_folder import require_own_adapter, require_room, run_alone
+from dyntune.training.run_folder import require_room, run_alone
 from dyntune.training.seen import Seen
 from dyntune.training.settings import TrainSettings
-from dyntune.training.state import STATE, RunState
+from dyntune.training.state import STATE
 from dyntune.training.teacher import ready_teacher, warn_about_teacher
 
 log = logging.getLogger("dyntune")
@@ -123,7 +123,7 @@ def fit(
         raise TrainingError("give settings=... or single options, not both.")
     chosen = settings or TrainSettings.of(**options)
     folder = None if out is None else Path(out).expanduser()
-    wanted = calibration_images(model, calibrate, train_set if val_set is None else val_set)
+    wanted = wanted_calibration(model, calibrate, train_set if val_set is None else val_set)
     shown = display(progress, model.spec)
     with apart(), limits_named():
         run = _Run(model, train_set, val_set, folder, chosen, shown, teacher)
@@ -227,10 +227,8 @@ class _Run:
         )
         self.steps_per_epoch = len(self.loader)
         self.gated = bool(dispatchers(model.backbone))
-        self.best, self.best_epoch = -1.0, 0
-        self.best_tensors: dict[str, Tensor] = {}
-        self.seconds = 0.0
-        self.identity = run_identity(model, settings, train_set, world, teacher)
+        identity = run_identity(model, settings, train_set, world, teacher)
+        self.checkpoint = Checkpoint(model, self.optimizer, self.accelerator.scaler, identity)
 
     def train(self, resume: bool) -> FitResult:
         with caller_randomness_kept(), self._checkpointing(), self._course(), self._alone():
@@ -242,7 +240,7 @@ class _Run:
             # Thresholds that were shifted, and the shifts, belong to the weights that training leaves behind.
             self.model.set_rate(None)
             self.model.calibration = None
-            self.started = time.perf_counter() - self.seconds
+            self.started = time.perf_counter() - self.checkpoint.seconds
             written = RunLog(self.out, epoch * self.steps_per_epoch + step) if self.out and self._main else None
             try:
                 with stop_requests() as stop, self.progress:
@@ -253,21 +251,21 @@ class _Run:
             finally:
                 if written:
                     written.close()
-            self._fill(self.best_tensors)
-            self.seconds = time.perf_counter() - self.started if epoch < self.settings.epochs else self.seconds
+            self.checkpoint.restore_best()
+            seconds = time.perf_counter() - self.started if epoch < self.settings.epochs else self.checkpoint.seconds
         self.model.eval()
         return FitResult(
-            best_accuracy=None if self.best < 0 else self.best,
-            best_epoch=self.best_epoch,
+            best_accuracy=None if self.checkpoint.best < 0 else self.checkpoint.best,
+            best_epoch=self.checkpoint.best_epoch,
             steps=self.settings.epochs * self.steps_per_epoch,
-            seconds=self.seconds,
+            seconds=seconds,
         )
 
     def look_at_gates(self, calibrate: bool | Dataset[Any]) -> tuple[ClosedGate, ...]:
         """After the training: tells of gates that have closed, which it gives, and calibrates them.
 
         Args:
-            calibrate: see ``calibration_images``.
+            calibrate: see ``wanted_calibration``.
         """
         closed: tuple[ClosedGate, ...] = ()
         batch_size = min(32, self.settings.batch_size)  # what is known to fit
@@ -338,35 +336,10 @@ class _Run:
         self.accelerator.wait_for_everyone()  # every process has looked before one of them writes
         if not started:
             if self._main:
-                write_json(self.out / ASKED, self.identity)
+                write_json(self.out / ASKED, self.checkpoint.identity)
                 Seen.by(*self.images).write(self.out)
             return 0, 0
-        state = RunState.read(self.out)
-        done = state.epoch * self.steps_per_epoch + state.step
-        settles = any(policy.settles for policy in self.model.policies)
-        try:
-            changed = identity_changes(state.identity, self.identity, done, self.steps_per_epoch, settles)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{self.out / STATE} does not say which run it is of ({error!r}). Start again with another folder."
-            ) from error
-        if changed:
-            raise TrainingError(
-                f"the run in {self.out} was started differently: {'; '.join(changed)}. Use the same options."
-            )
-        own = {file_name(name): tensor for name, tensor in self.model.course_tensors().items()}
-        statistics = own.keys() - map(file_name, self.model.tuned_state())
-        state.require_fit(own, statistics, self.out, self.settings.epochs, self.steps_per_epoch)
-        require_own_adapter(self.model, state, self.out)
-        fill_optimizer(self.optimizer, state.optimizer)
-        self._fill(state.tensors)
-        self.model.backbone.resume_course(state.course)
-        if state.scaler and self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state.scaler)
-        self.best, self.best_epoch = state.best, state.best_epoch
-        self.best_tensors = state.best_tensors
-        self.seconds = state.seconds
-        return state.epoch, state.step
+        return self.checkpoint.resume(self.out, self.settings.epochs, self.steps_per_epoch)
 
     def _epoch(self, epoch: int, first: int, log: RunLog | None, stop: threading.Event) -> None:
         settings, accelerator, task = self.settings, self.accelerator, self.model.task
@@ -442,11 +415,9 @@ class _Run:
         measured = {"epoch": epoch + 1, **({} if score is None else {merit: round(score, 6)}), **skipping}
         # Before, a policy may still do more than it will do in the end: such an epoch is not what was asked for.
         settled = (epoch + 1) / self.settings.epochs >= max((p.settles for p in self.model.policies), default=0.0)
-        best_so_far = score is not None and score >= self.best
+        best_so_far = score is not None and score >= self.checkpoint.best
         if self.val_loader is None or self.select == "last" or best_so_far or not settled:
-            self.best = -1.0 if score is None or not settled else score
-            self.best_epoch = epoch + 1
-            self.best_tensors = {name: p.clone() for name, p in self._tensors().items()}
+            self.checkpoint.keep(epoch + 1, score if settled else None)
             if self.out and self._main:
                 self.model.save(self.out, measured, overwrite=True)
         if self.out and self._main:
@@ -492,33 +463,9 @@ class _Run:
             where = spoilt[0] if spoilt else "another process's weights"
             raise TrainingError(f"{where} is not finite after an update in epoch {epoch + 1}. {kept}{_ADVICE}")
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """What training changes, by its names in files."""
-        return {file_name(name): p.detach().cpu() for name, p in self.model.course_tensors().items()}
-
-    def _fill(self, tensors: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, tensor in self.model.course_tensors().items():
-                if file_name(name) in tensors:  # states of earlier versions lack statistics
-                    tensor.copy_(tensors[file_name(name)])
-
     def _write_state(self, epoch: int, step: int) -> None:
-        if self.out is None or not self._main:
-            return
-        scaler = self.accelerator.scaler
-        RunState(
-            epoch=epoch,
-            step=step,
-            tensors=self._tensors(),
-            optimizer=self.optimizer.state_dict(),
-            scaler=scaler.state_dict() if scaler else None,
-            best=self.best,
-            best_epoch=self.best_epoch,
-            best_tensors=self.best_tensors,
-            seconds=time.perf_counter() - self.started,
-            identity=self.identity,
-            course={name: tensor.cpu() for name, tensor in self.model.backbone.course_state().items()},
-        ).write(self.out)
+        if self.out and self._main:
+            self.checkpoint.write(self.out, epoch, step, time.perf_counter() - self.started)
 
     def _farewell(self, epoch: int, step: int) -> str:
         where = f"stopped in epoch {epoch + 1} after step {step} of {self.steps_per_epoch}"

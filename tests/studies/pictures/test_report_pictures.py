@@ -5,7 +5,7 @@ import torch
 
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.data import load_data
-from dyntune.model.tuned import build_tuned
+from dyntune.model.tune import build_tuned
 from dyntune.studies.report import token_pictures
 
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import QuickGELU
 from torch import Tensor, nn
 
 from dyntune.backbones import huggingface_models as models
+from dyntune.backbones import huggingface_processor as processors
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.hosted import HostedAttention, HostedMlp, Ref, block_sites, fold_factors
+from dyntune.backbones.hosted import block_sites, fold_factors
+from dyntune.backbones.huggingface_blocks import found, has, join, read_block
 from dyntune.backbones.origin import BackboneSource
-from dyntune.backbones.sites import Changed, Site, SiteKind
-from dyntune.backbones.units import Block
+from dyntune.backbones.sites import Changed, Site
 from dyntune.core.attention import bias_of
 from dyntune.core.errors import BackboneError
 from dyntune.core.places import Places
@@ -28,24 +28,6 @@ from dyntune.data.transforms import Preprocessing
 _TOWERS = ("tower", "vit", "deit", "dinov2", "dinov2_with_registers", "vision_model")
 """What a module that holds the tower may call it."""
 _BLOCKS = ("layers", "encoder.layer", "encoder.layers", "model.layer", "layer")
-_NORM1 = ("layernorm_before", "norm1", "layer_norm1")
-_NORM2 = ("layernorm_after", "norm2", "layer_norm2")
-_ATTENTION = ("attention", "self_attn")
-_MAPS: tuple[tuple[SiteKind, tuple[str, ...]], ...] = (
-    ("q", ("q_proj", "attention.query")),
-    ("k", ("k_proj", "attention.key")),
-    ("v", ("v_proj", "attention.value")),
-    ("proj", ("o_proj", "out_proj", "output.dense")),
-)
-"""Within the attention, the maps to queries, keys and values, and the one behind it."""
-_MLPS = (
-    (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
-    (("mlp.weights_in",), "mlp.weights_out"),
-    (("mlp.fc1",), "mlp.fc2"),
-    (("mlp.up_proj",), "mlp.down_proj"),
-    (("intermediate.dense",), "output.dense"),
-)
-"""Within a block, an MLP's maps to the hidden layer, the gate first, and the one from it."""
 _NORMS = ("layernorm", "norm", "post_layernorm")
 _BIASES: dict[str, Callable[[Any], Sequence[Site]]] = {
     "qkv_bias": lambda block: block.attn.maps,
@@ -67,10 +49,6 @@ _CLASSES = {
     "Siglip2VisionTransformer",
 }
 """Hosts: the last three are what two-tower models of transformers 4 call their ``vision_model``."""
-_ACTIVATIONS = nn.ModuleDict(
-    {"gelu": nn.GELU(), "gelu_pytorch_tanh": nn.GELU(approximate="tanh"), "quick_gelu": QuickGELU(), "silu": nn.SiLU()}
-)
-"""Activations by ``hidden_act``; transformers has classes of its own for some, which other versions call otherwise."""
 
 
 class HuggingFace(Backbone):
@@ -97,20 +75,21 @@ class HuggingFace(Backbone):
         self._config = self.tower.config
         self.kind = str(self._config.model_type)
         embeddings = self.tower.embeddings
-        patch, _ = _first(embeddings, ("patch_embeddings.projection", "patch_embeddings", "patch_embedding"))
+        patch, _ = found(embeddings, ("patch_embeddings.projection", "patch_embeddings", "patch_embedding"))
         parent, _, name = patch.rpartition(".")
         self._patch = embeddings.get_submodule(parent), name
         self._roles = {self._path: "", **{name: name.replace("classifier", "head") for name in _HEADS}}
-        self._roles[_join(self._path, "embeddings", patch)] = "patch_embed.proj"
-        self._roles[_join(self._path, "head")] = "attn_pool"
-        blocks_path, blocks = _first(self.tower, _BLOCKS)
+        self._roles[join(self._path, "embeddings", patch)] = "patch_embed.proj"
+        self._roles[join(self._path, "head")] = "attn_pool"
+        blocks_path, blocks = found(self.tower, _BLOCKS)
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
-            self._block(index, block, _join(self._path, blocks_path, str(index))) for index, block in enumerate(blocks)
+            read_block(index, block, join(self._path, blocks_path, str(index)), self._config, self._roles)
+            for index, block in enumerate(blocks)
         )
         norm = next((name for name in _NORMS if hasattr(self.tower, name)), None)
         assert norm is not None
         self._norm = norm
-        self._roles[_join(self._path, norm)] = "norm"
+        self._roles[join(self._path, norm)] = "norm"
         self._layers = tuple(blocks)
         self._resizes = "interpolate_pos_encoding" in inspect.signature(type(embeddings).forward).parameters
         self._size = self._image_size()
@@ -159,13 +138,13 @@ class HuggingFace(Backbone):
             arguments["img_size"] = list(self.host.dyntune_image_size)
         if isinstance(self.host, models.TowerClassifier):
             arguments["pool"] = self.host.pool
-        revision = models.revision_of(holder)
+        revision = processors.revision_of(holder)
         if revision and not local:
             arguments["revision"] = revision
         return BackboneSource(f"{self.prefix}{Path(place).resolve() if local else place}", arguments)
 
     def preprocessing(self) -> Preprocessing:
-        return models.preprocessing(getattr(self.host, "tower", self.host), self.kind, self.image_shape[1:])
+        return processors.preprocessing(getattr(self.host, "tower", self.host), self.kind, self.image_shape[1:])
 
     @property
     def config(self) -> Any:
@@ -184,16 +163,16 @@ class HuggingFace(Backbone):
         path, rest = own, ""
         while path and path not in self._roles:
             path, _, last = path.rpartition(".")
-            rest = _join(last, rest)
-        return _join(place, self._roles.get(path, ""), rest)
+            rest = join(last, rest)
+        return join(place, self._roles.get(path, ""), rest)
 
     def host_name(self, saved: str) -> str:
-        named = {role: path for path, role in self._roles.items() if _has(self.host, path)}
+        named = {role: path for path, role in self._roles.items() if has(self.host, path)}
         role, rest = saved, ""
         while role and role not in named:
             role, _, last = role.rpartition(".")
-            rest = _join(last, rest)
-        return _join(named.get(role, ""), rest)
+            rest = join(last, rest)
+        return join(named.get(role, ""), rest)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in super().weights():
@@ -202,68 +181,6 @@ class HuggingFace(Backbone):
                     yield name.replace("gate_fc1", own), part
             else:
                 yield name, tensor
-
-    def _block(self, index: int, block: Any, path: str) -> Block:
-        role = f"blocks.{index}"
-        self._roles[path] = role
-
-        def site(kind: SiteKind, name: str, called: str) -> Site:
-            self._roles[_join(path, name)] = f"{role}.{called}"
-            parent, _, attribute = name.rpartition(".")
-            return Site(kind, index, f"{role}.{called}", block.get_submodule(parent), attribute)
-
-        norms = site("norm1", _first(block, _NORM1)[0], "norm1"), site("norm2", _first(block, _NORM2)[0], "norm2")
-        behind: list[list[Ref]] = [[], []]
-        for number, links in enumerate(behind):
-            for dropout in ("dropout", ("attention.output.dropout", "output.dropout")[number]):
-                links.extend(_refs(block, dropout))
-            scale = f"layer_scale{number + 1}"
-            links.extend((*_refs(block, scale, "lambda1"), *_refs(block, "drop_path")))
-            self._roles[_join(path, scale)] = f"{role}.scale{number + 1}"
-        attention, attn = _first(block, _ATTENTION)
-        self._roles[_join(path, attention)] = f"{role}.attn"
-        maps = [site(kind, _join(attention, _first(attn, names)[0]), f"attn.{kind}") for kind, names in _MAPS]
-        inner = getattr(attn, "attention", attn)
-        self._roles[_join(path, attention, "attention" if inner is not attn else "", "joined")] = f"{role}.attn.qkv"
-        dropout = next(name for name in ("attention_dropout", "dropout_prob", "dropout") if hasattr(inner, name))
-        width = int(self._config.hidden_size)
-        hosted = HostedAttention(
-            f"{role}.attn",
-            width,
-            head_width=width // int(self._config.num_attention_heads),
-            norm=norms[0],
-            maps=maps[:3],
-            chain=(maps[3], *behind[0]),
-            out=maps[3],
-            dropout=Ref(inner, dropout),
-        )
-        return Block(index, hosted, self._mlp(block, role, norms[1], behind[1], path, site))
-
-    def _mlp(self, block: Any, role: str, norm: Site, behind: list[Ref], path: str, site: Any) -> HostedMlp:
-        first, second = next(names for names in _MLPS if all(_has(block, name) for name in (*names[0], names[1])))
-        # DINOv2's gate and what it multiplies were one map, and have become two.
-        called = ("gate", "fc1") if len(first) == 2 else ("gate_fc1" if first[0] == "mlp.weights_in" else "fc1",)
-        gated = called != ("fc1",)
-        if hasattr(block, "mlp"):
-            self._roles[_join(path, "mlp")] = f"{role}.mlp"
-        maps = [site("fc1", name, f"mlp.{word}") for name, word in zip(first, called, strict=True)]
-        out = site("fc2", second, "mlp.fc2")
-        if gated:
-            inside: tuple[Site | Ref, ...] = (Ref(block, "mlp"),)
-        else:
-            inside = (maps[0], self._activation(block), out)
-        return HostedMlp(
-            f"{role}.mlp", int(self._config.hidden_size), norm=norm, maps=maps, chain=(*inside, *behind), out=out
-        )
-
-    def _activation(self, block: Any) -> Ref:
-        if self._config.hidden_act in _ACTIVATIONS:
-            return Ref(_ACTIVATIONS, self._config.hidden_act)
-        for owner in (getattr(block, "mlp", None), getattr(block, "intermediate", None)):
-            for name in ("activation_fn", "activation", "act_fn", "intermediate_act_fn"):
-                if hasattr(owner, name):
-                    return Ref(owner, name)  # type: ignore[arg-type]
-        raise BackboneError(f"{type(block).__name__} has no activation that is known.")
 
     def embed(self, images: Tensor) -> Tokens:
         channels, height, width = self.image_shape
@@ -485,7 +402,7 @@ class HuggingFace(Backbone):
     def _image_size(self) -> tuple[int, int]:
         size = getattr(self.host, "dyntune_image_size", None)
         if size is None and self._any_size:  # most of these are used at another size than that of their configuration
-            size = models.processor_size(getattr(self.host, "tower", self.host))
+            size = processors.processor_size(getattr(self.host, "tower", self.host))
         if size is None and self.kind.startswith("siglip2"):
             size = (math.isqrt(self._config.num_patches) * self._patch_size[0],) * 2
         return size or _pair(self._config.image_size)
@@ -513,32 +430,9 @@ class HuggingFace(Backbone):
         (switch or getattr(holder, f"gradient_checkpointing_{word}"))()
 
 
-def _join(*names: str) -> str:
-    return ".".join(filter(None, names))
-
-
 def _pair(size: Any) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    for name in filter(None, path.split(".")):
-        if not hasattr(module, name):
-            return False
-        module = getattr(module, name)
-    return True
-
-
-def _first(module: nn.Module, paths: Any) -> tuple[str, Any]:
-    """The first of these paths that the module has, and what is there."""
-    path = next(path for path in paths if _has(module, path))
-    return path, module.get_submodule(path)
-
-
-def _refs(block: nn.Module, path: str, vector: str = "") -> list[Ref]:
-    parent, _, name = path.rpartition(".")
-    return [Ref(block.get_submodule(parent), name, vector)] if _has(block, path) else []
 
 
 def _tower_path(host: nn.Module) -> str | None:
@@ -548,5 +442,5 @@ def _tower_path(host: nn.Module) -> str | None:
         name = next((name for name in _TOWERS if hasattr(module, name)), None)
         if name is None:
             return None
-        path, module = _join(path, name), getattr(module, name)
+        path, module = join(path, name), getattr(module, name)
     return path

@@ -173,7 +173,7 @@ class SpaceTime(Backbone):
     def __init__(self, host: nn.Module) -> None:
         super().__init__(host)
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
-            timm_blocks.block(index, block, self.host.fc_norm.normalized_shape[0], factors=("gamma_1", "gamma_2"))
+            timm_blocks.block(index, block, self.host.fc_norm.normalized_shape[0])
             for index, block in enumerate(self.host.blocks)
         )
         self._checkpointing = False

@@ -23,19 +23,6 @@ class TimmEva(TimmRotary):
         "timm's Eva without gated attention, such as EVA, EVA02, DINOv3, the Perception Encoder, RoPE-ViT and Sapiens2"
     )
 
-    def __init__(self, host: nn.Module) -> None:
-        super().__init__(host)
-        self.blocks = nn.ModuleList(  # type: ignore[assignment]
-            timm_blocks.block(
-                index,
-                block,
-                self.host.embed_dim,
-                factors=("gamma_1", "gamma_2"),
-                norm_first=type(block) is EvaBlock,
-            )
-            for index, block in enumerate(self.host.blocks)
-        )
-
     @classmethod
     def knows(cls, host: nn.Module) -> bool:
         return isinstance(host, Eva)

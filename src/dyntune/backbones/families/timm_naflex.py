@@ -28,18 +28,6 @@ class TimmNaFlex(TimmRotary):
 
     supported: ClassVar[str] = "timm's NaFlexVit without gated attention, on images of one size"
 
-    def __init__(self, host: nn.Module) -> None:
-        super().__init__(host)
-        self.blocks = nn.ModuleList(  # type: ignore[assignment]
-            timm_blocks.block(
-                index,
-                block,
-                self.host.embed_dim,
-                factors=("gamma_1", "gamma_2") if type(block) is EvaBlock else ("ls1", "ls2"),
-            )
-            for index, block in enumerate(self.host.blocks)
-        )
-
     @classmethod
     def knows(cls, host: nn.Module) -> bool:
         return isinstance(host, NaFlexVit)

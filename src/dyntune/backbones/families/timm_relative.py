@@ -31,16 +31,6 @@ class TimmRelative(TimmBackbone):
         "timm's Beit and VisionTransformerRelPos, such as BEiT, BEiT v2 and ViT with relative positions"
     )
 
-    def __init__(self, host: nn.Module) -> None:
-        super().__init__(host)
-        factors = ("gamma_1", "gamma_2") if isinstance(host, Beit) else ("ls1", "ls2")
-        self.blocks = nn.ModuleList(  # type: ignore[assignment]
-            timm_blocks.block(
-                index, block, self.host.embed_dim, factors=factors, norm_first=type(block) is not ResPostRelPosBlock
-            )
-            for index, block in enumerate(self.host.blocks)
-        )
-
     @classmethod
     def knows(cls, host: nn.Module) -> bool:
         return isinstance(host, Beit | VisionTransformerRelPos)

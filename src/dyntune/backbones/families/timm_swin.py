@@ -52,11 +52,7 @@ class TimmSwin(TimmBackbone):
 
     supported: ClassVar[str] = "timm's SwinTransformer and SwinTransformerV2"
 
-    def __init__(self, host: nn.Module) -> None:
-        super().__init__(host)
-        self.blocks = nn.ModuleList(self._blocks())  # type: ignore[assignment]
-
-    def _blocks(self) -> Iterator[Block]:
+    def read_blocks(self) -> Iterator[Block]:
         index = 0
         for number, stage in enumerate(self.host.layers):
             name = f"layers.{number}"
@@ -68,7 +64,6 @@ class TimmSwin(TimmBackbone):
                     index,
                     one,
                     one.dim,
-                    norm_first=type(one) is v1.SwinTransformerBlock,
                     name=f"{name}.blocks.{place}",
                     whole=one._attn,
                     before=None if place else before,

@@ -27,15 +27,6 @@ class TimmViT(TimmBackbone):
         "ViT Ti/S/B/L/H, DeiT, AugReg, DINO, DINOv2, CLIP, SigLIP and ViTamin"
     )
 
-    def __init__(self, host: nn.Module) -> None:
-        super().__init__(host)
-        self.blocks = nn.ModuleList(  # type: ignore[assignment]
-            timm_blocks.block(
-                index, block, self.host.embed_dim, factors=("ls1", "ls2"), norm_first=type(block) is TimmBlock
-            )
-            for index, block in enumerate(self.host.blocks)
-        )
-
     @classmethod
     def knows(cls, host: nn.Module) -> bool:
         return isinstance(host, VisionTransformer)

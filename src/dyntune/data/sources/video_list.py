@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dyntune.core.errors import DataError
-from dyntune.core.texts import printable
+from dyntune.core.texts import listed, printable
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.sources.base import Held, Request, Source
 from dyntune.data.splits import split_of
@@ -90,9 +90,9 @@ class VideoList(Source):
         known = range(len(names)) if numbered else names
         for line in lines:
             if (int(line.label) if numbered else printable(line.label)) not in known:
-                shown = ", ".join(names[:8]) + ", ..." * (len(names) > 8)
                 raise DataError(
-                    f"{line.origin}: {line.label!r} is none of the classes that the model was trained on ({shown})."
+                    f"{line.origin}: {line.label!r} is none of the classes that the model was trained on "
+                    f"({listed(names, 8)})."
                 )
         grouped: dict[str, list[Line]] = {}
         for line in lines:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from dyntune.core.errors import DataError
+from dyntune.core.texts import listed
 from dyntune.core.words import counted
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.transforms import Preprocessing
@@ -99,18 +100,23 @@ def list_problems(folder: Path, sizes: Mapping[str, tuple[int, ...]], classes: i
     for name, images in lists.items():
         file = images.file
         if images.bad:
-            problems.append(f"{file} {_some(images.bad)} ({len(images.bad)} of its {images.lines} lines are wrong)")
+            problems.append(
+                f"{file} {listed(images.bad, _MOST_SHOWN)} ({len(images.bad)} of its {images.lines} lines are wrong)"
+            )
         if not images.lines or (sizes[name] and images.lines not in sizes[name]):
             expected = " or ".join(map(str, sizes[name])) or "at least 1"
             problems.append(f"{file} has {images.lines} lines, expected {expected}")
         if twice := _twice(images):
-            problems.append(f"{len(twice)} listed twice in {file}: {_some(twice)}")
+            problems.append(f"{len(twice)} listed twice in {file}: {listed(twice, _MOST_SHOWN)}")
         found = {path: file_size(f"{folder}/{path}") for path, _, _ in images.entries}
         if gone := [f"{folder}/{path}" for path, size in found.items() if size is None]:
-            problems.append(f"{len(gone)} of the {counted(len(found), 'image')} of {file} are missing: {_some(gone)}")
+            problems.append(
+                f"{len(gone)} of the {counted(len(found), 'image')} of {file} are missing: {listed(gone, _MOST_SHOWN)}"
+            )
         if empty := [f"{folder}/{path}" for path, size in found.items() if size == 0]:
             problems.append(
-                f"{len(empty)} of the {counted(len(found), 'image')} of {file} are empty files: {_some(empty)}"
+                f"{len(empty)} of the {counted(len(found), 'image')} of {file} are empty files: "
+                f"{listed(empty, _MOST_SHOWN)}"
             )
     return problems + _shared(lists) + _labels(lists, classes)
 
@@ -136,7 +142,7 @@ def _shared(lists: Mapping[str, ImageList]) -> list[str]:
             both = [entry.path for entry in lists[other].entries if entry.path in known]
             if both:
                 many, verb = counted(len(both), "image"), "is" if len(both) == 1 else "are"
-                problems.append(f"{many} of {lists[other].file} {verb} in {train}.txt too: {_some(both)}")
+                problems.append(f"{many} of {lists[other].file} {verb} in {train}.txt too: {listed(both, _MOST_SHOWN)}")
     return problems
 
 
@@ -172,10 +178,6 @@ def _file_sizes() -> Callable[[str], int | None]:
         return sizes
 
     return lambda path: sizes_in(os.path.dirname(path)).get(os.path.basename(path))
-
-
-def _some(found: Sequence[str]) -> str:
-    return ", ".join(found[:_MOST_SHOWN]) + (", ..." if len(found) > _MOST_SHOWN else "")
 
 
 class ResizedImages(LabelledImages):

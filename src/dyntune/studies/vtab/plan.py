@@ -103,7 +103,7 @@ class Plan:
         return {
             "benchmark": self.benchmark.name,
             "model": self.model,
-            "weights": None if self.weights is None else file_digest(self.weights),
+            "weights": None if self.weights is None else _pieces_digest(self.weights),
             **self.recipe.identity(),
             "search": self.search,
             "img_size": self.img_size,
@@ -158,7 +158,7 @@ def lists_digest(folder: Path) -> str:
     return digest.hexdigest()[:_DIGITS]
 
 
-def file_digest(file: Path) -> str:
+def _pieces_digest(file: Path) -> str:
     """Size, and a digest of 64 pieces of 64 KiB from the first byte to the last; of all bytes up to 4 MiB.
 
     The end of ``.npz`` and ``.pth`` files holds checksums of everything in them.

@@ -13,7 +13,8 @@ import torch
 from dyntune.core.errors import TrainingError
 from dyntune.data.base import DataSplits
 from dyntune.model.cost import cost
-from dyntune.model.tuned import TunedModel, build_tuned
+from dyntune.model.tune import build_tuned
+from dyntune.model.tuned import TunedModel
 from dyntune.parts.methods.full import Full
 from dyntune.parts.methods.noah import Noah
 from dyntune.parts.registry import expand, resolve

@@ -16,6 +16,7 @@ import torch
 
 from dyntune.core.errors import ExportError, how_to_install, in_one_line
 from dyntune.core.files import write_atomically
+from dyntune.core.texts import listed
 from dyntune.inference.export.linears import BackboneLinears
 
 if TYPE_CHECKING:
@@ -99,9 +100,8 @@ def audit(model: onnx.ModelProto, linears: BackboneLinears) -> None:
         if size >= linears.smallest and (weight is None or not linears.stays_float(weight)):
             left.append(f"{node.name} ({node.op_type}, {(weight is not None and linears.path(weight)) or name})")
     if left:
-        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         raise ExportError(
-            f"int8 was asked for, but {len(left)} large products stayed in fp32: {', '.join(left[:5])}{more}. The "
+            f"int8 was asked for, but {len(left)} large products stayed in fp32: {listed(left)}. The "
             f"quantiser takes MatMul nodes with a constant weight of two dimensions. {_INSTEAD}."
         )
 

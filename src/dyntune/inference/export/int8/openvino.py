@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from dyntune.core.errors import ExportError, how_to_install, in_one_line
+from dyntune.core.texts import listed
 from dyntune.inference.export.linears import BackboneLinears
 
 if TYPE_CHECKING:
@@ -91,10 +92,8 @@ def audit(model: openvino.Model, linears: BackboneLinears) -> None:
         if weight is not None and weight.size >= linears.smallest and not linears.stays_float(weight):
             left.append(f"{node.get_friendly_name()} ({linears.path(weight) or 'unknown weight'})")
     if left:
-        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         raise ExportError(
-            f"int8 was asked for, but {len(left)} large products stayed in fp32: {', '.join(left[:5])}{more}. Take "
-            "--precision fp32."
+            f"int8 was asked for, but {len(left)} large products stayed in fp32: {listed(left)}. Take --precision fp32."
         )
 
 
