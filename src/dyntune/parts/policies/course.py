@@ -17,9 +17,9 @@ class Course(nn.Module):
     The target falls from 1, along half a cosine, to the rate; the noise falls linearly to none. Where nobody says how
     long the training is, the rate is the target and the noise stays whole, as published.
 
-    Behind the fall a multiplier on the distance between activation and target grows with it: the method of multipliers
-    (Hestenes, 1969; Powell, 1969), beside the square that the rate loss is. The square alone comes to rest where it
-    balances the task's gradient, at a distance.
+    From the beginning of the fall a multiplier on the distance between activation and target grows with it: the method
+    of multipliers (Hestenes, 1969; Powell, 1969), beside the square that the rate loss is. The square alone comes to
+    rest where it balances the task's gradient, at a distance.
 
     Args:
         rates: the rate twice, or the lowest and the highest of a range from which each training step draws one.
@@ -107,7 +107,7 @@ class Course(nn.Module):
         Args:
             distance: of the mean activation to the target, a scalar.
         """
-        if self.gain is None or self.steps is None or self.progress is None or self.progress < self.falls[1]:
+        if self.gain is None or self.steps is None or self.progress is None or self.progress < self.falls[0]:
             return distance.new_zeros(())
         step = mean_over_processes(distance.detach()) * (self.gain / self.steps)
         self.multiplier = self.multiplier.to(step.device) + step

@@ -32,9 +32,10 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
         "quiet": 0.0,
         "rate_of": "inference",
         "rate_weight": 10.0,
-        "rate_gain": 100.0,
+        "rate_gain": 30.0,
         "explore": 0.1,
         "lead": (1.0, 3.0),
+        "spread": 0.5,
         "scale": 1.0,
     },
     "published": {
@@ -47,6 +48,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
         "rate_gain": None,
         "explore": None,
         "lead": None,
+        "spread": None,
         "scale": 0.1,
     },
 }
@@ -81,6 +83,9 @@ class Dispatch(GatingPolicy):
         lead: logits by which a gate starts further open for each doubling, over the median of the gates, of how much
             the features change when its unit is skipped, and the most of them; measured on the first batch. 1/3 in
             steady; none, as published, starts all gates alike.
+        spread: standard deviation of a gate's logits over the patches of the first batch, around what they start at, so
+            that patches are told apart from the first step on, whatever the size of the features; 0.5 in steady. None,
+            as published, leaves weights as they are drawn, and the mean of the logits to chance.
         course: shares of the training until which the target is 1, and after which it is the rate; between, it falls
             along half a cosine. 0.1/0.6 in steady, 0/0 as published.
         quiet: share of the training after which gates decide without noise, which falls linearly until then; 0 in
@@ -90,9 +95,9 @@ class Dispatch(GatingPolicy):
             it. 6/15 in steady; none, as published, lets the learning rate decide.
         rate_weight: coefficient of the rate loss, the squared distance of the mean activation to the target; 10 in
             steady, 2 as published.
-        rate_gain: what else grows, once the target has reached the rate, as long as the activation has not: a
-            multiplier on the distance, by this number times the distance in a whole training. 100 in steady; none as
-            published.
+        rate_gain: what else grows, from where the target begins to fall, as long as the activation is above it: a
+            multiplier on the distance, by this number times the distance in a whole training; below the target it
+            shrinks. 30 in steady; none as published.
         rate_of: the activation that the rate loss holds to the target: the noisy gates' of training, as published, or
             that of inference, which decides without noise, as in steady. The two differ by several points after a
             short training.
@@ -119,6 +124,7 @@ class Dispatch(GatingPolicy):
     temperature: float = 5.0
     bias: float | Chosen = "recipe"
     lead: tuple[float, ...] | Chosen | None = "recipe"
+    spread: float | Chosen | None = "recipe"
     course: tuple[float, ...] | Chosen = "recipe"
     quiet: float | Chosen | None = "recipe"
     moves: tuple[float, ...] | Chosen | None = "recipe"
@@ -173,8 +179,9 @@ class Dispatch(GatingPolicy):
         )
         self.require(quiet is None or 0 <= quiet <= 1, "quiet between 0 and 1, or none")
         self.require(moves is None or (len(moves) == 2 and min(moves) > 0), "as moves two numbers above 0, or none")
-        gain = self.chosen("rate_gain")
-        self.require(gain is None or gain > 0, "rate_gain above 0, or none")
+        for name in ("rate_gain", "spread"):
+            value = self.chosen(name)
+            self.require(value is None or value > 0, f"{name} above 0, or none")
         self.require(lead is None or (len(lead) == 2 and min(lead) > 0), "as lead two numbers above 0, or none")
         explore = self.chosen("explore")
         self.require(explore is None or 0 < explore <= 1, "explore above 0 and at most 1, or none")
@@ -198,6 +205,7 @@ class Dispatch(GatingPolicy):
                 course,
                 elastic=isinstance(self.rate, tuple),
                 moves=self.chosen("moves"),
+                spread=self.chosen("spread"),
             )
 
     def gates(self, unit: Unit) -> bool:

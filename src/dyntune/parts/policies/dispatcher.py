@@ -35,6 +35,8 @@ class Dispatcher(LearnedGate):
         elastic: whether there is a slope.
         moves: how far the bias, and the weights, may move a logit in a training whose length is known, if every step
             had the peak learning rate; None lets the learning rate decide.
+        spread: standard deviation that the logits of the first patches of such a training have, around b; None leaves
+            the weights as they are drawn.
 
     Attributes:
         weight_pace: p; None while the gate is not paced, and learns w and b themselves.
@@ -58,6 +60,7 @@ class Dispatcher(LearnedGate):
         course: Course | None = None,
         elastic: bool = False,
         moves: tuple[float, ...] | None = None,
+        spread: float | None = None,
     ) -> None:
         super().__init__(temperature)
         self.gate = nn.Linear(width, 1)
@@ -66,8 +69,9 @@ class Dispatcher(LearnedGate):
         for name in ("weight_pace", "bias_pace", "centre", "lead"):
             self.register_buffer(name, None, persistent=False)
         self.moves = moves
+        self.spread = spread
         self.start = bias
-        self.unweighed = False
+        self.unweighed = self._unspread = False
         self._reach: tuple[float, float] | None = None
         """Pace of the bias, and that of the weights for features of size 1, until the size of the features is known."""
         nn.init.trunc_normal_(self.gate.weight, std=0.02)
@@ -123,7 +127,7 @@ class Dispatcher(LearnedGate):
             own.copy_(value)
 
     def scores(self, patches: Tensor) -> Tensor:
-        if self.training and self._reach is not None:
+        if self.training and (self._reach is not None or self._unspread):
             self._measure(patches)
         if not self.paced:
             return self.gate(patches).squeeze(-1)
@@ -138,7 +142,8 @@ class Dispatcher(LearnedGate):
     def begin_course(self, steps: int, travel: float | None) -> None:
         """Sets the pace, at the first step: until then the size of the features is not known."""
         self.end_course()
-        self.unweighed = bool((self.gate.bias == self.start).all())  # another value is of a gate that has been trained
+        fresh = bool((self.gate.bias == self.start).all())  # another value is of a gate that has been trained
+        self.unweighed, self._unspread = fresh, fresh and self.spread is not None
         if self.moves is not None and travel is not None:
             bias, weight = self.moves
             self._reach = bias / travel, weight / (travel * self.gate.in_features)
@@ -161,14 +166,14 @@ class Dispatcher(LearnedGate):
         if {name: tuple(tensor.shape) for name, tensor in state.items()} != shapes or not (complete and sound):
             raise CheckpointError(f"the pace of a gate needs finite {', '.join(_PACE)}; given {', '.join(state)}.")
         self._reach = None
-        self.unweighed = False
+        self.unweighed = self._unspread = False
         for name, tensor in state.items():
             setattr(self, name, tensor.to(self.gate.weight.device))
 
     def end_course(self) -> None:
         """Writes the pace into the weights."""
         self._reach = None
-        self.unweighed = False
+        self.unweighed = self._unspread = False
         own = [tensor.detach() for tensor in self.map()]
         self.weight_pace = self.bias_pace = self.centre = self.lead = None
         self._fill(*own)
@@ -189,16 +194,27 @@ class Dispatcher(LearnedGate):
 
     @torch.no_grad()
     def _measure(self, patches: Tensor) -> None:
-        """Sets the pace by mean and size of the first features that a training shows, in all its processes."""
-        assert self._reach is not None
+        """Sets start and pace by mean and size of the first features that a training shows, in all its processes."""
         flat = patches.float().flatten(0, -2)
-        moments = torch.stack([flat.mean(0), flat.square().mean(0)])
-        centre, square = mean_over_processes(moments)
-        size = (square - centre.square()).mean().clamp_min(0).sqrt()
-        bias, weight = self._reach
-        self._reach = None
-        # Features that are all alike tell patches apart by nothing, whatever the pace.
-        self.pace(weight / torch.where(size > 0, size, 1), square.new_tensor(bias), centre)
+        centre, square = mean_over_processes(torch.stack([flat.mean(0), flat.square().mean(0)]))
+        if self._unspread:
+            self._spread_out(flat, centre)
+        if self._reach is not None:
+            size = (square - centre.square()).mean().clamp_min(0).sqrt()
+            bias, weight = self._reach
+            self._reach = None
+            # Features that are all alike tell patches apart by nothing, whatever the pace.
+            self.pace(weight / torch.where(size > 0, size, 1), square.new_tensor(bias), centre)
+
+    def _spread_out(self, patches: Tensor, centre: Tensor) -> None:
+        """Gives the logits of ``patches``, ``(n, C)`` with mean ``centre``, the mean b and the wished deviation."""
+        assert self.spread is not None
+        self._unspread = False
+        weight, bias = self.gate.weight.detach().float(), self.gate.bias.detach().float()
+        size = mean_over_processes(((patches - centre) @ weight.T).square().mean()).sqrt()
+        weight = weight * torch.where(size > 0, self.spread / size, 1)
+        self._fill(weight, bias - weight @ centre)
+        self.lead = bias.new_zeros(()) if self.lead is None else self.lead
 
 
 _MAP = ("gate.weight", "gate.bias")

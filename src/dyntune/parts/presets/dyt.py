@@ -41,6 +41,7 @@ class DyT(Preset):
     normalise: Normalise = MoeAdapter.normalise
     gate_bias: float | Chosen = Dispatch.bias
     lead: tuple[float, ...] | Chosen | None = Dispatch.lead
+    spread: float | Chosen | None = Dispatch.spread
     course: tuple[float, ...] | Chosen = Dispatch.course
     quiet: float | Chosen | None = Dispatch.quiet
     moves: tuple[float, ...] | Chosen | None = Dispatch.moves
