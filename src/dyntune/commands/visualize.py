@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -26,7 +27,7 @@ from dyntune.commands.common import (
     out,
     pick_device,
 )
-from dyntune.core.errors import DyntuneError
+from dyntune.core.errors import DyntuneError, SpecError
 from dyntune.core.texts import listed, printable
 from dyntune.core.words import counted
 from dyntune.data import Preprocessing, build_transform
@@ -36,19 +37,23 @@ from dyntune.data.transforms import preprocessed
 from dyntune.model.forward import activation_rates
 from dyntune.model.load import load
 from dyntune.model.tuned import TunedModel
+from dyntune.parts.policies.base import Gate
 from dyntune.studies.pictures import (
     activation_figure,
+    blocks_in_words,
     by_slices,
     frames_animation,
     frames_figure,
+    gated_blocks,
     reduction_figure,
     save_figure,
+    strip_blocks,
     token_figure,
 )
 
 EXAMPLES = (
     'dyntune visualize runs/flowers "photos/*.jpg" --out pictures',
-    "dyntune visualize runs/clips film.mp4 --out pictures --animation mp4",
+    "dyntune visualize runs/clips film.mp4 --out pictures --animation mp4 --blocks 0,5,11",
     "dyntune visualize runs/flowers photo.jpg --rates-on folder:flowers --rates-on digits --out pictures",
 )
 
@@ -70,6 +75,13 @@ def command(
             help="Data whose test images' activation rates are drawn in one plot; may be given several times."
         ),
     ] = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            help="Blocks whose computed tokens are drawn, 0,5,11 or all; by itself all of images, and four in the "
+            "strip of a video's frames."
+        ),
+    ] = None,
     per_figure: Annotated[int, typer.Option(min=1, help="Images in one picture.")] = 6,
     suffix: Annotated[str, typer.Option("--format", help="png, svg or pdf.")] = "png",
     animation: Annotated[Film, typer.Option(help="Of videos: the file that shows one frame after the other.")] = "gif",
@@ -77,6 +89,7 @@ def command(
 ) -> None:
     """Draw over images, or frames of videos, which tokens each block computes, merges or drops, and how many."""
     require_some(images)
+    asked = _numbers(blocks)
     model = load(run, weights=weights, device=pick_device(device), policy=policy)
     apply_rate(model, rate, policy)
     clip = model.preprocessing.clip
@@ -107,14 +120,17 @@ def command(
         if slices > 1:  # tokens of the whole clip, each of several frames, of which the first stands for all
             pictures = pictures[:: len(pictures) // slices]
             gates, grid = tuple(by_slices(gates, slices)), (grid[0] // slices, grid[1])
-        if output.gates:
+        if blocks is not None or output.gates:
+            drawn = gated_blocks(gates, asked)
             rates.append(len(read) * activation_rates(output.gates).cpu())
+            file = folder / f"tokens-{number}.{suffix}"
             if clip is None:
-                _write(token_figure(pictures, gates, grid, names), folder / f"tokens-{number}.{suffix}", there)
+                _write(token_figure(pictures, gates, grid, names, blocks=drawn), file, there, drawn, gates)
             else:
-                _write(frames_figure(pictures, gates, grid), folder / f"tokens-{number}.{suffix}", there)
-                film = frames_animation(pictures, gates, grid, folder / f"tokens-{number}.{animation}")
-                _say_written(film, there)
+                strip = strip_blocks(gates) if blocks is None else drawn
+                _write(frames_figure(pictures, gates, grid, strip), file, there, strip, gates)
+                film = frames_animation(pictures, gates, grid, file.with_suffix(f".{animation}"), blocks=drawn)
+                _say_written(film, there, drawn, gates)
         if output.reductions:
             if slices > 1:
                 pictures = [Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))]
@@ -166,13 +182,32 @@ def _drawn(folder: Path, suffix: str) -> set[Path]:
     return {path for kind in kinds for path in folder.glob(kind)}
 
 
-def _write(figure: Figure, file: Path, there: set[Path]) -> None:
+def _numbers(blocks: str | None) -> list[int] | None:
+    """The numbers of blocks that ``--blocks`` gives; None for all."""
+    if blocks in (None, "all"):
+        return None
+    numbers = [piece.strip() for piece in str(blocks).split(",")]
+    if not all(piece.isdecimal() for piece in numbers):
+        raise SpecError(f"--blocks {blocks!r}: expected numbers of blocks separated by commas, such as 0,5,11, or all.")
+    return [int(piece) for piece in numbers]
+
+
+def _write(figure: Figure, file: Path, there: set[Path], drawn: Sequence[int] = (), gates: Sequence[Gate] = ()) -> None:
     save_figure(figure, file)
-    _say_written(file, there)
+    _say_written(file, there, drawn, gates)
 
 
-def _say_written(file: Path, there: set[Path]) -> None:
-    """Says that a picture was written, and whether in the place of one that was there, which it is no more."""
+def _say_written(file: Path, there: set[Path], drawn: Sequence[int], gates: Sequence[Gate]) -> None:
+    """Says that a picture was written, and whether in the place of one that was there, which it is no more.
+
+    Args:
+        file: the picture.
+        there: pictures of an earlier call.
+        drawn: numbers of the blocks that it shows.
+        gates: that it shows; none where it shows no blocks.
+    """
     replaced = ", in the place of an earlier one" if file in there else ""
     there.discard(file)
-    out.print(f"wrote {printable(str(file))}{replaced}", highlight=False)
+    some = blocks_in_words(drawn, gates) if gates else ""
+    blocks = f", {some} (--blocks all for every one)" if some else ""
+    out.print(f"wrote {printable(str(file))}{replaced}{blocks}", highlight=False, soft_wrap=True)
