@@ -27,11 +27,11 @@ from dyntune.commands.options import Options, option, with_options
 from dyntune.core.errors import SpecError
 from dyntune.core.words import counted, duration
 from dyntune.parts.spec_list import split_list
+from dyntune.studies import pictures
 from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.report import DETAILS, details, speed_figure, summary, write
 from dyntune.studies.bench.run import bench, estimate
 from dyntune.studies.bench.runtimes import known_runtimes
-from dyntune.studies.pictures import save_figure
 
 EXAMPLES = (
     "dyntune bench --model vit_base_patch16_224 --method dyt:rate=0.5 --batch-size 1,8,32",
@@ -116,7 +116,7 @@ def command(
     if folder is not None:
         write(report, folder)
     if plot is not None:
-        save_figure(speed_figure(report), plot)
+        pictures.save_figure(speed_figure(report), plot)
     if json:
         print_json(report.to_dict())
         return

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
 import typer
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -38,18 +37,10 @@ from dyntune.model.forward import activation_rates
 from dyntune.model.load import load
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.policies.base import Gate
-from dyntune.studies.pictures import (
-    activation_figure,
-    blocks_in_words,
-    by_slices,
-    frames_animation,
-    frames_figure,
-    gated_blocks,
-    reduction_figure,
-    save_figure,
-    strip_blocks,
-    token_figure,
-)
+from dyntune.studies import pictures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EXAMPLES = (
     'dyntune visualize runs/flowers "photos/*.jpg" --out pictures',
@@ -111,37 +102,39 @@ def command(
     rates = []
     for number, read in enumerate(found.batches(per_figure, prepare), 1):
         names = [path.name for path, _ in read]
-        pictures = [picture for _, (drawn_on, _) in read for picture in drawn_on]
+        shown = [picture for _, (drawn_on, _) in read for picture in drawn_on]
         if clip is not None:
-            names = [f"frame {number}" for number in range(len(pictures))]
+            names = [f"frame {number}" for number in range(len(shown))]
         with torch.inference_mode():
             output = model.run(torch.stack([tensor for _, (_, tensor) in read]).to(next(model.parameters()).device))
         gates, grid, slices = output.gates, output.grid, model.backbone.slices
         if slices > 1:  # tokens of the whole clip, each of several frames, of which the first stands for all
-            pictures = pictures[:: len(pictures) // slices]
-            gates, grid = tuple(by_slices(gates, slices)), (grid[0] // slices, grid[1])
+            shown = shown[:: len(shown) // slices]
+            gates, grid = tuple(pictures.by_slices(gates, slices)), (grid[0] // slices, grid[1])
         if blocks is not None or output.gates:
-            drawn = gated_blocks(gates, asked)
+            drawn = pictures.gated_blocks(gates, asked)
             rates.append(len(read) * activation_rates(output.gates).cpu())
             file = folder / f"tokens-{number}.{suffix}"
             if clip is None:
-                _write(token_figure(pictures, gates, grid, names, blocks=drawn), file, there, drawn, gates)
+                _write(pictures.token_figure(shown, gates, grid, names, blocks=drawn), file, there, drawn, gates)
             else:
-                strip = strip_blocks(gates) if blocks is None else drawn
-                _write(frames_figure(pictures, gates, grid, strip), file, there, strip, gates)
-                film = frames_animation(pictures, gates, grid, file.with_suffix(f".{animation}"), blocks=drawn)
+                strip = pictures.strip_blocks(gates) if blocks is None else drawn
+                _write(pictures.frames_figure(shown, gates, grid, strip), file, there, strip, gates)
+                film = pictures.frames_animation(shown, gates, grid, file.with_suffix(f".{animation}"), blocks=drawn)
                 _say_written(film, there, drawn, gates)
         if output.reductions:
             if slices > 1:
-                pictures = [Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))]
+                shown = [Image.fromarray(np.concatenate([np.asarray(picture) for picture in shown]))]
                 names = ["frames from top to bottom"]
-            _write(reduction_figure(pictures, output, names), folder / f"reductions-{number}.{suffix}", there)
+            _write(pictures.reduction_figure(shown, output, names), folder / f"reductions-{number}.{suffix}", there)
         if not output.gates and not output.reductions:
             raise DyntuneError(f"{model.spec} in {run} skips, merges and drops no token, so there is nothing to show.")
     if rates:
         mean = (torch.stack(rates).sum(0) / found.read).tolist()
         rate_of = {model.spec: list(zip((gate.unit for gate in output.gates), mean, strict=True))}
-        _write(activation_figure(rate_of, {model.spec: model.target_rate}), folder / f"activation.{suffix}", there)
+        _write(
+            pictures.activation_figure(rate_of, {model.spec: model.target_rate}), folder / f"activation.{suffix}", there
+        )
     if rates_on:
         _write(_rates_on(model, rates_on), folder / f"activation-data.{suffix}", there)
     if there:
@@ -165,7 +158,7 @@ def _rates_on(model: TunedModel, names: list[str]) -> Figure:
         if not gates:
             raise DyntuneError(f"{model.spec} has no gates, so that there are no activation rates for --rates-on.")
         rates[name] = list(zip((gate.unit for gate in gates), mean, strict=True))
-    return activation_figure(rates, dict.fromkeys(names, model.target_rate))
+    return pictures.activation_figure(rates, dict.fromkeys(names, model.target_rate))
 
 
 def _seen(clip: Tensor, preprocessing: Preprocessing) -> list[Image.Image]:
@@ -193,7 +186,7 @@ def _numbers(blocks: str | None) -> list[int] | None:
 
 
 def _write(figure: Figure, file: Path, there: set[Path], drawn: Sequence[int] = (), gates: Sequence[Gate] = ()) -> None:
-    save_figure(figure, file)
+    pictures.save_figure(figure, file)
     _say_written(file, there, drawn, gates)
 
 
@@ -208,6 +201,6 @@ def _say_written(file: Path, there: set[Path], drawn: Sequence[int], gates: Sequ
     """
     replaced = ", in the place of an earlier one" if file in there else ""
     there.discard(file)
-    some = blocks_in_words(drawn, gates) if gates else ""
+    some = pictures.blocks_in_words(drawn, gates) if gates else ""
     blocks = f", {some} (--blocks all for every one)" if some else ""
     out.print(f"wrote {printable(str(file))}{replaced}{blocks}", highlight=False, soft_wrap=True)
