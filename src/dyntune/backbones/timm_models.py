@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import io
 import logging
 import pickle
@@ -39,6 +38,7 @@ from dyntune.backbones.hosted import block_sites, fold_factors
 from dyntune.backbones.hub import downloads, quickly
 from dyntune.backbones.origin import OR_BUILT_IN, BackboneSource
 from dyntune.backbones.sites import Site
+from dyntune.backbones.timm_names import require_name
 from dyntune.core.attention import bias_of
 from dyntune.core.errors import BackboneError
 from dyntune.core.rotation import Rotation
@@ -296,10 +296,8 @@ def create(name: str, *, weights: str | Path | None = None, pretrained: bool = T
         BackboneError: unknown name, no weights to be had, or weights that do not fit.
     """
     hub = name.startswith((*_HUBS, "local-dir:"))
-    if not hub and not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5)
-        hint = f" Did you mean {near[0]!r}? Also near: {', '.join(near[1:])}." if near else ""
-        raise BackboneError(f"timm has no model {name!r}.{hint} timm.list_models('vit*') lists them.")
+    if not hub:
+        require_name(name)
     arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     download = pretrained and weights is None
     if download and not downloads() and _elsewhere(name):
