@@ -28,7 +28,7 @@ _FILLED = "dyntune_weights"
 """The attribute of a host that says what it was filled with: the fingerprint of that, and the file that was given."""
 DATA_PARALLEL = (
     "nn.DataParallel runs copies of a model that know nothing of each other's gates. Leave it out; several GPUs train "
-    "together with torchrun: torchrun --nproc-per-node 2 -m dyntune.commands.main train ..., or on a script with fit."
+    "together with torchrun: torchrun --nproc-per-node 2 -m dyntune train ..., or on a script with fit."
 )
 """What is said to those who use it."""
 _NO_FAMILY = (
