@@ -26,6 +26,7 @@ from dyntune.commands.common import (
 from dyntune.commands.options import Options, option, with_options
 from dyntune.core.errors import SpecError
 from dyntune.core.words import counted, duration
+from dyntune.model.adapter_folder import read_config
 from dyntune.parts.spec_list import split_list
 from dyntune.studies import pictures
 from dyntune.studies.bench.plan import Plan
@@ -91,6 +92,8 @@ def command(
         raise typer.BadParameter(f"--plot {plot}: expected a file name ending in {', '.join(_PICTURES)}.")
     if resume and folder is None:
         raise typer.BadParameter("--resume goes on with the measurements in --out; give the folder.")
+    if run is not None:
+        read_config(run)  # says at once what is no run
     plan = replace(
         plan,
         run=None if run is None else str(run),

@@ -51,7 +51,7 @@ from dyntune.training.accelerator import is_main_process
 from dyntune.training.header import training_header
 from dyntune.training.inputs import with_pixels_as
 from dyntune.training.progress import ProgressBar
-from dyntune.training.run_folder import require_room
+from dyntune.training.run_folder import require_continuable, require_room
 from dyntune.training.settings import TrainSettings
 from dyntune.training.trainer import ACTIVATION, fit
 
@@ -109,6 +109,8 @@ def command(
     arguments |= of_clips
     tuned = build_tuned(model, *given, classes=splits.classes, weights=weights, **arguments)
     tuned.preprocessing = clip.preprocessing(with_pixels_as(tuned.preprocessing, normalisation, interpolation))
+    if resume:
+        require_continuable(run, tuned, splits.train, settings, taught_by)
     show_header(
         training_header(
             tuned,

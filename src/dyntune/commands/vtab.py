@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -127,7 +127,7 @@ def command(
     plan = Plan(
         out=folder,
         benchmark=benchmark,
-        folders=find_folders(benchmark, place),
+        folders={},
         model=model,
         weights=weights,
         recipe=chosen.on(pick_device(chosen.settings.device)),
@@ -135,6 +135,8 @@ def command(
         seeds=numbers,
         **trials,
     )
+    plan.require_folder()
+    plan = replace(plan, folders=find_folders(benchmark, place))
     if dry_run:
         _list_jobs(plan, json)
         return

@@ -32,14 +32,14 @@ from dyntune.training.calibration import after_training, calibrate_run, calibrat
 from dyntune.training.closed_gates import ClosedGate, closed_gates
 from dyntune.training.evaluate import Evaluation, as_tensors, evaluate
 from dyntune.training.header import training_header
-from dyntune.training.identity import ASKED, identity_changes, run_identity
+from dyntune.training.identity import ASKED, run_identity
 from dyntune.training.inputs import data_for, require_labels, require_matching_head, training_images
 from dyntune.training.interrupt import TrainingInterrupted, stop_requests
 from dyntune.training.logs import RunLog
 from dyntune.training.optimizer import fill_optimizer, make_optimizer, pretrained_parameters, set_learning_rate
 from dyntune.training.progress import Progress, ProgressBar, Silent, display
 from dyntune.training.randomness import EpochSampler, SeededDataset, caller_randomness_kept, seed_all
-from dyntune.training.run_folder import require_own_adapter, require_room, run_alone
+from dyntune.training.run_folder import require_own_adapter, require_room, require_same_run, run_alone
 from dyntune.training.seen import Seen
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE, RunState
@@ -342,18 +342,7 @@ class _Run:
                 Seen.by(*self.images).write(self.out)
             return 0, 0
         state = RunState.read(self.out)
-        done = state.epoch * self.steps_per_epoch + state.step
-        settles = any(policy.settles for policy in self.model.policies)
-        try:
-            changed = identity_changes(state.identity, self.identity, done, self.steps_per_epoch, settles)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{self.out / STATE} does not say which run it is of ({error!r}). Start again with another folder."
-            ) from error
-        if changed:
-            raise TrainingError(
-                f"the run in {self.out} was started differently: {'; '.join(changed)}. Use the same options."
-            )
+        require_same_run(self.out, state, self.identity, self.steps_per_epoch, self.model)
         own = {file_name(name): tensor for name, tensor in self.model.course_tensors().items()}
         statistics = own.keys() - map(file_name, self.model.tuned_state())
         state.require_fit(own, statistics, self.out, self.settings.epochs, self.steps_per_epoch)
