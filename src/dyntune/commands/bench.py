@@ -124,6 +124,7 @@ def command(
         print_json(report.to_dict())
         return
     print_table(f"{report.title}: images per second (speed-up over dense)", *summary(report))
+    out.print()
     print_table("Every figure", DETAILS, details(report))
     out.print("\n".join(report.notes), highlight=False, markup=False)
 

@@ -27,6 +27,7 @@ from dyntune.commands.common import (
     report_classes,
     report_skipped,
     show_header,
+    space,
     train_settings,
 )
 from dyntune.commands.options import Options, with_options
@@ -153,6 +154,7 @@ def command(
             }
         )
         return
+    space()
     score = f"{result.best.accuracy:.1%} on val with the supernet's weights"
     out.print(
         f"found {figures.trainable_params / 1e6:.3f} M parameters, {score}: {run / 'search.png'}", highlight=False

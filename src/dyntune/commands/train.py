@@ -36,6 +36,7 @@ from dyntune.commands.common import (
     report_skipped,
     say_missed_rate,
     show_header,
+    space,
     train_settings,
 )
 from dyntune.commands.options import Options, with_options
@@ -161,6 +162,7 @@ def command(
         if result.best_accuracy is None
         else f", {result.best_accuracy:.1%} on {select if select != 'last' else 'val'}"
     )
+    space()
     out.print(f"saved epoch {result.best_epoch}{score} to {run} ({kilobytes(figures.adapter_bytes)})", highlight=False)
     if calibration is not None:
         out.print(

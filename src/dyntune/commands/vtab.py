@@ -17,6 +17,7 @@ from dyntune.commands.common import (
     pick_device,
     print_json,
     print_table,
+    space,
 )
 from dyntune.commands.options import Options, with_options
 from dyntune.core.errors import TrainingError
@@ -192,6 +193,7 @@ def _show(plan: Plan, result: BenchmarkResult, json: bool) -> None:
         )
         return
     heads, rows = terminal_rows(result.rows, plan.benchmark, plan.model)
+    space()
     print_table(f"{plan.benchmark.name} with {plan.model}", heads, rows)
     out.print(describe(plan), markup=False, highlight=False, soft_wrap=True)
     if result.elsewhere:
