@@ -22,6 +22,7 @@ from dyntune.commands.common import (
     pick_device,
     print_json,
     print_table,
+    space,
 )
 from dyntune.commands.options import Options, option, with_options
 from dyntune.core.errors import SpecError
@@ -123,6 +124,7 @@ def command(
     if json:
         print_json(report.to_dict())
         return
+    space()
     print_table(f"{report.title}: images per second (speed-up over dense)", *summary(report))
     out.print()
     print_table("Every figure", DETAILS, details(report))

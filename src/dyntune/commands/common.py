@@ -51,7 +51,9 @@ WeightsOption = Annotated[
     Path | None,
     typer.Option(help="Local weight file (.npz, .pth, .safetensors) of the backbone, or a folder for hf: models."),
 ]
-MethodOption = Annotated[str, typer.Option(help="Tuning method, name or name:key=value,key=value.")]
+MethodOption = Annotated[
+    str, typer.Option(help="Tuning method, name or name:key=value,key=value; dyntune methods lists them.")
+]
 PolicyOption = Annotated[str | None, typer.Option("--policy", help="Token policy on top, written like a method.")]
 TopPolicyOption = Annotated[
     str | None,

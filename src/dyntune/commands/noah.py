@@ -93,7 +93,10 @@ def command(
     on_corrupt: OnCorruptOption = "error",
     json: JsonOption = False,
 ) -> None:
-    """Train a supernet, search it under a limit of parameters, and train what was found; the same command goes on."""
+    """Train a supernet, search it under a limit of parameters, and train what was found.
+
+    A run that was stopped goes on with the same command.
+    """
     parts = resolve([method])
     supernets = [part for part in parts if isinstance(part, Noah) and not part.searched]
     if len(supernets) != 1:

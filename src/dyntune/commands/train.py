@@ -88,7 +88,9 @@ def command(
     drop_path: DropPathOption = 0.0,
     normalisation: NormalisationOption = "backbone",
     interpolation: InterpolationOption = "backbone",
-    img_size: Annotated[int | None, typer.Option(min=1, help="Image height and width in pixels.")] = None,
+    img_size: Annotated[
+        int | None, typer.Option(min=1, help="Image height and width in pixels; the backbone's own by default.")
+    ] = None,
     clip: Annotated[ClipOptions, Options(ClipOptions)],
     val_fraction: ValFractionOption = VAL_FRACTION,
     on_corrupt: OnCorruptOption = "error",

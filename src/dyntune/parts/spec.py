@@ -108,7 +108,7 @@ class Part:
     @classmethod
     def summary(cls) -> str:
         """The first sentence of the class docstring."""
-        return inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+        return inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ").replace("``", "")
 
     @classmethod
     def options(cls) -> dict[str, str]:
