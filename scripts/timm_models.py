@@ -72,7 +72,7 @@ def verdict(name: str) -> str:
             install(wrap(host), resolve(["adaptformer"]))
         except BackboneError as error:
             reason = str(error).removeprefix(f"{type(host).__name__} is not supported: ").split(". Supported")[0]
-            if reason == "it is of no known family":
+            if reason == "it is no Vision Transformer that Dyntune knows":
                 reason = OTHERS[type(host).__module__.rpartition(".")[2]]
             return reason
     return YES
