@@ -26,7 +26,7 @@ import dyntune
 from dyntune.backbones.hosts import create_backbone, rebuild, wrap
 from dyntune.backbones.origin import BackboneSource, fingerprint
 from dyntune.backbones.timm_models import load_weights
-from dyntune.backbones.timm_names import _FILES, nearest
+from dyntune.backbones.timm_names import FILES, nearest
 from dyntune.core.errors import BackboneError
 
 
@@ -264,7 +264,7 @@ def test_of_incomplete_names_those_that_begin_so_come_first(given, meant):
 def test_every_model_that_is_taken_may_be_suggested():
     rows = (Path(__file__).parents[2] / "docs" / "timm_models.csv").read_text().splitlines()
     taken = {row.removesuffix(",yes") for row in rows if row.endswith(",yes")}
-    assert len(taken) > 300 and taken & set(timm.list_models()) <= set(timm.list_models(module=_FILES))
+    assert len(taken) > 300 and taken & set(timm.list_models()) <= set(timm.list_models(module=FILES))
 
 
 def test_options_that_timm_does_not_know_are_refused():

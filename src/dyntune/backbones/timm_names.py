@@ -10,7 +10,7 @@ from timm.models import get_pretrained_cfg
 
 from dyntune.core.errors import BackboneError
 
-_FILES = (
+FILES = (
     "vision_transformer",
     "deit",
     "vision_transformer_hybrid",
@@ -21,9 +21,9 @@ _FILES = (
     "vision_transformer_relpos",
     "swin_transformer",
     "swin_transformer_v2",
-    "builtin",
 )
-"""timm's files of models that are taken, and ours."""
+"""timm's files whose models are of a family that there is."""
+_OURS = "builtin"
 _PLAIN = re.compile(r"[a-z0-9]+_(tiny|small|base|large|huge|giant)_patch\d+(_window\d+)?_\d+")
 """Names of a family's own models, without what a variant adds."""
 _NEAR = 5
@@ -55,7 +55,7 @@ def nearest(architecture: str) -> list[str]:
     Args:
         architecture: a name, or a part of one, without a tag.
     """
-    known = timm.list_models(module=_FILES)
+    known = timm.list_models(module=(*FILES, _OURS))
     found = [name for name in known if name.startswith(architecture)]
     found = found or [name for name in known if architecture in name]
     if not found:
