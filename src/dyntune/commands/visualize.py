@@ -119,9 +119,10 @@ def command(
                 _write(pictures.token_figure(shown, gates, grid, names, blocks=drawn), file, there, drawn, gates)
             else:
                 strip = pictures.strip_blocks(gates) if blocks is None else drawn
-                _write(pictures.frames_figure(shown, gates, grid, strip), file, there, strip, gates)
+                of = read[0][0].name
+                _write(pictures.frames_figure(shown, gates, grid, strip), file, there, strip, gates, of)
                 film = pictures.frames_animation(shown, gates, grid, file.with_suffix(f".{animation}"), blocks=drawn)
-                _say_written(film, there, drawn, gates)
+                _say_written(film, there, drawn, gates, of)
         if output.reductions:
             if slices > 1:
                 shown = [Image.fromarray(np.concatenate([np.asarray(picture) for picture in shown]))]
@@ -185,12 +186,14 @@ def _numbers(blocks: str | None) -> list[int] | None:
     return [int(piece) for piece in numbers]
 
 
-def _write(figure: Figure, file: Path, there: set[Path], drawn: Sequence[int] = (), gates: Sequence[Gate] = ()) -> None:
+def _write(
+    figure: Figure, file: Path, there: set[Path], drawn: Sequence[int] = (), gates: Sequence[Gate] = (), of: str = ""
+) -> None:
     pictures.save_figure(figure, file)
-    _say_written(file, there, drawn, gates)
+    _say_written(file, there, drawn, gates, of)
 
 
-def _say_written(file: Path, there: set[Path], drawn: Sequence[int], gates: Sequence[Gate]) -> None:
+def _say_written(file: Path, there: set[Path], drawn: Sequence[int], gates: Sequence[Gate], of: str) -> None:
     """Says that a picture was written, and whether in the place of one that was there, which it is no more.
 
     Args:
@@ -198,9 +201,11 @@ def _say_written(file: Path, there: set[Path], drawn: Sequence[int], gates: Sequ
         there: pictures of an earlier call.
         drawn: numbers of the blocks that it shows.
         gates: that it shows; none where it shows no blocks.
+        of: name of the video, which is not in the picture.
     """
     replaced = ", in the place of an earlier one" if file in there else ""
     there.discard(file)
     some = pictures.blocks_in_words(drawn, gates) if gates else ""
     blocks = f", {some} (--blocks all for every one)" if some else ""
-    out.print(f"wrote {printable(str(file))}{replaced}{blocks}", highlight=False, soft_wrap=True)
+    film = f" of {printable(of)}" if of else ""
+    out.print(f"wrote {printable(str(file))}{film}{replaced}{blocks}", highlight=False, soft_wrap=True)
