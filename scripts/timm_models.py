@@ -16,17 +16,13 @@ from pathlib import Path
 import timm
 
 from dyntune.backbones.hosts import wrap
+from dyntune.backbones.timm_names import FILES
 from dyntune.core.errors import BackboneError
 from dyntune.core.shapes import shapes_only
 from dyntune.model.assembly import install
 from dyntune.parts.registry import resolve
 
 TABLE = Path(__file__).parents[1] / "docs" / "timm_models.csv"
-MODULES = (
-    *("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "eva", "naflexvit", "beit"),
-    *("vision_transformer_relpos", "swin_transformer", "swin_transformer_v2"),
-)
-"""timm's files whose models are of a family that Dyntune has."""
 _TOWER = "the tower of a multimodal model, with blocks of its own that nobody has read yet"
 OTHERS = {
     "swin_transformer_v2_cr": "norms on the stream behind blocks, which belong to no sub-layer; take swinv2",
@@ -57,7 +53,7 @@ OTHERS = {
 YES = "yes"
 
 
-def architectures(modules: Iterable[str] = (*MODULES, *OTHERS)) -> Iterator[str]:
+def architectures(modules: Iterable[str] = (*FILES, *OTHERS)) -> Iterator[str]:
     """The names of every architecture of some files, without tags."""
     for module in modules:
         yield from timm.list_models(module=module)
@@ -72,7 +68,7 @@ def verdict(name: str) -> str:
             install(wrap(host), resolve(["adaptformer"]))
         except BackboneError as error:
             reason = str(error).removeprefix(f"{type(host).__name__} is not supported: ").split(". Supported")[0]
-            if reason == "it is of no known family":
+            if reason == "it is no Vision Transformer that Dyntune knows":
                 reason = OTHERS[type(host).__module__.rpartition(".")[2]]
             return reason
     return YES

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from timm.models.vision_transformer import (
 import dyntune
 from dyntune.backbones.hosts import create_backbone, rebuild, wrap
 from dyntune.backbones.origin import BackboneSource, fingerprint
+from dyntune.backbones.timm_names import FILES, nearest
 from dyntune.backbones.timm_weights import load_weights
 from dyntune.core.errors import BackboneError
 
@@ -235,8 +237,34 @@ def test_unknown_names_are_told_near_ones():
     with pytest.raises(BackboneError) as error:
         create_backbone("vit_base_patch16_225", pretrained=False)
     assert "vit_base_patch16_224" in str(error.value).partition("Did you mean")[2].partition("?")[0]
+    with pytest.raises(BackboneError, match=r"no weights 'augreg_in21' of vit_tiny.*\. Did you mean '.*in21k'"):
+        create_backbone("vit_tiny_patch16_224.augreg_in21", pretrained=False)
     with pytest.raises(BackboneError, match=r"timm has no model 'nothing_like_it\.tag'"):
         create_backbone("nothing_like_it.tag", pretrained=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("vit_base", "vit_base_patch16_224"),
+        ("vit_small_patch16", "vit_small_patch16_224"),
+        ("deit3", "deit3_base_patch16_224"),
+        ("swin_tiny", "swin_tiny_patch4_window7_224"),
+        ("dinov2", "vit_base_patch14_dinov2"),
+        ("vit_bas_patch16_224", "vit_base_patch16_224"),
+        ("vit_mini", "vit_mini_patch4_32"),
+    ],
+)
+def test_of_incomplete_names_those_that_begin_so_come_first(given, meant):
+    near = nearest(given)
+    assert near[0] == meant
+    assert all(given in name for name in near) or given == "vit_bas_patch16_224"
+
+
+def test_every_model_that_is_taken_may_be_suggested():
+    rows = (Path(__file__).parents[2] / "docs" / "timm_models.csv").read_text().splitlines()
+    taken = {row.removesuffix(",yes") for row in rows if row.endswith(",yes")}
+    assert len(taken) > 300 and taken & set(timm.list_models()) <= set(timm.list_models(module=FILES))
 
 
 def test_options_that_timm_does_not_know_are_refused():
@@ -326,6 +354,9 @@ def test_what_is_no_vit_is_refused_before_its_weights_are_fetched(monkeypatch, n
     monkeypatch.setattr(timm, "create_model", create_model)
     with pytest.raises(BackboneError, match=f"{name}: .* is not supported"):
         create_backbone(name)
+    with pytest.raises(BackboneError, match=r"docs/hosts\.md lists all") as error:
+        create_backbone(name)
+    assert len(str(error.value)) < 320
     assert not fetched
     create_backbone("vit_two_blocks", num_classes=3)
     assert fetched == ["vit_two_blocks"]

@@ -13,7 +13,7 @@ SHARES = 4
 @pytest.mark.parametrize("share", range(SHARES))
 def test_each_is_taken_or_refused_as_the_table_says(share):
     written = MODELS["read"]()
-    names = list(MODELS["architectures"](MODELS["MODULES"]))
+    names = list(MODELS["architectures"](MODELS["FILES"]))
     for other in MODELS["OTHERS"]:  # one of each family that we do not have
         names += list(MODELS["architectures"]([other]))[:1]
     found = {name: MODELS["verdict"](name) for name in names[share::SHARES]}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from dyntune.commands import main as program
 from dyntune.commands.main import main
 
 COMMANDS = (
@@ -131,12 +133,14 @@ def test_cost_prints_the_published_numbers():
 
 
 def test_methods_lists_every_part_and_the_options_of_one():
-    report = json.loads(dyntune("methods", "--json").stdout)
+    done = dyntune("methods", "--json")
+    report = json.loads(done.stdout)
+    assert not done.stderr  # what auto has found for this backbone is nobody's question
     costs = {row["name"]: (row["trainable_params"], row["macs"]) for row in report}
     assert costs["full"] == (85_798_656, 17_581_972_224)
     assert costs["dyt"] == (165_996, 12_059_247_360)
     options = dyntune("methods", "dyt").stdout
-    assert "bottleneck" in options and "temperature" in options
+    assert "bottleneck" in options and "temperature" in options and "``" not in options
 
 
 @pytest.mark.parametrize(
@@ -163,10 +167,20 @@ def test_a_mistake_gets_one_clear_message_and_status_1(arguments, words, tmp_pat
 
 
 def test_a_process_ends_with_the_message_and_the_status():
-    command = [sys.executable, "-m", "dyntune.commands.main", "cost", "--method", "adaptfomer"]
+    command = [sys.executable, "-m", "dyntune", "cost", "--method", "adaptfomer"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error:") and "adaptformer" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_the_library_warns_of_is_called_a_warning(monkeypatch):
+    logger = logging.getLogger("dyntune")
+    monkeypatch.setattr(program, "app", lambda: logger.warning("[%s] is complete", "a run"))
+    monkeypatch.setattr(sys, "argv", ["dyntune", "train"])
+    err = io.StringIO()
+    with redirect_stderr(err):
+        main()
+    assert err.getvalue() == "warning: [a run] is complete\n"
 
 
 def test_wrong_usage_gets_status_2():

@@ -111,10 +111,12 @@ def test_pictures_of_a_film(films, run, tmp_path):
     assert data in legend and f"video-folder:{films / 'train'}" in legend
     with Image.open(tmp_path / "tokens-1.gif") as animation:
         assert animation.n_frames == 2
-    invoke("visualize", run, film, "--out", tmp_path / "mp4", "--device", "cpu", "--animation", "mp4")
+    some = ("--animation", "mp4", "--blocks", 1)
+    drawn = invoke("visualize", run, film, "--out", tmp_path / "mp4", "--device", "cpu", *some)
+    assert drawn.count(", block 1 of 2 with gates (--blocks all for every one)") == 2
     assert len(Video(tmp_path / "mp4" / "tokens-1.mp4")) == 2
     again = run_command("visualize", run, film, "--out", tmp_path / "mp4", "--device", "cpu", "--animation", "mp4")
-    assert "tokens-1.mp4, in the place of an earlier one" in again.stdout
+    assert "tokens-1.mp4 of 0.mp4, in the place of an earlier one" in again.stdout
     other = run_command("visualize", run, film, "--out", tmp_path / "mp4", "--device", "cpu")
     assert "still has tokens-1.mp4" in other.stderr
 

@@ -25,8 +25,12 @@ def test_train_and_eval_say_it(photos, two_blocks, tmp_path):
     model = ("--model", "vit_two_blocks", "--weights", str(two_blocks), "--method", "dyt:rate=0.2")
     done = CliRunner().invoke(app, ["train", str(photos), *model, "--out", run, *few])
     assert "of the val images, aimed at 20.0%" in " ".join(done.stderr.split()), done.stderr
+    parts = [part.split()[0] for part in done.output.split("\n\n")]
+    assert parts == ["backbone", f"{photos}:", "dyt:rate=0.2", "saved"], done.output
+    assert f"\n{photos}: 3 classes\n" in done.output  # whole, wider than its table
     done = CliRunner().invoke(app, ["eval", run, str(photos), "--device", "cpu"])
     assert "of the test images, aimed at 20.0%" in " ".join(done.stderr.split()), done.stderr
+    assert "\n\n" not in done.output and not done.output.startswith("\n")
 
 
 @pytest.mark.parametrize(("images", "said"), [(64, "threads: 4 of 4 threads"), (63, "")])

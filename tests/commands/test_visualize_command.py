@@ -11,11 +11,11 @@ from dyntune.core.errors import DyntuneError
 from dyntune.model.tune import build_tuned
 
 
-def visualize(spec, photos, folder):
+def visualize(spec, photos, folder, *options):
     torch.manual_seed(0)
     build_tuned(BUILTIN_BACKBONE, spec, classes=("a", "b", "c")).save(folder / "run")
     arguments = ["visualize", str(folder / "run"), str(photos / "test" / "red"), "--out", str(folder / "out")]
-    return CliRunner().invoke(app, [*arguments, "--per-figure", "3", "--device", "cpu"])
+    return CliRunner().invoke(app, [*arguments, "--per-figure", "3", "--device", "cpu", *options])
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,22 @@ def test_pictures(photos, tmp_path, spec, expected):
     assert [file.name for file in files] == [f"{name}.png" for name in expected]
     assert all(Image.open(file).width > 600 for file in files)
     assert done.output.count("wrote") == len(expected)
+
+
+def test_blocks_are_chosen(photos, tmp_path):
+    done = visualize("linear+dispatch", photos, tmp_path, "--blocks", "0,7")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count(", blocks 0, 7 of 12 with gates (--blocks all for every one)") == 2
+    few = Image.open(tmp_path / "out" / "tokens-1.png").width
+    every = visualize("linear+dispatch", photos, tmp_path, "--blocks", "all")
+    assert "blocks 0" not in every.output and few < Image.open(tmp_path / "out" / "tokens-1.png").width
+    for spec, blocks, reason in (
+        ("linear+dispatch", "12", "gated in the blocks 12; those with gates are 0, 1"),
+        ("linear+dispatch", "first", "--blocks 'first': expected numbers"),
+        ("linear+tome:r=4", "3", "the model gates no unit"),
+    ):
+        wrong = visualize(spec, photos, tmp_path, "--blocks", blocks)
+        assert isinstance(wrong.exception, DyntuneError) and reason in str(wrong.exception)
 
 
 @pytest.mark.parametrize(("spec", "reason"), [("linear", "has no token policy"), ("linear+tome:r=0", "drops no token")])

@@ -161,6 +161,14 @@ def test_deploy_json_says_what_the_model_is(exported, tuned):
     assert 'pip install "onnxruntime>=1.23" numpy pillow' in card and "blue" not in config["versions"]
 
 
+def test_the_python_of_the_card_runs(exported, photos, tmp_path, monkeypatch, capsys):
+    shutil.copy(photos / "test/red/0.png", tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    code = (exported() / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    exec(code.replace("path/to/this/folder", str(exported())), {})
+    assert capsys.readouterr().out.strip() in ("blue", "green", "red")
+
+
 def test_write_without_masks_gives_none_and_names_no_gate(tuned, some_images, tmp_path):
     folder = dyntune.export(tuned, tmp_path / "runs" / "small", runtime="torch")
     assert is_exported(folder) and [path.name for path in folder.parent.iterdir()] == ["small"]

@@ -20,7 +20,7 @@ from dyntune.training.logs import read_log
 from dyntune.training.state import STATE, RunState
 
 pytestmark = pytest.mark.slow
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "dyntune.commands.main"]
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "dyntune"]
 
 
 def _arguments(photos: Path, out: Path, batch_size: int, device: str = "cpu") -> list[str]:

@@ -137,6 +137,19 @@ def test_a_folder_is_refused_before_the_data_are_read(monkeypatch, run, tmp_path
     assert isinstance(done.exception, TrainingError) and "holds a run already" in str(done.exception)
 
 
+def test_another_run_is_refused_before_anything_is_said_of_it(monkeypatch, caplog, photos, two_blocks, tmp_path):
+    model = ("--model", "vit_two_blocks", "--weights", str(two_blocks), "--method", "linear", "--device", "cpu")
+    words = ["train", str(photos), "--out", str(tmp_path / "run"), *model, "--batch-size", "12", "--resume", "--epochs"]
+    assert CliRunner().invoke(app, [*words, "1"]).exit_code == 0
+    done = CliRunner().invoke(app, [*words, "1"])
+    assert done.exit_code == 0 and "is complete" in caplog.text
+    monkeypatch.setattr(train, "show_header", lambda header: pytest.fail("a header was shown"))
+    done = CliRunner().invoke(app, [*words, "2"])
+    assert isinstance(done.exception, TrainingError) and "started differently: epochs was 1, is 2" in str(
+        done.exception
+    )
+
+
 def test_two_searches_in_one_folder_are_one_too_many(monkeypatch, make_host, tmp_path):
     monkeypatch.setattr(files, "PATIENCE", 0.0)
     part = Noah(choices=(1,), depths=(1,))

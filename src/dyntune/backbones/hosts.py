@@ -28,9 +28,13 @@ _FILLED = "dyntune_weights"
 """The attribute of a host that says what it was filled with: the fingerprint of that, and the file that was given."""
 DATA_PARALLEL = (
     "nn.DataParallel runs copies of a model that know nothing of each other's gates. Leave it out; several GPUs train "
-    "together with torchrun: torchrun --nproc-per-node 2 -m dyntune.commands.main train ..., or on a script with fit."
+    "together with torchrun: torchrun --nproc-per-node 2 -m dyntune train ..., or on a script with fit."
 )
 """What is said to those who use it."""
+_NO_FAMILY = (
+    "it is no Vision Transformer that Dyntune knows. Supported: ViT, DeiT, DINO, CLIP, SigLIP, BEiT, EVA and Swin, as "
+    "timm's VisionTransformer (vit_base_patch16_224) or of transformers; docs/hosts.md lists all, and the reasons."
+)
 
 
 @functools.cache
@@ -67,8 +71,7 @@ def wrap_plain(host: nn.Module) -> Backbone:
             if refusal is None:
                 return family(host)
             refusals.append(f"{refusal}. Supported: {family.supported}.")
-    supported = "; ".join(family.supported for family in families().values())
-    reason = refusals[0] if refusals else f"it is of no known family. Supported: {supported}."
+    reason = refusals[0] if refusals else _NO_FAMILY
     raise BackboneError(f"{type(host).__name__} is not supported: {reason}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from dyntune.backbones.hosted import block_sites, fold_factors
 from dyntune.backbones.hub import downloads, quickly
 from dyntune.backbones.origin import OR_BUILT_IN, BackboneSource
 from dyntune.backbones.sites import Site
+from dyntune.backbones.timm_names import require_name
 from dyntune.backbones.timm_weights import first_line, load_weights
 from dyntune.backbones.units import Block
 from dyntune.core.attention import bias_of
@@ -253,10 +253,8 @@ def create(name: str, *, weights: str | Path | None = None, pretrained: bool = T
         BackboneError: unknown name, no weights to be had, or weights that do not fit.
     """
     hub = name.startswith((*_HUBS, "local-dir:"))
-    if not hub and not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5)
-        hint = f" Did you mean {near[0]!r}? Also near: {', '.join(near[1:])}." if near else ""
-        raise BackboneError(f"timm has no model {name!r}.{hint} timm.list_models('vit*') lists them.")
+    if not hub:
+        require_name(name)
     arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     download = pretrained and weights is None
     if download and not downloads() and _elsewhere(name):

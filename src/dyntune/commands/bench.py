@@ -22,16 +22,18 @@ from dyntune.commands.common import (
     pick_device,
     print_json,
     print_table,
+    space,
 )
 from dyntune.commands.options import Options, option, with_options
 from dyntune.core.errors import SpecError
 from dyntune.core.words import counted, duration
+from dyntune.model.adapter_folder import read_config
 from dyntune.parts.spec_list import split_list
+from dyntune.studies import pictures
 from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.report import DETAILS, details, speed_figure, summary, write
 from dyntune.studies.bench.run import bench, estimate
 from dyntune.studies.bench.runtimes import known_runtimes
-from dyntune.studies.pictures import save_figure
 
 EXAMPLES = (
     "dyntune bench --model vit_base_patch16_224 --method dyt:rate=0.5 --batch-size 1,8,32",
@@ -91,6 +93,8 @@ def command(
         raise typer.BadParameter(f"--plot {plot}: expected a file name ending in {', '.join(_PICTURES)}.")
     if resume and folder is None:
         raise typer.BadParameter("--resume goes on with the measurements in --out; give the folder.")
+    if run is not None:
+        read_config(run)  # says at once what is no run
     plan = replace(
         plan,
         run=None if run is None else str(run),
@@ -116,11 +120,13 @@ def command(
     if folder is not None:
         write(report, folder)
     if plot is not None:
-        save_figure(speed_figure(report), plot)
+        pictures.save_figure(speed_figure(report), plot)
     if json:
         print_json(report.to_dict())
         return
+    space()
     print_table(f"{report.title}: images per second (speed-up over dense)", *summary(report))
+    out.print()
     print_table("Every figure", DETAILS, details(report))
     out.print("\n".join(report.notes), highlight=False, markup=False)
 

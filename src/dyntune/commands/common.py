@@ -51,7 +51,9 @@ WeightsOption = Annotated[
     Path | None,
     typer.Option(help="Local weight file (.npz, .pth, .safetensors) of the backbone, or a folder for hf: models."),
 ]
-MethodOption = Annotated[str, typer.Option(help="Tuning method, name or name:key=value,key=value.")]
+MethodOption = Annotated[
+    str, typer.Option(help="Tuning method, name or name:key=value,key=value; dyntune methods lists them.")
+]
 PolicyOption = Annotated[str | None, typer.Option("--policy", help="Token policy on top, written like a method.")]
 TopPolicyOption = Annotated[
     str | None,
@@ -156,6 +158,12 @@ def show_header(header: Header) -> None:
     """Says on standard error what a training begins with."""
     if os.environ.get("RANK", "0") == "0":  # another process of the same run says it
         err.print(str(header), highlight=False, soft_wrap=True)
+        space()
+
+
+def space() -> None:
+    """An empty line on standard error: between what begins, what goes on, and what has come of it."""
+    err.print()
 
 
 def apply_rate(model: TunedModel, rate: float | None, policy: str | None) -> None:
@@ -203,7 +211,9 @@ def report_classes(data: DataSplits) -> None:
         for name, split in (("train", data.train), ("val", data.val), ("test", data.test))
         if split is not None
     ]
-    table = Table(title=printable(f"{data.name}: {counted(len(data.classes), 'class')}"), title_justify="left")
+    title = printable(f"{data.name}: {counted(len(data.classes), 'class')}")
+    err.print(title, style="italic", highlight=False, soft_wrap=True)
+    table = Table()
     table.add_column("class", overflow="fold")
     for name, _ in counts:
         table.add_column(name, justify="right")
@@ -217,6 +227,7 @@ def report_classes(data: DataSplits) -> None:
     table.add_section()
     table.add_row(several(data.train.noun), *(str(count.total()) for _, count in counts))
     err.print(table)
+    space()
 
 
 class Pictures:

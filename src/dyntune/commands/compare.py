@@ -24,6 +24,7 @@ from dyntune.commands.common import (
     report_classes,
     report_skipped,
     show_header,
+    space,
     train_settings,
 )
 from dyntune.commands.options import Options, with_options
@@ -105,6 +106,7 @@ def command(
     if json:
         print_json({"data": data, "model": model, "machine": machine(), "rows": [row.to_dict() for row in rows]})
         return
+    space()
     print_table(f"{data} with {model}", table_columns(rows), table_rows(rows))
     out.print(f"measured on {machine()}\npage: {page}", highlight=False)
 

@@ -47,7 +47,9 @@ def command(
     classes: Annotated[
         int | None, typer.Option(min=0, help="Classes of the head; the backbone's own by default.")
     ] = None,
-    img_size: Annotated[int | None, typer.Option(min=1, help="Image height and width in pixels.")] = None,
+    img_size: Annotated[
+        int | None, typer.Option(min=1, help="Image height and width in pixels; the backbone's own by default.")
+    ] = None,
     clip: Annotated[ClipOptions, Options(ClipOptions, only=("frames", "temporal", "time"))],
     per_block: Annotated[
         bool, typer.Option("--per-block", help="Also tokens and MACs of every block. JSON always has them.")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dyntune.commands.common import DEFAULT_MODEL, JsonOption, err, out, print_json, print_table
+from dyntune.commands.common import DEFAULT_MODEL, JsonOption, err, out, print_json, print_table, space
 from dyntune.commands.compare import show_comparison
 from dyntune.core.errors import DyntuneError
 from dyntune.core.machine import machine
@@ -71,8 +71,10 @@ def command(
             }
         )
         return
+    space()
     print_table("handwritten digits, built-in backbone", table_columns(rows), table_rows(rows))
     for table in further:
+        out.print()
         print_table(table.title, table.columns, table.rows)
         out.print(table.note, highlight=False, markup=False)
     training = sum(row.train_seconds for row in rows)

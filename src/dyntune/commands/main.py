@@ -20,6 +20,7 @@ from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
+from rich.text import Text
 from typer.core import TyperCommand
 
 from dyntune import commands
@@ -109,7 +110,8 @@ class _Said(logging.Handler):
     """What the library has to say, on standard error as lines of the command."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        err.print(record.getMessage(), highlight=False, soft_wrap=True)
+        label = ("warning: ", "bold yellow") if record.levelno >= logging.WARNING else ""
+        err.print(Text.assemble(label, record.getMessage()), highlight=False, soft_wrap=True)
 
 
 def main() -> None:

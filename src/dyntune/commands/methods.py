@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -33,7 +36,7 @@ def command(
         _show_options(part) if not json else print_json(_options(part))
         return
     specs = list(dict.fromkeys([*registered(), *published_specs()]))
-    with err.status("counting"):
+    with err.status("counting"), _unsaid():
         rows = sorted((_row(spec) for spec in specs), key=lambda row: ("method", "preset", "tokens").index(row["kind"]))
     if json:
         print_json(rows)
@@ -60,6 +63,17 @@ def command(
         if row["published"] and row["published"]["note"]:
             out.print(f"  {row['name']}: {row['published']['note']}", highlight=False)
     out.print("Options of one: dyntune methods NAME", highlight=False)
+
+
+@contextlib.contextmanager
+def _unsaid() -> Iterator[None]:
+    """Keeps to itself what parts have to say of the model that they are put on: here it is one of many."""
+    logger = logging.getLogger("dyntune")
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = False
 
 
 def _row(spec: str) -> dict[str, Any]:
@@ -95,7 +109,7 @@ def _published(row: dict[str, Any] | None) -> str:
 def _options(part: type[Part]) -> dict[str, Any]:
     defaults = {field.name: field.default for field in dataclasses.fields(part)}
     texts = part.options()
-    options = [{"name": key, "default": value, "help": texts[key]} for key, value in defaults.items()]
+    options = [{"name": key, "default": value, "help": texts[key].replace("``", "")} for key, value in defaults.items()]
     return {"name": part.name(), "summary": part.summary(), "source": part.source, "options": options}
 
 

@@ -27,6 +27,7 @@ from dyntune.commands.common import (
     report_classes,
     report_skipped,
     show_header,
+    space,
     train_settings,
 )
 from dyntune.commands.options import Options, with_options
@@ -93,7 +94,10 @@ def command(
     on_corrupt: OnCorruptOption = "error",
     json: JsonOption = False,
 ) -> None:
-    """Train a supernet, search it under a limit of parameters, and train what was found; the same command goes on."""
+    """Train a supernet, search it under a limit of parameters, and train what was found.
+
+    A run that was stopped goes on with the same command.
+    """
     parts = resolve([method])
     supernets = [part for part in parts if isinstance(part, Noah) and not part.searched]
     if len(supernets) != 1:
@@ -154,6 +158,7 @@ def command(
             }
         )
         return
+    space()
     score = f"{result.best.accuracy:.1%} on val with the supernet's weights"
     out.print(
         f"found {figures.trainable_params / 1e6:.3f} M parameters, {score}: {run / 'search.png'}", highlight=False

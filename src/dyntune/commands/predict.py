@@ -18,7 +18,6 @@ from dyntune.commands.common import (
     JsonOption,
     Pictures,
     RateOption,
-    RunArgument,
     TopPolicyOption,
     WeightsOption,
     apply_rate,
@@ -52,7 +51,7 @@ _CODE = " or ".join(Path(runtime.file).suffix for runtime in registered().values
 
 
 def command(
-    run: RunArgument,
+    run: Annotated[Path, typer.Argument(help="Folder that train, save() or export wrote.")],
     images: ImagesArgument,
     top_k: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 5,
     policy: TopPolicyOption = None,

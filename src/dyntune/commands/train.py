@@ -36,6 +36,7 @@ from dyntune.commands.common import (
     report_skipped,
     say_missed_rate,
     show_header,
+    space,
     train_settings,
 )
 from dyntune.commands.options import Options, with_options
@@ -51,7 +52,7 @@ from dyntune.training.accelerator import is_main_process
 from dyntune.training.header import training_header
 from dyntune.training.inputs import with_pixels_as
 from dyntune.training.progress import ProgressBar
-from dyntune.training.run_folder import require_room
+from dyntune.training.run_folder import require_continuable, require_room
 from dyntune.training.settings import TrainSettings
 from dyntune.training.trainer import ACTIVATION, fit
 
@@ -87,7 +88,9 @@ def command(
     drop_path: DropPathOption = 0.0,
     normalisation: NormalisationOption = "backbone",
     interpolation: InterpolationOption = "backbone",
-    img_size: Annotated[int | None, typer.Option(min=1, help="Image height and width in pixels.")] = None,
+    img_size: Annotated[
+        int | None, typer.Option(min=1, help="Image height and width in pixels; the backbone's own by default.")
+    ] = None,
     clip: Annotated[ClipOptions, Options(ClipOptions)],
     val_fraction: ValFractionOption = VAL_FRACTION,
     on_corrupt: OnCorruptOption = "error",
@@ -109,6 +112,8 @@ def command(
     arguments |= of_clips
     tuned = build_tuned(model, *given, classes=splits.classes, weights=weights, **arguments)
     tuned.preprocessing = clip.preprocessing(with_pixels_as(tuned.preprocessing, normalisation, interpolation))
+    if resume:
+        require_continuable(run, tuned, splits.train, settings, taught_by)
     show_header(
         training_header(
             tuned,
@@ -159,6 +164,7 @@ def command(
         if result.best_accuracy is None
         else f", {result.best_accuracy:.1%} on {select if select != 'last' else 'val'}"
     )
+    space()
     out.print(f"saved epoch {result.best_epoch}{score} to {run} ({kilobytes(figures.adapter_bytes)})", highlight=False)
     if calibration is not None:
         out.print(

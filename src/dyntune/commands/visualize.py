@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
 import typer
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -26,7 +26,7 @@ from dyntune.commands.common import (
     out,
     pick_device,
 )
-from dyntune.core.errors import DyntuneError
+from dyntune.core.errors import DyntuneError, SpecError
 from dyntune.core.texts import listed, printable
 from dyntune.core.words import counted
 from dyntune.data import Preprocessing, build_transform
@@ -36,19 +36,15 @@ from dyntune.data.transforms import preprocessed
 from dyntune.model.forward import activation_rates
 from dyntune.model.load import load
 from dyntune.model.tuned import TunedModel
-from dyntune.studies.pictures import (
-    activation_figure,
-    by_slices,
-    frames_animation,
-    frames_figure,
-    reduction_figure,
-    save_figure,
-    token_figure,
-)
+from dyntune.parts.policies.base import Gate
+from dyntune.studies import pictures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EXAMPLES = (
     'dyntune visualize runs/flowers "photos/*.jpg" --out pictures',
-    "dyntune visualize runs/clips film.mp4 --out pictures --animation mp4",
+    "dyntune visualize runs/clips film.mp4 --out pictures --animation mp4 --blocks 0,5,11",
     "dyntune visualize runs/flowers photo.jpg --rates-on folder:flowers --rates-on digits --out pictures",
 )
 
@@ -70,6 +66,13 @@ def command(
             help="Data whose test images' activation rates are drawn in one plot; may be given several times."
         ),
     ] = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            help="Blocks whose computed tokens are drawn, 0,5,11 or all; by itself all of images, and four in the "
+            "strip of a video's frames."
+        ),
+    ] = None,
     per_figure: Annotated[int, typer.Option(min=1, help="Images in one picture.")] = 6,
     suffix: Annotated[str, typer.Option("--format", help="png, svg or pdf.")] = "png",
     animation: Annotated[Film, typer.Option(help="Of videos: the file that shows one frame after the other.")] = "gif",
@@ -77,6 +80,7 @@ def command(
 ) -> None:
     """Draw over images, or frames of videos, which tokens each block computes, merges or drops, and how many."""
     require_some(images)
+    asked = _numbers(blocks)
     model = load(run, weights=weights, device=pick_device(device), policy=policy)
     apply_rate(model, rate, policy)
     clip = model.preprocessing.clip
@@ -98,34 +102,40 @@ def command(
     rates = []
     for number, read in enumerate(found.batches(per_figure, prepare), 1):
         names = [path.name for path, _ in read]
-        pictures = [picture for _, (drawn_on, _) in read for picture in drawn_on]
+        shown = [picture for _, (drawn_on, _) in read for picture in drawn_on]
         if clip is not None:
-            names = [f"frame {number}" for number in range(len(pictures))]
+            names = [f"frame {number}" for number in range(len(shown))]
         with torch.inference_mode():
             output = model.run(torch.stack([tensor for _, (_, tensor) in read]).to(next(model.parameters()).device))
         gates, grid, slices = output.gates, output.grid, model.backbone.slices
         if slices > 1:  # tokens of the whole clip, each of several frames, of which the first stands for all
-            pictures = pictures[:: len(pictures) // slices]
-            gates, grid = tuple(by_slices(gates, slices)), (grid[0] // slices, grid[1])
-        if output.gates:
+            shown = shown[:: len(shown) // slices]
+            gates, grid = tuple(pictures.by_slices(gates, slices)), (grid[0] // slices, grid[1])
+        if blocks is not None or output.gates:
+            drawn = pictures.gated_blocks(gates, asked)
             rates.append(len(read) * activation_rates(output.gates).cpu())
+            file = folder / f"tokens-{number}.{suffix}"
             if clip is None:
-                _write(token_figure(pictures, gates, grid, names), folder / f"tokens-{number}.{suffix}", there)
+                _write(pictures.token_figure(shown, gates, grid, names, blocks=drawn), file, there, drawn, gates)
             else:
-                _write(frames_figure(pictures, gates, grid), folder / f"tokens-{number}.{suffix}", there)
-                film = frames_animation(pictures, gates, grid, folder / f"tokens-{number}.{animation}")
-                _say_written(film, there)
+                strip = pictures.strip_blocks(gates) if blocks is None else drawn
+                of = read[0][0].name
+                _write(pictures.frames_figure(shown, gates, grid, strip), file, there, strip, gates, of)
+                film = pictures.frames_animation(shown, gates, grid, file.with_suffix(f".{animation}"), blocks=drawn)
+                _say_written(film, there, drawn, gates, of)
         if output.reductions:
             if slices > 1:
-                pictures = [Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))]
+                shown = [Image.fromarray(np.concatenate([np.asarray(picture) for picture in shown]))]
                 names = ["frames from top to bottom"]
-            _write(reduction_figure(pictures, output, names), folder / f"reductions-{number}.{suffix}", there)
+            _write(pictures.reduction_figure(shown, output, names), folder / f"reductions-{number}.{suffix}", there)
         if not output.gates and not output.reductions:
             raise DyntuneError(f"{model.spec} in {run} skips, merges and drops no token, so there is nothing to show.")
     if rates:
         mean = (torch.stack(rates).sum(0) / found.read).tolist()
         rate_of = {model.spec: list(zip((gate.unit for gate in output.gates), mean, strict=True))}
-        _write(activation_figure(rate_of, {model.spec: model.target_rate}), folder / f"activation.{suffix}", there)
+        _write(
+            pictures.activation_figure(rate_of, {model.spec: model.target_rate}), folder / f"activation.{suffix}", there
+        )
     if rates_on:
         _write(_rates_on(model, rates_on), folder / f"activation-data.{suffix}", there)
     if there:
@@ -149,7 +159,7 @@ def _rates_on(model: TunedModel, names: list[str]) -> Figure:
         if not gates:
             raise DyntuneError(f"{model.spec} has no gates, so that there are no activation rates for --rates-on.")
         rates[name] = list(zip((gate.unit for gate in gates), mean, strict=True))
-    return activation_figure(rates, dict.fromkeys(names, model.target_rate))
+    return pictures.activation_figure(rates, dict.fromkeys(names, model.target_rate))
 
 
 def _seen(clip: Tensor, preprocessing: Preprocessing) -> list[Image.Image]:
@@ -166,13 +176,36 @@ def _drawn(folder: Path, suffix: str) -> set[Path]:
     return {path for kind in kinds for path in folder.glob(kind)}
 
 
-def _write(figure: Figure, file: Path, there: set[Path]) -> None:
-    save_figure(figure, file)
-    _say_written(file, there)
+def _numbers(blocks: str | None) -> list[int] | None:
+    """The numbers of blocks that ``--blocks`` gives; None for all."""
+    if blocks in (None, "all"):
+        return None
+    numbers = [piece.strip() for piece in str(blocks).split(",")]
+    if not all(piece.isdecimal() for piece in numbers):
+        raise SpecError(f"--blocks {blocks!r}: expected numbers of blocks separated by commas, such as 0,5,11, or all.")
+    return [int(piece) for piece in numbers]
 
 
-def _say_written(file: Path, there: set[Path]) -> None:
-    """Says that a picture was written, and whether in the place of one that was there, which it is no more."""
+def _write(
+    figure: Figure, file: Path, there: set[Path], drawn: Sequence[int] = (), gates: Sequence[Gate] = (), of: str = ""
+) -> None:
+    pictures.save_figure(figure, file)
+    _say_written(file, there, drawn, gates, of)
+
+
+def _say_written(file: Path, there: set[Path], drawn: Sequence[int], gates: Sequence[Gate], of: str) -> None:
+    """Says that a picture was written, and whether in the place of one that was there, which it is no more.
+
+    Args:
+        file: the picture.
+        there: pictures of an earlier call.
+        drawn: numbers of the blocks that it shows.
+        gates: that it shows; none where it shows no blocks.
+        of: name of the video, which is not in the picture.
+    """
     replaced = ", in the place of an earlier one" if file in there else ""
     there.discard(file)
-    out.print(f"wrote {printable(str(file))}{replaced}", highlight=False)
+    some = pictures.blocks_in_words(drawn, gates) if gates else ""
+    blocks = f", {some} (--blocks all for every one)" if some else ""
+    film = f" of {printable(of)}" if of else ""
+    out.print(f"wrote {printable(str(file))}{film}{replaced}{blocks}", highlight=False, soft_wrap=True)

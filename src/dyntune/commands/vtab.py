@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from dyntune.commands.common import (
     pick_device,
     print_json,
     print_table,
+    space,
 )
 from dyntune.commands.options import Options, with_options
 from dyntune.core.errors import TrainingError
@@ -127,7 +128,7 @@ def command(
     plan = Plan(
         out=folder,
         benchmark=benchmark,
-        folders=find_folders(benchmark, place),
+        folders={},
         model=model,
         weights=weights,
         recipe=chosen.on(pick_device(chosen.settings.device)),
@@ -135,6 +136,8 @@ def command(
         seeds=numbers,
         **trials,
     )
+    plan.require_folder()
+    plan = replace(plan, folders=find_folders(benchmark, place))
     if dry_run:
         _list_jobs(plan, json)
         return
@@ -190,6 +193,7 @@ def _show(plan: Plan, result: BenchmarkResult, json: bool) -> None:
         )
         return
     heads, rows = terminal_rows(result.rows, plan.benchmark, plan.model)
+    space()
     print_table(f"{plan.benchmark.name} with {plan.model}", heads, rows)
     out.print(describe(plan), markup=False, highlight=False, soft_wrap=True)
     if result.elsewhere:

@@ -132,7 +132,8 @@ class TimmMethods(nn.Module, abc.ABC):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Puts a new classifier in place of the present one; it is trained and saved as that was.
 
-        An optimizer that knows the parameters of the former has to be made again.
+        An optimizer that knows the parameters of the former has to be made again. Where the number of classes changes,
+        their names are gone, and are set with ``model.classes``; ``fit`` sets those of a data set that has some.
 
         Args:
             num_classes: its outputs; 0 leaves it out, so that ``model(images)`` are embeddings.

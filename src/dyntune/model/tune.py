@@ -20,7 +20,8 @@ def tune(model: nn.Module, *parts: str | Part, **options: Any) -> TunedModel:
     """Puts tuning methods and token policies on a pretrained model.
 
     The model is adapted in place, so give each tuned model a backbone of its own. Its parameters are frozen but for
-    the head and what a method unfreezes, and modules are added, in the order of the parts.
+    the head and what a method unfreezes, and modules are added, in the order of the parts. What these start at is drawn
+    from PyTorch's random numbers: ``torch.manual_seed`` before the model is made gives the same adapter each time.
 
     Args:
         model: a vision transformer of timm or transformers with its classifier, or one that PEFT's ``get_peft_model``

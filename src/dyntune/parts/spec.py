@@ -40,6 +40,19 @@ ELSEWHERE = {
 """What PEFT, timm, adapters and public code call options, and what they are here."""
 
 
+class OptionError(SpecError):
+    """A part refuses the values of its options; ``expected`` says which it takes."""
+
+    expected = ""
+
+    @classmethod
+    def of(cls, part: Part, expected: str) -> Self:
+        """The error with a part's name, and its options as they are written."""
+        error = cls(f"{part.name()}: expected {expected}; given {format_spec(part)!r}.")
+        error.expected = expected
+        return error
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """Base of tuning methods, token policies and presets: a configuration that can be written as a spec string.
@@ -83,9 +96,9 @@ class Part:
         return self
 
     def require(self, condition: bool, expected: str) -> None:
-        """Raises SpecError naming this part and what was ``expected`` unless ``condition`` holds."""
+        """Raises OptionError naming this part and what was ``expected`` unless ``condition`` holds."""
         if not condition:
-            raise SpecError(f"{self.name()}: expected {expected}; given {format_spec(self)!r}.")
+            raise OptionError.of(self, expected)
 
     @classmethod
     def name(cls) -> str:
@@ -95,7 +108,7 @@ class Part:
     @classmethod
     def summary(cls) -> str:
         """The first sentence of the class docstring."""
-        return inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+        return inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ").replace("``", "")
 
     @classmethod
     def options(cls) -> dict[str, str]:

@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 
 from dyntune.core.files import write_atomically, write_json, write_text
 from dyntune.core.machine import machine
@@ -18,10 +18,12 @@ from dyntune.core.texts import for_csv, for_markdown, for_markdown_code
 from dyntune.data.base import LabelledImages
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.spec_list import folder_name
+from dyntune.studies import pictures
 from dyntune.studies.compare import Row
-from dyntune.studies.pictures import activation_figure, reduction_figure, save_figure, token_figure
-from dyntune.studies.pictures.accuracy_macs import tradeoff_figure
 from dyntune.training.evaluate import as_tensors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _GATED, _REDUCED = 6, 2
 """Images in a picture of gates, and of merged or dropped tokens."""
@@ -115,28 +117,28 @@ def write_report(
     results = {"title": title, "machine": machine(), "rows": [row.to_dict() for row in rows]}
     write_json(out / "results.json", results | ({"tables": [asdict(table) for table in further]} if further else {}))
     write_atomically(out / "results.csv", lambda path: _write_csv(path, rows))
-    pictures = {"tradeoff.png": f"Test {rows[0].test.merit} over the MACs that ran, without the head."}
-    save_figure(tradeoff_figure(rows), out / "tradeoff.png")
+    captions = {"tradeoff.png": f"Test {rows[0].test.merit} over the MACs that ran, without the head."}
+    pictures.save_figure(pictures.tradeoff_figure(rows), out / "tradeoff.png")
     gated = [row for row in rows if row.test.activation_per_unit]
     if gated:
         rates = {row.method: list(row.test.activation_per_unit.items()) for row in gated}
         targets = {row.method: models[row.method].target_rate for row in gated}
-        save_figure(activation_figure(rates, targets), out / "activation.png")
-        pictures["activation.png"] = "Activation rate of each gated unit on the test images; dashed, the target."
+        pictures.save_figure(pictures.activation_figure(rates, targets), out / "activation.png")
+        captions["activation.png"] = "Activation rate of each gated unit on the test images; dashed, the target."
     for row in rows:
         for name, (figure, text) in token_pictures(row.method, models[row.method], images).items():
-            save_figure(figure, out / name)
-            pictures[name] = text
+            pictures.save_figure(figure, out / name)
+            captions[name] = text
     methods = methods_table(rows)
     tables = "".join(f"\n## {table.title}\n\n{markdown_table(table)}\n\n{table.note}\n" for table in further)
     body = f"{for_markdown(intro)}\n\n{markdown_table(methods)}\n\n{methods.note}\n{tables}"
     write_text(
         out / "results.md",
         f"# {for_markdown(title)}\n\n{body}\n"
-        + "\n\n".join(f"![{for_markdown(text)}]({file})" for file, text in pictures.items())
+        + "\n\n".join(f"![{for_markdown(text)}]({file})" for file, text in captions.items())
         + "\n",
     )
-    write_text(out / "index.html", _page(title, intro, (methods, *further), pictures))
+    write_text(out / "index.html", _page(title, intro, (methods, *further), captions))
     return out / "index.html"
 
 
@@ -154,12 +156,12 @@ def token_pictures(method: str, model: TunedModel, images: LabelledImages) -> di
         few = model.run(batch[:_REDUCED])
     if output.gates:
         found[f"tokens-{folder_name(method)}.png"] = (
-            token_figure(plain, output.gates, output.grid),
+            pictures.token_figure(plain, output.gates, output.grid),
             f"Activated tokens of {method}: in each block the patches that were computed; the others skipped it.",
         )
     if few.reductions:
         found[f"reductions-{folder_name(method)}.png"] = (
-            reduction_figure(plain[:_REDUCED], few),
+            pictures.reduction_figure(plain[:_REDUCED], few),
             f"Tokens of {method}: in each block what was merged, dropped or skipped.",
         )
     return found
@@ -202,13 +204,13 @@ def _breakable(cell: str) -> str:
     return re.sub(r"([,+])", r"\1<wbr>", html.escape(cell)) if ":" in cell else html.escape(cell)
 
 
-def _page(title: str, intro: str, tables: Sequence[Table], pictures: dict[str, str]) -> str:
+def _page(title: str, intro: str, tables: Sequence[Table], captions: dict[str, str]) -> str:
     """One HTML page without scripts or anything from elsewhere."""
     figures = "".join(
         f'<figure><a href="{html.escape(file)}" title="open the picture by itself">'
         f'<img src="{html.escape(file)}" alt="{html.escape(text)}"></a>'
         f"<figcaption>{html.escape(text)}</figcaption></figure>"
-        for file, text in pictures.items()
+        for file, text in captions.items()
     )
     first, *further = map(_html_table, tables)
     titled = [f"<h2>{html.escape(t.title)}</h2>{text}" for t, text in zip(tables[1:], further, strict=True)]

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from dyntune.backbones.base import file_name
-from dyntune.core.errors import CheckpointError, TrainingError
 from dyntune.model.tuned import TunedModel
-from dyntune.training.identity import identity_changes
 from dyntune.training.optimizer import fill_optimizer
-from dyntune.training.run_folder import require_own_adapter
-from dyntune.training.state import STATE, RunState
+from dyntune.training.run_folder import require_own_adapter, require_same_run
+from dyntune.training.state import RunState
 
 
 class Checkpoint:
@@ -92,18 +90,7 @@ class Checkpoint:
             CheckpointError: the state is damaged, or of another model; or the run's adapter is not there any more.
         """
         state = RunState.read(out)
-        done = state.epoch * steps_per_epoch + state.step
-        settles = any(policy.settles for policy in self.model.policies)
-        try:
-            changed = identity_changes(state.identity, self.identity, done, steps_per_epoch, settles)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{out / STATE} does not say which run it is of ({error!r}). Start again with another folder."
-            ) from error
-        if changed:
-            raise TrainingError(
-                f"the run in {out} was started differently: {'; '.join(changed)}. Use the same options."
-            )
+        require_same_run(out, state, self.identity, steps_per_epoch, self.model)
         own = {file_name(name): tensor for name, tensor in self.model.course_tensors().items()}
         statistics = own.keys() - map(file_name, self.model.tuned_state())
         state.require_fit(own, statistics, out, epochs, steps_per_epoch)

@@ -7,8 +7,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from dyntune.core.files import parse_json, write_text
 from dyntune.core.limits import limit, limits_named
 
@@ -29,6 +27,8 @@ class RunLog:
         self.path = folder / LOG
         kept = [r for r in read_log(folder) if r["step"] <= steps_done]
         write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and most commands write no log
+
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=steps_done + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:

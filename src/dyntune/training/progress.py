@@ -195,8 +195,15 @@ class CountBar:
 
     def __init__(self, verb: str, total: int, noun: str, console: Console) -> None:
         self.total, self.noun = total, noun
-        columns = (TextColumn(verb), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Bar(*columns, TextColumn("{task.fields[status]}"), console=console, transient=True)
+        columns = (
+            TextColumn(verb),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+        )
+        # Where there is no terminal, a bar that nobody sees would leave an empty line.
+        self.bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.task = self.bar.add_task("", total=total, status="")
         self.said = "nothing yet"
 

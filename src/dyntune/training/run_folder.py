@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from dyntune.backbones.base import file_name
 from dyntune.core.errors import CheckpointError, TrainingError
@@ -13,6 +16,10 @@ from dyntune.core.files import alone_in
 from dyntune.model.adapter_folder import ASKED, CONFIG, STATE, read_config, read_weights
 from dyntune.model.rates import dispatchers
 from dyntune.model.tuned import TunedModel
+from dyntune.training.accelerator import launched_processes
+from dyntune.training.identity import identity_changes, run_identity
+from dyntune.training.inputs import data_for
+from dyntune.training.settings import TrainSettings
 from dyntune.training.state import RunState
 
 
@@ -35,6 +42,54 @@ def require_room(out: Path, resume: bool) -> None:
     if any(out.iterdir()):
         begun = " A run began there: continue it with resume (--resume)." if (out / ASKED).exists() else ""
         raise TrainingError(f"{out} is not empty.{begun} Give another folder, or remove it.")
+
+
+def require_same_run(out: Path, state: RunState, identity: dict[str, Any], steps: int, model: TunedModel) -> None:
+    """Refuses to go on with a run that was started differently.
+
+    Args:
+        out: the folder of the run.
+        state: where it is.
+        identity: ``run_identity`` of what is to go on with it.
+        steps: of an epoch.
+        model: that is trained.
+
+    Raises:
+        TrainingError: settings, data or model are others; says which.
+        CheckpointError: the state does not say which run it is of.
+    """
+    done = state.epoch * steps + state.step
+    settles = any(policy.settles for policy in model.policies)
+    try:
+        changed = identity_changes(state.identity, identity, done, steps, settles)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{out / STATE} does not say which run it is of ({error!r}). Start again with another folder."
+        ) from error
+    if changed:
+        raise TrainingError(f"the run in {out} was started differently: {'; '.join(changed)}. Use the same options.")
+
+
+def require_continuable(
+    out: Path, model: TunedModel, train_set: Any, settings: TrainSettings, teacher: nn.Module | None = None
+) -> None:
+    """As ``require_same_run``, for those who say something before they call ``fit`` with ``resume``.
+
+    Args:
+        out: the folder of the run; nothing is refused where there is none.
+        model: as for ``fit``.
+        train_set: as for ``fit``.
+        settings: as for ``fit``.
+        teacher: as for ``fit``.
+    """
+    if not (out / STATE).exists():
+        return
+    processes, data = launched_processes(), data_for(model, train_set, "the training set")
+    identity = run_identity(model, settings, data, processes, teacher)
+    batches = len(data) / (settings.batch_size * processes)
+    # Several processes have the last batch filled up.
+    steps = math.floor(batches) if settings.drop_last and processes == 1 else math.ceil(batches)
+    require_same_run(out, RunState.read(out), identity, steps, model)
 
 
 def run_alone(out: Path) -> AbstractContextManager[None]:

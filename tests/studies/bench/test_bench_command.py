@@ -225,6 +225,12 @@ def test_the_picture_has_a_panel_per_batch_size_and_a_bar_per_row(tmp_path):
         assert image.format == "PNG"
 
 
+def test_an_exported_folder_is_refused_before_anything_is_planned(monkeypatch, tmp_path):
+    monkeypatch.setattr("dyntune.commands.bench.estimate", lambda plan: pytest.fail("it was planned"))
+    (tmp_path / "deploy.json").write_text("{}")
+    assert "is an exported model" in run_bench(tmp_path, *QUICK, error=DyntuneError)
+
+
 def test_a_measurement_that_was_stopped_goes_on_with_the_rest(monkeypatch, tmp_path):
     """Each batch size is on disk when it is measured; --resume measures the others alone, and of the same plan."""
     monkeypatch.setattr(

@@ -68,7 +68,7 @@ def whole(finished, tmp_path):
 @pytest.fixture(autouse=True)
 def _no_pictures(finished, monkeypatch):
     """Only the finished run draws: pictures take longer than its trainings."""
-    monkeypatch.setattr("dyntune.studies.noah.pipeline.save_figure", lambda figure, path: path)
+    monkeypatch.setattr("dyntune.studies.pictures.style.save_figure", lambda figure, path: path)
 
 
 def candidates(out: Path) -> list:

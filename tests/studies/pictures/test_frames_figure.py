@@ -38,8 +38,11 @@ def test_the_last_row_counts_the_units_and_four_blocks_are_shown():
     shown = {" ".join(gid.split(" block ")[1].split()[:2]) for gid in panels(figure) if " block " in gid}
     assert shown == {"1 mlp", "4 mlp", "7 mlp", "10 mlp"}
     counts = sum(one.values[2] for one in own).view(GRID).numpy()
+    assert any(text.startswith("Drawn: blocks 1, 4, 7, 10 of 12 with gates.") for text in texts(figure))
     assert np.array_equal(panels(figure)["frame 2 times active"].get_array(), counts)
     assert len({gid for gid in panels(frames_figure([picture()] * FRAMES, own, GRID, [3])) if "block 3" in gid}) >= 3
+    every = frames_figure([picture()] * FRAMES, own, GRID, range(12))
+    assert not any(text.startswith("Drawn") for text in texts(every))
 
 
 def test_an_animation_has_a_picture_for_each_frame(tmp_path):
@@ -79,5 +82,5 @@ def test_gates_about_a_whole_clip_are_parted_by_moments():
 def test_a_model_without_gates_has_nothing_to_show():
     with pytest.raises(DyntuneError, match="gates no unit"):
         frames_figure([picture()], [], GRID)
-    with pytest.raises(DyntuneError, match="no unit is gated in the blocks 5"):
-        frames_figure([picture()] * FRAMES, gates([0]), GRID, [5])
+    with pytest.raises(DyntuneError, match=r"no unit is gated in the blocks 5; those with gates are 0, 2\."):
+        frames_figure([picture()] * FRAMES, gates([0, 2]), GRID, [5, 2])

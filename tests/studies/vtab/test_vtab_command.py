@@ -58,6 +58,14 @@ def test_a_dry_run_lists_jobs_and_makes_nothing(mini_root, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_is_refused_before_the_lists_are_read(mini_root, tmp_path, monkeypatch):
+    monkeypatch.setattr("dyntune.commands.vtab.find_folders", lambda *given: pytest.fail("the lists were read"))
+    (tmp_path / "notes.txt").touch()
+    for out in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(DyntuneError, match="holds something else than a benchmark run"):
+            vtab(mini_root, "--methods", "linear", "--out", out, *SHORT)
+
+
 @pytest.mark.slow
 def test_all_tasks_run_and_failures_are_named_at_the_end(mini_root, tmp_path):
     run = tmp_path / "run"

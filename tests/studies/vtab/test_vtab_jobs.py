@@ -54,7 +54,7 @@ def one_worker(make_plan, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _no_pictures(one_worker, monkeypatch):
     """Only the first run draws: pictures take longer than a job."""
-    monkeypatch.setattr("dyntune.studies.vtab.report.save_figure", lambda figure, path: path)
+    monkeypatch.setattr("dyntune.studies.pictures.style.save_figure", lambda figure, path: path)
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ from dyntune.core.texts import for_markdown_code
 from dyntune.core.words import counted
 from dyntune.inference.export.registry import lookup
 from dyntune.inference.export.runtimes.base import FP32
+from dyntune.model.card import predicting
+from dyntune.model.tasks import Classification
 
 _UNCHECKED = "**Its accuracy has not been checked.**"
 
@@ -34,8 +36,13 @@ def export_card(config: dict[str, Any]) -> str:
         + f"; {config['macs'] / 1e9:.3f} G MACs per {one} where {config['activation']:.0%} of the patches are active "
         f"({config['macs'] / config['dense_macs']:.0%} of the dense backbone).",
         f"```bash\npip install {packages}\npython run.py {sample} --top-k 3\n```",
-        "Or with Dyntune:\n\n```python\nimport dyntune\n\n"
-        f'model = dyntune.open_export("path/to/this/folder"{trust})\nlogits = model(images)\n```',
+        "Or with Dyntune:\n\n"
+        + predicting(
+            f'dyntune.open_export("path/to/this/folder"{trust})',
+            clips=clip is not None,
+            classes=classes,
+            task=config.get("task", Classification.name),
+        ),
     ]
     if config["precision"] != FP32:
         sections.append(

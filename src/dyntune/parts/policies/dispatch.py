@@ -187,7 +187,7 @@ class Dispatch(GatingPolicy):
         self.require(explore is None or 0 < explore <= 1, "explore above 0 and at most 1, or none")
         self.require(
             self.explore in (None, "recipe") or self.where in ("mlp", "attn-mlp"),
-            "explore only where MLPs have gates of their own (where=mlp or attn-mlp); other units are computed whole",
+            "explore only on mlp or attn-mlp, where MLPs have gates of their own; other units are computed whole",
         )
         self.require(self.complete_every >= 1, "complete_every of at least 1")
         self.require(0 < self.complete_share <= 1, "complete_share above 0 and at most 1")

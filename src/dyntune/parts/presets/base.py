@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from dyntune.core.fields import descriptions
-from dyntune.parts.spec import Part
+from dyntune.parts.spec import OptionError, Part
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,13 @@ class Preset(Part):
                 entry, 120, initial_indent=4 * " ", subsequent_indent=8 * " ", break_on_hyphens=False
             )
         cls.__doc__ = "\n".join(lines)
+
+    def check(self) -> None:
+        """Raises OptionError where one of its parts does: of the preset, which is what the user has written."""
+        try:
+            self.expand()
+        except OptionError as error:
+            raise OptionError.of(self, error.expected) from None
 
     def expand(self) -> tuple[Part, ...]:
         """The parts that this preset stands for, in the order in which they are installed."""

@@ -61,7 +61,7 @@ class DyT(Preset):
 
     def check(self) -> None:
         self.require(self.experts >= 1, "at least 1 expert")
-        self.expand()
+        super().check()
 
     def expand(self) -> tuple[Part, ...]:
         adapter = AdaptFormer if self.experts == 1 else MoeAdapter

@@ -5,26 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from dyntune.core.files import write_json, write_text
 from dyntune.core.texts import for_markdown, printable
+from dyntune.studies import pictures
 from dyntune.studies.bench.peers import DENSE
 from dyntune.studies.bench.run import Report
-from dyntune.studies.pictures import save_figure
-from dyntune.studies.pictures.style import (
-    COLOURS,
-    FAINT,
-    INK,
-    LEGEND_LINE,
-    LONGEST_IN_TWO_COLUMNS,
-    TITLE_SIZE,
-    frame,
-    legend,
-    lighter,
-    new_figure,
-)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DETAILS = (
     "runtime",
@@ -100,7 +90,7 @@ def write(report: Report, folder: Path) -> None:
     write_text(
         folder / "results.md", f"# {for_markdown(report.title)}\n\n{tables}\n\n{notes}\n\n![Speed-up](speed.png)\n"
     )
-    save_figure(speed_figure(report), folder / "speed.png")
+    pictures.save_figure(speed_figure(report), folder / "speed.png")
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -119,6 +109,20 @@ def speed_figure(report: Report) -> Figure:
     Args:
         report: with at least one candidate beside ``dense``.
     """
+    # Here, because it brings matplotlib along.
+    from dyntune.studies.pictures.style import (
+        COLOURS,
+        FAINT,
+        INK,
+        LEGEND_LINE,
+        LONGEST_IN_TWO_COLUMNS,
+        TITLE_SIZE,
+        frame,
+        legend,
+        lighter,
+        new_figure,
+    )
+
     names = [name for name in dict.fromkeys(row.name for row in report.rows) if name != DENSE]
     batches = list(dict.fromkeys(row.batch_size for row in report.rows))
     runtimes = list(report.measured)

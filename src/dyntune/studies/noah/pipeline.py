@@ -17,10 +17,9 @@ from dyntune.core.files import load_json, seal_holds, sealed, write_json
 from dyntune.core.words import counted
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.methods.noah import Noah, Selection, Subnet
+from dyntune.studies import pictures
 from dyntune.studies.noah.evolution import Candidate, SearchSettings, evolve, require_possible, winner
 from dyntune.studies.noah.progress import SearchProgress, SilentSearch
-from dyntune.studies.pictures.search import search_figure
-from dyntune.studies.pictures.style import save_figure
 from dyntune.training.accelerator import launched_processes
 from dyntune.training.evaluate import as_tensors, evaluate
 from dyntune.training.identity import ASKED, identity_changes, run_identity
@@ -207,9 +206,9 @@ def _search(
                 raise TrainingInterrupted(
                     f"stopped after {counted(len(found), 'candidate')}, saved in {out}. Start the same again to go on."
                 )
-    figure = search_figure(found, search.limit, search.least)
+    figure = pictures.search_figure(found, search.limit, search.least)
     for suffix in (".png", ".svg"):
-        save_figure(figure, out / f"search{suffix}")
+        pictures.save_figure(figure, out / f"search{suffix}")
     return SearchResult(winner(found), tuple(found), trained.seconds + record.seconds)
 
 

@@ -18,7 +18,7 @@ from dyntune.core.tokens import Provenance
 from dyntune.data.video_files import write_video
 from dyntune.parts.policies.base import Gate
 from dyntune.studies.pictures.page import LINE, Box, Page, check_numbers, wrap
-from dyntune.studies.pictures.patches import KINDS, split_path, states_at_gate
+from dyntune.studies.pictures.patches import KINDS, blocks_in_words, gated_blocks, split_path, states_at_gate
 from dyntune.studies.pictures.style import FAINT, TITLE_SIZE, percent
 from dyntune.studies.pictures.tokens import token_figure
 
@@ -45,25 +45,20 @@ def frames_figure(
         blocks: numbers of the blocks to show; four that lie evenly if not given.
 
     Raises:
-        DyntuneError: there are no gates, or none in these blocks.
+        DyntuneError: there are no gates, or none in one of these blocks.
         ValueError: numbers of frames and patches do not fit the gates, or a path is no unit's.
     """
     check_numbers(len(frames), None, 1)
-    if not gates:
-        raise DyntuneError("the model gates no unit, so no patches are skipped; tune it with dyt or dispatch.")
+    blocks = strip_blocks(gates) if blocks is None else gated_blocks(gates, blocks)
     units = [split_path(gate.unit) for gate in gates]
-    if blocks is None:
-        known = sorted({block for block, _ in units})
-        blocks = known[1 :: max(1, len(known) // _SHOWN)][:_SHOWN] if len(known) > _SHOWN else known
     shown = [place for place, (block, _) in enumerate(units) if block in blocks]
-    if not shown:
-        raise DyntuneError(f"no unit is gated in the blocks {', '.join(map(str, blocks))}.")
     states = [states_at_gate(gate, len(frames), grid) for gate in gates]
     most = min(_WIDEST, (_PAGE - 2 * _MARGIN - _LABEL) / len(frames) - _GAP)
     patch = max(2, round(min(most / grid[1], 1.5 * most / grid[0])))
     width, height = patch * grid[1], patch * grid[0]
     page_width = 2 * _MARGIN + _LABEL + len(frames) * (width + _GAP)
-    note = wrap(_NOTE, page_width - 2 * _MARGIN)
+    drawn = blocks_in_words(blocks, gates)
+    note = wrap(f"Drawn: {drawn}. {_NOTE}" if drawn else _NOTE, page_width - 2 * _MARGIN)
     page = Page(page_width, 2 * _MARGIN + LINE + (len(shown) + 2) * (height + LINE + _GAP) + LINE * len(note))
     pixels = [np.asarray(frame.convert("RGB")) for frame in frames]
     top: float = _MARGIN + LINE
@@ -95,8 +90,23 @@ def frames_figure(
     return page.figure
 
 
+def strip_blocks(gates: Sequence[Gate]) -> list[int]:
+    """Numbers of the blocks that a strip of frames shows by itself: four with gates that lie evenly, or all of fewer.
+
+    Raises:
+        DyntuneError: there are no gates.
+    """
+    known = gated_blocks(gates)
+    return known[1 :: len(known) // _SHOWN][:_SHOWN] if len(known) > _SHOWN else known
+
+
 def frames_animation(
-    frames: Sequence[Image.Image], gates: Sequence[Gate], grid: tuple[int, int], path: Path, seconds: float = 0.4
+    frames: Sequence[Image.Image],
+    gates: Sequence[Gate],
+    grid: tuple[int, int],
+    path: Path,
+    seconds: float = 0.4,
+    blocks: Sequence[int] | None = None,
 ) -> Path:
     """Writes a film that shows one frame of a clip after the other, each as a token figure.
 
@@ -106,17 +116,20 @@ def frames_animation(
         grid: as for ``frames_figure``.
         path: of the file, an animated GIF, or an MP4 by its suffix, which needs PyAV.
         seconds: that each frame is shown.
+        blocks: numbers of the blocks to show; all with gates if not given.
 
     Returns:
         The path.
 
     Raises:
-        DyntuneError: it has another suffix, or PyAV is not installed.
+        DyntuneError: it has another suffix, or PyAV is not installed; there are no gates in one of the blocks.
     """
     if path.suffix not in FILMS:
         raise DyntuneError(f"{path}: expected a file that ends in {' or '.join(FILMS)}.")
     pictures = [
-        _rendered(token_figure([frame], [_of_frame(gate, number) for gate in gates], grid, [f"frame {number}"]))
+        _rendered(
+            token_figure([frame], [_of_frame(gate, number) for gate in gates], grid, [f"frame {number}"], blocks=blocks)
+        )
         for number, frame in enumerate(frames)
     ]
     if path.suffix == ".mp4":

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dyntune.core.errors import DyntuneError
 from dyntune.core.tokens import Provenance
 from dyntune.parts.policies.base import Gate
 
@@ -56,6 +57,33 @@ class PatchState:
     def share(self) -> float:
         """Share of the tokens that the unit computed."""
         return len(np.unique(self.owner[~self.dropped & self.active])) / max(1, self.tokens)
+
+
+def gated_blocks(gates: Sequence[Gate], asked: Sequence[int] | None = None) -> list[int]:
+    """Numbers of the blocks with gates, or of those among them that are asked for.
+
+    Raises:
+        DyntuneError: there are no gates, or none in a block that is asked for.
+    """
+    if not gates:
+        raise DyntuneError("the model gates no unit, so no patches are skipped; tune it with dyt or dispatch.")
+    known = sorted({split_path(gate.unit)[0] for gate in gates})
+    without = sorted(set(asked or ()) - set(known))
+    if without:
+        raise DyntuneError(
+            f"no unit is gated in the blocks {', '.join(map(str, without))}; those with gates are "
+            f"{', '.join(map(str, known))}."
+        )
+    return known if asked is None else sorted(set(asked))
+
+
+def blocks_in_words(shown: Sequence[int], gates: Sequence[Gate]) -> str:
+    """Which of the gated blocks are drawn, ``blocks 1, 4, 7, 10 of 12 with gates``; nothing where all are."""
+    known = gated_blocks(gates)
+    if len(shown) == len(known):
+        return ""
+    noun = "block" if len(shown) == 1 else "blocks"
+    return f"{noun} {', '.join(map(str, shown))} of {len(known)} with gates"
 
 
 def states_at_gate(gate: Gate, images: int, grid: tuple[int, int]) -> list[PatchState]:

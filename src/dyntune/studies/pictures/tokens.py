@@ -8,10 +8,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dyntune.core.errors import DyntuneError
 from dyntune.parts.policies.base import Gate
 from dyntune.studies.pictures.page import LINE, Page, Row, TokensLayout, check_numbers, wrap
-from dyntune.studies.pictures.patches import KINDS, PatchState, split_path, states_at_gate
+from dyntune.studies.pictures.patches import (
+    KINDS,
+    PatchState,
+    blocks_in_words,
+    gated_blocks,
+    split_path,
+    states_at_gate,
+)
 from dyntune.studies.pictures.style import FAINT, SMALL_SIZE, TITLE_SIZE, percent
 
 _NOTE = "Skipped patches are veiled in pale blue. Under each panel: share of {} that were active."
@@ -30,6 +36,7 @@ def token_figure(
     titles: Sequence[str] | None = None,
     *,
     columns: int = 12,
+    blocks: Sequence[int] | None = None,
 ) -> Figure:
     """For each image: the image, a panel per gated unit, and in how many blocks each patch was active.
 
@@ -42,21 +49,21 @@ def token_figure(
         grid: rows and columns of patches; P is their product, row by row.
         titles: B short texts to put under the images.
         columns: panels in a line; models with more blocks than that get several lines.
+        blocks: numbers of the blocks to show; all with gates if not given. The last panel counts all of them.
 
     Raises:
-        DyntuneError: there are no gates.
+        DyntuneError: there are no gates, or none in one of these blocks.
         ValueError: numbers of images, titles, patches or columns do not fit each other, or a path is no unit's.
     """
     check_numbers(len(images), titles, columns)
-    if not gates:
-        raise DyntuneError("the model gates no unit, so no patches are skipped; tune it with dyt or dispatch.")
+    blocks = gated_blocks(gates, blocks)
     states = {split_path(gate.unit): states_at_gate(gate, len(images), grid) for gate in gates}
     kinds = [kind for kind in KINDS if any(kind == its_kind for _, its_kind in states)]
-    blocks = sorted({block for block, _ in states})
     layout = TokensLayout(len(images), kinds, blocks, min(columns, len(blocks)), grid)
     captions = layout.captions(titles)
     rows = layout.rows([len(caption) for caption in captions])
-    note = wrap(_note([state for shown in states.values() for state in shown]), layout.width)
+    every = [state for shown in states.values() for state in shown]
+    note = wrap(_note(every, blocks_in_words(blocks, gates)), layout.width)
     page = Page(layout.width, rows[-1].bottom + LINE * (len(note) + 0.5))
     times = {kind: [shown for (_, its_kind), shown in states.items() if its_kind == kind] for kind in kinds}
     most = max(len(shown) for shown in times.values())
@@ -78,12 +85,13 @@ def token_figure(
     return page.figure
 
 
-def _note(states: Sequence[PatchState]) -> str:
-    """What the figure's panels show, as far as it occurs."""
+def _note(states: Sequence[PatchState], blocks: str) -> str:
+    """What the figure's panels show, as far as it occurs, and which blocks where not all are drawn."""
     dropped = any(state.dropped.any() for state in states)
     merged = any(state.merged.any() for state in states)
     note = _NOTE.format("the tokens left" if dropped or merged else "patches")
-    return " ".join([note, *[_MERGED] * merged, *[_DROPPED] * dropped])
+    drawn = [f"Drawn: {blocks}."] if blocks else []
+    return " ".join([*drawn, note, *[_MERGED] * merged, *[_DROPPED] * dropped])
 
 
 def _draw_units(page: Page, layout: TokensLayout, row: Row, pixels: np.ndarray, states: _States) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -126,27 +127,42 @@ class Plan:
         Raises:
             TrainingError: ``out`` holds a run with other options, data or weights, or something else.
         """
+        known, lists = self.require_folder(), self.lists()
+        changed = [f"{task} had other lists" for task, own in lists.items() if known.get(task, own) != own]
+        if changed:
+            raise self._other_run(changed)
+        if not known or not lists.keys() <= known.keys():
+            write_json(self.out / PLAN, {**self.options(), "tasks": known | lists})
+
+    def require_folder(self) -> dict[str, str]:
+        """Makes sure that a run with these options may begin or go on in ``out``; no data are looked at.
+
+        Returns:
+            Digest of the lists by task, of the run that is there.
+
+        Raises:
+            TrainingError: ``out`` holds a run with other options or weights, or something else.
+        """
         file = self.out / PLAN
-        options, lists = self.options(), self.lists()
         if not file.exists():
-            if self.out.exists() and any(self.out.iterdir()):
+            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
                 raise TrainingError(f"{self.out} holds something else than a benchmark run; give another folder.")
-            write_json(file, {**options, "tasks": lists})
-            return
+            return {}
         try:
             before = load_json(file)
             known = dict(before.get("tasks", {}))
-            changed = [f"{k} was {before.get(k)}, is {v}" for k, v in options.items() if before.get(k) != v]
+            changed = [f"{k} was {before.get(k)}, is {v}" for k, v in self.options().items() if before.get(k) != v]
         except (ValueError, AttributeError, TypeError) as error:
             raise TrainingError(f"{file} is damaged ({error}); give another folder.") from error
-        changed += [f"{task} had other lists" for task, own in lists.items() if known.get(task, own) != own]
         if changed:
-            raise TrainingError(
-                f"the run in {self.out} was started differently: {'; '.join(changed)}. Use the same options, data and "
-                "weights, or another folder."
-            )
-        if not lists.keys() <= known.keys():
-            write_json(file, {**options, "tasks": known | lists})
+            raise self._other_run(changed)
+        return known
+
+    def _other_run(self, changed: Sequence[str]) -> TrainingError:
+        return TrainingError(
+            f"the run in {self.out} was started differently: {'; '.join(changed)}. Use the same options, data and "
+            "weights, or another folder."
+        )
 
 
 def lists_digest(folder: Path) -> str:

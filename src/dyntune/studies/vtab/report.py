@@ -6,8 +6,7 @@ from typing import Any
 
 from dyntune.core.files import write_text
 from dyntune.core.machine import machine
-from dyntune.studies.pictures.accuracy_macs import Point, accuracy_macs_figure
-from dyntune.studies.pictures.style import save_figure
+from dyntune.studies import pictures
 from dyntune.studies.vtab.plan import Plan
 from dyntune.studies.vtab.published import comparable, published_rows
 from dyntune.studies.vtab.recipes import RECIPES, Recipe
@@ -35,19 +34,19 @@ def write_tables(plan: Plan) -> list[MethodRow]:
     trained, measured = describe(plan), f"Measured on {machine()}."
     write_text(plan.out / "table.md", to_markdown(rows, plan.benchmark, plan.model, f"{trained} {measured}"))
     write_text(plan.out / "table.tex", to_latex(rows, plan.benchmark, f"{plan.benchmark.name}: {trained} {measured}"))
-    points = [Point(r.method, r.macs, r.mean.mean, r.mean.std) for r in rows if r.mean and r.macs]
+    points = [pictures.Point(r.method, r.macs, r.mean.mean, r.mean.std) for r in rows if r.mean and r.macs]
     if points:
-        figure = accuracy_macs_figure(points, _published(plan))
+        figure = pictures.accuracy_macs_figure(points, _published(plan))
         for suffix in ("png", "svg"):
-            save_figure(figure, plan.out / f"{FIGURE}.{suffix}")
+            pictures.save_figure(figure, plan.out / f"{FIGURE}.{suffix}")
     return rows
 
 
-def _published(plan: Plan) -> list[Point]:
+def _published(plan: Plan) -> list[pictures.Point]:
     """The published results, where they can be compared."""
     if not comparable(plan.benchmark, plan.model):
         return []
-    return [Point(row.name, row.gflops * 1e9, row.mean / 100) for row in published_rows()]
+    return [pictures.Point(row.name, row.gflops * 1e9, row.mean / 100) for row in published_rows()]
 
 
 def describe(plan: Plan) -> str:

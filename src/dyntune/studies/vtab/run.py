@@ -114,7 +114,7 @@ def run_benchmark(
         for job in every:
             forget_failure(job, plan.out)
     console = console or Console(stderr=True)
-    console.print(str(benchmark_header(plan, models, workers)), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{benchmark_header(plan, models, workers)}\n", markup=False, highlight=False, soft_wrap=True)
     try:
         for phase in (plan.searches(), plan.jobs()):
             todo = [job for job in phase if _open(job, plan)]
