@@ -280,11 +280,25 @@ def test_the_pace_of_weights_is_for_features_around_their_mean(make_host, images
         torch.testing.assert_close(recorded.logits, before[unit](seen[unit]).squeeze(-1), atol=1e-5, rtol=1e-5)
 
 
-def test_features_that_are_all_alike_give_a_finite_pace(model):
+@pytest.mark.parametrize("rounding", [0.0, 1e-6])
+def test_features_that_are_all_alike_leave_the_weights_as_they_are(model, rounding):
     gate = model.backbone.blocks[0].mlp.dispatcher
+    weight = gate.linear.weight.clone()
     model.begin_training(40, 1e-3)
-    logits = gate.logits(torch.full((2, 16, 32), 3.0))
-    assert torch.isfinite(logits).all() and torch.isfinite(gate.linear.bias).all()
+    logits = gate.logits(3.0 + rounding * torch.randn(2, 16, 32))
+    torch.testing.assert_close(gate.linear.weight, weight)
+    assert gate.weight_pace.item() == pytest.approx(15 / (40 * 1e-3 * 32))
+    torch.testing.assert_close(logits, torch.full((2, 16), 2.0), atol=1e-4, rtol=0)
+
+
+def test_weights_of_zero_are_left_so(model, images_for):
+    for gate in dispatchers(model.backbone).values():
+        torch.nn.init.zeros_(gate.gate.weight)
+    model.begin_training(40, 1e-3)
+    dyntune.training_loss(model, images_for(model.backbone.host, 4), torch.arange(4))
+    for gate in dispatchers(model.backbone).values():
+        assert not gate.linear.weight.any()
+        assert gate.linear.bias.item() == pytest.approx(2 + gate.lead.item())
 
 
 def test_saved_merged_optimised_and_ended_in_the_middle_of_a_training(model, make_host, images_for, tmp_path):

@@ -197,22 +197,24 @@ class Dispatcher(LearnedGate):
         """Sets start and pace by mean and size of the first features that a training shows, in all its processes."""
         flat = patches.float().flatten(0, -2)
         centre, square = mean_over_processes(torch.stack([flat.mean(0), flat.square().mean(0)]))
+        size = (square - centre.square()).mean().clamp_min(0).sqrt()
+        # Features that are all alike, but for rounding, tell patches apart by nothing, whatever start and pace.
+        differ = size > 1e-3 * square.mean().sqrt()
         if self._unspread:
-            self._spread_out(flat, centre)
+            self._spread_out(flat, centre, differ)
         if self._reach is not None:
-            size = (square - centre.square()).mean().clamp_min(0).sqrt()
             bias, weight = self._reach
             self._reach = None
-            # Features that are all alike tell patches apart by nothing, whatever the pace.
-            self.pace(weight / torch.where(size > 0, size, 1), square.new_tensor(bias), centre)
+            self.pace(weight / torch.where(differ, size, 1), square.new_tensor(bias), centre)
 
-    def _spread_out(self, patches: Tensor, centre: Tensor) -> None:
-        """Gives the logits of ``patches``, ``(n, C)`` with mean ``centre``, the mean b and the wished deviation."""
+    def _spread_out(self, patches: Tensor, centre: Tensor, differ: Tensor) -> None:
+        """Gives the logits of ``patches``, ``(n, C)`` with mean ``centre``, the mean b and, where they differ, the
+        wished deviation."""
         assert self.spread is not None
         self._unspread = False
         weight, bias = self.gate.weight.detach().float(), self.gate.bias.detach().float()
         size = mean_over_processes(((patches - centre) @ weight.T).square().mean()).sqrt()
-        weight = weight * torch.where(size > 0, self.spread / size, 1)
+        weight = weight * torch.where(differ & (size > 0), self.spread / size, 1)
         self._fill(weight, bias - weight @ centre)
         self.lead = bias.new_zeros(()) if self.lead is None else self.lead
 
