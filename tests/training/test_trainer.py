@@ -529,6 +529,12 @@ def test_wrapped_models_are_refused_with_a_word_on_what_to_do(make_host, colours
             call(wrapped, colours[1])
 
 
+def test_quantised_hosts_are_refused(make_host):
+    quantised = torch.ao.quantization.quantize_dynamic(make_host(), {nn.Linear})
+    with pytest.raises(BackboneError, match=r"blocks\.0\.attn\.qkv is a quantised Linear.*--precision int8"):
+        dyntune.tune(quantised, "dyt")
+
+
 def test_wrapped_hosts_and_copies_of_data_parallel_are_refused(make_host, images_for):
     with pytest.raises(BackboneError, match="torchrun"):
         dyntune.tune(nn.DataParallel(make_host()), "dyt")

@@ -31,6 +31,7 @@ DATA_PARALLEL = (
     "together with torchrun: torchrun --nproc-per-node 2 -m dyntune train ..., or on a script with fit."
 )
 """What is said to those who use it."""
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 _NO_FAMILY = (
     "it is no Vision Transformer that Dyntune knows. Supported: ViT, DeiT, DINO, CLIP, SigLIP, BEiT, EVA and Swin, as "
     "timm's VisionTransformer (vit_base_patch16_224) or of transformers; docs/hosts.md lists all, and the reasons."
@@ -64,6 +65,12 @@ def wrap_plain(host: nn.Module) -> Backbone:
     advice = wrapper_advice(host)
     if advice:
         raise BackboneError(advice)
+    for name, module in host.named_modules():
+        if type(module).__module__.startswith(_QUANTIZED):
+            raise BackboneError(
+                f"{name} is a quantised {type(module).__name__}, which nothing can be trained beside. Tune the model "
+                "as it was before; dyntune export --precision int8 quantises what comes out."
+            )
     refusals = []
     for family in families().values():
         if family.knows(host):

@@ -65,7 +65,10 @@ class LabelledImages(Dataset[tuple[Any, int]], ABC):
         """Where the image at ``index`` comes from: a file, with its list-file line where there is one."""
 
     def place(self, index: int) -> str | None:
-        """The image's path below the root of its data set, which keeps it in its split; None where there is none."""
+        """What keeps the image in its split: its path below the root of its data set, or else a digest of its content.
+
+        None where there is neither.
+        """
         return None
 
     def identity(self, index: int) -> str:

@@ -118,8 +118,9 @@ def take_by_place(
 def split_off(data: LabelledImages, fraction: float, *, key: str) -> tuple[LabelledImages, LabelledImages]:
     """Split ``fraction`` of a data set off: (what is left, what was split off).
 
-    Images of folders are split by their paths, so that images that are added later do not move the others; those of
-    other data sets by their positions, with the classes in proportion.
+    Images of folders are split by their paths, and those of shards and of the Hugging Face hub by their content, so
+    that images that are added later do not move the others; those of other data sets by their positions, with the
+    classes in proportion.
 
     Raises:
         DataError: no class has two images, so that nothing can be split off.
