@@ -55,9 +55,9 @@ class Ending(Protocol):
 
 @runtime_checkable
 class Paced(Ending, Protocol):
-    """A module that is told how far a training goes, and keeps something for the time of it."""
+    """A module that is told how far a training goes, and may train other tensors meanwhile than it is read by."""
 
-    def begin_course(self, steps: int, travel: float | None) -> None:
+    def begin_course(self, travel: float | None) -> None:
         """See ``Backbone.begin_training``."""
         ...
 
@@ -419,7 +419,7 @@ class Backbone(nn.Module, abc.ABC):
         """
         self.steps, self.step = steps, 0
         for _, module in self._paced():
-            module.begin_course(steps, travel)
+            module.begin_course(travel)
 
     def end_training(self) -> None:
         """Tells modules that the training is over; another one may begin."""

@@ -7,19 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rate_distance(gates: Sequence[Tensor], target: float) -> Tensor:
-    """``mean of all gates - target``: one scalar for the batch, not one per image or block.
+def rate_loss(gates: Sequence[Tensor], target: float) -> Tensor:
+    """``(mean of all gates - target)^2``: one scalar for the batch, not one per image or block (DyT, equation 5).
 
     Args:
         gates: one tensor in {0, 1} per gated unit, of any shape. Where their sizes differ, each unit counts alike.
         target: the wished share of active patches.
     """
-    return torch.stack([gate.float().mean() for gate in gates]).mean() - target
-
-
-def rate_loss(gates: Sequence[Tensor], target: float) -> Tensor:
-    """The square of ``rate_distance`` (DyT, equation 5)."""
-    return rate_distance(gates, target).square()
+    return (torch.stack([gate.float().mean() for gate in gates]).mean() - target).square()
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.units import Unit, Where
-from dyntune.core.losses import rate_distance
+from dyntune.core.losses import rate_loss
 from dyntune.core.tokens import Tokens
 from dyntune.parts.policies.base import CompletePass, Gate, Output
 from dyntune.parts.policies.course import Course
@@ -31,8 +31,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
         "course": (0.1, 0.6),
         "quiet": 0.0,
         "rate_of": "inference",
-        "rate_weight": 10.0,
-        "rate_gain": 30.0,
+        "rate_weight": (10.0, 100.0),
         "explore": 0.1,
         "lead": (1.0, 3.0),
         "spread": 0.5,
@@ -45,7 +44,6 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
         "quiet": None,
         "rate_of": "training",
         "rate_weight": 2.0,
-        "rate_gain": None,
         "explore": None,
         "lead": None,
         "spread": None,
@@ -93,11 +91,9 @@ class Dispatch(GatingPolicy):
         moves: how far the bias, and the weights, of a gate may move its logit in as many steps of Adam at the peak
             learning rate as the training has, whatever that rate and the features; a warm-up and a cosine leave half of
             it. 6/15 in steady; none, as published, lets the learning rate decide.
-        rate_weight: coefficient of the rate loss, the squared distance of the mean activation to the target; 10 in
-            steady, 2 as published.
-        rate_gain: what else grows, from where the target begins to fall, as long as the activation is above it: a
-            multiplier on the distance, by this number times the distance in a whole training; below the target it
-            shrinks. 30 in steady; none as published.
+        rate_weight: coefficient of the rate loss, the squared distance of the mean activation to the target; 2 as
+            published. Two numbers are that of the course, and that of the end of the training, to which it grows from
+            the end of the course: 10/100 in steady.
         rate_of: the activation that the rate loss holds to the target: the noisy gates' of training, as published, or
             that of inference, which decides without noise, as in steady. The two differ by several points after a
             short training.
@@ -128,8 +124,7 @@ class Dispatch(GatingPolicy):
     course: tuple[float, ...] | Chosen = "recipe"
     quiet: float | Chosen | None = "recipe"
     moves: tuple[float, ...] | Chosen | None = "recipe"
-    rate_weight: float | Chosen = "recipe"
-    rate_gain: float | Chosen | None = "recipe"
+    rate_weight: float | tuple[float, ...] | Chosen = "recipe"
     rate_of: RateOf | Chosen = "recipe"
     complete_weight: float = 1.0
     distill_weight: float = 1.0
@@ -159,6 +154,12 @@ class Dispatch(GatingPolicy):
         return replace(self, **options)
 
     @property
+    def rate_weights(self) -> tuple[float, ...]:
+        """Coefficients of the rate loss, until the end of the course and at the end of the training."""
+        weight = self.chosen("rate_weight")
+        return weight if isinstance(weight, tuple) else (weight, weight)
+
+    @property
     def middle(self) -> float:
         """The rate, or the middle of the range."""
         return sum(self.rate) / 2 if isinstance(self.rate, tuple) else self.rate
@@ -170,8 +171,9 @@ class Dispatch(GatingPolicy):
         else:
             self.require(0 <= self.rate <= 1, "rate between 0 and 1")
         self.require(self.temperature > 0, "temperature above 0")
-        weights = (self.chosen("rate_weight"), self.complete_weight, self.distill_weight)
+        weights = (*self.rate_weights, self.complete_weight, self.distill_weight)
         self.require(min(weights) >= 0, "loss weights of at least 0")
+        self.require(len(self.rate_weights) == 2, "one rate_weight, or that of the course and that of the end")
         course, quiet, moves, lead = map(self.chosen, ("course", "quiet", "moves", "lead"))
         self.require(
             len(course) == 2 and 0 <= course[0] <= course[1] <= 1,
@@ -179,9 +181,8 @@ class Dispatch(GatingPolicy):
         )
         self.require(quiet is None or 0 <= quiet <= 1, "quiet between 0 and 1, or none")
         self.require(moves is None or (len(moves) == 2 and min(moves) > 0), "as moves two numbers above 0, or none")
-        for name in ("rate_gain", "spread"):
-            value = self.chosen(name)
-            self.require(value is None or value > 0, f"{name} above 0, or none")
+        spread = self.chosen("spread")
+        self.require(spread is None or spread > 0, "spread above 0, or none")
         self.require(lead is None or (len(lead) == 2 and min(lead) > 0), "as lead two numbers above 0, or none")
         explore = self.chosen("explore")
         self.require(explore is None or 0 < explore <= 1, "explore above 0 and at most 1, or none")
@@ -195,7 +196,7 @@ class Dispatch(GatingPolicy):
     def install(self, backbone: Backbone) -> None:
         low, high = self.rate if isinstance(self.rate, tuple) else (self.rate, self.rate)
         # Named by its units, because several dispatches may stand on different ones.
-        course = Course((low, high), self.chosen("course"), self.chosen("quiet"), self.chosen("rate_gain"))
+        course = Course((low, high), self.chosen("course"), self.chosen("quiet"))
         backbone.shared[f"{self.name()}-{self.where}"] = course
         for unit in filter(self.gates, backbone.all_units()):
             unit.dispatcher = Dispatcher(
@@ -260,14 +261,13 @@ class Dispatch(GatingPolicy):
         )
 
     def loss_terms(self, output: Output, teacher: Output | None) -> dict[str, Tensor]:
-        weight = self.chosen("rate_weight")
         own = [gate for gate in output.gates if gate.policy is self]
-        if not weight or not own:
+        if not any(self.rate_weights) or not own:
             return {}
         course = own[0].course
-        distance = rate_distance([self._held(gate) for gate in own], self.middle if course is None else course.target)
-        loss = weight * distance.square()
-        return {"rate": loss if course is None else loss + course.held(distance)}
+        target, late = (self.middle, 0.0) if course is None else (course.target, course.late)
+        first, last = self.rate_weights
+        return {"rate": (first + (last - first) * late) * rate_loss([self._held(gate) for gate in own], target)}
 
     def _held(self, gate: Gate) -> Tensor:
         """The gate whose mean the rate loss holds to the target."""

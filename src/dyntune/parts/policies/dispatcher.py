@@ -139,7 +139,7 @@ class Dispatcher(LearnedGate):
             return logits
         return logits + self.slope.float() * self.course.distance()
 
-    def begin_course(self, steps: int, travel: float | None) -> None:
+    def begin_course(self, travel: float | None) -> None:
         """Sets the pace, at the first step: until then the size of the features is not known."""
         self.end_course()
         fresh = bool((self.gate.bias == self.start).all())  # another value is of a gate that has been trained

@@ -45,8 +45,7 @@ class DyT(Preset):
     course: tuple[float, ...] | Chosen = Dispatch.course
     quiet: float | Chosen | None = Dispatch.quiet
     moves: tuple[float, ...] | Chosen | None = Dispatch.moves
-    rate_weight: float | Chosen = Dispatch.rate_weight
-    rate_gain: float | Chosen | None = Dispatch.rate_gain
+    rate_weight: float | tuple[float, ...] | Chosen = Dispatch.rate_weight
     rate_of: RateOf | Chosen = Dispatch.rate_of
     complete_weight: float = Dispatch.complete_weight
     distill_weight: float = Dispatch.distill_weight
