@@ -55,7 +55,8 @@ def nearest(architecture: str) -> list[str]:
     Args:
         architecture: a name, or a part of one, without a tag.
     """
-    known = timm.list_models(module=(*FILES, _OURS))
+    architecture = architecture.lower().replace("-", "_").replace("/", "_")
+    known = [name for name in timm.list_models(module=(*FILES, _OURS)) if "_xp_" not in name]  # of parallel blocks
     found = [name for name in known if name.startswith(architecture)]
     found = found or [name for name in known if architecture in name]
     if not found:

@@ -111,7 +111,7 @@ def command(
         if slices > 1:  # tokens of the whole clip, each of several frames, of which the first stands for all
             shown = shown[:: len(shown) // slices]
             gates, grid = tuple(pictures.by_slices(gates, slices)), (grid[0] // slices, grid[1])
-        if blocks is not None or output.gates:
+        if asked is not None or output.gates:
             drawn = pictures.gated_blocks(gates, asked)
             rates.append(len(read) * activation_rates(output.gates).cpu())
             file = folder / f"tokens-{number}.{suffix}"

@@ -18,7 +18,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from dyntune.core.errors import DataError
 from dyntune.core.words import counted
 from dyntune.data.base import DataSplits, ImageSubset, LabelledImages
-from dyntune.data.datasets import FileImages, JoinedImages
+from dyntune.data.datasets import FileImages, JoinedImages, content_digest
 from dyntune.data.images import read_image, to_rgb
 from dyntune.data.video_files import require_reader
 from dyntune.data.videos import Video
@@ -68,9 +68,15 @@ class HubImages(LabelledImages):
     def source(self, index: int) -> str:
         return f"{self.name} {self.noun} {index}"
 
+    def place(self, index: int) -> str:
+        return self.identity(index)
+
     def identity(self, index: int) -> str:
-        file = self._file(index)
-        return hashlib.blake2b(file, digest_size=8).hexdigest() if isinstance(file, bytes) else super().identity(index)
+        try:
+            file = self._file(index)
+            return hashlib.blake2b(file, digest_size=8).hexdigest() if isinstance(file, bytes) else content_digest(file)
+        except (OSError, DataError):  # said where it is read
+            return super().identity(index)
 
     def _file(self, index: int) -> bytes | str:
         found = self.files[index][self.image] or {}

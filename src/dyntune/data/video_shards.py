@@ -77,6 +77,9 @@ class ShardVideos(LabelledImages):
     def source(self, index: int) -> str:
         return self.samples[index].source
 
+    def place(self, index: int) -> str:
+        return self.identity(index)
+
     def identity(self, index: int) -> str:
         piece = self.samples[index].video
         assert piece is not None

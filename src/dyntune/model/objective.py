@@ -69,9 +69,9 @@ def training_loss(
 ) -> Loss:
     """The loss that ``fit`` minimises, for training loops of your own.
 
-    For ``dyt`` it is ``CE(dispatched, y) + 2 (mean gate - rate)^2 + CE(complete, y) + KL(complete || dispatched)``,
-    each coefficient an option of the part; the complete model is a second forward pass with the same weights (DyT,
-    equation 8). ``docs/training_speed.md`` tells what its cost may be lowered with.
+    For ``dyt`` it is ``CE(dispatched, y) + w (mean gate - rate)^2 + CE(complete, y) + KL(complete || dispatched)``, w
+    the ``rate_weight`` and each coefficient an option of the part; the complete model is a second forward pass with the
+    same weights (DyT, equation 8). ``docs/training_speed.md`` tells what its cost may be lowered with.
 
     Args:
         model: in train mode.
@@ -133,7 +133,7 @@ def _warn_without_course(model: Learner) -> None:
     """Says once that gates do not know how long they are trained."""
     if model.training and model.backbone.steps is None:
         for policy in model.policies:
-            if policy.settles:
+            if policy.follows_length:
                 _without_course(format_spec(policy))
 
 

@@ -183,8 +183,9 @@ class TunedModel(TimmMethods, HubModel):
     def begin_training(self, steps: int, lr: float | None, accumulate: int = 1) -> None:
         """Tells a training loop of your own, before its first step, to what follows the course of the whole training.
 
-        ``fit`` does so itself. Without it the gates of ``dispatch`` are trained towards their rate from the first step,
-        with noise to the last, which short trainings do not always survive.
+        ``fit`` does so itself. Without it the gates of ``dispatch`` start alike, learn at the pace of the learning
+        rate, and are trained towards their rate from the first step, with noise to the last, which short trainings do
+        not always survive.
 
         Args:
             steps: how often ``training_loss`` will be called in train mode.

@@ -59,15 +59,17 @@ def require_same_run(out: Path, state: RunState, identity: dict[str, Any], steps
         CheckpointError: the state does not say which run it is of.
     """
     done = state.epoch * steps + state.step
-    settles = any(policy.settles for policy in model.policies)
+    follows = any(policy.follows_length for policy in model.policies)
     try:
-        changed = identity_changes(state.identity, identity, done, steps, settles)
+        changed = identity_changes(state.identity, identity, done, steps, follows)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{out / STATE} does not say which run it is of ({error!r}). Start again with another folder."
         ) from error
     if changed:
-        raise TrainingError(f"the run in {out} was started differently: {'; '.join(changed)}. Use the same options.")
+        raise TrainingError(
+            f"the run in {out} was started differently: {'; '.join(changed)}. Use the same options, or another folder."
+        )
 
 
 def require_continuable(

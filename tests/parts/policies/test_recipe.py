@@ -104,6 +104,18 @@ def test_behind_the_fall_the_weight_of_the_rate_loss_grows(make_host, images_for
     assert loss.terms["rate"].item() == pytest.approx(10 * 0.6**2, rel=0.2), "nobody knows how far this is"
 
 
+@pytest.mark.parametrize(
+    ("spec", "follows"),
+    [
+        *(("dyt", True), ("dyt:course=0/0", True), ("dyt:recipe=published", False), ("tome:r=2", False)),
+        *(("dyt:recipe=published,rate_weight=2/20", True), ("dyt:recipe=published,lead=1/3", True)),
+    ],
+)
+def test_what_follows_the_length_of_a_training_says_so(make_host, spec, follows):
+    model = dyntune.tune(make_host(), spec)
+    assert any(policy.follows_length for policy in model.policies) == follows
+
+
 def skip(unit):
     """Lets no patch through a unit."""
     with torch.no_grad():

@@ -25,6 +25,7 @@ class ReaderImages(LabelledImages):
     def __init__(self, reader: Any, targets: Sequence[int], name: str) -> None:
         super().__init__(targets)
         self.reader, self.name = reader, name
+        self._identities: dict[int, str] = {}
 
     def read(self, index: int) -> Image.Image:
         # timm's own data set would put the next image in place of a bad one, and would ignore the EXIF orientation.
@@ -44,11 +45,13 @@ class ReaderImages(LabelledImages):
         return self.identity(index)
 
     def identity(self, index: int) -> str:
-        try:
-            with self.reader[index][0] as file:
-                return hashlib.blake2b(file.read(), digest_size=8).hexdigest()
-        except Exception:  # whatever the library meets; said where the image is read
-            return super().identity(index)
+        if index not in self._identities:
+            try:
+                with self.reader[index][0] as file:
+                    self._identities[index] = hashlib.blake2b(file.read(), digest_size=8).hexdigest()
+            except Exception:  # whatever the library meets; said where the image is read
+                return super().identity(index)
+        return self._identities[index]
 
     def source(self, index: int) -> str:
         name = None

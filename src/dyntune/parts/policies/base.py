@@ -154,6 +154,14 @@ class TokenPolicy(Part):
         """Share of a training after which the policy aims at what it will do in evaluation; before, it may do more."""
         return 0.0
 
+    @property
+    def follows_length(self) -> bool:
+        """Whether what a training does depends on how long it is, so that the length must be told and must not change.
+
+        Learning rates aside.
+        """
+        return bool(self.settles)
+
     def complete_pass(self, output: Output) -> CompletePass:
         """What this policy asks of the complete model in a training step.
 

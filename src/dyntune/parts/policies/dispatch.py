@@ -93,7 +93,8 @@ class Dispatch(GatingPolicy):
             it. 6/15 in steady; none, as published, lets the learning rate decide.
         rate_weight: coefficient of the rate loss, the squared distance of the mean activation to the target; 2 as
             published. Two numbers are that of the course, and that of the end of the training, to which it grows from
-            the end of the course: 10/100 in steady.
+            the end of the course: 10/100 in steady. With a course of 0/0 it grows all the time, with one that ends at
+            1 never.
         rate_of: the activation that the rate loss holds to the target: the noisy gates' of training, as published, or
             that of inference, which decides without noise, as in steady. The two differ by several points after a
             short training.
@@ -247,6 +248,12 @@ class Dispatch(GatingPolicy):
         fallen = self.chosen("course")[1]
         # Gates follow the target, so they have half of what is left to reach it.
         return max((1 + fallen) / 2 if fallen else 0.0, self.chosen("quiet") or 0.0)
+
+    @property
+    def follows_length(self) -> bool:
+        first, last = self.rate_weights
+        started = any(self.chosen(name) is not None for name in ("lead", "spread", "moves"))
+        return super().follows_length or first != last or started
 
     def complete_pass(self, output: Output) -> CompletePass:
         course = next((gate.course for gate in output.gates if gate.policy is self), None)

@@ -142,7 +142,8 @@ class Dispatcher(LearnedGate):
     def begin_course(self, travel: float | None) -> None:
         """Sets the pace, at the first step: until then the size of the features is not known."""
         self.end_course()
-        fresh = bool((self.gate.bias == self.start).all())  # another value is of a gate that has been trained
+        start = self.gate.bias  # of another value where the gate has been trained
+        fresh = not start.is_meta and bool((start == self.start).all())
         self.unweighed, self._unspread = fresh, fresh and self.spread is not None
         if self.moves is not None and travel is not None:
             bias, weight = self.moves
