@@ -116,6 +116,24 @@ def test_what_follows_the_length_of_a_training_says_so(make_host, spec, follows)
     assert any(policy.follows_length for policy in model.policies) == follows
 
 
+@pytest.mark.parametrize(
+    ("spec", "refused"), [("dyt:recipe=published", False), ("dyt:recipe=published,rate_weight=2/20", True)]
+)
+def test_a_run_that_follows_its_length_is_not_made_longer(make_host, data, tmp_path, spec, refused):
+    def train(epochs, **options):
+        torch.manual_seed(0)
+        model = dyntune.tune(make_host(), spec)
+        settings = {"batch_size": 20, "device": "cpu", "out": tmp_path / "run", "warmup_epochs": 0.5}
+        return dyntune.fit(model, data, epochs=epochs, cooldown_epochs=epochs - 1, **settings, **options)
+
+    train(1)
+    if refused:
+        with pytest.raises(TrainingError, match="follows the length of the training"):
+            train(2, resume=True)
+    else:
+        assert train(2, resume=True).best_epoch == 2
+
+
 def skip(unit):
     """Lets no patch through a unit."""
     with torch.no_grad():
