@@ -194,6 +194,25 @@ def test_a_folder_is_continued_with_the_same_options_only(one_worker, make_plan,
         make_plan(tmp_path).take_folder()
 
 
+def test_a_folder_is_continued_only_where_its_methods_stand_for_the_same(make_plan, tmp_path):
+    make_plan(tmp_path / "run", ("dyt:rate=0.5", "linear")).take_folder()
+    file = tmp_path / "run" / "plan.json"
+    recorded = json.loads(file.read_text())
+
+    (adapter, dispatch) = recorded["methods"]["dyt:rate=0.5"]
+    file.write_text(json.dumps(recorded | {"methods": {"dyt:rate=0.5": [adapter, dispatch | {"bias": 5.0}]}}))
+    with pytest.raises(TrainingError, match=r"dyt:rate=0\.5 stood for .*bias=5.*Use the same"):
+        make_plan(tmp_path / "run", ("dyt:rate=0.5",)).take_folder()
+    make_plan(tmp_path / "run", ("linear", "full")).take_folder()
+    assert set(json.loads(file.read_text())["methods"]) == {"dyt:rate=0.5", "linear", "full"}
+
+    older = [adapter, {name: value for name, value in dispatch.items() if name != "where"}]  # without an option
+    file.write_text(json.dumps(recorded | {"methods": {"dyt:rate=0.5": older}}))
+    make_plan(tmp_path / "run", ("dyt:rate=0.5",)).take_folder()
+    file.write_text(json.dumps({key: value for key, value in recorded.items() if key != "methods"}))
+    make_plan(tmp_path / "run", ("dyt:rate=0.5",)).take_folder()
+
+
 def test_a_folder_is_continued_with_the_same_data_and_weights_only(mini_root, make_plan, tmp_path):
     weights = tmp_path / "a.npz"
     content = bytearray(range(256)) * 50_000

@@ -13,6 +13,8 @@ from dyntune.core.errors import TrainingError
 from dyntune.core.fields import Range, require_ranges
 from dyntune.core.files import load_json, write_json
 from dyntune.data.vtab import LISTS
+from dyntune.parts.registry import expand, part_from_dict, resolve
+from dyntune.parts.spec import Part, format_spec
 from dyntune.parts.spec_list import folder_name
 from dyntune.studies.vtab.recipes import Recipe
 from dyntune.studies.vtab.tasks import Benchmark, Task
@@ -110,6 +112,10 @@ class Plan:
             "img_size": self.img_size,
         }
 
+    def methods(self) -> dict[str, list[dict[str, Any]]]:
+        """What each method's spec stands for, every option with its value."""
+        return {spec: [part.settled().to_dict() for part in expand(resolve([spec]))] for spec in self.specs}
+
     def lists(self) -> dict[str, str]:
         """A digest of every task's lists."""
         return {task.folder: lists_digest(self.folders[task.folder]) for task in self.benchmark.tasks}
@@ -120,28 +126,31 @@ class Plan:
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:12]
 
     def take_folder(self) -> None:
-        """Writes the plan to ``out``, or makes sure that the one in there is this one, and adds tasks that are new.
+        """Writes the plan to ``out``, or makes sure that the one in there is this one, and adds what is new.
 
-        Methods and seeds may be added too; data and weights may have been moved.
+        Tasks, methods and seeds may be added; data and weights may have been moved.
 
         Raises:
             TrainingError: ``out`` holds a run with other options, data or weights, or something else.
         """
-        known, lists = self.require_folder(), self.lists()
-        changed = [f"{task} had other lists" for task, own in lists.items() if known.get(task, own) != own]
+        recorded, lists, methods = self.require_folder(), self.lists(), self.methods()
+        tasks = recorded.get("tasks", {})
+        changed = [f"{task} had other lists" for task, own in lists.items() if tasks.get(task, own) != own]
         if changed:
             raise self._other_run(changed)
-        if not known or not lists.keys() <= known.keys():
-            write_json(self.out / PLAN, {**self.options(), "tasks": known | lists})
+        now = {**self.options(), "tasks": tasks | lists, "methods": methods | recorded.get("methods", {})}
+        if now != recorded:
+            write_json(self.out / PLAN, now)
 
-    def require_folder(self) -> dict[str, str]:
-        """Makes sure that a run with these options may begin or go on in ``out``; no data are looked at.
+    def require_folder(self) -> dict[str, Any]:
+        """Makes sure that a run with these options and methods may begin or go on in ``out``; no data are looked at.
 
         Returns:
-            Digest of the lists by task, of the run that is there.
+            What the run that is there has recorded; nothing if there is none.
 
         Raises:
-            TrainingError: ``out`` holds a run with other options or weights, or something else.
+            TrainingError: ``out`` holds a run with other options or weights, or in which a method stood for something
+                else, or no run.
         """
         file = self.out / PLAN
         if not file.exists():
@@ -150,19 +159,29 @@ class Plan:
             return {}
         try:
             before = load_json(file)
-            known = dict(before.get("tasks", {}))
+            known = {key: dict(before.get(key, {})) for key in ("tasks", "methods")}
             changed = [f"{k} was {before.get(k)}, is {v}" for k, v in self.options().items() if before.get(k) != v]
+            changed += [
+                f"{spec} stood for {'+'.join(map(format_spec, parts))}"
+                for spec, now in self.methods().items()
+                if spec in known["methods"] and (parts := _settled(known["methods"][spec])) != _settled(now)
+            ]
         except (ValueError, AttributeError, TypeError) as error:
             raise TrainingError(f"{file} is damaged ({error}); give another folder.") from error
         if changed:
             raise self._other_run(changed)
-        return known
+        return before | known
 
     def _other_run(self, changed: Sequence[str]) -> TrainingError:
         return TrainingError(
             f"the run in {self.out} was started differently: {'; '.join(changed)}. Use the same options, data and "
             "weights, or another folder."
         )
+
+
+def _settled(parts: Sequence[dict[str, Any]]) -> list[Part]:
+    """Recorded parts; options that are younger than the record have the values that they then had."""
+    return [part_from_dict(part).settled() for part in parts]
 
 
 def lists_digest(folder: Path) -> str:
