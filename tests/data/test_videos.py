@@ -67,14 +67,37 @@ def test_frames_are_read_by_their_number(film):
         video.read([30])
 
 
-def test_far_frames_are_sought_and_are_the_same(tmp_path):
+@pytest.mark.parametrize(
+    ("codec", "container"),
+    [("libx264", "mp4"), ("libx264", "matroska"), ("libx264", "mpegts"), ("libx264", "flv"), ("mpeg4", "avi")],
+)
+def test_far_frames_are_sought_and_are_the_same(tmp_path, codec, container):
     """With a keyframe every 20 frames and frames that are stored in another order than shown."""
-    path = encoded(tmp_path / "long.mp4", "libx264", "mp4", count=200, g="20", bf="2")
-    video = Video(path)
+    video = Video(encoded(tmp_path / "long", codec, container, count=200, g="20", bf="2"))
     plain = [np.asarray(frame) for frame in video.read(range(200))]
-    wanted = [1, 70, 71, 150, 199, 198]
-    for number, frame in zip(wanted, video.read(wanted), strict=True):
-        assert np.array_equal(np.asarray(frame), plain[number])
+    assert len(video) == len(plain) == 200
+    for wanted in ([1, 70, 71, 150, 199, 198], [0, 99], [0, 100], [199]):
+        for number, frame in zip(wanted, video.read(wanted), strict=True):
+            assert np.array_equal(np.asarray(frame), plain[number])
+
+
+@pytest.mark.parametrize(("ahead", "behind"), [(50, 0), (0, 50), (50, 30)])
+def test_frames_that_a_file_holds_and_does_not_show_have_no_number(tmp_path, ahead, behind):
+    """As after a cut that encodes nothing again: the file says from when to when it is shown."""
+    plain, cut = tmp_path / "plain.mp4", tmp_path / "cut.mp4"
+    whole = Video(encoded(plain, "libx264", "mp4", count=200, g="20", bf="2")).read(range(200))
+    data = bytearray(plain.read_bytes())
+    place = data.index(b"elst") + 12
+    duration, start = struct.unpack_from(">Ii", data, place)
+    with av.open(str(plain)) as film:
+        tick = round(1 / film.streams.video[0].average_rate / film.streams.video[0].time_base)
+    struct.pack_into(">Ii", data, place, duration * (200 - ahead - behind) // 200, start + ahead * tick)
+    cut.write_bytes(data)
+    video, shown = Video(cut), whole[ahead : 200 - behind]
+    assert len(video) == len(shown)
+    for wanted in (range(len(shown)), [0, 10], [10, 90], [0, len(shown) - 1]):
+        for number, frame in zip(wanted, video.read(wanted), strict=True):
+            assert np.array_equal(np.asarray(frame), np.asarray(shown[number]))
 
 
 @pytest.mark.parametrize(

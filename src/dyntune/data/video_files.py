@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,6 +27,10 @@ _WORTH_A_SEEK = 60
 """Frames that are decoded for nothing rather than looking for the nearest one that can be decoded by itself."""
 _LOST = 0.1
 """Share of the frames that a file may announce and not have, at its end; the last frame stands for them."""
+
+
+class _Lost(Exception):
+    """Frames were looked for, and not all were found, or what was found cannot be numbered."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +81,20 @@ class About:
 
 
 def about(source: Source, name: str) -> About:
-    """Looks into a video file; frames that the file does not count are counted without decoding them.
+    """Looks into a video file; frames are counted without decoding them where the file does not say how many it shows.
+
+    A file that was cut without encoding it again may hold frames that it does not show, and count them.
 
     Raises:
         DataError: it cannot be opened, or has no pictures.
     """
     with _opened(source, name) as (container, stream):
-        count = int(stream.frames)
-        if count <= 0:
-            count = sum(1 for packet in container.demux(stream) if packet.size)
+        count, rate = int(stream.frames), stream.average_rate
+        shown = stream.duration * stream.time_base * rate if stream.duration and rate else count
+        if count <= 0 or abs(shown - count) > 1:
+            count = len(_shown(container, stream))
         if count <= 0:
             raise DataError(f"{name}: has no frames. Replace or remove it.")
-        rate = stream.average_rate
         return About(count, (stream.width, stream.height), float(rate) if rate else None)
 
 
@@ -97,8 +103,9 @@ def read_frames(
 ) -> list[Any]:
     """What ``change`` makes of some frames, in the order of ``indices``.
 
-    Frames are numbered in the order in which they are shown, whatever the time between them; turned as the file says,
-    for phones store how they were held. Each is changed as it is decoded, so that no more than one whole frame is kept.
+    Frames are numbered in the order in which they are shown, whatever the time between them, those that a file holds
+    and does not show left out; turned as the file says, for phones store how they were held. Each is changed as it is
+    decoded, so that no more than one whole frame is kept.
 
     Args:
         source: the file; it is opened here and closed again, so that no decoder is carried into another process.
@@ -114,11 +121,27 @@ def read_frames(
     if _decoder() == "torchcodec":
         taken = _read_with_torchcodec(source, name, wanted, count, change)
         return [taken[number] for number in indices]
+    try:
+        return _read(source, name, indices, count, change, _far(wanted))
+    except _Lost:
+        return _read(source, name, indices, count, change, {})
+
+
+def _read(
+    source: Source,
+    name: str,
+    indices: Sequence[int],
+    count: int,
+    change: Callable[[Image.Image], Any],
+    far: Mapping[int, int],
+) -> list[Any]:
+    """As ``read_frames``, with PyAV."""
     found: dict[int, Any] = {}
+    wanted = sorted(set(indices))
     done, stopped, last = 0, "", None
     with _opened(source, name) as (container, stream):
         try:
-            for number, frame in _decoded(container, stream, wanted):
+            for number, frame in _decoded(container, stream, far):
                 done, last = number + 1, frame
                 if number in indices:
                     found[number] = change(_upright(frame))
@@ -127,6 +150,8 @@ def read_frames(
         except require_reader().error.FFmpegError as error:
             stopped = printable(in_one_line(error))
         missing = [number for number in wanted if number not in found]
+        if missing and far:
+            raise _Lost
         if missing and not stopped and last is not None and done >= (1 - _LOST) * count:
             found |= dict.fromkeys(missing, change(_upright(last)))
             missing = []
@@ -206,31 +231,51 @@ def write_video(path: Path, frames: Iterable[np.ndarray], *, rate: Fraction | in
     write_atomically(path, write)
 
 
-def _decoded(container: Any, stream: Any, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
-    """Frames with their numbers, as far as the last wanted one; far ones are looked for instead of decoded up to."""
-    gaps = [after - before for before, after in zip((0, *wanted), wanted, strict=False)]
-    times = _times(container, stream) if max(gaps) > _WORTH_A_SEEK else []
+def _far(wanted: Sequence[int]) -> dict[int, int]:
+    """Wanted numbers that are worth being looked for, and the wanted one before each; 0 before the first."""
+    pairs = zip((0, *wanted), wanted, strict=False)
+    return {after: before for before, after in pairs if after - before > _WORTH_A_SEEK}
+
+
+def _decoded(container: Any, stream: Any, far: Mapping[int, int]) -> Iterator[tuple[int, Any]]:
+    """Frames with their numbers; where far ones are to be looked for, without most of those in between.
+
+    A file is only believed to say when its frames are shown where the decoder says the same of the first one, and of
+    those at which it arrives.
+
+    Raises:
+        _Lost: it does not, or does not arrive in front of a wanted frame.
+    """
+    times = _times(container, stream) if far else []
     if not times:
         yield from enumerate(container.decode(stream))
         return
     numbers = {time: number for number, time in enumerate(times)}
-    frames, number = container.decode(stream), -1
-    for target, gap in zip(wanted, gaps, strict=True):
-        if gap > _WORTH_A_SEEK:
-            container.seek(times[min(target, len(times) - 1)], stream=stream, backward=True)
-            frames = container.decode(stream)
-        for frame in frames:
-            number = numbers.get(frame.pts, number + 1)
-            yield number, frame
-            if number >= target:
-                break
+    jumps = {before: after for after, before in far.items()}
+    frames, least, most = container.decode(stream), 0, 0
+    while (frame := next(frames, None)) is not None:
+        number = numbers.get(frame.pts, -1)
+        if not least <= number <= most:
+            raise _Lost
+        yield number, frame
+        least, most = number + 1, len(times)
+        target = jumps.pop(number, most)
+        if target < most:
+            container.seek(times[target], stream=stream, backward=True)
+            frames, least, most = container.decode(stream), 0, target
 
 
 def _times(container: Any, stream: Any) -> list[int]:
     """When each frame is shown, in order; nothing where the file does not say it of every frame."""
-    times = [packet.pts for packet in container.demux(stream) if packet.size]
+    shown = _shown(container, stream)
     container.seek(0, stream=stream, backward=True)
-    return sorted(times) if None not in times and len(set(times)) == len(times) else []
+    times = sorted({time for time in shown if time is not None})
+    return times if len(times) == len(shown) else []
+
+
+def _shown(container: Any, stream: Any) -> list[int | None]:
+    """The time of each frame that is shown, None where it is not known; as stored."""
+    return [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
 
 
 def _upright(frame: Any) -> Image.Image:
