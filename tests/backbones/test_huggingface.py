@@ -13,7 +13,7 @@ from torch import nn
 
 import dyntune
 from dyntune.backbones.hosts import create_backbone, rebuild, wrap
-from dyntune.backbones.huggingface_models import TowerClassifier
+from dyntune.backbones.huggingface_models import TowerClassifier, add_classifier
 from dyntune.core.errors import BackboneError, CheckpointError
 from dyntune.data.transforms import Preprocessing
 
@@ -371,6 +371,18 @@ def test_bare_towers_are_the_same_inside_another_module(make_hf, randomise, tmp_
     loaded = dyntune.load(model.save(tmp_path), backbone=outer.eval())
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(loaded(images), model(images), atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_a_tower_without_attention_pool_takes_the_mean(make_hf):
+    tower = make_hf("siglip-tower", vision_use_head=False).eval()
+    for give in (lambda: dyntune.tune(tower, "dyt"), lambda: add_classifier(tower, 3)):
+        with pytest.raises(BackboneError, match=r"no attention pool \(vision_use_head=False\).*pool='avg'"):
+            give()
+    images = torch.randn(2, 3, 32, 32)
+    features = tower(images).last_hidden_state.mean(1)
+    model = dyntune.tune(add_classifier(tower, 3, "avg"), "linear").eval()
+    torch.testing.assert_close(model(images), model.backbone.heads[0](features), atol=1e-5, rtol=1e-5)
 
 
 def test_what_takes_no_part_is_never_trained(make_hf):

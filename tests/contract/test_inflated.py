@@ -70,6 +70,20 @@ def test_a_clip_in_which_nothing_moves_is_the_image(make_host, tubelet):
 
 
 @torch.no_grad()
+def test_the_tokens_of_a_clip_stand_together(make_host):
+    host = InflatedViT(make_host("plain", depth=2), FRAMES, 2).eval()
+    model = dyntune.tune(host, "adaptformer").eval()
+    for count in (2, FRAMES):
+        clips = clips_for(host, count)
+        tokens, behind = model.forward_intermediates(clips)
+        assert torch.equal(tokens, model.forward_features(clips))
+        assert tokens.shape == (count, 1 + FRAMES // 2 * 16, 32) and behind[0].shape == (count, 32, FRAMES // 2 * 4, 4)
+        torch.testing.assert_close(model.forward_head(tokens), model(clips))
+    with pytest.raises(dyntune.DyntuneError, match="tokens of a clip"):
+        model.forward_head(tokens[0])
+
+
+@torch.no_grad()
 def test_a_saved_inflated_model_is_built_again_by_name(tmp_path):
     torch.manual_seed(0)
     host = create_backbone("inflated:vit_mini_patch4_32.dyntune", num_classes=4, frames=2, tubelet=1)

@@ -7,10 +7,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from dyntune.core.errors import DataError
 from dyntune.data import expand_images, read_image
+from dyntune.data.images import image_suffixes
 
 
 def rgb(path):
@@ -100,6 +101,23 @@ def test_missing_and_non_image_files_are_errors_that_name_them(tmp_path):
         read_image(tmp_path / "words.jpg")
     with pytest.raises(DataError, match=r"absent\.jpg.*no such"):
         read_image(tmp_path / "absent.jpg")
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "drawing.eps"])
+def test_a_program_in_the_place_of_an_image_is_not_run(tmp_path, monkeypatch, name):
+    """Pillow has Ghostscript run PostScript, whatever its file is called."""
+    ran, interpreter = tmp_path / "ran", tmp_path / "gs"
+    interpreter.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", str(interpreter))
+    (tmp_path / name).write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with Image.open(tmp_path / name) as image, pytest.raises(OSError):
+        image.load()
+    assert ran.exists()
+    ran.unlink()
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        read_image(tmp_path / name)
+    assert not ran.exists() and ".eps" not in image_suffixes()
 
 
 def test_a_pipe_in_the_place_of_an_image_is_no_wait(tmp_path):

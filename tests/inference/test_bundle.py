@@ -19,8 +19,10 @@ import dyntune
 from dyntune.commands.predict import predict
 from dyntune.core.errors import DataError, ExportError
 from dyntune.core.files import sealed
+from dyntune.data import build_transform, read_image
 from dyntune.inference.export.folder import is_exported, open_export
 from dyntune.inference.export.runtimes.torch import Torch
+from dyntune.model.tasks import Classification
 
 RUNTIMES = ("onnx", "openvino", "torch")
 
@@ -59,7 +61,7 @@ def run(folder, *arguments):
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_the_runner_says_what_predict_says(exported, tuned, pictures, runtime):
     folder = exported(runtime)
-    assert len((folder / "run.py").read_text().splitlines()) <= 70
+    assert len((folder / "run.py").read_text().splitlines()) <= 80
     lines, imported = run(folder, *pictures, "--top-k", 2)
     assert imported == (["torch"] if runtime == "torch" else [])
     expected = predict(tuned, pictures, 2)
@@ -69,6 +71,20 @@ def test_the_runner_says_what_predict_says(exported, tuned, pictures, runtime):
         assert [name for _, name in said] == [top["class"] for top in row["top"]]
         for (share, _), top in zip(said, row["top"], strict=True):
             assert float(share) == pytest.approx(top["probability"], abs=1e-4)
+
+
+def test_the_runner_prints_the_outputs_of_other_tasks(make_host, pictures, tmp_path):
+    class Sizes(Classification):
+        name = "sizes"
+
+    model = dyntune.tune(make_host("plain", depth=1), "linear").eval()
+    model.task = Sizes()
+    folder = dyntune.export(model, tmp_path / "exported", runtime="torch")
+    lines, _ = run(folder, pictures[0])
+    outputs = model(build_transform(model.preprocessing)(read_image(pictures[0]))[None])[0].tolist()
+    assert [line.split()[1] for line in lines[1:]] == [str(place) for place in range(len(outputs))]
+    assert [float(line.split()[0]) for line in lines[1:]] == pytest.approx(outputs, abs=1e-3)
+    assert "--top-k" not in (folder / "README.md").read_text()
 
 
 def test_the_runner_takes_folders_and_names_what_it_cannot_read(exported, pictures, tmp_path):

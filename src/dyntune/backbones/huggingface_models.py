@@ -114,7 +114,7 @@ def add_classifier(tower: nn.Module, classes: int, pool: Pool = "token") -> Towe
             mean of the patches, ``token+avg`` for both.
 
     Raises:
-        BackboneError: the model is no such tower, or ``pool`` is none of these.
+        BackboneError: the model is no such tower, ``pool`` is none of these, or the tower has no such output.
     """
     kinds = {name for _, name in MODELS.values() if name}
     given = type(tower).__name__
@@ -124,7 +124,17 @@ def add_classifier(tower: nn.Module, classes: int, pool: Pool = "token") -> Towe
         raise BackboneError(f"a classifier goes on one of {', '.join(sorted(kinds))}; given {given}.{advice}")
     if pool not in ("token", "avg", "token+avg"):
         raise BackboneError(f"pool={pool!r}: expected token, avg or token+avg.")
+    if pool != "avg" and without_pool(tower):
+        raise BackboneError(
+            f"pool={pool!r}: this {given} has no attention pool (vision_use_head=False); give pool='avg'."
+        )
     return TowerClassifier(tower, classes, pool)
+
+
+def without_pool(tower: nn.Module) -> bool:
+    """Whether a SigLIP tower was built without the attention pool whose output stands for the image."""
+    config: Any = tower.config
+    return config.model_type.startswith("siglip") and not hasattr(getattr(tower, "vision_model", tower), "head")
 
 
 def prefix_tokens(config: Any) -> int:

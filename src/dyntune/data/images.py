@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import EpsImagePlugin, Image, ImageOps
+from PIL import Image, ImageOps
 
 from dyntune.core.errors import DataError
 from dyntune.core.texts import printable
 from dyntune.core.words import counted
 
-_NO_PICTURES = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
-"""Formats that Pillow knows when it sees them, but cannot read a picture of by itself."""
+NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
+"""Formats that Pillow knows when it sees them, but cannot read a picture of by itself.
+
+PostScript (EPS, which an IPTC file may hold) is a program, which it would have Ghostscript run."""
 _USUAL = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _NO_DATA = ("thumbs.db", "desktop.ini")
 """What file managers leave in folders."""
@@ -48,11 +50,14 @@ def in_short(suffixes: Collection[str], usual: Sequence[str] = _USUAL) -> str:
 @functools.cache
 def _readable(extensions: int, formats: int) -> frozenset[str]:
     """The suffixes, as long as there are so many extensions and formats: a plug-in registers more of them."""
+    read = _formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in read)
 
-    def reads(name: str) -> bool:
-        return name in Image.OPEN and name not in _NO_PICTURES and (name != "EPS" or EpsImagePlugin.has_ghostscript())
 
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if reads(name))
+def _formats() -> list[str]:
+    """The formats that are read, whatever a file is called; in the order in which they are tried."""
+    Image.init()
+    return [name for name in Image.ID if name not in NOT_READ]
 
 
 def is_image_name(name: str | os.PathLike[str]) -> bool:
@@ -103,7 +108,7 @@ def read_image(source: str | os.PathLike[str] | bytes | BinaryIO, name: str | No
     try:
         if path is not None and not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("it is no regular file")  # opening a pipe or a device may wait for ever
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
             image.load()
             return to_rgb(image)
     except FileNotFoundError as error:

@@ -115,6 +115,8 @@ class HuggingFace(Backbone):
             return "it is another kind of model"
         if not _CLASSES & {base.__name__ for base in type(host).__mro__}:
             return f"{name} is no image classifier and no tower; give the ...ForImageClassification of this model"
+        if name.endswith("VisionModel") and models.without_pool(host):
+            return "it has no attention pool (vision_use_head=False); take add_classifier(tower, classes, pool='avg')"
         if getattr(host, "is_quantized", False) or getattr(host, "quantization_method", None):
             return "its weights are quantised"
         if any(isinstance(module, Changed) for module in host.modules()):

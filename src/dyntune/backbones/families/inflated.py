@@ -107,6 +107,16 @@ class Inflated(Frames):
     def pooled(self, tokens: Tokens) -> Tensor:
         return self.inner.pooled(tokens)
 
+    def unpooled(self, tokens: Tokens) -> Tensor:
+        return self.inner.unpooled(tokens)
+
+    def as_finished(self, x: Tensor) -> Tokens:
+        if x.ndim != 3:
+            raise BackboneError(
+                f"expected tokens of a clip, (B, N, C), as forward_features gives them; given {tuple(x.shape)}."
+            )
+        return replace(self.inner.as_finished(x), grid=self.grid)
+
     @property
     def read_first(self) -> int | None:
         return self.inner.read_first

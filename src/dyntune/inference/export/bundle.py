@@ -21,6 +21,7 @@ from dyntune.core.errors import ExportError
 from dyntune.core.files import room_beside, sealed, write_json, write_text
 from dyntune.core.limits import limits_named
 from dyntune.core.version import VERSION
+from dyntune.data.images import NOT_READ
 from dyntune.data.video_files import FORMATS
 from dyntune.data.videos import VIDEO_SUFFIXES
 from dyntune.inference.export.card import export_card
@@ -31,6 +32,7 @@ from dyntune.inference.export.registry import configured, require_possible
 from dyntune.inference.export.runtimes.base import FP32, Quantised, Runtime
 from dyntune.inference.optimized import folded_copy
 from dyntune.model.cost import cost
+from dyntune.model.tasks import Classification
 from dyntune.model.tuned import TunedModel, require_tuned
 
 RUNNER, CARD = "run.py", "README.md"
@@ -154,13 +156,18 @@ def export(
 
 
 def _runner(model: TunedModel, runtime: Runtime) -> str:
-    """The text of ``run.py``, which reads images, or videos where the model takes clips."""
+    """The text of ``run.py``, which reads images, or videos where the model takes clips.
+
+    Of another task than classification it prints the outputs.
+    """
     clips = model.preprocessing.clip is not None
     words = {
         "item": "video" if clips else "image",
         "items": "videos" if clips else "images",
         "find": "films" if clips else "inside",
         "sample": "film.mp4 films/" if clips else "photo.jpg photos/",
+        "classification": Classification.name,
+        "unread": NOT_READ,
         "help": f"{'video files, folders of frames' if clips else 'image files'}, or folders of them",
     }
     suffixes = ", ".join(f'"{suffix}"' for suffix in sorted(VIDEO_SUFFIXES))

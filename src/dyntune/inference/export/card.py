@@ -22,7 +22,7 @@ def export_card(config: dict[str, Any]) -> str:
     clip = config["preprocessing"].get("clip")
     what = "Images" if clip is None else f"Clips of {counted(clip['frames'], 'frame')}"
     one, extra, sample = ("image", (), "photo.jpg") if clip is None else ("clip", ("av",), "film.mp4")
-    classes = config["classes"]
+    classes, task = config["classes"], config.get("task", Classification.name)
     runtime = lookup(config["runtime"]).from_config(config)
     packages = " ".join((runtime.requirement(), "numpy", "pillow", *extra))
     trust = ", trust=True" if runtime.needs_trust else ""
@@ -35,13 +35,13 @@ def export_card(config: dict[str, Any]) -> str:
         + (f", {counted(len(classes), 'class')}" if classes else "")
         + f"; {config['macs'] / 1e9:.3f} G MACs per {one} where {config['activation']:.0%} of the patches are active "
         f"({config['macs'] / config['dense_macs']:.0%} of the dense backbone).",
-        f"```bash\npip install {packages}\npython run.py {sample} --top-k 3\n```",
+        f"```bash\npip install {packages}\npython run.py {sample}{' --top-k 3' * (task == Classification.name)}\n```",
         "Or with Dyntune:\n\n"
         + predicting(
             f'dyntune.open_export("path/to/this/folder"{trust})',
             clips=clip is not None,
             classes=classes,
-            task=config.get("task", Classification.name),
+            task=task,
         ),
     ]
     if config["precision"] != FP32:
