@@ -98,6 +98,19 @@ def test_one_frozen_value_that_was_changed_is_saved(make_host, images, tmp_path)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("axis", [0, 1, 3])
+def test_frozen_values_that_change_places_are_saved(make_host, images, tmp_path, axis):
+    """Such as the colours of the first convolution: no value is new."""
+    model = dyntune.tune(make_host(), "lora").eval()
+    weight = model.backbone.host.patch_embed.proj.weight
+    before, asked = model(images), weight.flip(axis)
+    weight[:] = asked
+    assert len(model.extra_state()) == 1 and not torch.equal(model(images), before)
+    loaded = dyntune.load(model.save(tmp_path), backbone=make_host())
+    assert torch.equal(loaded(images), model(images))
+
+
+@torch.no_grad()
 def test_frozen_values_are_compared_again_only_where_they_may_have_changed(make_host, tmp_path, monkeypatch):
     looked = []
     monkeypatch.setattr("dyntune.model.state.checksum", lambda tensor: looked.append(tensor) or checksum(tensor))

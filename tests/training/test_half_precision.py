@@ -12,9 +12,12 @@ import dyntune
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.backbones.hosts import create_backbone
 from dyntune.commands.main import app
+from dyntune.core.errors import TrainingError
 from dyntune.training.evaluate import evaluate
 from dyntune.training.interrupt import TrainingInterrupted
+from dyntune.training.optimizer import make_optimizer
 from dyntune.training.progress import Silent
+from dyntune.training.settings import TrainSettings
 from dyntune.training.trainer import fit
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -26,6 +29,15 @@ def data():
     labels = torch.arange(40) % 5
     tint = torch.randn(5, 3, generator=generator)[labels][:, :, None, None]
     return TensorDataset(tint + 0.3 * torch.randn(40, 3, 32, 32, generator=generator), labels)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_gradients_that_are_in_half_precision_themselves_are_not_scaled(make_host, dtype):
+    model = dyntune.tune(make_host(), "adaptformer").to(dtype)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with pytest.raises(TrainingError, match=r"precision=fp16 .*in half precision already.*fp32 or bf16"):
+        make_optimizer(trained, TrainSettings(precision="fp16"))
+    make_optimizer(trained, TrainSettings(precision="bf16"))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -55,6 +55,16 @@ def test_terms_of_the_complete_model_count_once_however_many_policies_there_are(
     torch.testing.assert_close(loss.terms["distill"], 3 * divergence, atol=1e-6, rtol=1e-4)
 
 
+def test_what_units_are_worth_takes_no_gradient_from_the_first_step_in_mixed_precision(build, images_for):
+    """What autocast casts without a graph may be kept, and be met by the step that trains."""
+    model = build("dyt:rate=0.5")
+    model.begin_training(10, 1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model, images_for)
+    loss.total.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def test_dyt_loss_is_the_four_published_terms(build, images_for):
     model = build("dyt:rate=0.3,dropout=0,recipe=published")
     loss = loss_of(model, images_for)

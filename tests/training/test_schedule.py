@@ -14,6 +14,7 @@ from dyntune.core.errors import TrainingError
 from dyntune.data.transforms import Preprocessing
 from dyntune.training.inputs import with_pixels_as
 from dyntune.training.optimizer import make_optimizer
+from dyntune.training.randomness import EpochSampler
 from dyntune.training.settings import TrainSettings
 from dyntune.training.trainer import fit
 
@@ -114,6 +115,17 @@ def test_tensors_of_one_dimension_need_not_decay():
     make_optimizer(list(layer.parameters()), TrainSettings(lr=0.5, weight_decay=0.1, decay_1d=False)).step()
     assert torch.allclose(layer.weight, torch.full((2, 3), 0.95)) and torch.equal(layer.bias, torch.ones(2))
     assert isinstance(make_optimizer(list(layer.parameters()), TrainSettings(optimizer="sgd")), torch.optim.SGD)
+
+
+@pytest.mark.parametrize(("drop", "count"), [(False, 24), (True, 16)])
+def test_processes_get_batches_of_one_size_each(drop, count):
+    """20 images for two processes with batches of 4: filled up from the beginning, or cut."""
+    sampler = EpochSampler(20, 3, 8, drop=drop)
+    order = list(sampler)
+    assert len(order) == len(sampler) == count and len({*order}) == min(count, 20)
+    assert order[20:] == order[: max(count - 20, 0)]
+    sampler.skip = 8
+    assert [*sampler] == order[8:]
 
 
 def test_drop_last_and_eval_every_change_steps_and_choice(make_host):

@@ -335,6 +335,34 @@ def test_an_interrupted_run_resumes_to_the_same_bits(make_host, colours, uninter
     assert all(torch.equal(p, resumed.tuned_state()[name]) for name, p in expected.items())
 
 
+class _CtrlCAtTheEnd(Silent):
+    """Sends the process an interrupt when the last epoch has been evaluated."""
+
+    def __init__(self, epochs: int) -> None:
+        self.left = epochs
+
+    def evaluated(self, evaluation):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_that_is_stopped_behind_its_last_epoch_has_its_best_weights(make_host, colours, tmp_path):
+    whole, stopped, again = (_model(make_host, "full") for _ in range(3))
+    train, val = colours
+    wrong = TensorDataset(val.tensors[0], (val.tensors[1] + 1) % 5)  # the more is learned, the fewer are right
+    options = SHORT | {"epochs": 4, "lr": 1e-2}
+    expected = fit(whole, train, wrong, **options)
+    assert expected.best_epoch < 4, "the weights of the last epoch are others"
+    with pytest.raises(TrainingInterrupted, match=r"behind the last epoch: the weights are those of the best"):
+        fit(stopped, train, wrong, out=tmp_path / "run", progress=_CtrlCAtTheEnd(4), **options)
+    run = tmp_path / "run"
+    assert fit(again, train, wrong, out=run, resume=True, **options).best_epoch == expected.best_epoch
+    for model in (stopped, again):
+        assert not model.training
+        assert all(torch.equal(p, model.tuned_state()[name]) for name, p in whole.tuned_state().items())
+
+
 def test_an_update_that_spoils_the_weights_is_not_saved(make_host, colours, tmp_path, monkeypatch):
     """The loss of the last step of epoch 2 is finite, its gradient is not."""
     steps = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,12 +20,24 @@ def sample(tensor: Tensor) -> Tensor:
 
 
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ODD = 0x1E3779B97F4A7C15
+"""So that weights differ in all of their bits; sums are those of 64 bits."""
 
 
 def checksum(tensor: Tensor) -> int:
-    """A number that changes with any one value of a tensor: the sum of its bits, read as whole numbers."""
+    """A number that changes with any one value of a tensor, and where values change places.
+
+    The bits, read as whole numbers, are laid out as a square; sums of its rows and columns are added with weights.
+    """
     flat = tensor.detach().contiguous().reshape(-1)
-    return int(flat.view(_WHOLE.get(tensor.element_size(), torch.int64)).sum(dtype=torch.int64))
+    bits = flat.view(_WHOLE.get(tensor.element_size(), torch.int64))
+    width = max(math.isqrt(len(bits)), 1)
+    square, rest = bits[: len(bits) // width * width].view(-1, width), bits[len(bits) // width * width :]
+    total = 0
+    for number, sums in enumerate((square.sum(1), square.sum(0), rest.long())):
+        weights = torch.arange(1, len(sums) + 1, device=sums.device) * _ODD * (2 * number + 1)
+        total += int((sums * weights).sum())
+    return total % 2**64
 
 
 def values_digest(values: Any) -> str:

@@ -127,6 +127,8 @@ def _weigh(model: Learner, images: Tensor) -> None:
         if isinstance(policy, Weighing) and (units := policy.unweighed(model.backbone)):
             with _evaluating(model.backbone):
                 policy.weigh(unit_worth(model.backbone, units, images))
+            # Older releases of PyTorch keep what autocast has cast without a graph, through which nothing learns.
+            torch.clear_autocast_cache()
 
 
 def _warn_without_course(model: Learner) -> None:

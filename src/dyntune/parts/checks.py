@@ -65,6 +65,7 @@ def check_reductions(backbone: Backbone, policies: Sequence[TokenPolicy]) -> Non
         names = " and ".join(policy.name() for policy in reducing)
         raise BackboneError(f"{names} would each decide which tokens there are; give one of them.")
     for policy in reducing:
+        merged = False
         for block in backbone.blocks:
             if block.attn.opaque:
                 raise BackboneError(
@@ -72,11 +73,12 @@ def check_reductions(backbone: Backbone, policies: Sequence[TokenPolicy]) -> Non
                     "among all tokens in their places. Use dispatch on the MLP, which keeps every token."
                 )
             gated = next((unit for unit in (block, block.attn) if any(other.gates(unit) for other in policies)), None)
-            if gated is not None and policy.reduces(block.mlp):
+            merged |= not policy.drops and policy.reduces(block.mlp)
+            if gated is not None and (merged or policy.reduces(block.mlp)):
                 raise BackboneError(
-                    f"{policy.name()} reads queries and keys of all tokens in {block.attn.path}, which a gate at "
-                    f"{gated.path} does not compute for skipped tokens. Gate the MLP (dispatch:where=mlp, "
-                    "dyt:dispatch=mlp)."
+                    f"{policy.name()} reads queries and keys of all tokens in the attention, and has merged ones count "
+                    f"by their size there, which a gate at {gated.path} does not do for the tokens that it skips. Gate "
+                    "the MLP (dispatch:where=mlp, dyt:dispatch=mlp)."
                 )
         if policy.drops and backbone.head_reads_grid:
             raise BackboneError(

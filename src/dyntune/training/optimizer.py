@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.core.errors import CheckpointError, in_one_line
+from dyntune.core.errors import CheckpointError, TrainingError, in_one_line
 from dyntune.training.settings import TrainSettings
 
 MOMENTUM = 0.9
@@ -26,8 +26,16 @@ def make_optimizer(
         settings: kind, learning rate and the backbone's factor on it, weight decay, and whether biases and other 1-D
             tensors decay.
         pretrained: which of them come from the pretrained backbone.
+
+    Raises:
+        TrainingError: gradients in half precision are to be scaled, which only those of tensors in fp32 can be.
     """
     rounded = {p: nn.Parameter(p.detach().float()) for p in trained if p.dtype in (torch.bfloat16, torch.float16)}
+    if rounded and settings.precision == "fp16":
+        raise TrainingError(
+            "precision=fp16 scales the gradients of weights in fp32; this model's are in half precision already. Use "
+            "precision=fp32 or bf16 with it, or call model.float() before tune."
+        )
     slow = {rounded.get(p, p) for p in pretrained}
     trained = [rounded.get(p, p) for p in trained]
     groups: list[dict[str, Any]] = [{"params": list(trained)}]

@@ -35,27 +35,29 @@ def caller_randomness_kept() -> Iterator[None]:
 
 
 class EpochSampler(Sampler[int]):
-    """Every index once, in an order that depends on seed and epoch only; can begin in the middle.
+    """Every index, in an order that depends on seed and epoch only; can begin in the middle.
 
     Args:
         size: number of samples.
         seed: of the run.
-        multiple: the order is filled up, from its beginning, to a multiple of this, as several processes need.
+        multiple: there are so many indices, or a multiple of it, as several processes need: the order is filled up
+            from its beginning.
+        drop: the order is cut instead.
     """
 
-    def __init__(self, size: int, seed: int, multiple: int = 1) -> None:
+    def __init__(self, size: int, seed: int, multiple: int = 1, *, drop: bool = False) -> None:
         self.size = size
-        self.padding = -size % multiple
+        self.count = size - size % multiple if drop else size + -size % multiple
         self.seed = seed
         self.epoch = 0
         self.skip = 0
 
     def __len__(self) -> int:
-        return self.size + self.padding - self.skip
+        return self.count - self.skip
 
     def __iter__(self) -> Any:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
-        return iter(np.resize(order, self.size + self.padding)[self.skip :].tolist())
+        return iter(np.resize(order, self.count)[self.skip :].tolist())
 
 
 class SeededDataset(Dataset[Any]):

@@ -89,8 +89,7 @@ def require_continuable(
     processes, data = launched_processes(), data_for(model, train_set, "the training set")
     identity = run_identity(model, settings, data, processes, teacher)
     batches = len(data) / (settings.batch_size * processes)
-    # Several processes have the last batch filled up.
-    steps = math.floor(batches) if settings.drop_last and processes == 1 else math.ceil(batches)
+    steps = math.floor(batches) if settings.drop_last else math.ceil(batches)
     require_same_run(out, RunState.read(out), identity, steps, model)
 
 

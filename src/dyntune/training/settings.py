@@ -45,7 +45,7 @@ class TrainSettings:
     Args:
         epochs: passes over the training images.
         batch_size: images per step and process.
-        drop_last: leaves out the last batch of an epoch when it is not full.
+        drop_last: leaves out the last batch of an epoch when it is not full, of all processes together.
         optimizer: AdamW, or SGD with momentum 0.9.
         lr: peak learning rate.
         min_lr: learning rate at the end of the cosine.

@@ -116,7 +116,7 @@ def fit(
     Raises:
         DataError: a data set is of no such kind, or a label is not one of the classes.
         TrainingError: options do not make sense, ``out`` holds another run, or the loss is not finite.
-        TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved.
+        TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved, where ``out`` is given.
     """
     require_tuned(model, "fit")
     if settings is not None and options:
@@ -197,14 +197,14 @@ class _Run:
                 f"drop_last leaves no step: {counted(size, 'training image')}, {settings.batch_size * world} per step. "
                 "Use smaller batches, or do without drop_last."
             )
-        self.sampler = EpochSampler(size, settings.seed, settings.batch_size * world if world > 1 else 1)
+        multiple = settings.batch_size * world if world > 1 or settings.drop_last else 1
+        self.sampler = EpochSampler(size, settings.seed, multiple, drop=settings.drop_last)
         self.held_out: Dataset[Any] = train_set if val_set is None else val_set
         self.data = SeededDataset(training_images(train_set, model, settings), settings.seed)
         loader = DataLoader(
             self.data,
             batch_size=settings.batch_size,
             sampler=self.sampler,
-            drop_last=settings.drop_last,
             num_workers=settings.workers,
             generator=torch.Generator(),  # of its own, so that starting workers draws nothing from the global one
             pin_memory=self.accelerator.device.type == "cuda",
@@ -217,6 +217,7 @@ class _Run:
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise TrainingError("nothing to train: every parameter is frozen. Leave requires_grad as tune() set it.")
+        model.to(self.accelerator.device)  # before the optimiser makes tensors of its own
         optimizer = make_optimizer(trained, settings, pretrained_parameters(model.backbone))
         if self._main:
             warn_about_teacher(model, teacher)
@@ -247,19 +248,25 @@ class _Run:
                     for current in range(epoch, self.settings.epochs):
                         self._epoch(current, step if current == epoch else 0, written, stop)
                         if self._agreed(stop.is_set()):
+                            if current + 1 == self.settings.epochs:
+                                self._finish()
                             raise TrainingInterrupted(self._farewell(current + 1, 0))
             finally:
                 if written:
                     written.close()
-            self.checkpoint.restore_best()
+            self._finish()
             seconds = time.perf_counter() - self.started if epoch < self.settings.epochs else self.checkpoint.seconds
-        self.model.eval()
         return FitResult(
             best_accuracy=None if self.checkpoint.best < 0 else self.checkpoint.best,
             best_epoch=self.checkpoint.best_epoch,
             steps=self.settings.epochs * self.steps_per_epoch,
             seconds=seconds,
         )
+
+    def _finish(self) -> None:
+        """Gives the model the weights of the best epoch."""
+        self.checkpoint.restore_best()
+        self.model.eval()
 
     def look_at_gates(self, calibrate: bool | Dataset[Any]) -> tuple[ClosedGate, ...]:
         """After the training: tells of gates that have closed, which it gives, and calibrates them.
@@ -469,4 +476,6 @@ class _Run:
 
     def _farewell(self, epoch: int, step: int) -> str:
         where = f"stopped in epoch {epoch + 1} after step {step} of {self.steps_per_epoch}"
+        if epoch == self.settings.epochs:
+            where = "stopped behind the last epoch: the weights are those of the best, the gates are not calibrated"
         return f"{where}; the state is saved in {self.out}: resume goes on from it." if self.out else f"{where}."

@@ -1,5 +1,7 @@
 """FPET against logits recorded from the public code, and against its equations written out for one image."""
 
+from dataclasses import dataclass
+
 import pytest
 import timm
 import torch
@@ -10,6 +12,7 @@ import dyntune
 from dyntune.core.errors import BackboneError, DyntuneError, SpecError
 from dyntune.core.shapes import shapes_only
 from dyntune.core.tokens import Projected, Tokens
+from dyntune.parts.policies.dispatch import Dispatch
 from dyntune.parts.policies.fpet import Halving, LowBitLinear, Refinement, checkerboard, quantiser_levels
 
 RECORDED = {
@@ -191,6 +194,19 @@ def test_gates_that_hide_keys_are_refused(make_host):
             dyntune.tune(make_host(), "fpet", f"dispatch:where={where}")
     with pytest.raises(BackboneError, match="fpet"):
         dyntune.tune(make_host(), "fpet", "tome:r=1")
+
+
+def test_a_gate_on_attention_behind_the_merge_is_refused(make_host):
+    """Where merged tokens count by their size, which a gate on attention does not know of."""
+
+    @dataclass(frozen=True)
+    class Late(Dispatch):
+        def gates(self, unit):
+            return unit.path == "blocks.2.attn"
+
+    with pytest.raises(BackboneError, match=r"fpet .*count by their size there, which a gate at blocks\.2\.attn"):
+        dyntune.tune(make_host(), "fpet", Late(where="attn"))
+    dyntune.tune(make_host(), "evit:keep=0.7,layers=1,fuse=false", Late(where="attn"))
 
 
 def test_gradients_reach_what_is_trained(make_host, randomise, images_for):

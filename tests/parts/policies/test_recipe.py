@@ -57,6 +57,14 @@ def test_the_target_falls_along_half_a_cosine_and_the_noise_to_none():
     assert course.eval().target == 0.4
 
 
+@pytest.mark.parametrize("at", [0.3, 1.0])
+def test_the_target_may_fall_at_once(at):
+    course = Course((0.4, 0.4), (at, at), 0.8)
+    for progress, target in {0.0: 1, at - 0.01: 1, at: 0.4}.items():
+        course.begin_step(progress=progress)
+        assert course.target == target
+
+
 def test_without_a_known_length_the_rate_is_the_target_and_the_noise_whole():
     course = Course((0.4, 0.4), (0.2, 0.6), 0.8)
     assert (course.target, course.noise) == (0.4, 1.0)

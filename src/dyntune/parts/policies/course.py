@@ -56,8 +56,9 @@ class Course(nn.Module):
         if self.progress is None or self.progress >= self.falls[1]:
             return 1.0
         begin, end = self.falls
-        done = (self.progress - begin) / (end - begin)
-        return (1 - math.cos(math.pi * max(0.0, done))) / 2
+        if self.progress < begin:
+            return 0.0
+        return (1 - math.cos(math.pi * (self.progress - begin) / (end - begin))) / 2
 
     @property
     def late(self) -> float:

@@ -199,16 +199,19 @@ class Dispatch(GatingPolicy):
         # Named by its units, because several dispatches may stand on different ones.
         course = Course((low, high), self.chosen("course"), self.chosen("quiet"))
         backbone.shared[f"{self.name()}-{self.where}"] = course
+        super().install(backbone)
         for unit in filter(self.gates, backbone.all_units()):
-            unit.dispatcher = Dispatcher(
-                unit.width,
-                self.temperature,
-                self.chosen("bias"),
-                course,
-                elastic=isinstance(self.rate, tuple),
-                moves=self.chosen("moves"),
-                spread=self.chosen("spread"),
-            )
+            self.learned(unit).follow(course)
+
+    def make_gate(self, unit: Unit) -> Dispatcher:
+        return Dispatcher(
+            unit.width,
+            self.temperature,
+            self.chosen("bias"),
+            elastic=isinstance(self.rate, tuple),
+            moves=self.chosen("moves"),
+            spread=self.chosen("spread"),
+        )
 
     def gates(self, unit: Unit) -> bool:
         return unit.kind == self.where or (self.where == "attn-mlp" and unit.kind != "layer")

@@ -31,7 +31,6 @@ class Dispatcher(LearnedGate):
         width: channels C of a token.
         temperature: of the sigmoid; it shapes the gradient only.
         bias: b at the start.
-        course: of all gates of the same dispatch; None for one that decides with whole noise.
         elastic: whether there is a slope.
         moves: how far the bias, and the weights, may move a logit in a training whose length is known, if every step
             had the peak learning rate; None lets the learning rate decide.
@@ -57,14 +56,13 @@ class Dispatcher(LearnedGate):
         width: int,
         temperature: float,
         bias: float = 0.0,
-        course: Course | None = None,
         elastic: bool = False,
         moves: tuple[float, ...] | None = None,
         spread: float | None = None,
     ) -> None:
         super().__init__(temperature)
         self.gate = nn.Linear(width, 1)
-        self._course = (course,)  # not registered: the backbone has it among what its places share
+        self._course: tuple[Course | None] = (None,)  # not registered: the backbone has it among what its places share
         self.slope = nn.Parameter(torch.ones(())) if elastic else None
         for name in ("weight_pace", "bias_pace", "centre", "lead"):
             self.register_buffer(name, None, persistent=False)
@@ -81,8 +79,12 @@ class Dispatcher(LearnedGate):
 
     @property
     def course(self) -> Course | None:
-        """That of all gates of the same dispatch."""
+        """That of all gates of the same dispatch; a gate without one decides with whole noise."""
         return self._course[0]
+
+    def follow(self, course: Course) -> None:
+        """Decides along ``course`` from now on."""
+        self._course = (course,)
 
     @property
     def paced(self) -> bool:
