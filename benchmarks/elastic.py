@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 import dyntune
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.core.files import write_json, write_text
+from dyntune.core.machine import machine
 from dyntune.data import DataSplits, load_data
 from dyntune.data.drawn.vtab_mini import write_vtab_mini
 from dyntune.model.tune import build_tuned
@@ -26,7 +27,6 @@ from dyntune.studies.pictures import save_figure
 from dyntune.studies.pictures.style import COLOURS, INK, MARKERS, TEXT_SIZE, frame, new_figure
 from dyntune.training.logs import read_log
 
-GATES = "recipe=published,scale=1,rate_of=inference,rate_weight=10"
 RATES = (0.3, 0.5, 0.7, 0.9)
 MIDDLE = 0.5
 TRAINING = {
@@ -46,7 +46,7 @@ def train(out: Path, task: str, splits: DataSplits, name: str, seed: int) -> Pat
     """A finished run; ``name`` is its rate, or its range."""
     run = out / "runs" / f"{task}-{name.replace('/', '-')}-{seed}"
     torch.manual_seed(seed)
-    model = build_tuned(BUILTIN_BACKBONE, f"dyt:rate={name},{GATES}", classes=splits.classes)
+    model = build_tuned(BUILTIN_BACKBONE, f"dyt:rate={name}", classes=splits.classes)
     dyntune.fit(model, splits.train, splits.val, out=run, resume=True, seed=seed, device="cpu", **TRAINING[task])
     return run
 
@@ -87,7 +87,8 @@ def measure(out: Path, vtab: Path, task: str, seed: int, rows: list[dict]) -> No
         for kind, rate in todo:
             rows.append(row(run, splits, task, kind, rate, seed))
             print(*(f"{key} {rows[-1][key]}" for key in ("task", "kind", "rate", "accuracy", "activation")), flush=True)
-            write_json(out / "results" / "results.json", {"gates": GATES, "training": TRAINING, "rows": rows})
+            about = {"machine": machine(), "training": TRAINING}
+            write_json(out / "results" / "results.json", {**about, "rows": rows})
 
 
 def mean(rows: list[dict], key: str, **wanted: object) -> float:
@@ -102,10 +103,11 @@ def report(rows: list[dict]) -> str:
     lines = [
         "# One trained adapter, many budgets",
         "",
-        f"`python benchmarks/elastic.py OUT`: the built-in backbone with `dyt:{GATES}`, seed "
+        f"`python benchmarks/elastic.py OUT`: the built-in backbone with `dyt` as it is by default, seed "
         f"{', '.join(map(str, seeds))}, the same epochs for every run. Accuracy on the test images, with the share of "
         "active patches and the MACs per image that really ran, as a share of the dense backbone's. The separate "
         "adapters run at their trained thresholds, the others through `set_rate`, calibrated on validation images.",
+        f"Measured on {machine()}.",
         "",
         f"Trained parameters without the head: {parameters['separate']:,}; of the elastic adapter "
         f"{parameters['elastic']:,}, one more per gate.",

@@ -18,17 +18,16 @@ from pathlib import Path
 
 from dyntune.data.drawn.vtab_mini import write_vtab_mini
 
-GATES = "recipe=published,scale=1,rate_of=inference,rate_weight=10"
 EVIT, DYNAMICVIT = "evit:keep=0.7,layers=3/6/9", "dynamicvit:keep=0.9/0.7/0.5,layers=3/6/9"
 METHODS = (
     "full",
     "adaptformer:scale=1",
-    f"dyt:rate=0.5,{GATES}",
+    "dyt:rate=0.5",
     f"full+{EVIT}",
     f"adaptformer:scale=1+{EVIT}",
     "full+tome:r=3",
     "adaptformer:scale=1+tome:r=3",
-    f"dyt:rate=0.5,{GATES}+tome:r=2",
+    "dyt:rate=0.5+tome:r=2",
     f"full+{DYNAMICVIT}",
     f"adaptformer:scale=1+{DYNAMICVIT}",
     "adaptformer:scale=1+pyra",
