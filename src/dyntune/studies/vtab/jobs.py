@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import shutil
 import signal
 import threading
@@ -18,6 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from dyntune.core.errors import TrainingError
+from dyntune.core.threads import available_cores, chosen_by_user
 from dyntune.studies.vtab.plan import Job, Plan
 from dyntune.studies.vtab.results import FAILURE, finished, read_failure, write_failure
 from dyntune.studies.vtab.search import search_job
@@ -96,16 +96,33 @@ def run_jobs(jobs: Sequence[Job], plan: Plan, workers: int, watcher: Watcher) ->
     """
     with _interruptible():
         if workers == 1:
-            for job in jobs:
-                watcher.begun(job)
-                watcher.ended(job, run_job(job, plan, lambda done, job=job: watcher.share(job, done)))  # type: ignore[misc]
+            with _threads(threads_each(1)):
+                for job in jobs:
+                    watcher.begun(job)
+                    watcher.ended(job, run_job(job, plan, lambda done, job=job: watcher.share(job, done)))  # type: ignore[misc]
         elif jobs:
             _Pool(jobs, plan, min(workers, len(jobs)), watcher).run()
 
 
 def threads_each(workers: int) -> int:
-    """Threads per worker: its share of the processors, at least one."""
-    return max(1, (os.cpu_count() or 1) // workers)
+    """Threads per worker: its share of the cores that this process may use, at least one, and no more than torch takes.
+
+    A worker alone has as many as somebody has set, if somebody has.
+    """
+    if workers == 1 and chosen_by_user():
+        return torch.get_num_threads()
+    return max(1, min(available_cores() // workers, torch.get_num_threads()))
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many threads of torch for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Worker:
@@ -126,7 +143,7 @@ class _Pool:
 
     def __init__(self, jobs: Sequence[Job], plan: Plan, workers: int, watcher: Watcher) -> None:
         self.waiting, self.plan, self.watcher = deque(jobs), plan, watcher
-        self.threads = min(threads_each(workers), torch.get_num_threads())
+        self.threads = threads_each(workers)
         self.workers = [_Worker(plan, index, self.threads) for index in range(workers)]
 
     def run(self) -> None:
