@@ -140,6 +140,16 @@ def test_an_interrupted_job_goes_on_from_its_state(one_worker, make_plan, tmp_pa
 
 
 @pytest.mark.slow
+def test_what_is_said_in_a_worker_is_said_by_the_process_that_started_it(make_plan, quick_processes, tmp_path, caplog):
+    spec = "dynamicvit:keep=0.7/0.5,layers=1/2"  # which warns that there is no teacher
+    plan = make_plan(tmp_path / "run", (spec,), ("digits",), options={"epochs": 1})
+    assert not run_benchmark(plan, workers=2, console=QUIET).failures
+    (record,) = [record for record in caplog.records if "teacher" in record.message]
+    assert record.levelname == "WARNING" and record.name == "dyntune"
+    assert record.message.startswith(f"{plan.jobs()[0]}: ")
+
+
+@pytest.mark.slow
 def test_sigterm_stops_the_workers_and_says_how_to_go_on(make_plan, quick_processes, tmp_path):
     plan = make_plan(tmp_path / "run", SPECS[1:], options={"epochs": 200})
     runs = [job.folder(plan.out) / "run" / STATE for job in plan.jobs()]

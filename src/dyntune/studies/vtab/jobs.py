@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -24,6 +25,7 @@ from dyntune.studies.vtab.search import search_job
 from dyntune.studies.vtab.train import Report, train_job
 from dyntune.training.interrupt import TrainingInterrupted
 
+log = logging.getLogger("dyntune")
 LOCK = "claim.lock"
 Outcome = Literal["done", "failed", "taken"]
 """How a job ended here; ``taken`` means that another process is at it."""
@@ -177,6 +179,9 @@ class _Pool:
             return
         if kind == "share":
             self.watcher.share(job, value)
+        elif kind == "said":
+            level, words = value
+            log.log(level, "%s: %s", job, words)
         elif kind == "interrupted":
             raise TrainingInterrupted(value)
         else:
@@ -203,6 +208,17 @@ class _Pool:
             self._hand_out(fresh)
 
 
+class _Said(logging.Handler):
+    """Hands on what the library has to say in a worker, so that the parent says it as it says its own."""
+
+    def __init__(self, send: Callable[[str, Any], None]) -> None:
+        super().__init__()
+        self.send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.send("said", (record.levelno, record.getMessage()))
+
+
 def _serve(connection: Connection, plan: Plan, index: int, threads: int) -> None:
     """A worker's life: one job after another until the parent stops it or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then stops its workers in turn
@@ -214,6 +230,7 @@ def _serve(connection: Connection, plan: Plan, index: int, threads: int) -> None
         with contextlib.suppress(OSError):  # the parent was killed; the job at hand is still worth finishing
             connection.send((kind, value))
 
+    log.addHandler(_Said(send))
     while True:
         try:
             job = connection.recv()
