@@ -19,6 +19,7 @@ import typer.main
 from torch import nn
 
 import dyntune
+from dyntune.commands import main as program
 from dyntune.commands import train
 from dyntune.commands.main import app, main
 from dyntune.core import errors
@@ -164,6 +165,27 @@ def test_rates_out_of_reach_are_calibrated_with_the_line_that_the_error_names(ma
         model.set_rate(0.95)
     rates = re.search(r"dyntune calibrate RUN DATA (--rates [\d.]+)", str(refused.value))[1]
     COMMANDS["calibrate"].make_context("calibrate", ["RUN", "DATA", *rates.split()])
+
+
+LIMITS = ("CUDA out of memory. Tried to allocate 20 MiB.", "Too many open files.", "out of shared memory")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_at_a_limit_of_the_machine_a_command_names_options_that_it_has(monkeypatch, name):
+    own = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+    named = set()
+    for words in LIMITS:
+
+        def fail(words=words):
+            raise RuntimeError(words)
+
+        monkeypatch.setattr(program, "_run", fail)
+        said = " ".join(dyntune_says(name, status=1).split())
+        assert re.search(r"What (takes less: a smaller model|helps: ulimit)|Give .*or more of it: docker", said), said
+        assert not re.search(r"[,:(] ?[,.;)]", said), said
+        named |= set(re.findall(r"(?<!\w)--[a-z][a-z-]+", said)) - OF_OTHERS
+    readers = "--readers" if name == "vtab" else "--workers"  # which are jobs there
+    assert named == own & {"--batch-size", "--accumulate", "--grad-checkpointing", readers}
 
 
 def test_extras_are_the_packages_of_pyproject():

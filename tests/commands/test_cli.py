@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.commands import main as program
 from dyntune.commands.main import main
 
@@ -98,9 +99,16 @@ def test_compare_writes_table_and_page(photos, tmp_path):
         "--out",
         tmp_path / "c",
     )
-    report = json.loads(dyntune(*arguments, "--device", "cpu", "--json").stdout)
+    how = ("--lr", "2e-3", "--batch-size", 24, "--backbone-lr", 0.5, "--seed", 3, "--device", "cpu")
+    report = json.loads(dyntune(*arguments, *how, "--json").stdout)
     assert [row["method"] for row in report["rows"]] == ["linear", "dyt:rate=0.5,dispatch=layer"]
+    settings = {"epochs": 1, "lr": 2e-3, "batch_size": 24, "backbone_lr": 0.5, "seed": 3, "precision": "fp32"}
+    assert settings.items() <= report["settings"].items() and "device" not in report["settings"]
+    assert (report["data"], report["model"], report["weights"]) == (str(photos), BUILTIN_BACKBONE, None)
+    kept = json.loads((tmp_path / "c" / "results.json").read_text())
+    assert kept == {"title": f"Methods on {photos}", **report}
     page = (tmp_path / "c" / "index.html").read_text()
+    assert "1 epoch, learning rate 0.002, batches of 24, seed 3; 12 test images." in page
     for name in ("tradeoff.png", "activation.png", "tokens-dyt-rate-0.5-dispatch-layer.png"):
         assert name in page and (tmp_path / "c" / name).stat().st_size > 1000
     assert len((tmp_path / "c" / "results.csv").read_text().splitlines()) == 3

@@ -27,7 +27,7 @@ def teacher_of(folder, classes):
 
 def test_train_and_compare_take_a_teacher_and_a_factor_for_the_backbone(photos, tmp_path, monkeypatch):
     # The pictures of the page do not matter here, and take long.
-    monkeypatch.setattr("dyntune.commands.compare.write_report", lambda folder, *_: folder / "index.html")
+    monkeypatch.setattr("dyntune.commands.compare.write_report", lambda folder, *_, **__: folder / "index.html")
     teacher = teacher_of(tmp_path / "teacher", ("blue", "green", "red"))
     options = (*SHORT, "--teacher", teacher, "--backbone-lr", "0.5")
     done = invoke("train", photos, "--method", SPEC, "--out", tmp_path / "run", *options, "--json")

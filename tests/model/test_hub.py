@@ -336,6 +336,23 @@ def test_the_callback_tells_the_course_of_a_training(fresh, tmp_path):
     torch.testing.assert_close(loaded.backbone.blocks[0].mlp.dispatcher.gate.bias, gate.gate.bias)
 
 
+def test_the_complete_model_runs_in_every_kth_step_of_a_trainer_too(fresh, tmp_path):
+    model = fresh("dyt:complete_every=4")
+    passes = []
+    run = model.run
+
+    def watched(images, *, complete=False):
+        passes.append(complete)
+        return run(images, complete=complete)
+
+    model.run = watched
+    train = trainer(model, tmp_path, max_steps=6)
+    train.add_callback(dyntune.CourseCallback())
+    train.train()
+    # Dispatched, and behind the first and the fifth step's pass the complete model.
+    assert passes == [False, True, False, False, False, False, True, False]
+
+
 def test_no_model_is_the_best_before_its_gates_have_settled(fresh, tmp_path):
     class Falling(transformers.TrainerCallback):
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):

@@ -1,6 +1,9 @@
 """Tables of a report in Markdown and HTML."""
 
-from dyntune.studies.report import Table, _page, markdown_table
+from pathlib import Path
+
+from dyntune.studies.report import Table, _page, markdown_table, trained_with
+from dyntune.training.settings import TrainSettings
 
 TABLE = Table("On <large> models", ("model", "per image"), [("dyt:rate=0.5,a&b", "9.1 ms")], "Random weights.")
 
@@ -26,3 +29,9 @@ def test_pictures_say_what_is_seen_and_open_by_themselves():
 def test_the_page_follows_the_readers_choice_of_light_or_dark():
     page = _page("Title", "One.", [TABLE], {})
     assert "color-scheme: light dark" in page and "prefers-color-scheme: dark" in page
+
+
+def test_a_report_says_what_decided_its_figures_and_not_where_the_weights_lie():
+    told = trained_with("digits", "vit_tiny", Path("/somewhere/vit.npz"), TrainSettings(lr=2e-3, workers=3))
+    assert (told["data"], told["model"], told["weights"]) == ("digits", "vit_tiny", "vit.npz")
+    assert told["settings"]["lr"] == 2e-3 and told["settings"]["seed"] == 0 and "workers" not in told["settings"]

@@ -39,3 +39,5 @@ def test_only_what_decides_the_weights_counts_as_a_difference():
     before = dataclasses.asdict(TrainSettings())
     assert TrainSettings(workers=3, device="cpu").differences(before) == []
     assert TrainSettings(lr=1e-2).differences(before) == ["lr was 0.001, is 0.01"]
+    assert TrainSettings(lr=1e-2).differences(before, ("lr",)) == []
+    assert set(before) - set(TrainSettings().deciding()) == {"workers", "device", "log_every", "gradient_checkpointing"}

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import dyntune
-from dyntune.core.errors import BackboneError, SpecError, TrainingError
+from dyntune.core.errors import BackboneError, DivergenceError, SpecError, TrainingError
 from dyntune.model.rates import dispatchers
 from dyntune.model.tasks import Classification
 from dyntune.training.evaluate import evaluate
@@ -135,7 +135,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(make_host
             image, label = super().__getitem__(index)
             return (image * torch.nan if len(calls) > 70 else image), label
 
-    with pytest.raises(TrainingError, match=r"not finite .*epoch 2, step 1, at learning rate .*last good checkpoint"):
+    with pytest.raises(DivergenceError, match=r"not finite .*epoch 2, step 1, at learning rate .*last good checkpoint"):
         fit(_model(make_host), Poisoned(images, labels), colours[1], out=run, **SHORT)
     state = RunState.read(run)
     assert (state.epoch, state.step) == (1, 0)
@@ -375,7 +375,7 @@ def test_an_update_that_spoils_the_weights_is_not_saved(make_host, colours, tmp_
         return step(self, *arguments, **keywords)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", poisoned)
-    with pytest.raises(TrainingError, match=r"not finite after an update in epoch 2.*last good checkpoint"):
+    with pytest.raises(DivergenceError, match=r"not finite after an update in epoch 2.*last good checkpoint"):
         fit(_model(make_host), colours[0], out=tmp_path / "run", **SHORT)
     state = RunState.read(tmp_path / "run")
     assert state.epoch == 1 and all(torch.isfinite(t).all() for t in state.tensors.values())

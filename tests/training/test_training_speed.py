@@ -271,6 +271,30 @@ def test_complete_model_runs_in_every_kth_step_and_counts_k_times(build, images_
     torch.testing.assert_close(loss_of(model, images_for).terms, once)
 
 
+def test_steps_of_the_complete_model_are_counted_where_the_training_has_been_told(build, images_for):
+    model = build("dyt:dropout=0,complete_every=3")
+    seen = complete_runs(model)
+
+    def passes(steps=4, **options):
+        """In which of the next steps the complete model ran."""
+        ran = []
+        for index in range(steps):
+            before = len(seen)
+            loss_of(model, images_for, **options)
+            ran += [index] if len(seen) > before else []
+        return ran
+
+    assert passes() == [0, 1, 2, 3]
+    model.begin_training(10, 1e-3)
+    assert passes() == [0, 3]
+    assert passes(1, step=5) == [] and passes() == [0, 3]  # steps 6 to 9
+    model.eval()
+    assert passes(2) == [0, 1], "no step of the training"
+    model.train()
+    model.end_training()
+    assert passes() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("share,count", [("0.1", 1), ("0.5", 2), ("0.6", 3)])
 def test_complete_model_runs_on_a_share_of_the_batch_and_its_terms_are_means_over_it(build, images_for, share, count):
     model = build(f"dyt:dropout=0,complete_share={share}", "average")

@@ -35,7 +35,7 @@ from dyntune.data.base import DataSplits
 from dyntune.model.tune import build_tuned
 from dyntune.parts.spec_list import folder_name, split_specs
 from dyntune.studies.compare import compare
-from dyntune.studies.report import table_columns, table_rows, write_report
+from dyntune.studies.report import table_columns, table_rows, trained_with, write_report
 from dyntune.training.header import outlines, training_header
 from dyntune.training.progress import ProgressBar
 from dyntune.training.run_folder import require_room
@@ -98,13 +98,15 @@ def command(
         teacher=load_teacher(teacher, splits),
     )
     assert splits.test is not None  # compare() has refused data without a test split
-    trained = (
-        f"{counted(len(splits.train), 'training image')}, {counted(settings.epochs, 'epoch')}, seed {settings.seed}"
+    images, tested = counted(len(splits.train), "training image"), counted(len(splits.test), "test image")
+    intro = (
+        f"{model} adapted to {data}: {images}, {counted(settings.epochs, 'epoch')}, learning rate {settings.lr:g}, "
+        f"batches of {settings.batch_size}, seed {settings.seed}; {tested}."
     )
-    intro = f"{model} adapted to {data}: {trained}; {counted(len(splits.test), 'test image')}."
-    page = write_report(folder, f"Methods on {data}", intro, rows, models, splits.test)
+    trained = trained_with(data, model, weights, settings)
+    page = write_report(folder, f"Methods on {data}", intro, rows, models, splits.test, trained=trained)
     if json:
-        print_json({"data": data, "model": model, "machine": machine(), "rows": [row.to_dict() for row in rows]})
+        print_json({**trained, "machine": machine(), "rows": [row.to_dict() for row in rows]})
         return
     space()
     print_table(f"{data} with {model}", table_columns(rows), table_rows(rows))

@@ -19,7 +19,7 @@ from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.run import bench
 from dyntune.studies.bench.runtimes import check_runtime
 from dyntune.studies.compare import compare
-from dyntune.studies.report import Table, table_columns, table_rows, write_report
+from dyntune.studies.report import Table, table_columns, table_rows, trained_with, write_report
 from dyntune.training.progress import ProgressBar
 from dyntune.training.settings import TrainSettings
 
@@ -59,12 +59,12 @@ def command(
         "compute half of the patches in the MLPs and skip the rest; the table says what they computed."
     )
     further = [_large(folder / "speed")] if speed else []
-    page = write_report(folder, "Dyntune demo: handwritten digits", intro, rows, models, splits.test, *further)
+    title, trained = "Dyntune demo: handwritten digits", trained_with("digits", DEFAULT_MODEL, None, settings)
+    page = write_report(folder, title, intro, rows, models, splits.test, *further, trained=trained)
     if json:
         print_json(
             {
-                "data": "digits",
-                "model": DEFAULT_MODEL,
+                **trained,
                 "machine": machine(),
                 "rows": [r.to_dict() for r in rows],
                 "tables": [asdict(table) for table in further],

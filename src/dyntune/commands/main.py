@@ -26,7 +26,7 @@ from typer.core import TyperCommand
 from dyntune import commands
 from dyntune.commands.common import err
 from dyntune.core.errors import DyntuneError, TrainingError
-from dyntune.core.limits import limits_named
+from dyntune.core.limits import advice_for, limits_named
 from dyntune.core.texts import printable
 from dyntune.core.version import VERSION
 from dyntune.data.datasets import SKIP
@@ -127,8 +127,8 @@ def main() -> None:
         text = _told(error)
         if "Original Traceback" in text:
             text = text.rpartition("Error: ")[2]
-        if "--on-corrupt" not in _options_of(sys.argv[1:]):
-            text = text.replace(SKIP, "")
+        options = _options_of(sys.argv[1:])
+        text = advice_for(text if "--on-corrupt" in options else text.replace(SKIP, ""), options)
         words = "\n".join(map(printable, text.strip().split("\n")))
         if isinstance(error, TrainingInterrupted):
             _fail(words, f"next: {_going_on(sys.argv[1:])}", label=None)

@@ -44,7 +44,11 @@ class DataError(DyntuneError, ValueError):
 
 
 class TrainingError(DyntuneError, RuntimeError):
-    """Training cannot go on, for instance because the loss is not finite."""
+    """Training cannot begin or go on."""
+
+
+class DivergenceError(TrainingError):
+    """Training has diverged: the loss, or a tensor that is trained, is not finite."""
 
 
 class ExportError(DyntuneError, RuntimeError):

@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from dyntune.core.errors import DyntuneError, MachineError, in_one_line
@@ -29,6 +29,13 @@ _WORDS = {
         re.IGNORECASE,
     ),
 }
+_ADVICE = {
+    "--batch-size": (", a smaller --batch-size",),
+    "--accumulate": (" (with --accumulate for the same steps)",),
+    "--workers": (", fewer --workers", "--workers 0 (workers=0) or fewer, "),
+    "--grad-checkpointing": (", --grad-checkpointing",),
+}
+"""What sentences say of an option; without it they are still sentences."""
 
 
 @contextlib.contextmanager
@@ -65,6 +72,22 @@ def limit(error: BaseException, folder: Path | None = None) -> str | None:
     return None
 
 
+def advice_for(text: str, options: Container[str]) -> str:
+    """A text without the advice to give options that a command does not have.
+
+    Args:
+        text: with a sentence of this module in it, or without.
+        options: of the command. Where it has ``--readers``, those are the processes that read images.
+    """
+    for option, pieces in _ADVICE.items():
+        for piece in pieces:
+            if option not in options:
+                text = text.replace(piece, "")
+            elif option == "--workers" and "--readers" in options:
+                text = text.replace(piece, piece.replace(option, "--readers"))
+    return text
+
+
 def _kind(error: BaseException) -> str | None:
     if isinstance(error, MemoryError):
         return "memory"
@@ -86,12 +109,11 @@ def _sentence(kind: str, error: BaseException, folder: Path | None) -> str:
             "--workers 0 (workers=0) or fewer, smaller batches, or more of it: docker run --shm-size=2g."
         )
     if kind == "files":
-        return "too many files are open in this process. Allow more, ulimit -n 4096, or give fewer --workers."
+        return "too many files are open in this process. What helps: ulimit -n 4096, fewer --workers."
     if kind == "memory":
         return (
-            f"the memory does not suffice: {in_one_line(error)}. Give a smaller "
-            "--batch-size (with --accumulate for the same steps), fewer "
-            "--workers, --grad-checkpointing, or a smaller model."
+            f"the memory does not suffice: {in_one_line(error)}. What takes less: a smaller model, a smaller "
+            "--batch-size (with --accumulate for the same steps), fewer --workers, --grad-checkpointing."
         )
     name = getattr(error, "filename", None)
     place = folder or (Path(os.fsdecode(name)).parent if isinstance(name, str | bytes) else None)

@@ -81,9 +81,9 @@ def training_loss(
         teacher: a frozen model of the same task, tuned or a plain backbone, for policies that learn from one
             (DynamicViT); their terms are left out without it.
         epoch: epochs done, with the fraction of the running one, for what follows a schedule (EViT's keep rate).
-        step: number of the step in the whole training, from 0, for a complete model that does not run in every step;
-            without it, it does. What follows the course of a training (``TunedModel.begin_training``) counts by itself
-            then. Processes that train together must give the same number.
+        step: number of the step in the whole training, from 0, for a complete model that does not run in every step.
+            Without it, steps in train mode are counted from ``TunedModel.begin_training`` on; where nobody has called
+            that, the complete model runs in every step. Processes that train together must give the same number.
     """
     if not isinstance(model, Learner):
         raise not_tuned(model, "training_loss")
@@ -91,6 +91,8 @@ def training_loss(
     _warn_without_course(model)
     if model.training:
         model.backbone.begin_step(epoch, step)
+        if step is None and model.backbone.steps is not None:
+            step = model.backbone.step - 1
         _weigh(model, images)
     output = model.run(images)
     terms: dict[str, Tensor] = {}

@@ -185,7 +185,7 @@ class TunedModel(TimmMethods, HubModel):
 
         ``fit`` does so itself. Without it the gates of ``dispatch`` start alike, learn at the pace of the learning
         rate, and are trained towards their rate from the first step, with noise to the last, which short trainings do
-        not always survive.
+        not always survive; and ``complete_every`` needs ``training_loss(..., step=n)``.
 
         Args:
             steps: how often ``training_loss`` will be called in train mode.

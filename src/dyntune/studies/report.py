@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,7 @@ from dyntune.parts.spec_list import folder_name
 from dyntune.studies import pictures
 from dyntune.studies.compare import Row
 from dyntune.training.evaluate import as_tensors
+from dyntune.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,6 +92,19 @@ def markdown_table(table: Table) -> str:
     return "\n".join(lines)
 
 
+def trained_with(data: str, model: str, weights: Path | None, settings: TrainSettings) -> dict[str, Any]:
+    """What the methods of a comparison were trained on, from and with, as JSON values.
+
+    Args:
+        data: as it was named.
+        model: name of the backbone.
+        weights: local weight file of the backbone, of which the name is told and not the place.
+        settings: of every run; what decides the outcome is told.
+    """
+    file = None if weights is None else weights.name
+    return {"data": data, "model": model, "weights": file, "settings": settings.deciding()}
+
+
 def write_report(
     out: Path,
     title: str,
@@ -99,6 +113,7 @@ def write_report(
     models: dict[str, TunedModel],
     images: LabelledImages,
     *further: Table,
+    trained: Mapping[str, Any],
 ) -> Path:
     """Writes table, pictures and page of a comparison.
 
@@ -110,11 +125,12 @@ def write_report(
         models: the trained models by method.
         images: where the images of the pictures are taken from.
         further: tables behind that of the methods.
+        trained: see ``trained_with``; for ``results.json``.
 
     Returns:
         The page.
     """
-    results = {"title": title, "machine": machine(), "rows": [row.to_dict() for row in rows]}
+    results = {"title": title, **trained, "machine": machine(), "rows": [row.to_dict() for row in rows]}
     write_json(out / "results.json", results | ({"tables": [asdict(table) for table in further]} if further else {}))
     write_atomically(out / "results.csv", lambda path: _write_csv(path, rows))
     captions = {"tradeoff.png": f"Test {rows[0].test.merit} over the MACs that ran, without the head."}

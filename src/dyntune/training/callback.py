@@ -13,11 +13,11 @@ from dyntune.model.tuned import TunedModel
 class CourseCallback(TrainerCallback):
     """Tells the model of a ``transformers.Trainer`` the course of its training: ``callbacks=[CourseCallback()]``.
 
-    Without it gates train as in a loop that does not say its length, see ``TunedModel.begin_training``. A training
-    that is resumed measures the pace of its gates anew. Before policies have settled (``TokenPolicy.settles``) a model
-    may compute more than was asked for, so that no earlier evaluation counts for ``load_best_model_at_end``, nor for
-    the patience of early stopping. A Trainer that is interrupted tells nobody: call ``model.end_training()`` before
-    the model is trained in another way.
+    Without it gates train as in a loop that does not say its length, see ``TunedModel.begin_training``, and the
+    complete model runs in every step, whatever ``complete_every`` is. A training that is resumed measures the pace of
+    its gates anew. Before policies have settled (``TokenPolicy.settles``) a model may compute more than was asked for,
+    so that no earlier evaluation counts for ``load_best_model_at_end``, nor for the patience of early stopping. A
+    Trainer that is interrupted tells nobody: call ``model.end_training()`` before the model is trained in another way.
     """
 
     def on_train_begin(

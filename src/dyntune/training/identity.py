@@ -52,7 +52,7 @@ def run_identity(
 
 
 def identity_changes(
-    before: dict[str, Any], now: dict[str, Any], done: int | None = None, steps: int = 1, settles: bool = False
+    before: dict[str, Any], now: dict[str, Any], done: int | None = None, steps: int = 1, follows_length: bool = False
 ) -> list[str]:
     """What differs between two identities, in words; settings that do not touch the weights may differ.
 
@@ -64,18 +64,19 @@ def identity_changes(
         now: of that which shall go on with it.
         done: steps that the run has done; None where nothing tells.
         steps: of an epoch.
-        settles: whether something in the model follows how far the training is, so that its length must not change.
+        follows_length: whether something in the model follows how far the training is, so that its length must not
+            change.
     """
     settings, former = TrainSettings(**now["settings"]), before["settings"]
     free: set[str] = set()
     images = [run["settings"].get("batch_size", 0) * run.get("processes", 1) for run in (before, now)]
     if images[0] == images[1]:
         free.add("batch_size")
-    if done is not None and not settles and _same_rates(former, settings, done, steps):
+    if done is not None and not follows_length and _same_rates(former, settings, done, steps):
         free |= {"epochs", "warmup_epochs", "cooldown_epochs"}
     changed = settings.differences(former, free)
     if done and any(change.startswith("epochs ") for change in changed):
-        changed.append(_longer(former, settings, settles))
+        changed.append(_longer(former, settings, follows_length))
     parts = _parts(before)
     if parts != _parts(now):
         changed.append(f"spec was {before['spec']}, is {now['spec']}")
@@ -112,9 +113,9 @@ def _same_rates(former: dict[str, Any], now: TrainSettings, done: int, steps: in
     )
 
 
-def _longer(former: dict[str, Any], now: TrainSettings, settles: bool) -> str:
+def _longer(former: dict[str, Any], now: TrainSettings, follows_length: bool) -> str:
     """What is said to those who want another length."""
-    if settles:
+    if follows_length:
         return "what the model learns follows the length of the training, so that another one needs a run of its own"
     before = TrainSettings(**former)
     more = now.epochs - before.epochs

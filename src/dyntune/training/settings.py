@@ -36,6 +36,8 @@ _ELSEWHERE = {
     "wd": "weight_decay",
 }
 """What timm, transformers and Lightning call options, and what they are here."""
+_INDIFFERENT = ("workers", "device", "log_every", "gradient_checkpointing")
+"""Options that the trained weights do not depend on."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,9 @@ class TrainSettings:
         """
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         other = defaults | other
-        free = {"workers", "device", "log_every", "gradient_checkpointing", *besides}
-        mine = dataclasses.asdict(self)
-        return [f"{k} was {other[k]}, is {mine[k]}" for k in mine if k not in free and mine[k] != other[k]]
+        mine = self.deciding()
+        return [f"{k} was {other[k]}, is {mine[k]}" for k in mine if k not in besides and mine[k] != other[k]]
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the trained weights, as plain values."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _INDIFFERENT}

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from dyntune.core.errors import CheckpointError, TrainingError
+from dyntune.core.errors import CheckpointError, DivergenceError, TrainingError
 from dyntune.core.files import write_json
 from dyntune.core.limits import limits_named
 from dyntune.core.words import counted
@@ -115,7 +115,8 @@ def fit(
 
     Raises:
         DataError: a data set is of no such kind, or a label is not one of the classes.
-        TrainingError: options do not make sense, ``out`` holds another run, or the loss is not finite.
+        DivergenceError: the loss, or a trained tensor, is not finite.
+        TrainingError: options do not make sense, or ``out`` holds another run.
         TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved, where ``out`` is given.
     """
     require_tuned(model, "fit")
@@ -457,7 +458,7 @@ class _Run:
             return
         terms = ", ".join(f"{name} {float(term):g}" for name, term in result["terms"].items())
         kept = f"The last good checkpoint is in {self.out}. " if self.out and (self.out / STATE).exists() else ""
-        raise TrainingError(
+        raise DivergenceError(
             f"the loss is not finite ({terms}) in epoch {epoch + 1}, step {step + 1}, at learning rate {lr:g}. "
             f"{kept}{_ADVICE}"
         )
@@ -468,7 +469,7 @@ class _Run:
         if self._agreed(bool(spoilt)):
             kept = f"The last good checkpoint is in {self.out}. " if self.out and (self.out / STATE).exists() else ""
             where = spoilt[0] if spoilt else "another process's weights"
-            raise TrainingError(f"{where} is not finite after an update in epoch {epoch + 1}. {kept}{_ADVICE}")
+            raise DivergenceError(f"{where} is not finite after an update in epoch {epoch + 1}. {kept}{_ADVICE}")
 
     def _write_state(self, epoch: int, step: int) -> None:
         if self.out and self._main:

@@ -10,14 +10,16 @@ import threading
 import time
 
 import pytest
+import torch
 from filelock import FileLock
 from rich.console import Console
 
 import dyntune
 from dyntune.core.errors import TrainingError
 from dyntune.model.adapter_folder import WEIGHTS
+from dyntune.studies.vtab import jobs as running
 from dyntune.studies.vtab.folders import ResizedImages
-from dyntune.studies.vtab.jobs import LOCK, run_job
+from dyntune.studies.vtab.jobs import LOCK, run_job, run_jobs, threads_each
 from dyntune.studies.vtab.plan import Job
 from dyntune.studies.vtab.results import TRACEBACK, JobResult, finished, read_failure, read_result
 from dyntune.studies.vtab.run import JobDisplay, failure_report, remaining_seconds, run_benchmark
@@ -138,6 +140,16 @@ def test_an_interrupted_job_goes_on_from_its_state(one_worker, make_plan, tmp_pa
 
 
 @pytest.mark.slow
+def test_what_is_said_in_a_worker_is_said_by_the_process_that_started_it(make_plan, quick_processes, tmp_path, caplog):
+    spec = "dynamicvit:keep=0.7/0.5,layers=1/2"  # which warns that there is no teacher
+    plan = make_plan(tmp_path / "run", (spec,), ("digits",), options={"epochs": 1})
+    assert not run_benchmark(plan, workers=2, console=QUIET).failures
+    (record,) = [record for record in caplog.records if "teacher" in record.message]
+    assert record.levelname == "WARNING" and record.name == "dyntune"
+    assert record.message.startswith(f"{plan.jobs()[0]}: ")
+
+
+@pytest.mark.slow
 def test_sigterm_stops_the_workers_and_says_how_to_go_on(make_plan, quick_processes, tmp_path):
     plan = make_plan(tmp_path / "run", SPECS[1:], options={"epochs": 200})
     runs = [job.folder(plan.out) / "run" / STATE for job in plan.jobs()]
@@ -172,6 +184,33 @@ def test_a_failed_job_is_recorded_and_the_others_go_on(mini_root, make_plan, tmp
     assert finished(Job("linear", "cells", 0), plan.out)
     image.write_bytes(whole)
     assert not run_benchmark(plan, retry_failed=True, console=QUIET).failures
+
+
+@pytest.mark.parametrize(
+    ("cores", "torchs", "chosen", "each"),
+    [
+        (4, 32, False, {1: 4, 2: 2, 3: 1, 8: 1}),  # a container of four cores on a larger machine
+        (8, 4, False, {1: 4, 2: 4, 4: 2}),
+        (4, 8, True, {1: 8, 2: 2}),
+    ],
+)
+def test_workers_share_the_cores_that_the_process_may_use(
+    make_plan, tmp_path, monkeypatch, cores, torchs, chosen, each
+):
+    monkeypatch.setattr(running, "available_cores", lambda: cores)
+    monkeypatch.setattr(running, "chosen_by_user", lambda: chosen)
+    before = torch.get_num_threads()
+    torch.set_num_threads(torchs)
+    try:
+        assert {workers: threads_each(workers) for workers in each} == each
+        had = []
+        monkeypatch.setattr(running, "run_job", lambda *_: had.append(torch.get_num_threads()) or "done")
+        plan = make_plan(tmp_path / "run")
+        with JobDisplay(plan, plan.jobs(), plan.jobs(), 1, QUIET) as display:
+            run_jobs(plan.jobs(), plan, 1, display)
+        assert set(had) == {each[1]} and torch.get_num_threads() == torchs
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_job_that_another_process_has_claimed_is_left_to_it(make_plan, tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from dyntune.core.errors import TrainingError
+from dyntune.core.errors import DivergenceError, TrainingError
 from dyntune.parts.registry import resolve
 from dyntune.studies.vtab import search
 from dyntune.studies.vtab import train as training
@@ -87,7 +87,7 @@ def test_a_search_goes_on_and_counts_what_others_tried(make_plan, tmp_path, monk
     def train(spec, data, plan, settings, out, progress):
         done.append((spec, settings.lr))
         if len(done) == 2:
-            raise TrainingError("the loss is not finite")
+            raise DivergenceError("the loss is not finite")
         if len(done) == 3:
             raise KeyboardInterrupt
         return None, None
@@ -110,6 +110,42 @@ def test_a_search_goes_on_and_counts_what_others_tried(make_plan, tmp_path, monk
     other = make_plan(tmp_path / "three", ("linear",), ("digits",), search=1, storage=address, options={"epochs": 3})
     search_job(other.searches()[0], other, nothing)
     assert len(done) == 6  # other options are another study
+
+
+def test_a_trial_that_fails_otherwise_than_by_diverging_fails_the_search(make_plan, tmp_path, monkeypatch):
+    def train(*_):
+        raise TrainingError("the training set is empty.")
+
+    plan = make_plan(tmp_path, ("linear",), ("digits",), search=2, storage=f"sqlite:///{tmp_path / 'trials.db'}")
+    monkeypatch.setattr(search, "train_one", train)
+    with pytest.raises(TrainingError, match="set is empty"):
+        search_job(plan.searches()[0], plan, nothing)
+    assert [trial.state.name for trial in trials(plan)] == ["FAIL"]
+
+
+def test_the_best_is_never_a_trial_that_diverged_and_without_another_there_is_none(make_plan, tmp_path, monkeypatch):
+    class Nothing:
+        accuracy = 0.0
+
+    diverging, rates = {1, 2}, []
+
+    def train(spec, data, plan, settings, out, progress):
+        rates.append(settings.lr)
+        if len(rates) in diverging:
+            raise DivergenceError("the loss is not finite in epoch 1.")
+        return None, None
+
+    monkeypatch.setattr(search, "train_one", train)
+    monkeypatch.setattr(search, "evaluate", lambda *_, **__: Nothing)
+    address = f"sqlite:///{tmp_path / 'trials.db'}"
+    plan = make_plan(tmp_path, ("linear",), ("digits",), search=2, storage=address)
+    for _ in range(2):  # the same is said where nothing is left to be tried
+        with pytest.raises(DivergenceError, match=r"every trial of the search \(2\).*lower --lr.*in epoch 1"):
+            search_job(plan.searches()[0], plan, nothing)
+    assert len(rates) == 2
+    more = make_plan(tmp_path, ("linear",), ("digits",), search=3, storage=address)
+    found = search_job(more.searches()[0], more, nothing)
+    assert found.lr == rates[2] and found.accuracy == 0 and found.trials == 3
 
 
 def test_a_failed_search_keeps_its_trainings_back(make_plan, tmp_path, monkeypatch):

@@ -7,8 +7,10 @@ import pytest
 
 import dyntune
 from dyntune.core.errors import SpecError, TrainingError
+from dyntune.data.datasets import FileImages
 from dyntune.parts.registry import resolve
 from dyntune.studies.noah import SearchSettings
+from dyntune.studies.vtab import train as training
 from dyntune.studies.vtab.plan import Job
 from dyntune.studies.vtab.run import check_methods
 from dyntune.studies.vtab.train import base_settings, train_job
@@ -47,6 +49,28 @@ def test_noah_is_searched_and_trained_with_what_was_found(make_plan, tmp_path):
     sizes = [json.loads((folder / "train.json").read_text())["train_images"] for folder in (run / "supernet", run)]
     assert sizes == [16, 24]
     assert shares == sorted(shares)
+
+
+def test_trainings_of_noah_decode_an_image_once(make_plan, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    decoded = []
+    read = FileImages.read
+    monkeypatch.setattr(FileImages, "read", lambda self, index: decoded.append(index) or read(self, index))
+
+    def stop(part, build, train, val, train_val, *_, **__):
+        preprocessing = build(part).preprocessing
+        for images in (train, train_val):
+            decoded.clear()
+            first, again = images.read(1), images.read(1)
+            assert decoded == [1] and first is again
+            assert first.size == preprocessing.size[::-1]
+        raise Seen
+
+    monkeypatch.setattr(training, "train_noah", stop)
+    with pytest.raises(Seen):
+        trained(make_plan, tmp_path, "noah:choices=1/2")
 
 
 def test_noah_is_refused_in_a_search(make_plan, tmp_path):

@@ -16,7 +16,7 @@ class Reducer(nn.Module):
     """What a reducing policy puts on a unit: it decides there which tokens go on."""
 
     def forward(self, tokens: Tokens, projected: Projected | None) -> Callable[[Tokens], Tokens] | None:
-        """As ``TokenPolicy.reduction``."""
+        """As ``ReducingPolicy.reduction``."""
         raise NotImplementedError
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
-import os
 import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,12 +18,14 @@ import torch
 from filelock import FileLock, Timeout
 
 from dyntune.core.errors import TrainingError
+from dyntune.core.threads import available_cores, chosen_by_user
 from dyntune.studies.vtab.plan import Job, Plan
 from dyntune.studies.vtab.results import FAILURE, finished, read_failure, write_failure
 from dyntune.studies.vtab.search import search_job
 from dyntune.studies.vtab.train import Report, train_job
 from dyntune.training.interrupt import TrainingInterrupted
 
+log = logging.getLogger("dyntune")
 LOCK = "claim.lock"
 Outcome = Literal["done", "failed", "taken"]
 """How a job ended here; ``taken`` means that another process is at it."""
@@ -96,16 +98,33 @@ def run_jobs(jobs: Sequence[Job], plan: Plan, workers: int, watcher: Watcher) ->
     """
     with _interruptible():
         if workers == 1:
-            for job in jobs:
-                watcher.begun(job)
-                watcher.ended(job, run_job(job, plan, lambda done, job=job: watcher.share(job, done)))  # type: ignore[misc]
+            with _threads(threads_each(1)):
+                for job in jobs:
+                    watcher.begun(job)
+                    watcher.ended(job, run_job(job, plan, lambda done, job=job: watcher.share(job, done)))  # type: ignore[misc]
         elif jobs:
             _Pool(jobs, plan, min(workers, len(jobs)), watcher).run()
 
 
 def threads_each(workers: int) -> int:
-    """Threads per worker: its share of the processors, at least one."""
-    return max(1, (os.cpu_count() or 1) // workers)
+    """Threads per worker: its share of the cores that this process may use, at least one, and no more than torch takes.
+
+    A worker alone has as many as somebody has set, if somebody has.
+    """
+    if workers == 1 and chosen_by_user():
+        return torch.get_num_threads()
+    return max(1, min(available_cores() // workers, torch.get_num_threads()))
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many threads of torch for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Worker:
@@ -126,7 +145,7 @@ class _Pool:
 
     def __init__(self, jobs: Sequence[Job], plan: Plan, workers: int, watcher: Watcher) -> None:
         self.waiting, self.plan, self.watcher = deque(jobs), plan, watcher
-        self.threads = min(threads_each(workers), torch.get_num_threads())
+        self.threads = threads_each(workers)
         self.workers = [_Worker(plan, index, self.threads) for index in range(workers)]
 
     def run(self) -> None:
@@ -160,6 +179,9 @@ class _Pool:
             return
         if kind == "share":
             self.watcher.share(job, value)
+        elif kind == "said":
+            level, words = value
+            log.log(level, "%s: %s", job, words)
         elif kind == "interrupted":
             raise TrainingInterrupted(value)
         else:
@@ -186,6 +208,17 @@ class _Pool:
             self._hand_out(fresh)
 
 
+class _Said(logging.Handler):
+    """Hands on what the library has to say in a worker, so that the parent says it as it says its own."""
+
+    def __init__(self, send: Callable[[str, Any], None]) -> None:
+        super().__init__()
+        self.send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.send("said", (record.levelno, record.getMessage()))
+
+
 def _serve(connection: Connection, plan: Plan, index: int, threads: int) -> None:
     """A worker's life: one job after another until the parent stops it or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then stops its workers in turn
@@ -197,6 +230,7 @@ def _serve(connection: Connection, plan: Plan, index: int, threads: int) -> None
         with contextlib.suppress(OSError):  # the parent was killed; the job at hand is still worth finishing
             connection.send((kind, value))
 
+    log.addHandler(_Said(send))
     while True:
         try:
             job = connection.recv()

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from dyntune.core.errors import BackboneError, SpecError, TrainingError
 from dyntune.core.words import counted, duration
 from dyntune.model.tuned import TunedModel
-from dyntune.studies.vtab.jobs import Outcome, forget_failure, run_jobs
+from dyntune.studies.vtab.jobs import Outcome, forget_failure, run_jobs, threads_each
 from dyntune.studies.vtab.plan import Job, Plan
 from dyntune.studies.vtab.report import write_tables
 from dyntune.studies.vtab.results import Failure, finished, read_failure, read_result, read_search
@@ -84,7 +84,7 @@ def benchmark_header(plan: Plan, models: Sequence[TunedModel], workers: int = 1)
             backbone_row(models[0]),
             ("data", f"{benchmark.name}: {counted(len(benchmark.tasks), 'task')} of {classes}, {images}"),
             *method_rows(models),
-            device_row(settings),
+            device_row(settings, counted(threads_each(1), "thread")),
             ("training", f"{counted(len(plan.jobs()), 'job')} of {epochs} ({seeds}){trials}{together}"),
         )
     )

@@ -7,7 +7,7 @@ import zlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dyntune.core.errors import TrainingError, how_to_install
+from dyntune.core.errors import DivergenceError, TrainingError, how_to_install
 from dyntune.studies.vtab.folders import load_task
 from dyntune.studies.vtab.plan import Job, Plan
 from dyntune.studies.vtab.results import SearchResult
@@ -22,6 +22,8 @@ SCALES = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Those from which the published runs of ConvPass and FacT choose per task."""
 LR_FACTOR = 10.0
 """Learning rates from a tenth of the method's own, without a search, to ten times it."""
+_DIVERGED = "diverged"
+"""Attribute of a trial whose training has diverged: what was said then."""
 
 
 def require_optuna() -> Any:
@@ -62,9 +64,10 @@ def search_job(job: Job, plan: Plan, report: Report) -> SearchResult:
 
     Each trial trains on ``train800`` with the first seed and scores the last epoch on ``val200``. The first trial has
     the values of a run without a search, so the best is never below it. A spec with several adapter scales keeps them;
-    only its learning rate is searched. What was interrupted is tried again.
+    only its learning rate is searched. A training that diverges scores 0. What was interrupted is tried again.
 
     Raises:
+        DivergenceError: all trials have diverged, so that there is nothing to train with.
         TrainingInterrupted: finished trials are kept.
     """
     optuna = require_optuna()
@@ -91,18 +94,28 @@ def search_job(job: Job, plan: Plan, report: Report) -> SearchResult:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             study.enqueue_trial(trial.params)
             raise
-        except TrainingError:
-            accuracy = 0.0  # values with which training diverges
+        except DivergenceError as error:
+            accuracy = 0.0
+            trial.set_user_attr(_DIVERGED, str(error))
         except BaseException:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             raise
         study.tell(trial, accuracy)
-    best = study.best_trial
+    tried = study.get_trials(deepcopy=False, states=[complete])
+    scored = [trial for trial in tried if _DIVERGED not in trial.user_attrs]
+    if not scored:
+        rates = [trial.params["lr"] for trial in tried]
+        raise DivergenceError(
+            f"training diverged in every trial of the search ({len(tried)}), at learning rates from {min(rates):.2g} "
+            f"to {max(rates):.2g}. Give a lower --lr in another --out. The first of them: "
+            f"{tried[0].user_attrs[_DIVERGED]}"
+        )
+    best = max(scored, key=lambda trial: trial.value)
     return SearchResult(
         lr=best.params["lr"],
         scale=best.params.get("scale"),
         accuracy=best.value,
-        trials=len(study.get_trials(deepcopy=False, states=[complete])),
+        trials=len(tried),
         seconds=time.perf_counter() - began,
     )
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from dyntune.core.errors import TrainingError
-from dyntune.data.base import DataSplits
+from dyntune.data.base import DataSplits, LabelledImages
+from dyntune.data.transforms import Preprocessing
 from dyntune.model.cost import cost
 from dyntune.model.tune import build_tuned
 from dyntune.model.tuned import TunedModel
@@ -67,7 +68,7 @@ def train_one(
     """
     torch.manual_seed(settings.seed)
     model = _build([spec], data, plan)
-    train = ResizedImages(data.train, model.preprocessing) if settings.augment == "none" else data.train
+    train = _kept(data.train, model.preprocessing, settings)
     chosen = {"val": data.val, "test": data.test, "last": None}[settings.select]
     result = fit(
         model,
@@ -80,6 +81,11 @@ def train_one(
         settings=settings,
     )
     return model, result
+
+
+def _kept(images: LabelledImages, preprocessing: Preprocessing, settings: TrainSettings) -> LabelledImages:
+    """Training images that are decoded and resized once, where that is all that is done to them."""
+    return ResizedImages(images, preprocessing) if settings.augment == "none" else images
 
 
 def _build(parts: Sequence[str | Part], data: DataSplits, plan: Plan) -> TunedModel:
@@ -102,14 +108,15 @@ def _train_noah(
     recipe, folder = plan.recipe, plan.folders[task.folder]
     halves, both = load_task(task, folder, "train800"), load_task(task, folder, "train800val200")
     assert halves.val is not None  # train800 has val200 beside it
+    preprocessing = _build([spec], both, plan).preprocessing
     epochs, lr = recipe.supernet
     shares = {"noah supernet": (0.0, 0.7), "noah": (0.8, 1.0)}
     result = train_noah(
         part,
         lambda sized: _build([sized if other == part else other for other in resolve([spec])], both, plan),
-        halves.train,
+        _kept(halves.train, preprocessing, settings),
         halves.val,
-        both.train,
+        _kept(both.train, preprocessing, settings),
         out,
         replace(settings, select="last"),
         supernet_epochs=max(1, round(settings.epochs * epochs)),
