@@ -268,6 +268,30 @@ def test_a_measurement_that_was_stopped_goes_on_with_the_rest(monkeypatch, tmp_p
     assert "--out" in run_bench("--resume", *QUICK, error=SystemExit)
 
 
+def test_what_was_measured_before_an_error_stays(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "dyntune.studies.bench.run.subprocess",
+        SimpleNamespace(run=lambda command, **_: SimpleNamespace(returncode=worker.main(command[3:]))),
+    )
+    real, failing = worker.measure, True
+
+    def measure(entries, images, **options):
+        if failing and len(images) == 1:
+            raise MemoryError
+        return real(entries, images, **options)
+
+    monkeypatch.setattr(worker, "measure", measure)
+    words = ("--method", "dyt", "--batch-size", "2,1", "--out", tmp_path / "out", "--json", *QUICK)
+    assert "memory" in run_bench(*words, error=DyntuneError)
+    kept = tmp_path / "out" / "measurements"
+    assert sorted(path.name for path in kept.iterdir()) == ["eager.json", "plan.json"]
+    before = json.loads((kept / "eager.json").read_text())["rows"]
+    assert [row["batch_size"] for row in before] == [2, 2]
+    assert "memory" in run_bench(*words, "--resume", error=DyntuneError)
+    failing = False
+    assert json.loads(run_bench(*words, "--resume"))["rows"][:2] == before
+
+
 def test_how_long_it_will_take_is_said_beforehand(monkeypatch, run):
     monkeypatch.setattr("dyntune.studies.bench.run._macs_per_second", lambda: 1e9)
     short = {"run": str(run), "batch_sizes": (1,), "rounds": 10, "seconds": 0.0}

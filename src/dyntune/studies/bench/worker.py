@@ -175,14 +175,20 @@ def _kept(result: Path) -> Measured:
     try:
         return Measured.from_dict(load_json(result))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        result.unlink()
         raise DyntuneError(
             f"{result} cannot be read ({type(error).__name__}) and is removed. Give the same again: with --resume what "
             "it held is measured anew."
         ) from error
 
 
+def error_file(result: Path) -> Path:
+    """Where an error is written to, beside a result file: what that holds already was measured and stays."""
+    return result.with_name(f"{result.stem}.error.json")
+
+
 def main(arguments: list[str]) -> int:
-    """Writes what was measured, or the error, to the result file; returns the exit status."""
+    """Writes what was measured to the result file, an error to ``error_file``; returns the exit status."""
     plan, runtime, result = Path(arguments[0]), arguments[1], Path(arguments[2])
     try:
         before = _kept(result) if result.exists() else None
@@ -199,7 +205,7 @@ def main(arguments: list[str]) -> int:
             asked = Plan.from_dict(load_json(plan))
             measured = measure_runtime(asked, runtime, folder, before, keep)
     except (DyntuneError, OSError) as error:
-        write_json(result, {"error": str(error)})
+        write_json(error_file(result), {"error": str(error)})
         return 1
     write_json(result, measured.to_dict())
     return 0
