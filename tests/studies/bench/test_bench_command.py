@@ -1,6 +1,7 @@
 """``dyntune bench`` end to end, each runtime in its own process."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -102,6 +103,12 @@ def test_a_run_is_set_to_a_rate_on_the_timed_images(run, tmp_path):
     row, notes = measured(tmp_path, run=str(run), data="digits", rate=0.3, batch_sizes=(4,))
     assert row.active == pytest.approx(0.3, abs=0.02)
     assert "dyt:rate=0.7: set to a rate of 30%" in notes
+
+
+def test_a_test_folder_of_some_classes_is_enough(run, photos, tmp_path):
+    shutil.copytree(photos / "test" / "red", tmp_path / "photos" / "test" / "red")
+    row, notes = measured(tmp_path, run=str(run), data=f"folder:{tmp_path / 'photos'}", batch_sizes=(4,))
+    assert row.batch_size == 4 and f"images: folder:{tmp_path / 'photos'}" in notes
 
 
 def test_the_command_prints_both_tables_and_the_notes(monkeypatch):

@@ -22,7 +22,7 @@ from dyntune.core.files import load_json, room_beside, write_json
 from dyntune.core.limits import limits_named
 from dyntune.core.machine import OtherLoad, machine
 from dyntune.core.threads import available_cores, take_threads
-from dyntune.data import load_data
+from dyntune.data import load_held
 from dyntune.model.load import load
 from dyntune.model.tuned import TunedModel
 from dyntune.studies.bench.measure import Row, measure
@@ -148,7 +148,8 @@ def _images(plan: Plan, model: TunedModel) -> Tensor:
     if plan.data is None:
         generator = torch.Generator().manual_seed(plan.seed + 1)
         return torch.randn(count, *model.backbone.input_shape, generator=generator)
-    test = load_data(plan.data, on_corrupt=plan.on_corrupt).test
+    # Whose classes they are does not matter: nobody looks at the labels.
+    test = load_held(plan.data, on_corrupt=plan.on_corrupt).splits.get("test")
     if test is None or len(test) < count:
         raise DataError(
             f"{plan.data} has {0 if test is None else len(test)} test images; a batch of {count} was asked for. "
