@@ -161,3 +161,15 @@ def test_a_speed_comes_with_its_spread(run, photos):
     assert table["speedup_low"] <= table["speedup"] <= table["speedup_high"] and table["timed_batch"] == 3
     said = " ".join(invoke("eval", run, photos, "--device", "cpu").stdout.split())
     assert "in batches of 12 (" in said and "x dense, half of the rounds" in said
+
+
+def test_accuracy_is_said_before_the_timing_which_may_be_left_out(run, photos, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dyntune.commands.eval.compare_speed", stopped)
+    assert "accuracy" in invoke("eval", run, photos, "--device", "cpu").stdout
+    done = invoke("eval", run, photos, "--device", "cpu", "--no-speed")
+    assert done.exit_code == 0 and "accuracy" in done.stdout and "per second" not in done.stdout
+    found = report("eval", run, photos, "--no-speed")
+    assert found["images"] == 12 and found["speedup"] is found["images_per_second"] is found["timed_batch"] is None
