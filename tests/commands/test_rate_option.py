@@ -127,6 +127,22 @@ def test_rates_that_cannot_be_trained_for(specs, rate, expected):
         with_rate(specs, rate)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--rate", "0.9..0.3"), "lower one first"),
+        (("--method", "dytt"), "Did you mean 'dyt'"),
+        (("--policy", "tome:q=8"), "unknown option 'q'"),
+        (("--stride", 4), "options of clips need --frames"),
+        (("--frames", 4, "--views", "2x2"), "expected 1, the middle, or 3"),
+    ],
+)
+def test_what_is_written_wrongly_is_said_before_data_are_read(monkeypatch, tmp_path, options, expected):
+    monkeypatch.setattr("dyntune.commands.train.load_data", lambda *_, **__: pytest.fail("the data were read"))
+    done = invoke("train", "digits", "--out", tmp_path / "run", *options)
+    assert isinstance(done.exception, DyntuneError) and expected in str(done.exception), done.exception
+
+
 def test_rates_that_cannot_be_read(run, photos):
     done = invoke("calibrate", run, photos, "--rates", "0.3,0.5")
     assert isinstance(done.exception, SpecError) and "written 0.3/0.5/0.7" in str(done.exception)
