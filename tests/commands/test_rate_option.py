@@ -14,6 +14,7 @@ from dyntune.core.errors import DyntuneError, ExportError, SpecError
 from dyntune.model.adapter_folder import CONFIG, EXPORTED
 from dyntune.model.tune import build_tuned
 from dyntune.parts.registry import resolve
+from dyntune.studies import compare
 
 CLASSES = ("blue", "green", "red")
 
@@ -172,11 +173,19 @@ def test_a_run_is_told_from_an_exported_folder(run):
         dyntune.open_export(run)
 
 
-def test_a_speed_comes_with_its_spread(run, photos):
+def test_a_speed_comes_with_its_spread_and_takes_no_minutes(run, photos, monkeypatch):
+    limits, real = [], compare.measure_throughput
+
+    def measure(*given, limit, **named):
+        limits.append(limit)
+        return real(*given, **named)
+
+    monkeypatch.setattr(compare, "measure_throughput", measure)
     table = report("eval", run, photos, "--split", "test", "--batch-size", 3)
     assert table["speedup_low"] <= table["speedup"] <= table["speedup_high"] and table["timed_batch"] == 3
     said = " ".join(invoke("eval", run, photos, "--device", "cpu").stdout.split())
     assert "in batches of 12 (" in said and "x dense, half of the rounds" in said
+    assert len(limits) == 2 and 0 < max(limits) <= 20
 
 
 def test_accuracy_is_said_before_the_timing_which_may_be_left_out(run, photos, monkeypatch):
