@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -16,9 +17,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dyntune
+from dyntune.commands.clips import ClipOptions
 from dyntune.commands.main import app
-from dyntune.core.errors import DyntuneError
-from dyntune.data import Video
+from dyntune.core.errors import DyntuneError, SpecError
+from dyntune.data import Preprocessing, Video
+from dyntune.data.clips import Sampling
 
 pytest.importorskip("av")
 from dyntune.data.video_files import FORMATS, write_video
@@ -199,6 +202,39 @@ def test_what_does_not_go_together(films, tmp_path, two_blocks, arguments, messa
     given = [str(argument).format(films=films) for argument in arguments]
     with pytest.raises(DyntuneError, match=re.escape(message)):
         invoke("train", *given, "--model", "vit_two_blocks", "--weights", two_blocks, "--out", tmp_path / "run")
+
+
+PIXELS = Preprocessing((32, 32), (0.5,) * 3, (0.5,) * 3, "bilinear")
+JOINT = "videomae_base_patch16_224"
+
+
+@pytest.mark.parametrize(
+    ("given", "model", "built", "clip"),
+    [
+        ({}, "vit_two_blocks", ("vit_two_blocks", {}), None),
+        ({"frames": 4}, "vit_two_blocks", ("frames:vit_two_blocks", {"frames": 4}), Sampling(4)),
+        ({"frames": 16}, JOINT, (JOINT, {"frames": 16}), Sampling(16, 4)),
+        ({"views": "2x3"}, JOINT, (JOINT, {}), Sampling(16, 4, spans=2, crops=3)),
+        ({"flip": 0.0, "sampling": "segments"}, JOINT, (JOINT, {}), Sampling(16, 4, "segments", flip=0.0)),
+        ({"stride": 2, "average": "logits"}, JOINT, (JOINT, {}), Sampling(16, 2, average="logits")),
+        ({"temporal": "mixer"}, "frames:a", ("frames:a", {"temporal": "mixer"}), Sampling(8)),
+        ({"time": "none", "frames": 2}, "a", ("frames:a", {"frames": 2, "time": "none"}), Sampling(2)),
+        ({"stride": 3}, "inflated:a", ("inflated:a", {}), Sampling(8, 3)),
+    ],
+)
+def test_what_no_option_says_is_as_the_model_has_it(given, model, built, clip):
+    options = ClipOptions(**given)
+    assert options.backbone(model) == built
+    frames = built[1].get("frames", 16 if model == JOINT else 8)
+    own = None if clip is None else Sampling(frames, 4 if model == JOINT else 16)
+    assert options.preprocessing(replace(PIXELS, clip=own)).clip == clip
+
+
+@pytest.mark.parametrize("model", [JOINT, "videomae:folder", "inflated:vit_base_patch16_224"])
+@pytest.mark.parametrize("given", [{"temporal": "mixer"}, {"time": "learned", "frames": 16}])
+def test_a_head_over_frames_is_refused_where_there_is_none(model, given):
+    with pytest.raises(SpecError, match=f"--{next(iter(given))}.*{model} does not have"):
+        ClipOptions(**given).backbone(model)
 
 
 def test_an_exported_clip_model_and_its_runner(films, run, shelf, tmp_path):

@@ -5,6 +5,7 @@ import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
@@ -86,13 +87,13 @@ def test_images_that_cannot_be_read_may_be_left_out_wherever_data_are_given(monk
     assert named == {"on_corrupt": "skip"}
     given, _ = reached(monkeypatch, "dyntune.commands.bench.estimate", "bench", "--data", "digits", *skip)
     assert given[0].on_corrupt == "skip"
-    monkeypatch.setattr("dyntune.commands.export.load", lambda run, **options: None)
+    monkeypatch.setattr("dyntune.commands.export.load", lambda run, **options: SimpleNamespace(classes=None))
     monkeypatch.setattr("dyntune.commands.export.apply_rate", lambda *given: None)
     _, named = reached(
-        monkeypatch, "dyntune.commands.export.load_data", *("export", "run", "--check", "digits"), *skip,
+        monkeypatch, "dyntune.commands.export.load_held", *("export", "run", "--check", "digits"), *skip,
         *("--out", str(tmp_path / "out")),
     )  # fmt: skip
-    assert named == {"on_corrupt": "skip"}
+    assert named == {"classes": None, "on_corrupt": "skip"}
 
 
 def test_noah_fills_three_kinds_of_settings(monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ from dyntune.core.errors import DyntuneError, ExportError, SpecError
 from dyntune.model.adapter_folder import CONFIG, EXPORTED
 from dyntune.model.tune import build_tuned
 from dyntune.parts.registry import resolve
+from dyntune.studies import compare
 
 CLASSES = ("blue", "green", "red")
 
@@ -127,6 +128,22 @@ def test_rates_that_cannot_be_trained_for(specs, rate, expected):
         with_rate(specs, rate)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--rate", "0.9..0.3"), "lower one first"),
+        (("--method", "dytt"), "Did you mean 'dyt'"),
+        (("--policy", "tome:q=8"), "unknown option 'q'"),
+        (("--stride", 4), "options of clips need --frames"),
+        (("--frames", 4, "--views", "2x2"), "expected 1, the middle, or 3"),
+    ],
+)
+def test_what_is_written_wrongly_is_said_before_data_are_read(monkeypatch, tmp_path, options, expected):
+    monkeypatch.setattr("dyntune.commands.train.load_data", lambda *_, **__: pytest.fail("the data were read"))
+    done = invoke("train", "digits", "--out", tmp_path / "run", *options)
+    assert isinstance(done.exception, DyntuneError) and expected in str(done.exception), done.exception
+
+
 def test_rates_that_cannot_be_read(run, photos):
     done = invoke("calibrate", run, photos, "--rates", "0.3,0.5")
     assert isinstance(done.exception, SpecError) and "written 0.3/0.5/0.7" in str(done.exception)
@@ -156,8 +173,28 @@ def test_a_run_is_told_from_an_exported_folder(run):
         dyntune.open_export(run)
 
 
-def test_a_speed_comes_with_its_spread(run, photos):
+def test_a_speed_comes_with_its_spread_and_takes_no_minutes(run, photos, monkeypatch):
+    limits, real = [], compare.measure_throughput
+
+    def measure(*given, limit, **named):
+        limits.append(limit)
+        return real(*given, **named)
+
+    monkeypatch.setattr(compare, "measure_throughput", measure)
     table = report("eval", run, photos, "--split", "test", "--batch-size", 3)
     assert table["speedup_low"] <= table["speedup"] <= table["speedup_high"] and table["timed_batch"] == 3
     said = " ".join(invoke("eval", run, photos, "--device", "cpu").stdout.split())
     assert "in batches of 12 (" in said and "x dense, half of the rounds" in said
+    assert len(limits) == 2 and 0 < max(limits) <= 20
+
+
+def test_accuracy_is_said_before_the_timing_which_may_be_left_out(run, photos, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dyntune.commands.eval.compare_speed", stopped)
+    assert "accuracy" in invoke("eval", run, photos, "--device", "cpu").stdout
+    done = invoke("eval", run, photos, "--device", "cpu", "--no-speed")
+    assert done.exit_code == 0 and "accuracy" in done.stdout and "per second" not in done.stdout
+    found = report("eval", run, photos, "--no-speed")
+    assert found["images"] == 12 and found["speedup"] is found["images_per_second"] is found["timed_batch"] is None

@@ -26,14 +26,15 @@ def teacher_of(folder, classes):
 
 
 def test_train_and_compare_take_a_teacher_and_a_factor_for_the_backbone(photos, tmp_path, monkeypatch):
-    # The pictures of the page do not matter here, and take long.
+    # The pictures of the page do not matter here, and take long; nor do speeds.
     monkeypatch.setattr("dyntune.commands.compare.write_report", lambda folder, *_, **__: folder / "index.html")
+    monkeypatch.setattr("dyntune.studies.compare.compare_speed", lambda *_: pytest.fail("timed in spite of --no-speed"))
     teacher = teacher_of(tmp_path / "teacher", ("blue", "green", "red"))
     options = (*SHORT, "--teacher", teacher, "--backbone-lr", "0.5")
     done = invoke("train", photos, "--method", SPEC, "--out", tmp_path / "run", *options, "--json")
     assert done.exit_code == 0, done.output
-    done = invoke("compare", photos, "--methods", f"linear,{SPEC}", "--out", tmp_path / "many", *options)
-    assert done.exit_code == 0, done.output
+    done = invoke("compare", photos, "--methods", f"linear,{SPEC}", "--out", tmp_path / "many", *options, "--no-speed")
+    assert done.exit_code == 0 and "test accuracy" in done.stdout and "img/s" not in done.stdout, done.output
     runs = (tmp_path / "run", next(tmp_path.glob("many/dynamicvit*")), tmp_path / "many" / "linear")
     for run in runs:
         asked = json.loads((run / "train.json").read_text())

@@ -50,6 +50,18 @@ def test_a_turn_takes_as_many_calls_as_fill_its_time(machine):
     assert len(turns["a"].calls) == 15
 
 
+@pytest.mark.parametrize(
+    ("taken", "warm", "rounds"),
+    [(0.3, WARM_UP, 15), (2, 1, 6), (9, 1, 3), (60, 1, 3)],  # until 2 x 10 s are over, warm after 1 s
+)
+def test_slow_models_are_timed_in_fewer_rounds(machine, taken, warm, rounds):
+    models = {name: machine.model(name, taken) for name in "ab"}
+    turns = time_in_turns(models, torch.zeros(1), rounds=15, limit=10)
+    assert "".join(machine.ran).startswith("a" * warm + "b" * warm + "ab" + "ba")
+    assert {len(own.calls) for own in turns.values()} == {rounds} and len(machine.ran) == 2 * (warm + rounds)
+    assert len(time_in_turns(models, torch.zeros(1), rounds=2, limit=0)["a"].calls) == 2
+
+
 def test_ratios_are_those_of_the_same_round():
     ours = Turns(((1, 3), (4,), (1, 1), (2,), (1,)), images=8)
     dense = Turns(((4,), (8,), (4, 6), (2,), (3,)), images=8)

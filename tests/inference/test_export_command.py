@@ -110,6 +110,16 @@ def test_an_older_opset_is_written_checked_and_recorded(run, photos, tmp_path):
     assert "for onnx (opset 18)" in card and 'pip install "onnxruntime>=1.15" numpy pillow' in card
 
 
+def test_a_check_needs_no_more_images_than_eval(run, photos, tmp_path):
+    for colour in ("red", "blue"):
+        shutil.copytree(photos / "test" / colour, tmp_path / "some" / "test" / colour)
+    options = ("--runtime", "torch", "--check", tmp_path / "some", "--json")
+    checked = json.loads(dyntune("export", run, "--out", tmp_path / "out", *options))["check"]
+    evaluated = json.loads(dyntune("eval", run, tmp_path / "some", "--json", "--device", "cpu"))
+    assert checked["images"] == 8 and checked["agreement"] == 1
+    assert checked["accuracy_before"] == pytest.approx(evaluated["accuracy"])
+
+
 def test_mistakes_are_refused_before_anything_is_written(written, run, tmp_path):
     assert "is there already" in dyntune("export", run, "--out", written[0], error=ExportError)
     assert "classes" in dyntune("export", run, "--out", tmp_path / "o", "--check", "digits", error=DataError)

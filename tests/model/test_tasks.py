@@ -1,6 +1,7 @@
 """Tasks: classification, and a second one that is defined here alone, to show that nothing else need know of it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -143,6 +144,9 @@ def test_a_report_prints_the_figure_of_the_task(colours, trained):
     title, _, line = markdown_table(methods_table([row])).splitlines()
     assert "| test f1 |" in title and f"| {found.score:.2%} |" in line
     assert row.to_dict()["test"]["f1"] == found.score
+    assert "| speed |" in title
+    title, _, line = markdown_table(untimed := methods_table([replace(row, speed=None)])).splitlines()
+    assert "speed" not in title and title.count("|") == line.count("|") and "in turns" not in untimed.note
 
 
 def test_mixing_is_refused_where_a_task_does_not_define_it(make_host, colours):

@@ -22,16 +22,21 @@ ViewsOption = Annotated[
 ]
 
 
+_OF_HEAD = ("temporal", "time")
+_OF_SAMPLING = ("stride", "sampling", "average", "flip")
+
+
 @dataclass(frozen=True)
 class ClipOptions:
-    """Clips of videos instead of images; without ``frames`` no other of these may be given.
+    """Clips of videos instead of images, which an image model takes where ``frames`` is given, a model of clips always.
 
     Args:
-        frames: frames of a clip; 0 for images. Each goes through the image model, and a temporal head reads all.
+        frames: frames of a clip; 0 for images, or as many as a model of clips takes by itself. Each goes through the
+            image model, and a temporal head reads all.
         temporal: head over the frames; a mean cannot see their order.
         time: whether the head learns a vector for each place in time, without which it cannot see the order; auto does
             where the head is no mean.
-        stride: distance between two frames of a clip, with spans.
+        stride: distance between two frames of a clip, with spans; by default 4 for VideoMAE and 16 for other models.
         sampling: spans takes frames at a fixed distance, segments one from each of as many parts of the video.
         views: clips spread over a video x crops of each (1 or 3) in a test, averaged.
         average: what is averaged over these views.
@@ -41,7 +46,7 @@ class ClipOptions:
     frames: Annotated[int, Range(0)] = 0
     temporal: Temporal = "attentive"
     time: Literal["auto", "learned", "none"] = "auto"
-    stride: Annotated[int, Range(1)] = 16
+    stride: Annotated[int | None, Range(1)] = None
     sampling: Literal["spans", "segments"] = "spans"
     views: str = "1x1"
     average: Literal["probabilities", "logits"] = "probabilities"
@@ -49,26 +54,48 @@ class ClipOptions:
 
     def __post_init__(self) -> None:
         require_ranges(self, DataError)
-        if not self.frames and any(getattr(self, own.name) != own.default for own in fields(self)):
-            raise SpecError("options of clips need --frames, which makes an image model take clips: --frames 8.")
+        Sampling(**self._sampling)  # says what does not go together
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        """The options that are not as they are by default."""
+        values = {own.name: getattr(self, own.name) for own in fields(self)}
+        return {own.name: values[own.name] for own in fields(self) if values[own.name] != own.default}
+
+    @property
+    def _sampling(self) -> dict[str, Any]:
+        """What differs from the sampling of the backbone's own."""
+        changes = {name: value for name, value in self._given.items() if name in _OF_SAMPLING}
+        if "views" in self._given:
+            changes["spans"], changes["crops"] = parse_views(self.views)
+        return changes
 
     def backbone(self, name: str) -> tuple[str, dict[str, Any]]:
-        """Name and arguments of a backbone: of one of clips, where they are asked for."""
-        if not self.frames:
-            return name, {}
+        """Name and arguments of a backbone: of one of clips, where they are asked for.
+
+        Raises:
+            SpecError: an option does nothing for this backbone.
+        """
+        head = [f"--{own}" for own in _OF_HEAD if own in self._given]
         if name.startswith((SpaceTime.prefix, Inflated.prefix)):
-            return name, {"frames": self.frames}
-        time = {} if self.time == "auto" else {"time": self.time}
-        name = name if name.startswith(Frames.prefix) else f"{Frames.prefix}{name}"
-        return name, {"frames": self.frames, "temporal": self.temporal, **time}
+            if head:
+                raise SpecError(
+                    f"{' and '.join(head)}: the head over an image model's frames, which {name} does not have, for its "
+                    "tokens are those of the whole clip. Leave it out."
+                )
+        elif not name.startswith(Frames.prefix):
+            if not self.frames:
+                if self._given:
+                    raise SpecError(
+                        "options of clips need --frames, which makes an image model take clips: --frames 8."
+                    )
+                return name, {}
+            name = f"{Frames.prefix}{name}"
+        return name, {own: value for own, value in self._given.items() if own in ("frames", *_OF_HEAD)}
 
     def preprocessing(self, own: Preprocessing) -> Preprocessing:
-        """A backbone's preprocessing with clips taken as these options say."""
-        if own.clip is None or not self.frames:
-            return own
-        spans, crops = parse_views(self.views)
-        clip = Sampling(self.frames, self.stride, self.sampling, spans, crops, self.average, self.flip)
-        return replace(own, clip=clip)
+        """A backbone's preprocessing with clips taken as these options say, and as its own where they say nothing."""
+        return own if own.clip is None else replace(own, clip=replace(own.clip, **self._sampling))
 
 
 def parse_views(text: str) -> tuple[int, int]:

@@ -82,6 +82,7 @@ TrainedValFractionOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
+SpeedOption = Annotated[bool, typer.Option(help="Also time it beside the dense backbone, in turns.")]
 WorkersOption = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
 DEFAULT_MODEL = BUILTIN_BACKBONE
 VAL_FRACTION = 0.2

@@ -14,6 +14,7 @@ from dyntune.commands.common import (
     JsonOption,
     ModelOption,
     OnCorruptOption,
+    SpeedOption,
     TeacherOption,
     WeightsOption,
     choose_threads,
@@ -75,6 +76,7 @@ def command(
     ],
     teacher: TeacherOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue runs that --out holds.")] = False,
+    speed: SpeedOption = True,
     on_corrupt: OnCorruptOption = "error",
     json: JsonOption = False,
 ) -> None:
@@ -96,6 +98,7 @@ def command(
         resume=resume,
         progress=ProgressBar,
         teacher=load_teacher(teacher, splits),
+        timed=speed,
     )
     assert splits.test is not None  # compare() has refused data without a test split
     images, tested = counted(len(splits.train), "training image"), counted(len(splits.test), "test image")

@@ -17,12 +17,14 @@ from dyntune.commands.common import (
     OnCorruptOption,
     RateOption,
     RunArgument,
+    SpeedOption,
     TopPolicyOption,
     TrainedValFractionOption,
     WeightsOption,
     WorkersOption,
     apply_rate,
     err,
+    out,
     pick_device,
     print_json,
     print_table,
@@ -36,6 +38,7 @@ from dyntune.core.words import counted, millions, several
 from dyntune.data import LabelledImages, load_held
 from dyntune.data.sources.base import Held
 from dyntune.model.load import load
+from dyntune.model.tuned import TunedModel
 from dyntune.studies.compare import DENSE, compare_speed
 from dyntune.training.evaluate import evaluate
 from dyntune.training.identity import ASKED
@@ -64,6 +67,7 @@ def command(
     batch_size: BatchOption = 64,
     workers: WorkersOption = 0,
     device: DeviceOption = "auto",
+    speed: SpeedOption = True,
     on_corrupt: OnCorruptOption = "error",
     json: JsonOption = False,
 ) -> None:
@@ -82,12 +86,8 @@ def command(
     say_threads(model, len(images))
     with EvaluationBar(len(images), model.task.merit, err, images.noun) as bar:
         result = evaluate(model, images, batch_size=batch_size, workers=workers, watch=bar)
-    timed = first_batch(images, model, batch_size)
     if result.activation_per_unit:
         say_missed_rate(result.activation, model.target_rate, f"{used} {several(images.noun)}")
-    with err.status("timing it beside the dense backbone"):
-        speeds = compare_speed({model.spec: model}, timed)
-    speed, dense = speeds[model.spec], speeds[DENSE]
     clip = model.preprocessing.clip
     dense_macs = model.dense_macs * (1 if clip is None else clip.views)
     if json:
@@ -101,22 +101,13 @@ def command(
             **result.to_dict(),
             "dense_macs": dense_macs,
         }
-        report["images_per_second"] = speed.images_per_second
-        report["dense_images_per_second"] = dense.images_per_second
-        quartiles = {"speedup_low": speed.speedup_low, "speedup_high": speed.speedup_high}
-        print_json({**report, "speedup": speed.speedup, **quartiles, "timed_batch": len(timed)})
+        print_json(report | (_speed_figures(model, images, batch_size) if speed else dict.fromkeys(_SPEED_FIGURES)))
         return
     macs = result.macs or 0.0
-    one, seen_at_once = ("image", "image") if clip is None else ("video", "clip")
     rows = [
         (result.merit, f"{result.score:.2%}"),
         *([("active patches", f"{result.activation:.1%}")] if result.activation_per_unit else []),
-        (f"MACs per {one}", f"{millions(macs)} ({macs / dense_macs:.1%} of dense)"),
-        (
-            f"{seen_at_once}s per second",
-            f"{speed.images_per_second:.0f} in batches of {len(timed)} "
-            f"({speed.speedup:.2f} x dense, half of the rounds {speed.speedup_low:.2f} to {speed.speedup_high:.2f})",
-        ),
+        (f"MACs per {'image' if clip is None else 'video'}", f"{millions(macs)} ({macs / dense_macs:.1%} of dense)"),
         *((f"active in {unit}", f"{rate:.1%}") for unit, rate in result.activation_per_unit.items()),
         *((f"tokens in {unit}", str(count)) for unit, count in result.tokens_per_unit.items()),
     ]
@@ -126,6 +117,36 @@ def command(
         else counted(result.images, f"{used} {images.noun}")
     )
     print_table(f"{model.spec} on {which} of {data}", ("", ""), rows)
+    if not speed:
+        return
+    found = _speed_figures(model, images, batch_size)
+    out.print(
+        f"{found['images_per_second']:.0f} {'image' if clip is None else 'clip'}s per second in batches of "
+        f"{found['timed_batch']} ({found['speedup']:.2f} x dense, half of the rounds {found['speedup_low']:.2f} to "
+        f"{found['speedup_high']:.2f})",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+_SPEED_FIGURES = (
+    "images_per_second",
+    "dense_images_per_second",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "timed_batch",
+)
+
+
+def _speed_figures(model: TunedModel, images: LabelledImages, batch_size: int) -> dict[str, float]:
+    """The figures that are timed, on the first images."""
+    batch = first_batch(images, model, batch_size)
+    with err.status("timing it beside the dense backbone"):
+        speeds = compare_speed({model.spec: model}, batch)
+    own, dense = speeds[model.spec], speeds[DENSE]
+    timed = (own.images_per_second, dense.images_per_second, own.speedup, own.speedup_low, own.speedup_high, len(batch))
+    return dict(zip(_SPEED_FIGURES, timed, strict=True))
 
 
 def _default_split(held: Held, seen: Seen | None, run: Path) -> str:

@@ -6,7 +6,7 @@ import inspect
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import torch
 import typer
@@ -28,7 +28,8 @@ from dyntune.commands.common import (
     require_classes,
 )
 from dyntune.core.errors import DataError, ExportError
-from dyntune.data import DataSplits, ImageSubset, LabelledImages, load_data
+from dyntune.data import DataSplits, ImageSubset, LabelledImages, load_data, load_held
+from dyntune.data.sources.base import Held
 from dyntune.inference.export.bundle import CALIBRATION_IMAGES, Export, place_for, record
 from dyntune.inference.export.check import Check, check
 from dyntune.inference.export.choose import Choice, choose
@@ -56,6 +57,8 @@ EXAMPLES = (
 _LEAST = 0.9
 """Share of predictions that a check wants to be the same."""
 AUTO = "auto"
+
+D = TypeVar("D", DataSplits, Held)
 
 
 def _calibrated() -> str:
@@ -144,15 +147,18 @@ def command(
     with place_for(folder) as room:
         model = load(run, weights=weights, policy=policy)
         apply_rate(model, rate, policy)
-        data = None if check_on is None else _load(check_on, model, on_corrupt)
-        calibration = None if calibrate_on is None else _some(_load(calibrate_on, model, on_corrupt).train, model)
+        images = calibration = None
+        if check_on is not None:
+            images = _checked_split(_fitting(load_held(check_on, classes=model.classes, on_corrupt=on_corrupt), model))
+        if calibrate_on is not None:
+            calibration = _some(_fitting(load_data(calibrate_on, on_corrupt=on_corrupt), model).train, model)
         if runtime != AUTO:
             require_possible(taken[0], precision, calibration)
         with err.status("exporting"):
             export = Export(model, masks=masks)
         choice = None
         if runtime == AUTO:
-            timed = _timed_images(model, data, calibration, batch_size)
+            timed = _timed_images(model, images, calibration, batch_size)
             with err.status("timing the runtimes"):
                 choice = choose(
                     export, room, timed, taken, precision=precision, threads=threads, calibration_images=calibration
@@ -163,8 +169,7 @@ def command(
         if choice is None:
             export.write(written, chosen, precision, calibration)
         checked = None
-        if data is not None:
-            images = _checked_split(data)
+        if images is not None:
             with CountBar("checking", len(images), f"{images.noun}s", err) as bar:
                 after = open_export(written, threads, trust=True)
                 with_masks = _with_masks(export, room, chosen, precision, calibration, threads)
@@ -183,8 +188,8 @@ def _require(option: str, given: object, used: bool, by: str) -> None:
         raise ExportError(f"{option} is for {by}, and does nothing without. Leave it out, or give that too.")
 
 
-def _load(name: str, model: TunedModel, on_corrupt: Literal["error", "skip"]) -> DataSplits:
-    data = load_data(name, on_corrupt=on_corrupt)
+def _fitting(data: D, model: TunedModel) -> D:
+    """The data, of which is said what was left out; raises DataError unless their classes are the model's."""
     report_skipped(data)
     require_classes(model, data)
     return data
@@ -196,17 +201,19 @@ def _some(images: LabelledImages, model: TunedModel) -> Tensor:
     return first_batch(ImageSubset(images, drawn.tolist()), model, CALIBRATION_IMAGES)
 
 
-def _checked_split(data: DataSplits) -> LabelledImages:
-    split = data.test or data.val
+def _checked_split(data: Held) -> LabelledImages:
+    split = data.splits.get("test") or data.splits.get("val")
     if split is None:
         raise DataError(f"{data.name} has neither test nor validation images to check on.")
     return split
 
 
-def _timed_images(model: TunedModel, data: DataSplits | None, calibration: Tensor | None, batch_size: int) -> Tensor:
-    """One batch: of the data to check or calibrate on, or noise."""
-    if data is not None and len(_checked_split(data)) >= batch_size:
-        return first_batch(_checked_split(data), model, batch_size)
+def _timed_images(
+    model: TunedModel, images: LabelledImages | None, calibration: Tensor | None, batch_size: int
+) -> Tensor:
+    """One batch: of the images to check or calibrate on, or noise."""
+    if images is not None and len(images) >= batch_size:
+        return first_batch(images, model, batch_size)
     if calibration is not None and len(calibration) >= batch_size:
         return calibration[:batch_size]
     err.print("timing on noise: on it, gates may open more or less than on images. Give --check DATA for those.")

@@ -98,6 +98,9 @@ def command(
 ) -> None:
     """Adapt a pretrained ViT to labelled images, or clips of videos, and save the adapter of the best epoch."""
     require_room(run, resume)
+    # Data can take minutes to read: what is written wrongly is said before.
+    given = with_rate(parts(method, policy), rate)
+    model, of_clips = clip.backbone(model)
     splits = load_data(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
     report_skipped(splits)
     select = settings.select
@@ -107,8 +110,6 @@ def command(
     taught_by = load_teacher(teacher, splits)
     torch.manual_seed(settings.seed)
     arguments: dict[str, Any] = {"drop_path_rate": drop_path, **({} if img_size is None else {"img_size": img_size})}
-    given = with_rate(parts(method, policy), rate)
-    model, of_clips = clip.backbone(model)
     arguments |= of_clips
     tuned = build_tuned(model, *given, classes=splits.classes, weights=weights, **arguments)
     tuned.preprocessing = clip.preprocessing(with_pixels_as(tuned.preprocessing, normalisation, interpolation))

@@ -120,6 +120,8 @@ def command(
     """
     if trials["search"]:
         require_optuna()
+    elif trials["storage"] is not None:
+        raise TrainingError("--storage is where --search keeps its trials, and does nothing without. Leave it out.")
     chosen = find_recipe(recipe).changed(select=select, noah=noah, **training, **others)
     specs = tuple(split_specs(methods))
     numbers = _seeds(seeds)

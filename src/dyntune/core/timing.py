@@ -14,6 +14,8 @@ from torch import Tensor
 
 WARM_UP = 3
 """Calls of each model before the first that is timed."""
+_LEAST_ROUNDS = 3
+"""However slow the models are: a median of fewer is a matter of luck."""
 
 T = TypeVar("T")
 
@@ -116,7 +118,12 @@ class Turns:
 
 
 def time_in_turns(
-    models: Mapping[str, Callable[[Tensor], Any]], images: Tensor, *, rounds: int = 15, seconds: float = 0.2
+    models: Mapping[str, Callable[[Tensor], Any]],
+    images: Tensor,
+    *,
+    rounds: int = 15,
+    seconds: float = 0.2,
+    limit: float | None = None,
 ) -> dict[str, Turns]:
     """Times models in turns: each round runs every model, in rotating order, after ``WARM_UP`` calls of each.
 
@@ -127,11 +134,17 @@ def time_in_turns(
         images: one batch, on the models' device.
         rounds: turns of each model.
         seconds: least time that a model runs in each turn, so that a small model is not timed by a single short call.
+        limit: seconds of a model after which slow ones are warm, with a tenth of it, and no further round begins, but
+            for the third; None for all calls and rounds however long they take.
     """
     for model in models.values():
+        warming = 0.0
         for _ in range(WARM_UP):
-            _timed(model, images)
-    calls = _in_turns({name: partial(_turn, model, images, seconds) for name, model in models.items()}, rounds)
+            warming += _timed(model, images)
+            if limit is not None and warming > limit / 10:
+                break
+    whole = None if limit is None else limit * len(models)
+    calls = _in_turns({name: partial(_turn, model, images, seconds) for name, model in models.items()}, rounds, whole)
     return {name: Turns(tuple(turns), len(images)) for name, turns in calls.items()}
 
 
@@ -166,6 +179,7 @@ def measure_throughput(
     reference: str,
     rounds: int = 15,
     seconds: float = 0.2,
+    limit: float | None = None,
 ) -> dict[str, Throughput]:
     """Images per second of models timed in turns, and their speed beside one of them.
 
@@ -175,8 +189,9 @@ def measure_throughput(
         reference: the model that the others are compared with.
         rounds: turns; medians and quartiles are taken over them.
         seconds: least time that a model runs in each turn.
+        limit: as for ``time_in_turns``.
     """
-    turns = time_in_turns(models, images, rounds=rounds, seconds=seconds)
+    turns = time_in_turns(models, images, rounds=rounds, seconds=seconds, limit=limit)
     measured = {}
     for name, own in turns.items():
         speedup = own.speedup(turns[reference])
@@ -196,11 +211,17 @@ def best_of_few(ways: Mapping[str, Callable[[Tensor], Any]], x: Tensor, *, round
     return {name: min(seconds) for name, seconds in calls.items()}
 
 
-def _in_turns(ways: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """What each way gives in each round; the one that begins changes from round to round."""
+def _in_turns(ways: Mapping[str, Callable[[], T]], rounds: int, limit: float | None = None) -> dict[str, list[T]]:
+    """What each way gives in each round; the one that begins changes from round to round.
+
+    After ``limit`` seconds no further round begins, once there have been ``_LEAST_ROUNDS``.
+    """
     names = list(ways)
     given: dict[str, list[T]] = {name: [] for name in names}
+    began = time.perf_counter()
     for turn in range(rounds):
+        if limit is not None and turn >= _LEAST_ROUNDS and time.perf_counter() - began > limit:
+            break
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             given[name].append(ways[name]())

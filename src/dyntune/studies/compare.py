@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from dyntune.backbones.hosts import rebuild
 from dyntune.core.errors import DataError
 from dyntune.core.timing import Throughput, measure_throughput
+from dyntune.core.words import counted
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.model.cost import cost
 from dyntune.model.tune import build_tuned
@@ -31,6 +33,8 @@ DENSE = "dense backbone"
 """Name of the untouched backbone, the reference of every speed."""
 SPEED_BATCH = 64
 """Images in the batch that speeds are measured on."""
+_SECONDS = 15.0
+"""Of each model after which no further round begins: on a CPU a batch of a large model takes as long by itself."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Row:
         trainable_params: trained parameters without the head.
         adapter_bytes: size of the saved tensors, head included.
         dense_macs: MACs per image of the untouched backbone.
-        speed: images per second, and speed-up over the untouched backbone in the same runs.
+        speed: images per second, and speed-up over the untouched backbone in the same runs; None if it was not timed.
         train_seconds: time that training took.
     """
 
@@ -52,7 +56,7 @@ class Row:
     trainable_params: int
     adapter_bytes: int
     dense_macs: int
-    speed: Throughput
+    speed: Throughput | None
     train_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,6 +75,7 @@ def compare(
     resume: bool = False,
     progress: Callable[[str], Progress] | None = None,
     teacher: nn.Module | None = None,
+    timed: bool = True,
 ) -> tuple[list[Row], dict[str, TunedModel]]:
     """Trains each method with the same settings and seed, evaluates it, and times all of them in turns.
 
@@ -84,6 +89,7 @@ def compare(
         resume: continue runs that ``out`` holds.
         progress: makes the display of a run from its spec.
         teacher: as for ``fit``, of the runs that learn from one.
+        timed: whether speeds are measured.
 
     Returns:
         A row per method, and the trained models by spec.
@@ -113,7 +119,12 @@ def compare(
     evaluations = {
         spec: _evaluated(m, data.test, settings.batch_size, shown=progress is not None) for spec, m in models.items()
     }
-    speeds = compare_speed(models, first_batch(data.test, next(iter(models.values())), SPEED_BATCH))
+    speeds: dict[str, Throughput] = {}
+    if timed:
+        batch = first_batch(data.test, next(iter(models.values())), SPEED_BATCH)
+        words = f"timing {counted(len(models), 'model')} in turns with the dense backbone"
+        with Console(stderr=True).status(words) if progress is not None else contextlib.nullcontext():
+            speeds = compare_speed(models, batch)
     rows = [
         Row(
             method=spec,
@@ -121,7 +132,7 @@ def compare(
             trainable_params=(figures := cost(models[spec])).trainable_params,
             adapter_bytes=figures.adapter_bytes,
             dense_macs=figures.dense_macs,
-            speed=speeds[spec],
+            speed=speeds.get(spec),
             train_seconds=seconds[spec],
         )
         for spec in specs
@@ -137,7 +148,10 @@ def _evaluated(model: TunedModel, images: LabelledImages, batch_size: int, *, sh
 
 
 def compare_speed(models: dict[str, TunedModel], images: Tensor) -> dict[str, Throughput]:
-    """Images per second of tuned models and of the untouched backbone, ``DENSE``, in turns on one batch."""
+    """Images per second of tuned models and of the untouched backbone, ``DENSE``, in turns on one batch.
+
+    Of 15 rounds, or as many as there is time for: at least three.
+    """
     first = next(iter(models.values()))
     like = next(first.parameters())
     plain = (
@@ -146,4 +160,4 @@ def compare_speed(models: dict[str, TunedModel], images: Tensor) -> dict[str, Th
     contestants: dict[str, Callable[[Tensor], Any]] = {DENSE: plain.to(like).eval()}
     contestants |= {spec: model.eval() for spec, model in models.items()}
     with torch.inference_mode():
-        return measure_throughput(contestants, images.to(like), reference=DENSE)
+        return measure_throughput(contestants, images.to(like), reference=DENSE, limit=_SECONDS)

@@ -35,9 +35,8 @@ _COLUMNS = (
     "MACs per image",
     "of dense",
     "active",
-    "img/s",
-    "speed",
 )
+_SPEED_COLUMNS = ("img/s", "speed")
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Table:
 
 def table_columns(rows: Sequence[Row]) -> tuple[str, ...]:
     """The titles of the columns of ``table_rows``."""
-    return ("method", f"test {rows[0].test.merit}", *_COLUMNS)
+    return ("method", f"test {rows[0].test.merit}", *_COLUMNS, *(_SPEED_COLUMNS if rows[0].speed else ()))
 
 
 def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -73,8 +72,7 @@ def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             f"{(row.test.macs or 0) / 1e6:,.2f} M",
             f"{(row.test.macs or 0) / row.dense_macs:.1%}",
             f"{row.test.activation:.1%}" if row.test.activation_per_unit else "-",
-            f"{row.speed.images_per_second:,.0f}",
-            f"{row.speed.speedup:.2f} x",
+            *((f"{row.speed.images_per_second:,.0f}", f"{row.speed.speedup:.2f} x") if row.speed else ()),
         )
         for row in rows
     ]
@@ -82,7 +80,8 @@ def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 def methods_table(rows: Sequence[Row]) -> Table:
     """The rows of a comparison as people read them."""
-    return Table("Methods", table_columns(rows), table_rows(rows), f"Measured on {machine()}. {_SPEED}")
+    note = f"Measured on {machine()}.{f' {_SPEED}' if rows[0].speed else ''}"
+    return Table("Methods", table_columns(rows), table_rows(rows), note)
 
 
 def markdown_table(table: Table) -> str:
@@ -211,7 +210,7 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
                 r.dense_macs,
                 r.test.activation,
             ]
-            speed = [r.speed.images_per_second, r.speed.speedup, r.speed.speedup_low, r.speed.speedup_high]
+            speed = list(r.speed.to_dict().values()) if r.speed else [None] * 4
             writer.writerow([for_csv(r.method), *figures, *speed, r.train_seconds])
 
 

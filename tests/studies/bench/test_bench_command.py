@@ -1,6 +1,7 @@
 """``dyntune bench`` end to end, each runtime in its own process."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -102,6 +103,12 @@ def test_a_run_is_set_to_a_rate_on_the_timed_images(run, tmp_path):
     row, notes = measured(tmp_path, run=str(run), data="digits", rate=0.3, batch_sizes=(4,))
     assert row.active == pytest.approx(0.3, abs=0.02)
     assert "dyt:rate=0.7: set to a rate of 30%" in notes
+
+
+def test_a_test_folder_of_some_classes_is_enough(run, photos, tmp_path):
+    shutil.copytree(photos / "test" / "red", tmp_path / "photos" / "test" / "red")
+    row, notes = measured(tmp_path, run=str(run), data=f"folder:{tmp_path / 'photos'}", batch_sizes=(4,))
+    assert row.batch_size == 4 and f"images: folder:{tmp_path / 'photos'}" in notes
 
 
 def test_the_command_prints_both_tables_and_the_notes(monkeypatch):
@@ -266,6 +273,30 @@ def test_a_measurement_that_was_stopped_goes_on_with_the_rest(monkeypatch, tmp_p
     run_bench(*words)
     assert sizes[3:] == [2, 1], "without --resume everything is measured anew"
     assert "--out" in run_bench("--resume", *QUICK, error=SystemExit)
+
+
+def test_what_was_measured_before_an_error_stays(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "dyntune.studies.bench.run.subprocess",
+        SimpleNamespace(run=lambda command, **_: SimpleNamespace(returncode=worker.main(command[3:]))),
+    )
+    real, failing = worker.measure, True
+
+    def measure(entries, images, **options):
+        if failing and len(images) == 1:
+            raise MemoryError
+        return real(entries, images, **options)
+
+    monkeypatch.setattr(worker, "measure", measure)
+    words = ("--method", "dyt", "--batch-size", "2,1", "--out", tmp_path / "out", "--json", *QUICK)
+    assert "memory" in run_bench(*words, error=DyntuneError)
+    kept = tmp_path / "out" / "measurements"
+    assert sorted(path.name for path in kept.iterdir()) == ["eager.json", "plan.json"]
+    before = json.loads((kept / "eager.json").read_text())["rows"]
+    assert [row["batch_size"] for row in before] == [2, 2]
+    assert "memory" in run_bench(*words, "--resume", error=DyntuneError)
+    failing = False
+    assert json.loads(run_bench(*words, "--resume"))["rows"][:2] == before
 
 
 def test_how_long_it_will_take_is_said_beforehand(monkeypatch, run):

@@ -108,6 +108,7 @@ def test_all_tasks_run_and_failures_are_named_at_the_end(mini_root, tmp_path):
         (("--methods", "linear", "--weights", "missing.npz"), "missing.npz"),
         (("--methods", "linear", "--recipe", "fact"), "at most 24"),
         (("--methods", "full", "--full-lr", "0"), "above 0"),
+        (("--methods", "linear", "--storage", "sqlite:///trials.db"), "does nothing without"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_made(mini_root, tmp_path, arguments, words):

@@ -1,5 +1,6 @@
 """Jobs that are interrupted, killed, failed, claimed by others, and run by several workers."""
 
+import hashlib
 import io
 import json
 import multiprocessing
@@ -8,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from rich.console import Console
 import dyntune
 from dyntune.core.errors import TrainingError
 from dyntune.model.adapter_folder import WEIGHTS
+from dyntune.studies.noah import SearchSettings
 from dyntune.studies.vtab import jobs as running
 from dyntune.studies.vtab.folders import ResizedImages
 from dyntune.studies.vtab.jobs import LOCK, run_job, run_jobs, threads_each
@@ -250,6 +253,36 @@ def test_a_folder_is_continued_only_where_its_methods_stand_for_the_same(make_pl
     make_plan(tmp_path / "run", ("dyt:rate=0.5",)).take_folder()
     file.write_text(json.dumps({key: value for key, value in recorded.items() if key != "methods"}))
     make_plan(tmp_path / "run", ("dyt:rate=0.5",)).take_folder()
+
+
+def test_sizes_of_noahs_search_count_where_it_is_among_the_methods(make_plan, tmp_path):
+    few = {"options": {"noah": SearchSettings.of_halves(population=6)}}
+    out, file = tmp_path / "run", tmp_path / "run" / "plan.json"
+    make_plan(out, **few).take_folder()
+    make_plan(out).take_folder()
+    assert "noah" not in json.loads(file.read_text())
+
+    # As they were recorded whatever the methods: continued with other sizes, with noah among the methods for once too.
+    recorded = json.loads(file.read_text()) | {"noah": asdict(SearchSettings())}
+    file.write_text(json.dumps(recorded))
+    assert make_plan(out, **few).require_folder() == recorded
+    make_plan(out, ("linear", "noah"), **few).take_folder()
+    assert json.loads(file.read_text())["noah"]["population"] == 6
+
+    make_plan(out).take_folder()
+    assert json.loads(file.read_text())["noah"]["population"] == 6, "its jobs are there still"
+    with pytest.raises(TrainingError, match=r"noah was .*'population': 6.*, is .*'population': 50"):
+        make_plan(out, ("noah",)).take_folder()
+    file.write_text(json.dumps({key: value for key, value in recorded.items() if key != "methods"}))
+    with pytest.raises(TrainingError, match="noah was"):
+        make_plan(out, ("noah",), **few).take_folder()
+
+    # Studies are found by what they were called then.
+    plan = make_plan(out)
+    former = {name: value for name, value in recorded.items() if name not in ("tasks", "methods")}
+    former |= {"search": None, "lists": plan.lists()["digits"]}
+    digest = hashlib.sha256(json.dumps(former, sort_keys=True).encode()).hexdigest()[:12]
+    assert plan.digest("digits") == make_plan(out, **few).digest("digits") == digest
 
 
 def test_a_folder_is_continued_with_the_same_data_and_weights_only(mini_root, make_plan, tmp_path):

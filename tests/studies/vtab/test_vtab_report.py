@@ -20,7 +20,8 @@ def test_every_option_that_differs_is_named(make_plan, tmp_path):
     plan = make_plan(tmp_path)
     noah = SearchSettings(population=60)
     recipe = RECIPES["ssf"].changed(lr=0.02, select="val", interpolation="bilinear", noah=noah)
-    text = describe(replace(plan, recipe=recipe))
+    assert "noah" not in describe(replace(plan, recipe=recipe)), "no method is searched"
+    text = describe(replace(plan, recipe=recipe, specs=("linear", "noah")))
     assert text.startswith(
         "Recipe ssf with lr 0.02 (preset 0.001), interpolation bilinear (preset bicubic), noah population 60 "
         "(preset 50); trained on train800, epoch picked on val200;"

@@ -27,7 +27,7 @@ from dyntune.studies.bench.measure import TOLERANCE, Row
 from dyntune.studies.bench.peers import GATHER
 from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.runtimes import IN_TORCH, is_exact
-from dyntune.studies.bench.worker import Measured
+from dyntune.studies.bench.worker import Measured, error_file
 
 _START_SECONDS, _BUILD_SECONDS = 6.0, 4.0
 """What a process takes until it measures, and what writing and opening a model in another runtime takes."""
@@ -222,15 +222,17 @@ def _require_same(written: Path, plan: Plan) -> None:
 def _measured(plan: Path, runtime: str, result: Path) -> Measured:
     command = [sys.executable, "-m", "dyntune.studies.bench.worker", str(plan), runtime, str(result)]
     # What libraries print goes to standard error, so that standard output holds the report alone.
+    failed = error_file(result)
+    failed.unlink(missing_ok=True)
     status = subprocess.run(command, stdout=sys.__stderr__, check=False).returncode
-    found = load_json(result) if result.exists() else {}
-    if "error" in found:
-        result.unlink()
-        raise DyntuneError(found["error"])
+    if failed.exists():
+        error = load_json(failed)["error"]
+        failed.unlink()
+        raise DyntuneError(error)
     if status:
         raise DyntuneError(
             f"the process that measured {runtime} ended with status {status} without a result; what it printed stands "
             "above. A negative status is a signal: -9 mostly means that memory ran out, which a smaller --batch-size "
             "needs less of."
         )
-    return Measured.from_dict(found)
+    return Measured.from_dict(load_json(result))

@@ -22,7 +22,7 @@ from dyntune.core.files import load_json, room_beside, write_json
 from dyntune.core.limits import limits_named
 from dyntune.core.machine import OtherLoad, machine
 from dyntune.core.threads import available_cores, take_threads
-from dyntune.data import load_data
+from dyntune.data import load_held
 from dyntune.model.load import load
 from dyntune.model.tuned import TunedModel
 from dyntune.studies.bench.measure import Row, measure
@@ -148,7 +148,8 @@ def _images(plan: Plan, model: TunedModel) -> Tensor:
     if plan.data is None:
         generator = torch.Generator().manual_seed(plan.seed + 1)
         return torch.randn(count, *model.backbone.input_shape, generator=generator)
-    test = load_data(plan.data, on_corrupt=plan.on_corrupt).test
+    # Whose classes they are does not matter: nobody looks at the labels.
+    test = load_held(plan.data, on_corrupt=plan.on_corrupt).splits.get("test")
     if test is None or len(test) < count:
         raise DataError(
             f"{plan.data} has {0 if test is None else len(test)} test images; a batch of {count} was asked for. "
@@ -175,14 +176,20 @@ def _kept(result: Path) -> Measured:
     try:
         return Measured.from_dict(load_json(result))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        result.unlink()
         raise DyntuneError(
             f"{result} cannot be read ({type(error).__name__}) and is removed. Give the same again: with --resume what "
             "it held is measured anew."
         ) from error
 
 
+def error_file(result: Path) -> Path:
+    """Where an error is written to, beside a result file: what that holds already was measured and stays."""
+    return result.with_name(f"{result.stem}.error.json")
+
+
 def main(arguments: list[str]) -> int:
-    """Writes what was measured, or the error, to the result file; returns the exit status."""
+    """Writes what was measured to the result file, an error to ``error_file``; returns the exit status."""
     plan, runtime, result = Path(arguments[0]), arguments[1], Path(arguments[2])
     try:
         before = _kept(result) if result.exists() else None
@@ -199,7 +206,7 @@ def main(arguments: list[str]) -> int:
             asked = Plan.from_dict(load_json(plan))
             measured = measure_runtime(asked, runtime, folder, before, keep)
     except (DyntuneError, OSError) as error:
-        write_json(result, {"error": str(error)})
+        write_json(error_file(result), {"error": str(error)})
         return 1
     write_json(result, measured.to_dict())
     return 0

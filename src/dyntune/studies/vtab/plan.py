@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +13,11 @@ from dyntune.core.errors import TrainingError
 from dyntune.core.fields import Range, require_ranges
 from dyntune.core.files import load_json, write_json
 from dyntune.data.vtab import LISTS
+from dyntune.parts.methods.noah import Noah
 from dyntune.parts.registry import expand, part_from_dict, resolve
 from dyntune.parts.spec import Part, format_spec
 from dyntune.parts.spec_list import folder_name
+from dyntune.studies.noah import SearchSettings
 from dyntune.studies.vtab.recipes import Recipe
 from dyntune.studies.vtab.tasks import Benchmark, Task
 
@@ -101,13 +103,21 @@ class Plan:
         pairs = [(spec, task.folder) for spec in self.specs for task in self.benchmark.tasks]
         return [Job(spec, task, None) for spec, task in pairs] if self.search else []
 
+    @property
+    def uses_noah(self) -> bool:
+        """Whether the recipe's ``noah`` decides the outcome of a job."""
+        return any(map(unsearched, self.specs))
+
     def options(self) -> dict[str, Any]:
         """What decides the outcome of every job, apart from its data."""
+        recipe = self.recipe.identity()
+        if not self.uses_noah:
+            del recipe["noah"]
         return {
             "benchmark": self.benchmark.name,
             "model": self.model,
             "weights": None if self.weights is None else _pieces_digest(self.weights),
-            **self.recipe.identity(),
+            **recipe,
             "search": self.search,
             "img_size": self.img_size,
         }
@@ -122,7 +132,9 @@ class Plan:
 
     def digest(self, task: str) -> str:
         """Tells searches on a task apart that share a database."""
-        same = self.options() | {"search": None, "lists": lists_digest(self.folders[task])}
+        # noah, which this search refuses, is in there because it is in the names of studies that are to be continued.
+        noah = asdict(SearchSettings())
+        same = self.options() | {"noah": noah, "search": None, "lists": lists_digest(self.folders[task])}
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:12]
 
     def take_folder(self) -> None:
@@ -138,7 +150,8 @@ class Plan:
         changed = [f"{task} had other lists" for task, own in lists.items() if tasks.get(task, own) != own]
         if changed:
             raise self._other_run(changed)
-        now = {**self.options(), "tasks": tasks | lists, "methods": methods | recorded.get("methods", {})}
+        options = recorded | self.options()
+        now = options | {"tasks": tasks | lists, "methods": methods | recorded.get("methods", {})}
         if now != recorded:
             write_json(self.out / PLAN, now)
 
@@ -160,7 +173,10 @@ class Plan:
         try:
             before = load_json(file)
             known = {key: dict(before.get(key, {})) for key in ("tasks", "methods")}
-            changed = [f"{k} was {before.get(k)}, is {v}" for k, v in self.options().items() if before.get(k) != v]
+            own = self.options()
+            if known["methods"] and not any(_recorded_unsearched(parts) for parts in known["methods"].values()):
+                own.pop("noah", None)  # nothing was searched by what is recorded of it
+            changed = [f"{k} was {before.get(k)}, is {v}" for k, v in own.items() if before.get(k) != v]
             changed += [
                 f"{spec} stood for {'+'.join(map(format_spec, parts))}"
                 for spec, now in self.methods().items()
@@ -177,6 +193,16 @@ class Plan:
             f"the run in {self.out} was started differently: {'; '.join(changed)}. Use the same options, data and "
             "weights, or another folder."
         )
+
+
+def unsearched(spec: str) -> Noah | None:
+    """The part that a search must give sizes before it can be trained; None if the spec has none."""
+    return next((part for part in resolve([spec]) if isinstance(part, Noah) and not part.searched), None)
+
+
+def _recorded_unsearched(parts: Sequence[dict[str, Any]]) -> bool:
+    """As ``unsearched``, of recorded parts."""
+    return any(part.get("type") == Noah.name() and not part.get("prompts") for part in parts)
 
 
 def _settled(parts: Sequence[dict[str, Any]]) -> list[Part]:

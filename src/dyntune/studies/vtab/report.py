@@ -54,7 +54,7 @@ def describe(plan: Plan) -> str:
     weights = f"from the file {plan.weights.name}" if plan.weights else f"of {plan.model}"
     search = f"learning rate and any adapter scale searched in {plan.search} trials per method and task on val200"
     pieces = [
-        f"Recipe {plan.recipe.name}{_differences(plan.recipe)}",
+        f"Recipe {plan.recipe.name}{_differences(plan.recipe, plan.uses_noah)}",
         _SELECT[plan.recipe.settings.select],
         f"backbone weights {weights}" + (f", images of {plan.img_size} pixels" if plan.img_size else ""),
         search if plan.search else "no search",
@@ -62,22 +62,26 @@ def describe(plan: Plan) -> str:
     return f"{'; '.join(pieces)}."
 
 
-def _differences(recipe: Recipe) -> str:
-    """The options that are not the preset's; all of them for a recipe that is no preset."""
-    preset = _options(RECIPES[recipe.name]) if recipe.name in RECIPES else {}
+def _differences(recipe: Recipe, noah: bool) -> str:
+    """The options that are not the preset's; all of them for a recipe that is no preset.
+
+    Args:
+        noah: whether the sizes of noah's search are among the options.
+    """
+    preset = _options(RECIPES[recipe.name], noah) if recipe.name in RECIPES else {}
     changed = [
         f"{name} {_text(value)}" + (f" (preset {_text(preset[name])})" if name in preset else "")
-        for name, value in _options(recipe).items()
+        for name, value in _options(recipe, noah).items()
         if name not in preset or preset[name] != value
     ]
     return f" with {', '.join(changed)}" if changed else ""
 
 
-def _options(recipe: Recipe) -> dict[str, Any]:
+def _options(recipe: Recipe, noah: bool) -> dict[str, Any]:
     options = recipe.identity()
-    noah = {f"noah {name}": value for name, value in options.pop("noah").items()}
+    sizes = {f"noah {name}": value for name, value in options.pop("noah").items()}
     del options["select"]  # said in words of its own
-    return {**options, **noah}
+    return {**options, **sizes} if noah else options
 
 
 def _text(value: object) -> str:

@@ -16,12 +16,11 @@ from dyntune.core.errors import BackboneError, SpecError, TrainingError
 from dyntune.core.words import counted, duration
 from dyntune.model.tuned import TunedModel
 from dyntune.studies.vtab.jobs import Outcome, forget_failure, run_jobs, threads_each
-from dyntune.studies.vtab.plan import Job, Plan
+from dyntune.studies.vtab.plan import Job, Plan, unsearched
 from dyntune.studies.vtab.report import write_tables
 from dyntune.studies.vtab.results import Failure, finished, read_failure, read_result, read_search
 from dyntune.studies.vtab.search import open_storage
 from dyntune.studies.vtab.table import MethodRow
-from dyntune.studies.vtab.train import unsearched
 from dyntune.training.header import Header, backbone_row, device_row, method_rows, outlines
 from dyntune.training.interrupt import TrainingInterrupted
 

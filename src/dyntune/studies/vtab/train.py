@@ -22,7 +22,7 @@ from dyntune.parts.registry import expand, resolve
 from dyntune.parts.spec import Part, format_spec
 from dyntune.studies.noah import train_noah
 from dyntune.studies.vtab.folders import ResizedImages, TrainList, load_task
-from dyntune.studies.vtab.plan import Job, Plan
+from dyntune.studies.vtab.plan import Job, Plan, unsearched
 from dyntune.studies.vtab.recipes import Recipe
 from dyntune.studies.vtab.results import JobResult, read_search
 from dyntune.studies.vtab.tasks import Task
@@ -94,11 +94,6 @@ def _build(parts: Sequence[str | Part], data: DataSplits, plan: Plan) -> TunedMo
     model = build_tuned(plan.model, *parts, classes=data.classes, weights=plan.weights, **arguments)
     model.preprocessing = with_pixels_as(model.preprocessing, recipe.normalisation, recipe.interpolation)
     return model
-
-
-def unsearched(spec: str) -> Noah | None:
-    """The part that a search must give sizes before it can be trained; None if the spec has none."""
-    return next((part for part in resolve([spec]) if isinstance(part, Noah) and not part.searched), None)
 
 
 def _train_noah(
