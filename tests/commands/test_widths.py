@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dyntune.commands import common, cost
 from dyntune.commands.main import app
-from dyntune.studies.report import _COLUMNS
+from dyntune.studies.report import _COLUMNS, _SPEED_COLUMNS
 from dyntune.studies.vtab.tasks import VTAB_1K
 from dyntune.training.evaluate import Evaluation
 from dyntune.training.progress import ProgressBar
@@ -48,7 +48,7 @@ def whole(text: str, width: int, rows) -> None:
 TABLES = {
     "key and value": (("", ""), [("accuracy", "99.16%"), ("active in blocks.11.mlp", "49.8%")]),
     "methods": (
-        ("method", "test accuracy", *_COLUMNS),
+        ("method", "test accuracy", *_COLUMNS, *_SPEED_COLUMNS),
         [
             ("linear", "98.32%", "0", "4 kB", "97.07 M", "100.0%", "-", "1,531", "0.97 x"),
             (LONG, "98.99%", "1,353,312", "5,413 kB", "69.73 M", "71.8%", "49.8%", "1,611", "1.13 x"),
