@@ -73,12 +73,17 @@ def check_reductions(backbone: Backbone, policies: Sequence[TokenPolicy]) -> Non
                     "among all tokens in their places. Use dispatch on the MLP, which keeps every token."
                 )
             gated = next((unit for unit in (block, block.attn) if any(other.gates(unit) for other in policies)), None)
-            merged |= not policy.drops and policy.reduces(block.mlp)
-            if gated is not None and (merged or policy.reduces(block.mlp)):
+            if gated is not None and policy.reduces(block.mlp):
                 raise BackboneError(
-                    f"{policy.name()} reads queries and keys of all tokens in the attention, and has merged ones count "
-                    f"by their size there, which a gate at {gated.path} does not do for the tokens that it skips. Gate "
-                    "the MLP (dispatch:where=mlp, dyt:dispatch=mlp)."
+                    f"{policy.name()} reads queries and keys of all tokens in {block.attn.path}, which a gate at "
+                    f"{gated.path} does not compute for skipped tokens. Gate the MLP (dispatch:where=mlp, "
+                    "dyt:dispatch=mlp)."
+                )
+            merged |= not policy.drops and policy.reduces(block.mlp)
+            if gated is not None and merged:
+                raise BackboneError(
+                    f"{policy.name()} merges tokens in front of {block.attn.path}, which may count there by size; a "
+                    f"gate at {gated.path} does not know of sizes. Gate the MLP (dispatch:where=mlp, dyt:dispatch=mlp)."
                 )
         if policy.drops and backbone.head_reads_grid:
             raise BackboneError(

@@ -204,7 +204,7 @@ def test_a_gate_on_attention_behind_the_merge_is_refused(make_host):
         def gates(self, unit):
             return unit.path == "blocks.2.attn"
 
-    with pytest.raises(BackboneError, match=r"fpet .*count by their size there, which a gate at blocks\.2\.attn"):
+    with pytest.raises(BackboneError, match=r"fpet merges .*by size; a gate at blocks\.2\.attn"):
         dyntune.tune(make_host(), "fpet", Late(where="attn"))
     dyntune.tune(make_host(), "evit:keep=0.7,layers=1,fuse=false", Late(where="attn"))
 

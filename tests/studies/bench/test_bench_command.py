@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -14,6 +15,7 @@ from dyntune.backbones.hosts import create_backbone
 from dyntune.commands.main import app
 from dyntune.core.errors import DyntuneError
 from dyntune.core.timing import Latency, Spread
+from dyntune.model.rates import dispatchers
 from dyntune.studies.bench import worker
 from dyntune.studies.bench.measure import Row
 from dyntune.studies.bench.plan import Plan
@@ -40,7 +42,10 @@ def run_bench(*arguments, error=None):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+    torch.manual_seed(0)
     model = dyntune.tune(create_backbone("vit_mini_patch4_32.dyntune", num_classes=10), "dyt:rate=0.7")
+    for gate in dispatchers(model.backbone).values():
+        torch.nn.init.zeros_(gate.gate.bias)  # so that images differ in what goes through
     return model.save(tmp_path_factory.mktemp("runs") / "digits")
 
 
