@@ -95,17 +95,24 @@ def test_the_runner_takes_folders_and_names_what_it_cannot_read(exported, pictur
     (album / "deep/cut.png").write_bytes(content[:200])
     (album / "deep/.hidden/b.png").write_bytes(content)
     (album / "notes.txt").touch()
+    # Pillow would have Ghostscript run PostScript, whatever its file is called.
+    program, ran = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n", tmp_path / "ran"
+    (album / "drawing.eps").write_text(program)
+    (album / "deep/program.png").write_text(program)
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {ran}\n")
+    (tmp_path / "gs").chmod(0o755)
     with open(os.fsencode(album) + b"/caf\xe9.png", "wb") as file:
         file.write(content)
     folder = shutil.copytree(exported(), tmp_path / "copy")
     command = [sys.executable, str(folder / "run.py"), str(album), str(tmp_path / "gone.png"), "--top-k", "1"]
+    latin = os.environ | {"PYTHONIOENCODING": "latin-1"}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONIOENCODING": "latin-1"}
+        command, capture_output=True, text=True, timeout=300, env=latin | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     )
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not ran.exists()
     shown = [line.removeprefix(f"{album}/") for line in done.stdout.splitlines()[::2]]
     assert shown == ["a [final].jfif", r"caf\udce9.png"]
-    assert "cut.png: " in done.stderr and "gone.png: " in done.stderr and "2 images could not be read" in done.stderr
+    assert "cut.png: " in done.stderr and "gone.png: " in done.stderr and "3 images could not be read" in done.stderr
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])

@@ -292,14 +292,19 @@ def test_runs_in_threads_wait_for_each_other(make_host, colours):
 
 
 class _CtrlC(Silent):
-    """Sends the process an interrupt in the middle of a given step."""
+    """Sends the process an interrupt in the middle of a given step, or behind the evaluation of a given epoch."""
 
-    def __init__(self, at: int) -> None:
-        self.left = at
+    def __init__(self, step: int = 0, epoch: int = 0) -> None:
+        self.steps, self.epochs = step, epoch
 
     def step(self, figures):
-        self.left -= 1
-        if self.left == 0:
+        self.steps -= 1
+        if self.steps == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def evaluated(self, evaluation):
+        self.epochs -= 1
+        if self.epochs == 0:
             os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -335,18 +340,6 @@ def test_an_interrupted_run_resumes_to_the_same_bits(make_host, colours, uninter
     assert all(torch.equal(p, resumed.tuned_state()[name]) for name, p in expected.items())
 
 
-class _CtrlCAtTheEnd(Silent):
-    """Sends the process an interrupt when the last epoch has been evaluated."""
-
-    def __init__(self, epochs: int) -> None:
-        self.left = epochs
-
-    def evaluated(self, evaluation):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_a_run_that_is_stopped_behind_its_last_epoch_has_its_best_weights(make_host, colours, tmp_path):
     whole, stopped, again = (_model(make_host, "full") for _ in range(3))
     train, val = colours
@@ -355,7 +348,7 @@ def test_a_run_that_is_stopped_behind_its_last_epoch_has_its_best_weights(make_h
     expected = fit(whole, train, wrong, **options)
     assert expected.best_epoch < 4, "the weights of the last epoch are others"
     with pytest.raises(TrainingInterrupted, match=r"behind the last epoch: the weights are those of the best"):
-        fit(stopped, train, wrong, out=tmp_path / "run", progress=_CtrlCAtTheEnd(4), **options)
+        fit(stopped, train, wrong, out=tmp_path / "run", progress=_CtrlC(epoch=4), **options)
     run = tmp_path / "run"
     assert fit(again, train, wrong, out=run, resume=True, **options).best_epoch == expected.best_epoch
     for model in (stopped, again):
