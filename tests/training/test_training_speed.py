@@ -260,7 +260,7 @@ def test_complete_model_without_a_loss_of_its_own_is_a_teacher_without_a_graph(b
 
 def test_complete_model_runs_in_every_kth_step_and_counts_k_times(build, images_for):
     once = loss_of(build("dyt:dropout=0"), images_for).terms
-    model = build("dyt:dropout=0,complete_every=3")
+    model = build("dyt:dropout=0,complete_every=3,complete_during=0/1")
     for step in range(7):
         terms = loss_of(model, images_for, step=step).terms
         assert ("complete" in terms) == ("distill" in terms) == (step in (0, 3, 6))
@@ -272,7 +272,7 @@ def test_complete_model_runs_in_every_kth_step_and_counts_k_times(build, images_
 
 
 def test_steps_of_the_complete_model_are_counted_where_the_training_has_been_told(build, images_for):
-    model = build("dyt:dropout=0,complete_every=3")
+    model = build("dyt:dropout=0,complete_every=3,complete_during=0/1")
     seen = complete_runs(model)
 
     def passes(steps=4, **options):
@@ -381,7 +381,7 @@ def test_fit_counts_the_steps_of_the_whole_run_for_the_complete_model(build):
         def step(self, figures):
             terms.append("loss_complete" in figures)
 
-    fitted(build, "dyt:complete_every=4", progress=Watch(0))
+    fitted(build, "dyt:complete_every=4,complete_during=0/1", progress=Watch(0))
     assert [index for index, there in enumerate(terms) if there] == [0, 4, 8]
     assert len(terms) == 12
 
@@ -406,9 +406,9 @@ def test_gradient_checkpointing_is_on_while_training_and_may_change_on_resume(bu
     original = forward.checkpoint
     monkeypatch.setattr(forward, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
     with pytest.raises(KeyboardInterrupt):
-        fitted(build, "dyt", tmp_path / "run", progress=StopAt(9))
+        fitted(build, "dyt:complete_during=0/1", tmp_path / "run", progress=StopAt(9))
     assert not calls
-    fitted(build, "dyt", tmp_path / "run", resume=True, gradient_checkpointing=True)
+    fitted(build, "dyt:complete_during=0/1", tmp_path / "run", resume=True, gradient_checkpointing=True)
     assert len(calls) == 6 * 3 * 2, "steps, blocks, and the two passes of a step"
     assert TrainSettings(gradient_checkpointing=True).differences({}) == []
     with pytest.raises(TrainingError, match="true or false"):

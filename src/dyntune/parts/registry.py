@@ -89,9 +89,9 @@ def part_from_dict(data: dict[str, Any]) -> Part:
         SpecError: unknown type or option, or a value of another type.
     """
     cls = lookup(str(data.get("type")))
-    options = {key: value for key, value in data.items() if key != "type"}
+    options = cls.completed({key: value for key, value in data.items() if key != "type"})
     known = {field.name for field in dataclasses.fields(cls)}
     for key in options:
         if key not in known:
             raise cls.unknown(key)
-    return cls(**cls.completed(options))
+    return cls(**options)

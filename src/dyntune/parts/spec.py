@@ -136,7 +136,7 @@ class Part:
 
     @classmethod
     def completed(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Options as a file has them, with those that it does not know yet at what was meant then."""
+        """Options of a file: those that it does not know yet at what was meant then, without those that are no more."""
         return options
 
     def from_published(self, name: str, tensor: Tensor) -> dict[str, Tensor] | None:

@@ -486,17 +486,20 @@ def test_a_run_whose_recipe_chose_otherwise_does_not_go_on_with_todays(make_host
     def identity(spec):
         return run_identity(dyntune.tune(make_host(), spec), TrainSettings(), data, 1)
 
+    before = "lead=none,spread=none,rate_weight=10,complete_during=0/1"
     old = identity("dyt:rate=0.7")
     old["parts"] = [part.to_dict() for part in expand(resolve(["dyt:rate=0.7"]))]
     (change,) = identity_changes(old, identity("dyt:rate=0.7"))
     assert "lead=none,spread=none,course=0.1/0.6,quiet=0.85," in change and "stands for something else" in change
-    assert identity_changes(old, identity("dyt:rate=0.7,quiet=0.85,lead=none,spread=none,rate_weight=10")) == []
+    assert identity_changes(old, identity(f"dyt:rate=0.7,quiet=0.85,{before}")) == []
     former = identity("dyt:rate=0.7")
     del former["parts"][1]["lead"], former["parts"][1]["spread"]
+    del former["parts"][1]["complete_during"]
     former["parts"][1]["rate_weight"] = 10.0
     (change,) = identity_changes(former, identity("dyt:rate=0.7"))
     assert "lead=none" in change and "rate_weight=10" in change
-    assert identity_changes(former, identity("dyt:rate=0.7,lead=none,spread=none,rate_weight=10")) == []
+    assert "complete_during=0/1" in change
+    assert identity_changes(former, identity(f"dyt:rate=0.7,{before}")) == []
     assert identity_changes(identity("dispatch:where=attn"), identity("dispatch:where=attn,bias=2")) == []
 
 
@@ -512,20 +515,31 @@ def test_resuming_with_another_recipe_is_refused(make_host, data, tmp_path):
         dyntune.fit(other, data, out=tmp_path, resume=True, epochs=1, batch_size=20, device="cpu")
 
 
-def test_the_complete_pass_grows_with_what_gates_are_meant_to_skip(make_host, images_for):
-    """Target 1: no complete pass; on half of the way to the rate, half of the batch at half of the weight."""
-    model = dyntune.tune(make_host(), "dyt:rate=0.4,dropout=0,complete_course=true,lead=none").train()
+def test_the_complete_model_runs_during_a_part_of_the_training(make_host, images_for):
+    model = dyntune.tune(make_host(), "dyt:complete_during=0.2/0.6,lead=none").train()
     images, labels = images_for(model.backbone.host, 4), torch.arange(4)
-    model.begin_training(100, 1e-3)
+
+    def complete(step):
+        seen.clear()
+        terms = dyntune.training_loss(model, images, labels, step=step).terms.keys()
+        return len(seen) == 2 and terms == {"task", "rate", "complete", "distill"}
+
     seen = []
-    model.backbone.host.head.register_forward_hook(lambda _, args, out: seen.append(len(out)))
-    terms = {step: dyntune.training_loss(model, images, labels, step=step).terms for step in (0, 35, 60)}
-    assert seen == [4, 4, 2, 4, 4]
-    assert terms[0].keys() == {"task", "rate"} and terms[60].keys() == {"task", "rate", "complete", "distill"}
-    logits = model.run(images, complete=True).logits
-    halves = 0.5 * torch.nn.functional.cross_entropy(logits[:2], labels[:2])
-    torch.testing.assert_close(terms[35]["complete"], halves)
-    torch.testing.assert_close(terms[60]["complete"], torch.nn.functional.cross_entropy(logits, labels))
+    model.backbone.host.head.register_forward_hook(lambda *_: seen.append(1))
+    assert complete(0), "nobody has said how long the training is"
+    model.begin_training(10, 1e-3)
+    assert [step for step in range(12) if complete(step)] == [2, 3, 4, 5]
+    model.eval()
+    assert complete(7), "evaluation is no part of the training"
+    always = dyntune.tune(make_host(), "dyt:complete_during=0/1,lead=none").train()
+    always.begin_training(10, 1e-3)
+    steps = [dyntune.training_loss(always, images, labels, step=step).terms for step in (0, 9, 12)]
+    assert all("complete" in terms for terms in steps)
+
+
+def test_files_of_a_version_with_an_option_that_is_no_more_are_read(make_host):
+    (dyt,) = resolve(["dyt"])
+    assert part_from_dict(dyt.to_dict() | {"complete_course": False}) == dyt
 
 
 def test_a_saved_model_that_knows_no_recipe_keeps_the_name_of_its_preset(make_host, tmp_path):
@@ -534,7 +548,7 @@ def test_a_saved_model_that_knows_no_recipe_keeps_the_name_of_its_preset(make_ho
     config = json.loads(file.read_text())
     config["spec"] = "dyt:rate=0.7"
     del config[SEAL]
-    for name in ("recipe", "course", "quiet", "moves", "lead", "spread", "complete_course"):
+    for name in ("recipe", "course", "quiet", "moves", "lead", "spread", "complete_during"):
         del config["parts"][1][name]
     config["parts"][1] |= {"bias": 0.0, "rate_weight": 2.0, "rate_of": "training", "explore": None}
     file.write_text(json.dumps(config))

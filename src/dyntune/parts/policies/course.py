@@ -68,6 +68,12 @@ class Course(nn.Module):
             return 0.0
         return (self.progress - end) / (1 - end)
 
+    def between(self, first: float, last: float) -> bool:
+        """Whether a training is between two shares of it; always in evaluation, or of unknown length."""
+        if not self.training or self.progress is None:
+            return True
+        return first <= self.progress and (self.progress < last or last == 1)
+
     def end_course(self) -> None:
         """From now on nobody knows how far a training is."""
         self.progress = None

@@ -33,6 +33,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
         "rate_of": "inference",
         "rate_weight": (10.0, 100.0),
         "explore": 0.1,
+        "complete_during": (0.2, 0.6),
         "lead": (1.0, 3.0),
         "spread": 0.5,
         "scale": 1.0,
@@ -45,6 +46,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
         "rate_of": "training",
         "rate_weight": 2.0,
         "explore": None,
+        "complete_during": (0.0, 1.0),
         "lead": None,
         "spread": None,
         "scale": 0.1,
@@ -64,11 +66,12 @@ class Dispatch(GatingPolicy):
     gate learns how far its logits move with it, one more parameter per gated unit. In evaluation they aim at the middle
     until ``TunedModel.set_rate`` says another rate.
 
-    How gates are trained is a recipe. ``published`` is the paper's. ``steady`` keeps its losses and its second pass
-    and changes what makes short trainings fail (``docs/dyt.md`` has the reasons): gates start open, furthest where the
-    model needs the unit most, the target falls to the rate over the training, gates decide without noise, the rate loss
-    holds what inference computes, and the pace of the gates follows the length of the training, which ``fit`` tells and
-    ``begin_training`` tells for a loop of your own. An option that is left at "recipe" is chosen by it.
+    How gates are trained is a recipe. ``published`` is the paper's. ``steady`` keeps its losses, has the complete model
+    run while gates close only, and changes what makes short trainings fail (``docs/dyt.md`` has the reasons): gates
+    start open, furthest where the model needs the unit most, the target falls to the rate over the training, gates
+    decide without noise, the rate loss holds what inference computes, and the pace of the gates follows the length of
+    the training, which ``fit`` tells and ``begin_training`` tells for a loop of your own. An option that is left at
+    "recipe" is chosen by it.
 
     Args:
         rate: target share of active patches, the mean over all gated units, between 0 and 1; or the lowest and the
@@ -106,8 +109,9 @@ class Dispatch(GatingPolicy):
             computes all, as gates of other units always do.
         complete_every: steps per pass of the complete model, whose loss terms then count so many times.
         complete_share: share of each batch that the complete model runs on, above 0 and at most 1.
-        complete_course: whether this share, and the weights of its loss terms, grow with what the gates are meant to
-            skip: as long as they are open, both passes are the same, so that time is saved there.
+        complete_during: shares of the training between which the complete model runs: as long as the gates are open, it
+            is the dispatched model itself, and once they have closed it brings little. 0.2/0.6 in steady; 0/1, as
+            published, is always. Where nobody says how long the training is, it runs in every step.
     """
 
     source: ClassVar[str] = "Zhao et al., NeurIPS 2024, arXiv 2403.11808, sections 3.2 and 3.3"
@@ -132,10 +136,12 @@ class Dispatch(GatingPolicy):
     explore: float | Chosen | None = "recipe"
     complete_every: int = 1
     complete_share: float = 1.0
-    complete_course: bool = False
+    complete_during: tuple[float, ...] | Chosen = "recipe"
 
     @classmethod
     def completed(cls, options: dict[str, Any]) -> dict[str, Any]:
+        # Some files name an option of training that is no more.
+        options = {name: value for name, value in options.items() if name != "complete_course"}
         if "recipe" in options:
             return options
         # Files that know no recipes have the published one, and write its options out.
@@ -190,6 +196,11 @@ class Dispatch(GatingPolicy):
         self.require(
             self.explore in (None, "recipe") or self.where in ("mlp", "attn-mlp"),
             "explore only on mlp or attn-mlp, where MLPs have gates of their own; other units are computed whole",
+        )
+        during = self.chosen("complete_during")
+        self.require(
+            len(during) == 2 and 0 <= during[0] <= during[1] <= 1,
+            "as complete_during two shares of the training between 0 and 1, the lower one first",
         )
         self.require(self.complete_every >= 1, "complete_every of at least 1")
         self.require(0 < self.complete_share <= 1, "complete_share above 0 and at most 1")
@@ -256,19 +267,14 @@ class Dispatch(GatingPolicy):
     def follows_length(self) -> bool:
         first, last = self.rate_weights
         started = any(self.chosen(name) is not None for name in ("lead", "spread", "moves"))
-        return super().follows_length or first != last or started
+        always = self.chosen("complete_during") == (0, 1)
+        return super().follows_length or first != last or started or not always
 
     def complete_pass(self, output: Output) -> CompletePass:
         course = next((gate.course for gate in output.gates if gate.policy is self), None)
-        share = 1.0
-        if self.complete_course and course is not None:
-            share = min(1.0, (1 - course.target) / (1 - self.middle)) if self.middle < 1 else 0.0
-        return CompletePass(
-            share * self.complete_weight,
-            share * self.distill_weight,
-            self.complete_every,
-            share * self.complete_share,
-        )
+        if course is not None and not course.between(*self.chosen("complete_during")):
+            return CompletePass()
+        return CompletePass(self.complete_weight, self.distill_weight, self.complete_every, self.complete_share)
 
     def loss_terms(self, output: Output, teacher: Output | None) -> dict[str, Tensor]:
         own = [gate for gate in output.gates if gate.policy is self]

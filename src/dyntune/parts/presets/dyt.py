@@ -52,7 +52,7 @@ class DyT(Preset):
     explore: float | Chosen | None = Dispatch.explore
     complete_every: int = Dispatch.complete_every
     complete_share: float = Dispatch.complete_share
-    complete_course: bool = Dispatch.complete_course
+    complete_during: tuple[float, ...] | Chosen = Dispatch.complete_during
 
     @classmethod
     def completed(cls, options: dict[str, Any]) -> dict[str, Any]:
