@@ -337,7 +337,7 @@ def test_the_callback_tells_the_course_of_a_training(fresh, tmp_path):
 
 
 def test_the_complete_model_runs_in_every_kth_step_of_a_trainer_too(fresh, tmp_path):
-    model = fresh("dyt:complete_every=4")
+    model = fresh("dyt:complete_every=4,complete_during=0/1")
     passes = []
     run = model.run
 

@@ -101,7 +101,8 @@ def test_a_second_task_is_trained_and_selected_by_its_own_figure(make_host, colo
     records = read_log(run)
     assert max(r["f1"] for r in records if r["kind"] == "val") == result.best_accuracy
     assert all(0 <= r["f1"] <= 1 and "accuracy" not in r for r in records)
-    assert all(r["loss_distill"] > 0.1 for r in records if r["kind"] == "train")  # an entropy, not a divergence
+    distilled = [r["loss_distill"] for r in records if r["kind"] == "train" and "loss_distill" in r]
+    assert distilled and min(distilled) > 0.1  # an entropy, not a divergence
 
 
 def test_a_second_task_is_saved_by_name_and_given_to_load(make_host, colours, trained):

@@ -156,3 +156,14 @@ def test_every_epoch_has_a_line_the_last_one_too(validated):
     lines = log.getvalue().splitlines()
     assert [line.split(":")[0] for line in lines] == [f"noah epoch {number}/3" for number in (1, 2, 3)]
     assert all(("val acc" in line) == validated for line in lines)
+
+
+def test_a_term_that_an_epoch_has_not_is_not_shown_for_it():
+    log = io.StringIO()
+    with ProgressBar("dyt", Console(file=log, width=80)) as bar:
+        for epoch, terms in enumerate(
+            [{"loss_task": 1.0}, {"loss_task": 1.0, "loss_distill": 0.5}, {"loss_task": 1.0}]
+        ):
+            bar.epoch(epoch, 3, 1, 0)
+            bar.step(terms | {"images_per_second": 1.0})
+    assert ["distill" in line for line in log.getvalue().splitlines()] == [False, True, False]

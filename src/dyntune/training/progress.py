@@ -94,6 +94,8 @@ class ProgressBar:
         )
         self.bar = Bar(*columns, console=self.console, disable=not self.console.is_terminal)
         self.means: dict[str, float] = {}
+        self.current: set[str] = set()
+        """What the steps of the running epoch have told: not every term of a loss is in all of them."""
         self.validation = ""
         self.label = title
         self.task: Any = None
@@ -114,6 +116,7 @@ class ProgressBar:
         if self.task is None:
             self.task = self.bar.add_task(self.title, total=epochs * steps, status="")
         self._line()
+        self.current = set()
         self.label = f"{self.title} epoch {epoch + 1}/{epochs}"
         self.left, self.mark = (epochs - epoch) * steps - first, time.monotonic()
         self.bar.update(self.task, completed=epoch * steps + first, description=self.label)
@@ -122,6 +125,7 @@ class ProgressBar:
         for name, value in figures.items():
             old = self.means.get(name, value)
             self.means[name] = self.SMOOTHING * old + (1 - self.SMOOTHING) * value
+        self.current |= figures.keys()
         self.shown = False
         self._estimate()
         self.bar.update(self.task, advance=1, status=f"{self._status()} {self.validation}".rstrip())
@@ -162,13 +166,14 @@ class ProgressBar:
 
     def _status(self) -> str:
         """The figures of the last steps; nothing in a run that goes on behind the last step of an epoch."""
-        if not self.means:
+        means = {name: value for name, value in self.means.items() if name in self.current}
+        if not means:
             return ""
-        terms = " ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in self.means.items() if n.startswith("loss"))
-        activation = f" active {self.means['activation']:.0%}" if "activation" in self.means else ""
-        merits = (n for n in self.means if n not in ("activation", "images_per_second") and not n.startswith("loss"))
-        score = " ".join(f"{_SHORT.get(n, n)} {self.means[n]:.1%}" for n in merits)
-        return f"{terms} {score}{activation} {self.means['images_per_second']:.0f} img/s"
+        terms = " ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in means.items() if n.startswith("loss"))
+        activation = f" active {means['activation']:.0%}" if "activation" in means else ""
+        merits = (n for n in means if n not in ("activation", "images_per_second") and not n.startswith("loss"))
+        score = " ".join(f"{_SHORT.get(n, n)} {means[n]:.1%}" for n in merits)
+        return f"{terms} {score}{activation} {means['images_per_second']:.0f} img/s"
 
 
 def display(progress: Progress | bool | None, title: str) -> Progress:
