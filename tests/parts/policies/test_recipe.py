@@ -447,6 +447,9 @@ def test_the_published_recipe_and_options_that_differ_from_a_recipe():
     [
         "course=0.5",
         "course=0.6/0.1",
+        "complete_during=0.6/0.1",
+        "complete_during=0.2/1.2",
+        "complete_during=0.2/0.4/0.6",
         "course=0.5/1.5",
         "quiet=1.1",
         "moves=1",

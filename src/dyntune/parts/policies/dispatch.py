@@ -140,7 +140,7 @@ class Dispatch(GatingPolicy):
 
     @classmethod
     def completed(cls, options: dict[str, Any]) -> dict[str, Any]:
-        # Some files name an option of training that is no more.
+        # Files of some versions name an option that is no more, and that only a training read.
         options = {name: value for name, value in options.items() if name != "complete_course"}
         if "recipe" in options:
             return options
