@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import dyntune
-from dyntune.backbones.base import Paced
+from dyntune.backbones.training import Paced
 from dyntune.core.errors import SpecError, TrainingError
 from dyntune.core.files import SEAL
 from dyntune.model.adapter_folder import CONFIG
