@@ -145,10 +145,11 @@ def swin_two_stages(pretrained: bool = False, **kwargs: object) -> SwinTransform
 
 
 def _randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Fills every parameter with non-zero random values under which activations stay of the order of 1."""
+    """Fills parameters and surrogates with non-zero random values under which activations stay of the order of 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in sorted(module.named_parameters()):
+        surrogates = ((name, buffer) for name, buffer in module.named_buffers() if ".surrogate." in name)
+        for name, parameter in (*sorted(module.named_parameters()), *sorted(surrogates)):
             fan_in = parameter[0].numel() if parameter.ndim > 1 and parameter.shape[0] > 1 else 4
             values = torch.randn(parameter.shape, generator=generator) * fan_in**-0.5
             parameter.copy_(values + 1 if parameter.ndim < 2 and not name.endswith("bias") else values)
@@ -211,7 +212,7 @@ def _short_timing() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def randomise() -> Callable[..., nn.Module]:
-    """``randomise(module, seed=0)`` gives every parameter non-zero random values."""
+    """``randomise(module, seed=0)`` gives parameters, and surrogates, non-zero random values."""
     return _randomise
 
 

@@ -230,12 +230,12 @@ def test_costs_of_base_sized_towers(kind):
         return dyntune.cost(model), model
 
     parameters, bitfit, ssf, dense, mlp, layer, lora = FIGURES[kind]
-    figures, model = cost("dyt:bottleneck=8")
+    figures, model = cost("dyt:recipe=published,bottleneck=8")
     added = figures.trainable_params + figures.head_params + sum(p.numel() for p in model.backbone.idle)
     assert figures.total_params - added == parameters
     assert figures.trainable_params == 165_996
     assert (figures.dense_macs, figures.macs) == (dense, mlp)
-    assert cost("dyt:dispatch=layer,bottleneck=8")[0].macs == layer
+    assert cost("dyt:recipe=published,dispatch=layer,bottleneck=8")[0].macs == layer
     assert cost("bitfit")[0].trainable_params == bitfit
     assert cost("ssf")[0].trainable_params == ssf
     for targets in ("qkv", "q/v"):

@@ -55,17 +55,26 @@ SPECS = {
     "tome": ("linear", "tome:r=3"),
     "evit": ("linear", "evit:keep=0.5,layers=1,fuse=false"),
 }
+PUBLISHED = "dyt:recipe=published,bottleneck=8"
 COSTS = {
     "vit_small_patch16_dinov3": (
         {"tokens": 261, "parameters": 21_586_944, "dense": 6_257_814_912, "bitfit": 37_632, "ssf": 102_912}
-        | {"dyt:bottleneck=8": 4_463_349_120, "dyt:bottleneck=8,dispatch=layer": 3_089_649_024}
+        | {
+            PUBLISHED: 4_463_349_120,
+            f"{PUBLISHED},dispatch=layer": 3_089_649_024,
+        }
     ),
     "eva02_base_patch14_224": (
-        {"tokens": 257, "parameters": 85_758_720, "dense": 23_216_496_384, "dyt:bottleneck=8": 15_987_367_680}
+        {
+            "tokens": 257,
+            "parameters": 85_758_720,
+            "dense": 23_216_496_384,
+            PUBLISHED: 15_987_367_680,
+        }
     ),
     "vit_pe_core_base_patch16_224": (
         {"tokens": 197, "parameters": 92_886_528, "dense": 17_821_324_032}
-        | {"dyt:bottleneck=8,dispatch=layer": 8_984_875_776}
+        | {f"{PUBLISHED},dispatch=layer": 8_984_875_776}
     ),
 }
 """Tokens, parameters and MACs of the plain model; parameters of methods, MACs with half of the patches."""

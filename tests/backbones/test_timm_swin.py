@@ -235,7 +235,7 @@ def counted(size, window, second, rate=1.0, bottleneck=0):
 )
 def test_costs_of_the_real_sizes(name, parameters, shape):
     with torch.device("meta"):
-        cost = dyntune.cost(dyntune.tune(timm.create_model(name), "dyt:bottleneck=8"))
+        cost = dyntune.cost(dyntune.tune(timm.create_model(name), "dyt:recipe=published,bottleneck=8"))
     assert cost.total_params - cost.trainable_params == parameters
     assert cost.dense_macs == counted(*shape)
     assert cost.macs == counted(*shape, rate=0.5, bottleneck=8)

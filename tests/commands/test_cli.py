@@ -124,12 +124,12 @@ def test_cost_prints_the_published_numbers():
             "--method",
             "adaptformer",
             "--policy",
-            "dispatch:rate=0.5",
+            "dispatch:rate=0.5,recipe=published",
             "--json",
         ).stdout
     )
     assert report["model"] == "vit_base_patch16_224"
-    assert (report["method"], report["tokens"]) == ("adaptformer", "dispatch:rate=0.5")
+    assert (report["method"], report["tokens"]) == ("adaptformer", "dispatch:rate=0.5,recipe=published")
     assert (report["trainable_params"], report["macs"], report["dense_macs"]) == (
         165_996,
         12_059_247_360,
@@ -146,7 +146,7 @@ def test_methods_lists_every_part_and_the_options_of_one():
     assert not done.stderr  # what auto has found for this backbone is nobody's question
     costs = {row["name"]: (row["trainable_params"], row["macs"]) for row in report}
     assert costs["full"] == (85_798_656, 17_581_972_224)
-    assert costs["dyt"] == (165_996, 12_059_247_360)
+    assert costs["dyt"] == (165_996, 12_171_811_584)
     options = dyntune("methods", "dyt").stdout
     assert "bottleneck" in options and "temperature" in options and "``" not in options
 

@@ -51,7 +51,7 @@ def test_a_run_is_evaluated_and_predicts(run, photos):
 def test_costs_need_no_weights(backbone):
     (backbone / "model.safetensors").rename(backbone / "away")
     try:
-        printed = invoke("cost", "--model", f"hf:{backbone}", "--method", "dyt", "--json")
+        printed = invoke("cost", "--model", f"hf:{backbone}", "--method", "dyt:recipe=published", "--json")
     finally:
         (backbone / "away").rename(backbone / "model.safetensors")
     assert "626720" in printed

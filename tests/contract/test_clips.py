@@ -125,7 +125,7 @@ def test_the_attentive_head_is_what_is_written(build):
     [
         ("linear", 142_530_610_944),
         ("adaptformer:bottleneck=64", 144_389_736_192),
-        ("dyt:bottleneck=64,rate=0.5", 99_975_546_624),
+        ("dyt:recipe=published,bottleneck=64,rate=0.5", 99_975_546_624),
     ],
 )
 def test_macs_of_the_published_model(spec, macs):
@@ -222,7 +222,7 @@ def test_a_saved_clip_model_is_built_again_by_name(tmp_path):
 @torch.no_grad()
 def test_a_checkpoint_of_the_public_code_is_read(build, randomise):
     """Its head is called otherwise, and reads the tokens without their place in time; its folders hold more than it."""
-    model, other = (dyntune.tune(build(time="none"), "dyt:bottleneck=4").eval() for _ in range(2))
+    model, other = (dyntune.tune(build(time="none"), "dyt:recipe=published,bottleneck=4").eval() for _ in range(2))
     randomise(model.backbone, 7)
     state = {}
     for name, tensor in model.backbone.named_parameters():

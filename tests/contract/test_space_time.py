@@ -61,8 +61,8 @@ def test_an_exported_model_takes_any_number_of_clips(build, tmp_path):
     ("spec", "macs"),
     [
         ("linear", 180_489_096_960),
-        ("dyt:bottleneck=64,rate=0.5", 137_924_595_456),
-        ("dyt:bottleneck=64,rate=0.5,dispatch=attn-mlp", 83_568_332_544),
+        ("dyt:recipe=published,bottleneck=64,rate=0.5", 137_924_595_456),
+        ("dyt:recipe=published,bottleneck=64,rate=0.5,dispatch=attn-mlp", 83_568_332_544),
     ],
 )
 def test_macs_of_videomae(spec, macs):

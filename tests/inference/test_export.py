@@ -37,11 +37,12 @@ BLOCKS = {
 
 
 def filled(host, *parts):
-    """A tuned model in whose trained tensors nothing is zero."""
+    """A tuned model in whose trained tensors and surrogates nothing is zero."""
     model = dyntune.tune(host, *parts)
     generator = torch.Generator().manual_seed(0)
+    surrogates = {name: buffer for name, buffer in model.named_buffers() if ".surrogate." in name}
     with torch.no_grad():
-        for tensor in model.tuned_state().values():
+        for tensor in (model.tuned_state() | surrogates).values():
             tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
     return model.eval()
 

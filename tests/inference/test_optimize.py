@@ -34,11 +34,12 @@ SPECS = [
 
 
 def filled(host, spec, seed=0):
-    """A tuned model in whose trained tensors nothing is zero, and whose gates open for some patches."""
+    """A tuned model with nothing zero in trained tensors and surrogates, whose gates open for some patches."""
     model = dyntune.tune(host, spec)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, tensor in model.tuned_state().items():
+        surrogates = {name: buffer for name, buffer in model.named_buffers() if ".surrogate." in name}
+        for name, tensor in (model.tuned_state() | surrogates).items():
             tensor.add_(torch.randn(tensor.shape, generator=generator) * (0.5 if "dispatcher" in name else 0.1))
     return model.eval()
 
@@ -147,19 +148,22 @@ def test_a_head_that_reads_patches_keeps_them(make_host):
 
 @torch.no_grad()
 def test_gate_and_adapter_are_one_product(make_host, images_for):
-    model = filled(make_host(), "dyt:bottleneck=3,scale=0.1")
+    model = filled(make_host(), "dyt:bottleneck=3,scale=0.1,surrogate=0.2")
     optimized = folded_copy(model, masks=True)
     joint = optimized.joints["blocks_1_mlp"]
     width = model.backbone.host.embed_dim
-    assert joint.read.weight.shape == (3 + 2, width)
+    assert joint.read.weight.shape == (3 + 2 + round(0.2 * width) + 1, width)
     x = torch.randn(2, 7, width)
-    values, written = joint(x)
+    mask = (torch.arange(14) % 3 == 0).float().view(2, 7)
+    read = joint(x)
     unit = model.backbone.blocks[1].mlp
     adapter = unit.parallel["adapter"]
     hidden = torch.relu(x @ adapter.down_proj.weight.T + adapter.down_proj.bias)
-    assert_same(written, x + 0.1 * (hidden @ adapter.up_proj.weight.T + adapter.up_proj.bias))
-    assert_same(values, unit.dispatcher.gate(x).squeeze(-1))
-    assert not optimized.backbone.blocks[1].mlp.parallel
+    update = 0.1 * (hidden @ adapter.up_proj.weight.T + adapter.up_proj.bias)
+    assert unit.surrogate.up.any()
+    assert_same(joint.written(x, read, mask), x + update + unit.surrogate(x, 1 - mask))
+    assert_same(read[..., 0], unit.dispatcher.gate(x).squeeze(-1))
+    assert not optimized.backbone.blocks[1].mlp.parallel and optimized.backbone.blocks[1].mlp.surrogate is None
 
 
 @torch.no_grad()

@@ -87,14 +87,17 @@ def test_only_trained_tensors_are_saved(build, saved):
     model = build()
     tensors = safetensors.torch.load_file(saved / WEIGHTS)
     trained = {model.backbone.saved_name(name): p for name, p in model.tuned_state().items()}
-    assert tensors.keys() == trained.keys()
+    surrogates = {name for name, buffer in model.backbone.named_buffers() if ".surrogate." in name}
+    assert len(surrogates) == 3 * 4 and tensors.keys() == trained.keys() | surrogates
     assert "blocks.0.mlp.beside.adapter.up_proj.weight" in tensors  # as files have always called it
     assert all(torch.equal(tensors[name], p) for name, p in trained.items())
     values = 3 * (2 * 32 * 8 + 8 + 32) + 3 * (32 + 1) + 32 * 5 + 5
-    assert sum(t.numel() for t in tensors.values()) == values
-    assert dyntune.cost(model).adapter_bytes == 4 * values
+    assert sum(tensors[name].numel() for name in trained) == values
+    fitted = sum(tensors[name].numel() for name in surrogates)
+    assert fitted == 3 * (2 * 32 + 32 + 1)  # of rank 1, in bf16
+    assert dyntune.cost(model).adapter_bytes == 4 * values + 2 * fitted
     header = 8 + int.from_bytes((saved / WEIGHTS).read_bytes()[:8], "little")
-    assert (saved / WEIGHTS).stat().st_size == header + 4 * values
+    assert (saved / WEIGHTS).stat().st_size == header + 4 * values + 2 * fitted
 
 
 def test_folder_holds_three_files_and_is_readable_as_json(saved):

@@ -11,7 +11,7 @@ from dyntune.core.errors import CheckpointError
 
 @pytest.fixture
 def trained(make_host, randomise):
-    model = dyntune.tune(make_host(), "dyt:bottleneck=4")
+    model = dyntune.tune(make_host(), "dyt:recipe=published,scale=1,bottleneck=4")
     randomise(model, seed=1)
     return model.eval()
 
@@ -29,7 +29,7 @@ def _published(model):
 def test_a_published_checkpoint_gives_its_logits(trained, make_host, images_for):
     state = _published(trained)
     assert {"blocks.0.adaptmlp.down_proj.weight", "blocks.2.mlp_token_select.mlp_head.bias", "head.weight"} < set(state)
-    model = dyntune.tune(make_host(seed=9), "dyt:bottleneck=4").eval()
+    model = dyntune.tune(make_host(seed=9), "dyt:recipe=published,scale=1,bottleneck=4").eval()
     images = images_for(model.backbone.host, 4)
     assert not torch.allclose(model(images), trained(images), atol=1e-3)
     dyntune.load_published(model, state)
@@ -39,7 +39,7 @@ def test_a_published_checkpoint_gives_its_logits(trained, make_host, images_for)
 @pytest.mark.parametrize("start", ["module.", "model.", "module._orig_mod."])
 def test_a_whole_checkpoint_of_a_wrapped_model_is_taken(trained, make_host, images_for, start):
     state = {f"{start}{name}": tensor for name, tensor in _published(trained).items()}
-    model = dyntune.tune(make_host(seed=9), "dyt:bottleneck=4").eval()
+    model = dyntune.tune(make_host(seed=9), "dyt:recipe=published,scale=1,bottleneck=4").eval()
     dyntune.load_published(model, {"model": state | {"steps": 3}, "epoch": 9})
     images = images_for(model.backbone.host, 4)
     assert torch.equal(model(images), trained(images))
@@ -48,7 +48,7 @@ def test_a_whole_checkpoint_of_a_wrapped_model_is_taken(trained, make_host, imag
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(trained, make_host):
-    model = dyntune.tune(make_host(), "dyt:bottleneck=4")
+    model = dyntune.tune(make_host(), "dyt:recipe=published,scale=1,bottleneck=4")
     before = {name: p.clone() for name, p in model.named_parameters()}
     whole = _published(trained)
     cases = {
@@ -75,9 +75,12 @@ def test_what_the_public_code_stores_and_never_uses_is_let_pass(make_host):
         dyntune.load_published(model, head | state | {"blocks.0.attn.LoRA_c.weight": torch.zeros(4, 32)})
 
 
-def test_the_names_of_our_own_files_are_taken_too(trained, make_host):
+def test_the_names_of_our_own_files_are_taken_too(make_host, randomise):
+    """Those of surrogates, which public code does not know, as well."""
+    donor = randomise(dyntune.tune(make_host(), "dyt:bottleneck=4"), 3)
     model = dyntune.tune(make_host(), "dyt:bottleneck=4").eval()
-    saved = {name: p.detach().clone() for name, p in trained.saved_state().items()}
+    saved = {name: p.detach().clone() for name, p in donor.saved_state().items()}
+    assert any("surrogate" in name for name in saved)
     dyntune.load_published(model, saved)
     assert all(torch.equal(p, saved[name]) for name, p in model.saved_state().items())
 
@@ -200,12 +203,12 @@ def test_numbers_that_are_not_finite_are_refused(trained, make_host):
     state = _published(trained)
     state["blocks.1.adaptmlp.up_proj.bias"][3] = torch.nan
     with pytest.raises(CheckpointError, match=r"blocks\.1\.adaptmlp\.up_proj\.bias' of the checkpoint is not finite"):
-        dyntune.load_published(dyntune.tune(make_host(), "dyt:bottleneck=4"), state)
+        dyntune.load_published(dyntune.tune(make_host(), "dyt:recipe=published,scale=1,bottleneck=4"), state)
 
 
 @torch.no_grad()
 def test_a_filled_model_is_saved_whole_where_its_backbone_was_filled_too(trained, make_host, images_for, tmp_path):
-    model = dyntune.tune(make_host(seed=9), "dyt:bottleneck=4").eval()
+    model = dyntune.tune(make_host(seed=9), "dyt:recipe=published,scale=1,bottleneck=4").eval()
     dyntune.load_published(model, _published(trained))
     loaded = dyntune.load(model.save(tmp_path), backbone=make_host(seed=9))
     images = images_for(model.backbone.host, 2)

@@ -121,7 +121,7 @@ def test_the_model_is_left_as_it_was(calibrated):
     before = {name: buffer.clone() for name, buffer in calibrated.named_buffers()}
     again = dyntune.calibrate(calibrated, images(96), RATES)
     assert {name: module.training for name, module in calibrated.named_modules()} == modes
-    assert {name: buffer for name, buffer in calibrated.named_buffers()} == before
+    assert all(torch.equal(buffer, before[name]) for name, buffer in calibrated.named_buffers())
     assert calibrated.target_rate == pytest.approx(0.35, abs=0.01)
     assert again == calibrated.calibration, "a set rate must not change what is measured"
     calibrated.backbone.host.train()

@@ -53,6 +53,7 @@ _FIT = """
 import json, sys
 from pathlib import Path
 import dyntune, timm, torch
+from dyntune.parts.policies.surrogate import Surrogate
 from dyntune.training.accelerator import is_main_process
 from torch.utils.data import TensorDataset
 
@@ -64,7 +65,14 @@ with torch.no_grad():
     model.backbone.blocks[0].mlp.dispatcher.gate.bias.fill_(-30.0)
 result = dyntune.fit(model, data, epochs=1, batch_size=4, device="cpu", lr=1e-9, min_lr=0, warmup_lr=0)
 model.set_rate(0.5)
-said = [model.calibration.to_dict(), [str(gate) for gate in result.closed]]
+torch.manual_seed(1)
+x, weight = torch.randn(2, 60, 16) + torch.randn(2, 1, 16), torch.randn(16, 16)
+shared, whole = Surrogate(16, 4), Surrogate(16, 4)
+own = x[0 if is_main_process() else 1]
+shared.fit(own, own @ weight)
+whole.fit(x, x @ weight)
+same = [torch.allclose(shared(x, torch.ones(2, 60)), whole(x, torch.ones(2, 60)), atol=0.05)]
+said = [model.calibration.to_dict(), [str(gate) for gate in result.closed], same]
 Path(sys.argv[1], "main" if is_main_process() else "other").write_text(json.dumps(said))
 """
 
@@ -77,6 +85,7 @@ def test_every_process_is_told_what_one_has_found_after_the_training(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     main, other = (json.loads((tmp_path / name).read_text()) for name in ("main", "other"))
     assert main == other and main[0]["images"] == 8
+    assert main[2] == [True], "a surrogate is fitted to what all processes have seen"
 
 
 def test_a_signal_to_one_process_stops_all_of_them_with_the_state_saved(photos, tmp_path):

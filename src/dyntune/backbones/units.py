@@ -56,6 +56,8 @@ class Unit(nn.Module, abc.ABC):
         self.reducers = nn.ModuleDict()
         self.dispatcher: nn.Module | None = None
         """The learned gate that lets tokens through this unit or not, for the policy that gates it."""
+        self.surrogate: nn.Module | None = None
+        """What stands in for this unit at the tokens that skip it, for the policy that gates it; None: nothing does."""
 
     def add_parallel(self, name: str, module: Parallel) -> None:
         """Puts a module beside this unit, which sees the tokens that skip the unit too.
@@ -124,6 +126,18 @@ class Unit(nn.Module, abc.ABC):
         for module in self.parallel.values():
             total = module(tokens) if total is None else total + module(tokens)
         return total
+
+    def skipped_update(self, tokens: Tokens, mask: Tensor) -> Tensor | None:
+        """What is added in place of this unit's update at the tokens that skip it, and zeros at the others.
+
+        Args:
+            tokens: what enters this unit.
+            mask: ``(B, N)``, 1 for the tokens that go through it.
+
+        Returns:
+            Of the shape of ``tokens.x``; None where nothing is added.
+        """
+        return None if self.surrogate is None else self.surrogate(tokens.x, 1 - mask)
 
     def with_norm(self, tokens: Tokens) -> Tokens:
         """The tokens with what the host and the modules beside it share: the norm's output, where one of them reads it.

@@ -69,8 +69,10 @@ class Shared(Compact):
     def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
         if key(unit) not in self.joints:
             return super().gated(unit, tokens, policy)
-        values, out = cast(Joint, self.joints[key(unit)])(tokens.x)
-        gate = policy.gate_from(unit, tokens, values[:, tokens.prefix :])
+        joint = cast(Joint, self.joints[key(unit)])
+        read = joint(tokens.x)
+        gate = policy.gate_from(unit, tokens, read[:, tokens.prefix :, 0])
+        out = joint.written(tokens.x, read, tokens.cover_prefix(gate.values))
         return tokens.with_x(self.computed(unit, tokens, gate, out)), gate
 
 

@@ -1,8 +1,9 @@
-"""One product for all that a gated unit reads of its tokens: the gate's logit and the adapter's hidden layer."""
+"""One product for all that a gated unit reads of its tokens: the gate's logit, and the adapter's hidden layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -13,49 +14,76 @@ from dyntune.backbones.units import Unit
 from dyntune.parts.methods.adaptformer import Adapter
 from dyntune.parts.policies.base import TokenPolicy
 from dyntune.parts.policies.gating import gating
+from dyntune.parts.policies.surrogate import Surrogate
 
 
 class Joint(nn.Module):
-    """A gate and the adapter beside the same unit, as two products instead of four passes over the tokens.
+    """A gate, the adapter beside the same unit and its surrogate, as two products instead of up to six.
 
-    The first maps a token to ``[logit, hidden layer, 1]``; the second maps the ReLU of that to the adapter's update,
-    with a row of zeros for the logit and the bias as the row of the 1.
+    The first maps a token to ``[logit, hidden layer, 1]`` and, behind that, ``[V x + c, 1]`` of the surrogate. The
+    second maps the ReLU of the former to the adapter's update, with a row of zeros for the logit and the bias as the
+    row of the 1, and the latter, of tokens that skip the unit, to the surrogate's.
 
     Args:
         gate: ``C -> 1``.
         adapter: with its scale folded into the up-projection.
+        surrogate: of the unit, where there is one.
+
+    Attributes:
+        beside: how many rows are those of gate and adapter.
     """
 
-    def __init__(self, gate: nn.Linear, adapter: Adapter) -> None:
+    def __init__(self, gate: nn.Linear, adapter: Adapter, surrogate: Surrogate | None = None) -> None:
         super().__init__()
         down, up = adapter.down_proj, adapter.up_proj
         width, hidden = down.in_features, down.out_features
-        self.read = nn.Linear(width, hidden + 2)
-        self.write = nn.Parameter(torch.zeros(hidden + 2, width))
+        self.beside = hidden + 2
+        rows = self.beside + (0 if surrogate is None else len(surrogate.down) + 1)
+        self.read = nn.Linear(width, rows)
+        self.write = nn.Parameter(torch.zeros(rows, width))
         self.to(down.weight)
+        weight, bias, write = self.read.weight, self.read.bias, self.write
         with torch.no_grad():
-            self.read.weight.zero_()
-            self.read.weight[:1] = gate.weight
-            self.read.weight[1:-1] = down.weight
-            self.read.bias.zero_()
+            weight.zero_()
+            bias.zero_()
+            weight[:1] = gate.weight
+            weight[1 : hidden + 1] = down.weight
             if gate.bias is not None:
-                self.read.bias[0] = gate.bias[0]
-            self.read.bias[-1] = 1
+                bias[0] = gate.bias[0]
+            bias[hidden + 1] = 1
             if down.bias is not None:
-                self.read.bias[1:-1] = down.bias
-            self.write[1:-1] = up.weight.T
+                bias[1 : hidden + 1] = down.bias
+            write[1 : hidden + 1] = up.weight.T
             if up.bias is not None:
-                self.write[-1] = up.bias
+                write[hidden + 1] = up.bias
+            if surrogate is not None:
+                weight[self.beside : -1] = surrogate.down
+                bias[self.beside : -1] = surrogate.shift
+                bias[-1] = 1
+                write[self.beside : -1] = surrogate.up.T
+                write[-1] = surrogate.bias
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens ``(B, N, C)`` to the gate's values ``(B, N)`` and to the tokens with the adapter's update added."""
-        read = self.read(x)
-        written = torch.addmm(x.flatten(0, 1), F.relu(read).flatten(0, 1), self.write)
-        return read[..., 0], written.view_as(x)
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens ``(B, N, C)`` to what is read of them, ``(B, N, rows)``, the gate's values in front."""
+        read: Tensor = self.read(x)
+        return read
+
+    def written(self, x: Tensor, read: Tensor, mask: Tensor) -> Tensor:
+        """The tokens with the updates of the adapter and, where they skip the unit, of its surrogate added.
+
+        Args:
+            x: ``(B, N, C)``.
+            read: what ``forward`` makes of them.
+            mask: ``(B, N)``, 1 for tokens that go through the unit, 0 for those that skip it.
+        """
+        hidden = F.relu(read[..., : self.beside])
+        if read.shape[-1] > self.beside:
+            hidden = torch.cat([hidden, read[..., self.beside :] * (1 - mask).unsqueeze(-1)], -1)
+        return torch.addmm(x.flatten(0, 1), hidden.flatten(0, 1), self.write).view_as(x)
 
 
 def joined(backbone: Backbone, policies: Sequence[TokenPolicy], without: Unit | None) -> nn.ModuleDict:
-    """Takes the adapter of every unit with a linear gate and one bottleneck adapter into a ``Joint``, by ``key(unit)``.
+    """Takes what stands beside every unit with a linear gate and one bottleneck adapter into a ``Joint``, by its key.
 
     Args:
         backbone: with adapters whose scale is folded.
@@ -68,8 +96,9 @@ def joined(backbone: Backbone, policies: Sequence[TokenPolicy], without: Unit | 
         gate = None if policy is None else policy.linear_gate(unit)
         adapters = list(unit.parallel.values())
         if unit is not without and gate is not None and len(adapters) == 1 and isinstance(adapters[0], Adapter):
-            joints[key(unit)] = Joint(gate, adapters[0])
+            joints[key(unit)] = Joint(gate, adapters[0], cast("Surrogate | None", unit.surrogate))
             unit.parallel.clear()
+            unit.surrogate = None
     return joints
 
 

@@ -27,6 +27,7 @@ from dyntune.model.rates import shift_gates
 from dyntune.model.trial import settle_threads_for
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.policies.base import Output, TokenPolicy
+from dyntune.parts.policies.surrogate import Surrogate
 from dyntune.parts.registry import resolve
 
 Precision = Literal["fp32", "bf16"]
@@ -66,7 +67,10 @@ class OptimizedModel(nn.Module):
         ending = None if masks else _ending(self.backbone, self.policies, self.notes)
         self.joints = joined(self.backbone, self.policies, self.backbone.blocks[-1].mlp if ending else None)
         if self.joints:
-            self.notes.append(f"gate and adapter's down-projection are one product in {len(self.joints)} units")
+            self.notes.append(f"gate, adapter and surrogate are two products in {len(self.joints)} units")
+        for unit in self.backbone.all_units():
+            if isinstance(unit.surrogate, Surrogate):
+                unit.surrogate.unpack(next(self.backbone.parameters()).dtype)
         self.execution = Fast(self._within(), ending)
         self.requires_grad_(False)
         self.eval()

@@ -20,7 +20,7 @@ from dyntune.core.words import counted
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.adapter_folder import CONFIG
 from dyntune.model.rates import Calibration, dispatchers
-from dyntune.model.state import kept_buffers
+from dyntune.model.state import fitted_tensors, kept_buffers
 from dyntune.model.tasks import Task, saved_task
 from dyntune.parts.policies.base import Searching
 from dyntune.parts.registry import as_in_files, expand, part_from_dict, resolve
@@ -120,7 +120,8 @@ class AdapterConfig:
             raise CheckpointError(f"{file}: extra names tensors that the model lacks: {listed(sorted(unknown))}.")
         trained = {backbone.saved_name(name): p for name, p in backbone.named_parameters() if p.requires_grad}
         companions = {backbone.saved_name(name): tensor for name, tensor in backbone.companions().items()}
-        own = trained | companions | {name: held[name] for name in self.extra}
+        fitted = {backbone.saved_name(name): tensor for name, tensor in fitted_tensors(backbone).items()}
+        own = trained | fitted | companions | {name: held[name] for name in self.extra}
         _require_fit(backbone, own, tensors, folder)
         idle = {id(parameter) for parameter in backbone.plain().idle}
         parameters = {backbone.saved_name(name) for name, p in backbone.named_parameters() if id(p) not in idle}

@@ -1,6 +1,7 @@
 """How a unit is computed: masked and sampled to train, compact to really skip tokens."""
 
 import abc
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,8 +33,7 @@ class Masked(Execution):
         tokens = unit.with_norm(tokens)
         mask = tokens.cover_prefix(gate.values)
         update = unit.update(tokens.with_keys(mask)) * mask.unsqueeze(-1)
-        parallel = unit.parallel_update(tokens)
-        return tokens.with_x(tokens.x + update if parallel is None else tokens.x + update + parallel), gate
+        return tokens.with_x(_added(tokens.x + update, unit, tokens, mask)), gate
 
 
 class Sampled(Masked):
@@ -52,7 +52,8 @@ class Sampled(Masked):
             return super().gated(unit, tokens, policy)
         gate = policy.gate(unit, tokens)
         tokens = unit.with_norm(tokens)
-        mask = tokens.cover_prefix(gate.values).flatten()
+        covered = tokens.cover_prefix(gate.values)
+        mask = covered.flatten()
         explored = mask < 0.5
         active = (~explored).nonzero().squeeze(1)
         if share < 1:
@@ -62,15 +63,26 @@ class Sampled(Masked):
         update = unit.update(tokens.take(active, None)) * mask[active].unsqueeze(1)
         with torch.no_grad():
             skipped = unit.update(tokens.take(others, None))
-        parallel = unit.parallel_update(tokens)
-        out = (tokens.x if parallel is None else tokens.x + parallel).flatten(0, 1)
+        out = _added(tokens.x, unit, tokens, covered).flatten(0, 1)
         out = out.index_add(0, active, update.to(out.dtype))
         out = out.index_add(0, others, (skipped * (mask[others] / share).unsqueeze(1)).to(out.dtype))
         return tokens.with_x(out.view_as(tokens.x)), gate
 
 
+def _added(x: Tensor, unit: Unit, tokens: Tokens, mask: Tensor | None) -> Tensor:
+    """``x`` with what a gated unit adds beside its own update: modules parallel to it, and at skipped tokens its
+    surrogate; none of that where ``mask`` is None, because no token skips it."""
+    parallel = unit.parallel_update(tokens)
+    x = x if parallel is None else x + parallel
+    skipped = None if mask is None else unit.skipped_update(tokens, mask)
+    return x if skipped is None else x + skipped
+
+
 class Compact(Execution):
     """Gathers the active tokens of the whole batch, computes only those, and adds them back where they came from."""
+
+    takes_all: ClassVar[bool] = True
+    """Whether units through which every token goes are computed without gathering."""
 
     def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
         gate = policy.gate(unit, tokens)
@@ -88,14 +100,13 @@ class Compact(Execution):
         """
         batch, count, width = tokens.x.shape
         index, counts = self.select(unit, tokens, gate)
-        every = not torch.compiler.is_compiling() and len(index) == batch * count
+        every = self.takes_all and not torch.compiler.is_compiling() and len(index) == batch * count
         if out is None:
             tokens = unit.with_norm(tokens)
-            parallel = unit.parallel_update(tokens)
             if every:
-                update = unit.update(tokens)
-                return tokens.x + update if parallel is None else tokens.x + update + parallel
-            out = tokens.x.clone() if parallel is None else tokens.x + parallel
+                return _added(tokens.x + unit.update(tokens), unit, tokens, None)
+            out = _added(tokens.x, unit, tokens, tokens.cover_prefix(gate.values))
+            out = out.clone() if out is tokens.x else out
         elif every:
             return out.add_(unit.update(tokens))
         update = unit.update(tokens.take(index, counts))

@@ -207,6 +207,8 @@ class Planned(Compact):
         counter: counts what runs.
     """
 
+    takes_all = False
+
     def __init__(self, counter: MacCounter) -> None:
         self.counter = counter
         self.active = 0

@@ -18,8 +18,8 @@ from dyntune.backbones.hosts import not_tuned, wrap
 from dyntune.model.executions import Masked
 from dyntune.model.forward import run
 from dyntune.model.tasks import Task
-from dyntune.model.worth import unit_worth
-from dyntune.parts.policies.base import CompletePass, Output, TokenPolicy, Weighing, learners
+from dyntune.model.worth import show_units, unit_worth
+from dyntune.parts.policies.base import CompletePass, Fitting, Output, TokenPolicy, Weighing, learners
 from dyntune.parts.spec import format_spec
 
 log = logging.getLogger("dyntune")
@@ -124,13 +124,14 @@ def training_loss(
 
 
 def _weigh(model: Learner, images: Tensor) -> None:
-    """Tells policies what their units are worth, on the first images that a training shows."""
+    """Shows policies what their units do, and are worth, on the first images that a training shows."""
     for policy in model.policies:
+        if isinstance(policy, Fitting) and (units := policy.unfitted(model.backbone)):
+            with _evaluating(model.backbone):
+                show_units(model.backbone, units, policy.fit, images)
         if isinstance(policy, Weighing) and (units := policy.unweighed(model.backbone)):
             with _evaluating(model.backbone):
                 policy.weigh(unit_worth(model.backbone, units, images))
-            # Older releases of PyTorch keep what autocast has cast without a graph, through which nothing learns.
-            torch.clear_autocast_cache()
 
 
 def _warn_without_course(model: Learner) -> None:
@@ -161,7 +162,7 @@ def dense_output(teacher: nn.Module, images: Tensor) -> Output:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model in eval mode for a while, and each of its modules back in its own."""
+    """Puts a model in eval mode for a while, without gradients, and each of its modules back in its own."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -169,3 +170,5 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+        # Older releases of PyTorch keep what autocast has cast without a graph, through which nothing learns.
+        torch.clear_autocast_cache()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dyntune.core.errors import CheckpointError
+from dyntune.model.state import fitted_tensors
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.registry import expand
 
@@ -56,7 +57,7 @@ def load_published(model: TunedModel, state: Mapping[str, Any]) -> None:
     state = _unwrapped({name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)})
     if not state:
         raise CheckpointError("the checkpoint holds no tensors. Give its state dict: tensors by their names.")
-    own = dict(model.backbone.named_parameters())
+    own: dict[str, Tensor] = dict(model.backbone.named_parameters()) | fitted_tensors(model.backbone)
     # A module that is changed by a method, or wrapped by PEFT, stands deeper than in the plain host.
     plain = {model.backbone.saved_name(name.replace(".base.", ".")): name for name in own if name.startswith("host.")}
     saved = {model.backbone.saved_name(name): name for name in own}

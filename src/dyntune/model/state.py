@@ -25,11 +25,12 @@ class TunedState:
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
         self._tuned = frozenset(name for name, p in backbone.named_parameters() if p.requires_grad)
+        self._fitted = frozenset(fitted_tensors(backbone))
         self._shapes = {name: tensor.shape for name, tensor in self._held()}
         self._before = {
             name: (sample(t).cpu(), checksum(t))
             for name, t in self._held()
-            if name not in self._tuned and not t.is_meta
+            if name not in self._tuned | self._fitted and not t.is_meta
         }
         """Of each tensor that the methods leave as it is, some values, and what tells any other value from before."""
         self._compared: dict[str, tuple[tuple[Any, ...], bool]] = {
@@ -65,7 +66,7 @@ class TunedState:
 
     def saved_names(self) -> dict[str, str]:
         """What is saved: its names in the backbone, and in files."""
-        names = self.trained() | self.extra() | self._backbone.companions()
+        names = self.trained() | fitted_tensors(self._backbone) | self.extra() | self._backbone.companions()
         return {name: self._backbone.saved_name(name) for name in names}
 
     def saved(self) -> dict[str, Tensor]:
@@ -116,6 +117,13 @@ class TunedState:
         if mark is not None:
             self._compared[name] = mark, found
         return found
+
+
+def fitted_tensors(backbone: Backbone) -> dict[str, Tensor]:
+    """The surrogates of units, by name: saved, though not trained."""
+    surrogates = (unit.surrogate for unit in backbone.all_units() if unit.surrogate is not None)
+    own = {id(buffer) for surrogate in surrogates for buffer in surrogate.buffers()}
+    return {name: buffer for name, buffer in kept_buffers(backbone) if id(buffer) in own}
 
 
 def kept_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

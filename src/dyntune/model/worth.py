@@ -1,8 +1,8 @@
-"""What each unit is worth to a model as it is: how much the features change when no patch goes through it."""
+"""What units do in a model as it is, and what each is worth: how much the features change when patches skip it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,54 @@ class _Without(GatingPolicy):
 
     def gate(self, unit: Unit, tokens: Tokens) -> Gate:
         return Gate(unit.path, tokens.patches.new_zeros(tokens.patches.shape[:2]), self, provenance=tokens.provenance)
+
+
+@dataclass(frozen=True)
+class _Watched(GatingPolicy):
+    """Lets every patch through some units, and is asked about them."""
+
+    paths: tuple[str, ...] = ()
+
+    def gates(self, unit: Unit) -> bool:
+        return unit.path in self.paths
+
+    def gate(self, unit: Unit, tokens: Tokens) -> Gate:
+        return Gate(unit.path, tokens.patches.new_ones(tokens.patches.shape[:2]), self, provenance=tokens.provenance)
+
+
+class _Shown(Compact):
+    """Computes every token, and shows what gated units read and add.
+
+    Args:
+        see: called with the unit, what enters it and what it adds, both ``(B, P, C)``.
+    """
+
+    def __init__(self, see: Callable[[Unit, Tensor, Tensor], None]) -> None:
+        self.see = see
+
+    def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
+        tokens = unit.with_norm(tokens)
+        update = unit.update(tokens)
+        self.see(unit, tokens.patches, update[:, tokens.prefix :])
+        parallel = unit.parallel_update(tokens)
+        x = tokens.x + update
+        return tokens.with_x(x if parallel is None else x + parallel), policy.gate(unit, tokens)
+
+
+@torch.no_grad()
+def show_units(
+    backbone: Backbone, units: Sequence[Unit], see: Callable[[Unit, Tensor, Tensor], None], images: Tensor
+) -> None:
+    """Runs images through a model, every patch through every unit, and shows what some units do.
+
+    Args:
+        backbone: in eval mode, with what is installed on it.
+        units: those that are shown.
+        see: called with each of them, what enters it and what it adds, of the patches, both ``(B, P, C)``.
+        images: ``(B, 3, height, width)``, preprocessed; the first ``IMAGES`` of them are used.
+    """
+    watched = _Watched(paths=tuple(unit.path for unit in units))
+    run(backbone, (watched,), images[:IMAGES], _Shown(see))
 
 
 @torch.no_grad()

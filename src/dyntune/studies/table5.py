@@ -78,12 +78,12 @@ class Row:
 ROWS = (
     Row("Full tuning", "full", None, 85.80, 17.58, _SAME),
     Row("AdaptFormer", "adaptformer", None, 0.16, 17.61, "printed are the parameters and the MACs of width 8"),
-    Row("DyT r=0.5", "dyt:rate=0.5", None, 0.16, 12.54, _DYT),
+    Row("DyT r=0.5", "dyt:rate=0.5,recipe=published", None, 0.16, 12.54, _DYT),
     Row("EViT", "full", "evit:keep=0.7", 85.80, 11.62, _SAME),
     Row("EViT + AdaptFormer", "adaptformer", "evit:keep=0.7", 0.16, 11.77, _WIDTH),
     Row("Full tuning + ToMe", "full", "tome:r=8", 85.80, 13.12, _SAME),
     Row("AdaptFormer + ToMe", "adaptformer", "tome:r=8", 0.16, 13.29, _WIDTH),
-    Row("DyT r=0.5 + ToMe", "dyt:rate=0.5", "tome:r=7", 0.16, 9.85, _DYT_TOME),
+    Row("DyT r=0.5 + ToMe", "dyt:rate=0.5,recipe=published", "tome:r=7", 0.16, 9.85, _DYT_TOME),
     Row(
         "DynamicViT",
         "full",

@@ -136,7 +136,14 @@ def began_with(folder: Path) -> int | None:
     return threads if type(threads) is int and threads > 0 else None
 
 
-_STEADY = {"quiet": 0.85, "lead": None, "spread": None, "rate_weight": 10.0, "complete_during": (0.0, 1.0)}
+_STEADY = {
+    "quiet": 0.85,
+    "lead": None,
+    "spread": None,
+    "rate_weight": 10.0,
+    "complete_during": (0.0, 1.0),
+    "surrogate": None,
+}
 """What the recipe steady chose otherwise when runs recorded its name and not its values, or did not know an option."""
 
 

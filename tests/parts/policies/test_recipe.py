@@ -153,7 +153,7 @@ def skip(unit):
 def test_gates_of_units_that_the_model_needs_more_start_further_open(make_host, images_for, options):
     """Where features change twice as much, by one logit; the change is that of a gate that lets nothing through."""
     torch.manual_seed(0)
-    model = dyntune.tune(make_host(), f"dyt:rate=0.4,spread=none{options}").eval()
+    model = dyntune.tune(make_host(), f"dyt:rate=0.4,spread=none,surrogate=none{options}").eval()
     images = images_for(model.backbone.host, 4)
     units = [unit for unit in model.backbone.all_units() if unit.dispatcher is not None]
 
@@ -225,7 +225,7 @@ def test_a_training_that_goes_on_keeps_the_lead_without_a_pace(make_host, images
         dyntune.training_loss(model, images, torch.arange(4), step=0)
         if stopped:
             course, state = model.backbone.course_state(), copy.deepcopy(model.state_dict())
-            assert {name.rpartition(".")[2] for name in course} == {"lead"}
+            assert {name.rpartition(".")[2] for name in course} == {"lead", "unfitted"}
             model = dyntune.tune(make_host(), "dyt:rate=0.4,moves=none,explore=none,dropout=0").train()
             model.begin_training(10, 1e-3)
             model.backbone.resume_course(course)
@@ -489,7 +489,7 @@ def test_a_run_whose_recipe_chose_otherwise_does_not_go_on_with_todays(make_host
     def identity(spec):
         return run_identity(dyntune.tune(make_host(), spec), TrainSettings(), data, 1)
 
-    before = "lead=none,spread=none,rate_weight=10,complete_during=0/1"
+    before = "lead=none,spread=none,rate_weight=10,complete_during=0/1,surrogate=none"
     old = identity("dyt:rate=0.7")
     old["parts"] = [part.to_dict() for part in expand(resolve(["dyt:rate=0.7"]))]
     (change,) = identity_changes(old, identity("dyt:rate=0.7"))
@@ -497,11 +497,11 @@ def test_a_run_whose_recipe_chose_otherwise_does_not_go_on_with_todays(make_host
     assert identity_changes(old, identity(f"dyt:rate=0.7,quiet=0.85,{before}")) == []
     former = identity("dyt:rate=0.7")
     del former["parts"][1]["lead"], former["parts"][1]["spread"]
-    del former["parts"][1]["complete_during"]
+    del former["parts"][1]["complete_during"], former["parts"][1]["surrogate"]
     former["parts"][1]["rate_weight"] = 10.0
     (change,) = identity_changes(former, identity("dyt:rate=0.7"))
     assert "lead=none" in change and "rate_weight=10" in change
-    assert "complete_during=0/1" in change
+    assert "complete_during=0/1,surrogate=none" in change
     assert identity_changes(former, identity(f"dyt:rate=0.7,{before}")) == []
     assert identity_changes(identity("dispatch:where=attn"), identity("dispatch:where=attn,bias=2")) == []
 

@@ -33,7 +33,8 @@ class BackboneLinears:
         }
         self.smallest = min(weight.numel() for _, weight in own.values())
         self._paths = {digest: path for path, weight in own.values() for digest in _digests(weight)}
-        others = [parameter for parameter in model.parameters() if parameter.ndim > 1 and id(parameter) not in own]
+        held = (*model.parameters(), *model.buffers())
+        others = [tensor for tensor in held if tensor.ndim > 1 and id(tensor) not in own]
         self._others = {digest for parameter in others for digest in _digests(parameter)}
 
     def path(self, weight: np.ndarray[Any, Any]) -> str | None:

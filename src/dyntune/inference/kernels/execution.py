@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntune.backbones.units import Mlp, MlpParts, Unit
@@ -21,15 +22,18 @@ from dyntune.parts.policies.gating import GatingPolicy
 
 
 class JointProducts(Protocol):
-    """A gate and the adapter beside the same unit, as two products.
+    """A gate, the adapter beside the same unit and its surrogate, as two products.
 
     Args:
-        read: ``C -> H`` with a bias; row 0 gives the gate's logit, the others the adapter's hidden layer.
-        write: ``(H, C)``, from the ReLU of what ``read`` gives to the adapter's update; zeros in row 0.
+        read: ``C -> H`` with a bias; row 0 gives the gate's logit, those up to ``beside`` the adapter's hidden layer,
+            any others what the surrogate reads.
+        write: ``(H, C)``, from the ReLU of the former and from the latter to the updates; zeros in row 0.
+        beside: rows of gate and adapter.
     """
 
     read: nn.Linear
     write: Tensor
+    beside: int
 
 
 class DeviceCounts(Execution):
@@ -71,7 +75,8 @@ class DeviceCounts(Execution):
         if joint is None:
             gate = policy.gate(unit, tokens)
         else:
-            values, out = ops.joint(tokens.x, joint.read.weight, joint.read.bias, joint.write)
+            own = slice(joint.beside)
+            values, out = ops.joint(tokens.x, joint.read.weight[own], joint.read.bias[own], joint.write[own])
             gate = policy.gate_from(unit, tokens, values[:, tokens.prefix :])
         tokens = unit.with_norm(tokens)
         if out is None:
@@ -79,6 +84,10 @@ class DeviceCounts(Execution):
             # What leaves a patch embedding is a transposed view, and the kernels need one token behind the other.
             copied = tokens.x.clone(memory_format=torch.contiguous_format)
             out = copied if parallel is None else copied.add_(parallel)
+        if unit.surrogate is not None or (joint is not None and len(joint.write) > joint.beside):
+            covered = tokens.cover_prefix(gate.values)
+            skipped = unit.skipped_update(tokens, covered) if joint is None else _surrogate(joint, tokens.x, covered)
+            out.add_(cast(Tensor, skipped))
         parts = _parts(unit)
         if supports(unit) is None and parts is not None:
             reason = supports(unit, self.products)
@@ -151,6 +160,12 @@ def _learns(unit: Unit, tokens: Tokens, joint: JointProducts | None) -> bool:
 def _parts(unit: Unit) -> MlpParts | None:
     """The layers that make the unit's whole update, if they are known."""
     return unit.parts if isinstance(unit, Mlp) and not unit.sequential else None
+
+
+def _surrogate(joint: JointProducts, x: Tensor, mask: Tensor) -> Tensor:
+    """What the surrogate among shared products adds."""
+    read = F.linear(x, joint.read.weight[joint.beside :], joint.read.bias[joint.beside :])
+    return (read * (1 - mask).unsqueeze(-1)) @ joint.write[joint.beside :]
 
 
 def _active_keys(tokens: Tokens, gate: Gate) -> Tokens:

@@ -126,7 +126,7 @@ class CompletePass:
 class TokenPolicy(Part):
     """A configuration whose ``install`` adds modules to a backbone, and which is asked during a forward pass.
 
-    A policy *gates* units, so that skipped tokens get no update (``GatingPolicy``), or it *reduces* the tokens in front
+    A policy *gates* units, so that some tokens skip them (``GatingPolicy``), or it *reduces* the tokens in front
     of units, so that fewer go on (``ReducingPolicy``).
     """
 
@@ -227,6 +227,19 @@ class Weighing(Protocol):
 
     def weigh(self, changes: Mapping[Unit, float]) -> None:
         """Takes, for each of them, how much the features change when no patch goes through it (``model.worth``)."""
+        ...
+
+
+@runtime_checkable
+class Fitting(Protocol):
+    """A policy that wants to see, before the first step of a training, what the units do that it gates."""
+
+    def unfitted(self, backbone: Backbone) -> list[Unit]:
+        """The units of which it wants to see it now."""
+        ...
+
+    def fit(self, unit: Unit, patches: Tensor, updates: Tensor) -> None:
+        """Takes what enters one of them, and what it adds, both ``(B, P, C)`` (``model.worth``)."""
         ...
 
 

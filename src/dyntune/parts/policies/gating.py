@@ -116,7 +116,7 @@ class GatingPolicy(TokenPolicy):
         return cast(LearnedGate, unit.dispatcher)
 
     def gate(self, unit: Unit, tokens: Tokens) -> Gate:
-        """Which patches a gated ``unit`` computes, with ``tokens.provenance``. Skipped tokens get no update."""
+        """Which patches a gated ``unit`` computes, with ``tokens.provenance``; others get what its surrogate adds."""
         return self.decision(unit, tokens, self.learned(unit).logits(tokens.patches))
 
     def decision(self, unit: Unit, tokens: Tokens, logits: Tensor) -> Gate:

@@ -16,7 +16,7 @@ class DyT(Preset):
     """Dynamic Tuning: ``adaptformer`` (or ``moe-adapter``) and ``dispatch`` on the same units of the frozen backbone.
 
     With z the residual stream after attention, M the mask and A the adapter, a block with MLP dispatch gives
-    ``z + M * mlp(norm2(z)) + A(z)``.
+    ``z + M * mlp(norm2(z)) + (1 - M) * S(z) + A(z)``, with S the surrogate; as published there is none.
 
     Args:
         dispatch: the units that are gated and get an adapter. The paper calls them MLP, Attention, Attention-MLP,
@@ -53,6 +53,7 @@ class DyT(Preset):
     complete_every: int = Dispatch.complete_every
     complete_share: float = Dispatch.complete_share
     complete_during: tuple[float, ...] | Chosen = Dispatch.complete_during
+    surrogate: float | Chosen | None = Dispatch.surrogate
 
     @classmethod
     def completed(cls, options: dict[str, Any]) -> dict[str, Any]:
