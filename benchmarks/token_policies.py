@@ -31,8 +31,8 @@ METHODS = (
     "adaptformer+fpet:block=6",
     "lora+pyra:r=low",
     "lora+pyra:r=high",
-    "dyt:rate=0.5",
-    "dyt:rate=0.5+tome:r=7",
+    "dyt:rate=0.5,recipe=published",
+    "dyt:rate=0.5,recipe=published+tome:r=7",
 )
 DENSE = "dense backbone"
 
