@@ -1,4 +1,4 @@
-"""One product for all that a gated unit reads of its tokens: the gate's logit, and the adapter's hidden layer."""
+"""One product for all that is read of a gated unit's tokens: by its gate, by its adapter, by its surrogate."""
 
 from __future__ import annotations
 

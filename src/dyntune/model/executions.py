@@ -70,8 +70,14 @@ class Sampled(Masked):
 
 
 def _added(x: Tensor, unit: Unit, tokens: Tokens, mask: Tensor | None) -> Tensor:
-    """``x`` with what a gated unit adds beside its own update: modules parallel to it, and at skipped tokens its
-    surrogate; none of that where ``mask`` is None, because no token skips it."""
+    """``x`` with what a gated unit adds beside its own update: that of modules parallel to it, and its surrogate's.
+
+    Args:
+        x: the stream so far.
+        unit: the gated one.
+        tokens: what enters it.
+        mask: 1 for tokens that go through it; None where all do, so that nothing stands in.
+    """
     parallel = unit.parallel_update(tokens)
     x = x if parallel is None else x + parallel
     skipped = None if mask is None else unit.skipped_update(tokens, mask)

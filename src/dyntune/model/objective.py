@@ -93,7 +93,7 @@ def training_loss(
         model.backbone.begin_step(epoch, step)
         if step is None and model.backbone.steps is not None:
             step = model.backbone.step - 1
-        _weigh(model, images)
+        _look_at_units(model, images)
     output = model.run(images)
     terms: dict[str, Tensor] = {}
 
@@ -123,7 +123,7 @@ def training_loss(
     return Loss(sum(terms.values(), start=terms["task"].new_zeros(())), terms, output)
 
 
-def _weigh(model: Learner, images: Tensor) -> None:
+def _look_at_units(model: Learner, images: Tensor) -> None:
     """Shows policies what their units do, and are worth, on the first images that a training shows."""
     for policy in model.policies:
         if isinstance(policy, Fitting) and (units := policy.unfitted(model.backbone)):
@@ -162,7 +162,7 @@ def dense_output(teacher: nn.Module, images: Tensor) -> Output:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model in eval mode for a while, without gradients, and each of its modules back in its own."""
+    """Puts a model in eval mode for a while, to look at it, and each of its modules back in its own."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -23,29 +23,18 @@ IMAGES = 32
 
 
 @dataclass(frozen=True)
-class _Without(GatingPolicy):
-    """Lets no patch through one unit, and every patch through the others."""
-
-    path: str = ""
-
-    def gates(self, unit: Unit) -> bool:
-        return unit.path == self.path
-
-    def gate(self, unit: Unit, tokens: Tokens) -> Gate:
-        return Gate(unit.path, tokens.patches.new_zeros(tokens.patches.shape[:2]), self, provenance=tokens.provenance)
-
-
-@dataclass(frozen=True)
-class _Watched(GatingPolicy):
-    """Lets every patch through some units, and is asked about them."""
+class _Fixed(GatingPolicy):
+    """Lets every patch through some units, or none; others have no gate."""
 
     paths: tuple[str, ...] = ()
+    through: bool = False
 
     def gates(self, unit: Unit) -> bool:
         return unit.path in self.paths
 
     def gate(self, unit: Unit, tokens: Tokens) -> Gate:
-        return Gate(unit.path, tokens.patches.new_ones(tokens.patches.shape[:2]), self, provenance=tokens.provenance)
+        values = tokens.patches.new_full(tokens.patches.shape[:2], float(self.through))
+        return Gate(unit.path, values, self, provenance=tokens.provenance)
 
 
 class _Shown(Compact):
@@ -79,7 +68,7 @@ def show_units(
         see: called with each of them, what enters it and what it adds, of the patches, both ``(B, P, C)``.
         images: ``(B, 3, height, width)``, preprocessed; the first ``IMAGES`` of them are used.
     """
-    watched = _Watched(paths=tuple(unit.path for unit in units))
+    watched = _Fixed(tuple(unit.path for unit in units), through=True)
     run(backbone, (watched,), images[:IMAGES], _Shown(see))
 
 
@@ -99,7 +88,7 @@ def unit_worth(backbone: Backbone, units: Sequence[Unit], images: Tensor) -> dic
     """
     images = images[:IMAGES]
     whole = _features(backbone, (), images)
-    without = [_features(backbone, (_Without(path=unit.path),), images) for unit in units]
+    without = [_features(backbone, (_Fixed((unit.path,)),), images) for unit in units]
     squares = torch.stack([whole.square().sum(), *((features - whole).square().sum() for features in without)])
     squares = mean_over_processes(squares)
     return dict(zip(units, (squares[1:] / squares[0]).sqrt().tolist(), strict=True))
