@@ -13,6 +13,7 @@ from dyntune.inference.export.folder import open_export
 from dyntune.inference.export.int8 import onnx as quantize
 from dyntune.inference.export.int8.onnx import audit, quantize_onnx, sums_saturate
 from dyntune.inference.export.linears import BackboneLinears
+from dyntune.inference.optimized import folded_copy
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -197,3 +198,13 @@ def test_quantising_leaves_the_applications_log_alone(exported, caplog):
     exported("openvino", "int8")
     logging.getLogger("dyntune").warning("still heard")
     assert "still heard" in caplog.text
+
+
+@torch.no_grad()
+def test_surrogates_without_an_adapter_beside_them_are_not_quantised(make_host, randomise):
+    model = folded_copy(randomise(dyntune.tune(make_host(), "dispatch:surrogate=0.5")), masks=True)
+    linears, surrogate = BackboneLinears(model), model.backbone.blocks[0].mlp.surrogate
+    for weight in (surrogate.down, surrogate.up):
+        assert linears.stays_float(weight.numpy()) and linears.stays_float(weight.numpy().T)
+        assert linears.path(weight.numpy()) is None
+    assert linears.smallest == min(site.module.weight.numel() for site in model.backbone.sites("proj", "fc1"))
