@@ -18,7 +18,7 @@ from dyntune.backbones.hosts import not_tuned, wrap
 from dyntune.model.executions import Masked
 from dyntune.model.forward import run
 from dyntune.model.tasks import Task
-from dyntune.model.worth import show_units, unit_worth
+from dyntune.model.worth import fit_units, unit_worth
 from dyntune.parts.policies.base import CompletePass, Fitting, Output, TokenPolicy, Weighing, learners
 from dyntune.parts.spec import format_spec
 
@@ -93,7 +93,7 @@ def training_loss(
         model.backbone.begin_step(epoch, step)
         if step is None and model.backbone.steps is not None:
             step = model.backbone.step - 1
-        _look_at_units(model, images)
+        look_at_units(model, images)
     output = model.run(images)
     terms: dict[str, Tensor] = {}
 
@@ -123,12 +123,19 @@ def training_loss(
     return Loss(sum(terms.values(), start=terms["task"].new_zeros(())), terms, output)
 
 
-def _look_at_units(model: Learner, images: Tensor) -> None:
-    """Shows policies what their units do, and are worth, on the first images that a training shows."""
+def look_at_units(model: Learner, images: Tensor) -> None:
+    """Lets policies fit what stands in for units, and weigh these, on the first images that a training will show.
+
+    ``training_loss`` does so on the first batch, unless it has been done.
+
+    Args:
+        model: in train mode, after ``begin_training``.
+        images: ``(B, 3, height, width)``, preprocessed, in random order; at most ``worth.IMAGES`` are used.
+    """
     for policy in model.policies:
         if isinstance(policy, Fitting) and (units := policy.unfitted(model.backbone)):
             with _evaluating(model.backbone):
-                show_units(model.backbone, units, policy.fit, images)
+                fit_units(model.backbone, units, policy.passing, policy.fit, images)
         if isinstance(policy, Weighing) and (units := policy.unweighed(model.backbone)):
             with _evaluating(model.backbone):
                 policy.weigh(unit_worth(model.backbone, units, images))
@@ -140,6 +147,15 @@ def _warn_without_course(model: Learner) -> None:
         for policy in model.policies:
             if policy.follows_length:
                 _without_course(format_spec(policy))
+
+
+def looks(model: Learner) -> bool:
+    """Whether ``look_at_units`` would do anything now."""
+    return any(
+        (isinstance(policy, Fitting) and bool(policy.unfitted(model.backbone)))
+        or (isinstance(policy, Weighing) and bool(policy.unweighed(model.backbone)))
+        for policy in model.policies
+    )
 
 
 @functools.cache

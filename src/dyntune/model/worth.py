@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from dyntune.parts.policies.base import Gate, TokenPolicy
 from dyntune.parts.policies.gating import GatingPolicy
 
 IMAGES = 32
-"""Of a batch, the most that are looked at: each unit costs a forward pass."""
+"""The most that are looked at: each unit costs a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -37,39 +37,61 @@ class _Fixed(GatingPolicy):
         return Gate(unit.path, values, self, provenance=tokens.provenance)
 
 
-class _Shown(Compact):
-    """Computes every token, and shows what gated units read and add.
+class _Twins(Compact):
+    """Computes a batch whose halves are the same images: patches of the first half go through every unit.
+
+    In the second half a random share of them does, another one in each unit; the others get what its surrogate adds,
+    as it is once ``see`` has been called.
 
     Args:
-        see: called with the unit, what enters it and what it adds, both ``(B, P, C)``.
+        share: of the patches that go through a unit.
+        see: called with the unit, what enters it in the second half, and what must be added there for the patches to
+            be what they are in the first, ``(B, P, C)`` both.
     """
 
-    def __init__(self, see: Callable[[Unit, Tensor, Tensor], None]) -> None:
+    def __init__(self, share: float, see: Callable[[Unit, Tensor, Tensor], None]) -> None:
+        self.share = share
         self.see = see
+        self.random = torch.Generator().manual_seed(0)
 
     def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
+        gate = policy.gate(unit, tokens)
+        whole, half = gate.values.chunk(2)
+        random = torch.rand(half.shape, generator=self.random).to(half.device) < self.share
+        gate = replace(gate, values=torch.cat([whole, random.to(half.dtype)]))
         tokens = unit.with_norm(tokens)
         update = unit.update(tokens)
-        self.see(unit, tokens.patches, update[:, tokens.prefix :])
         parallel = unit.parallel_update(tokens)
-        x = tokens.x + update
-        return tokens.with_x(x if parallel is None else x + parallel), policy.gate(unit, tokens)
+        beside = tokens.x if parallel is None else tokens.x + parallel
+        wanted = (beside + update).chunk(2)[0] - beside.chunk(2)[1]
+        self.see(unit, tokens.patches.chunk(2)[1], wanted[:, tokens.prefix :])
+        mask = tokens.cover_prefix(gate.values)
+        x = beside + update * mask.unsqueeze(-1)
+        skipped = unit.skipped_update(tokens, mask)
+        return tokens.with_x(x if skipped is None else x + skipped), gate
 
 
 @torch.no_grad()
-def show_units(
-    backbone: Backbone, units: Sequence[Unit], see: Callable[[Unit, Tensor, Tensor], None], images: Tensor
+def fit_units(
+    backbone: Backbone,
+    units: Sequence[Unit],
+    share: float,
+    fit: Callable[[Unit, Tensor, Tensor], None],
+    images: Tensor,
 ) -> None:
     """Runs images through a model, every patch through every unit, and shows what some units do.
 
     Args:
         backbone: in eval mode, with what is installed on it.
-        units: those that are shown.
-        see: called with each of them, what enters it and what it adds, of the patches, both ``(B, P, C)``.
+        units: those that patches skip.
+        share: of the patches that go through each of them, at random.
+        fit: called with each unit, what enters it and what is to be added, of the patches, both ``(B, P, C)``.
         images: ``(B, 3, height, width)``, preprocessed; the first ``IMAGES`` of them are used.
     """
     watched = _Fixed(tuple(unit.path for unit in units), through=True)
-    run(backbone, (watched,), images[:IMAGES], _Shown(see))
+    run(backbone, (watched,), torch.cat([images, images]), _Twins(share, fit))
+
+    images = images[:IMAGES]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import threading
@@ -23,9 +24,10 @@ from dyntune.core.files import write_json
 from dyntune.core.limits import limits_named
 from dyntune.core.words import counted
 from dyntune.model.forward import activation_rates
-from dyntune.model.objective import Criterion, training_loss
+from dyntune.model.objective import Criterion, look_at_units, looks, training_loss
 from dyntune.model.rates import dispatchers
 from dyntune.model.tuned import TunedModel, require_tuned
+from dyntune.model.worth import IMAGES
 from dyntune.training.accelerator import apart, make_accelerator
 from dyntune.training.calibration import after_training, calibrate_run, wanted_calibration
 from dyntune.training.checkpoint import Checkpoint
@@ -237,6 +239,8 @@ class _Run:
             epoch, step = self._begin(resume)
             if step or epoch:
                 self.look_at_labels()
+            else:
+                self._look_at_units()
             if epoch == self.settings.epochs and self._main:
                 log.warning("the run in %s is complete: there is nothing to train", self.out)
             # Thresholds that were shifted, and the shifts, belong to the weights that training leaves behind.
@@ -263,6 +267,17 @@ class _Run:
             steps=self.settings.epochs * self.steps_per_epoch,
             seconds=seconds,
         )
+
+    def _look_at_units(self) -> None:
+        """Shows policies what units do on the images that come first, on more than a small batch holds."""
+        self.model.train()
+        if not looks(self.model):
+            return
+        # Without a graph, and twice side by side: beside what a training step keeps, this is little.
+        first = itertools.islice(self.sampler, min(IMAGES, 4 * self.settings.batch_size))
+        images = torch.stack([self.data[index][0] for index in first]).to(self.accelerator.device)
+        with self.accelerator.autocast():
+            look_at_units(self.model, images)
 
     def _finish(self) -> None:
         """Gives the model the weights of the best epoch."""

@@ -232,14 +232,19 @@ class Weighing(Protocol):
 
 @runtime_checkable
 class Fitting(Protocol):
-    """A policy that wants to see, before the first step of a training, what the units do that it gates."""
+    """A policy that fits what stands in for the units that it gates, before patches skip any."""
 
-    def unfitted(self, backbone: Backbone) -> list[Unit]:
-        """The units of which it wants to see it now."""
+    @property
+    def passing(self) -> float:
+        """The share of the patches that will go through a unit."""
         ...
 
-    def fit(self, unit: Unit, patches: Tensor, updates: Tensor) -> None:
-        """Takes what enters one of them, and what it adds, both ``(B, P, C)`` (``model.worth``)."""
+    def unfitted(self, backbone: Backbone) -> list[Unit]:
+        """The units for which it wants to do so now."""
+        ...
+
+    def fit(self, unit: Unit, patches: Tensor, wanted: Tensor) -> None:
+        """Takes what enters one of them, and what must be added, both ``(B, P, C)`` (``model.worth``)."""
         ...
 
 

@@ -116,9 +116,9 @@ class Dispatch(GatingPolicy):
             is the dispatched model itself, and once they have closed it brings little. 0.2/0.6 in steady; 0/1, as
             published, is always. Where nobody says how long the training is, it runs in every step.
         surrogate: rank, as a share of the width C, of a linear map that stands in for a unit at the patches that skip
-            it: the best one of that rank for the first batch of a training whose length is known, not trained, saved
-            with the adapter. It adds ``2 C rank`` MACs per patch. 0.04 in steady; none, as published, lets skipped
-            patches go without the unit's update.
+            it: the best one of that rank for some images before the first step of a training whose length is known
+            (``model.worth.fit_units``), not trained, saved with the adapter. It adds ``2 C rank`` MACs per patch. 0.04
+            in steady; none, as published, lets skipped patches go without the unit's update.
     """
 
     source: ClassVar[str] = "Zhao et al., NeurIPS 2024, arXiv 2403.11808, sections 3.2 and 3.3"
@@ -264,8 +264,12 @@ class Dispatch(GatingPolicy):
         # Around gates that have been trained, adapters already make up for what skipped patches lack.
         return [unit for unit in units if self.stands_in(unit).unfitted and self.learned(unit).unweighed]
 
-    def fit(self, unit: Unit, patches: Tensor, updates: Tensor) -> None:
-        self.stands_in(unit).fit(patches, updates)
+    @property
+    def passing(self) -> float:
+        return self.middle
+
+    def fit(self, unit: Unit, patches: Tensor, wanted: Tensor) -> None:
+        self.stands_in(unit).fit(patches, wanted)
 
     def stands_in(self, unit: Unit) -> Surrogate:
         """The surrogate of a gated unit."""

@@ -19,10 +19,10 @@ _RIDGE = 0.1
 
 
 class Surrogate(nn.Module):
-    """``U (V x + c) + b``, the affine map of a given rank that comes closest to a unit's update.
+    """``U (V x + c) + b``, the affine map of a given rank that comes closest to what skipped tokens lack.
 
-    It is fitted to the first images that a training shows, by ridge regression and the principal directions of what
-    that predicts (reduced-rank regression; Izenman 1975), and not trained. Before, and where nobody tells how long a
+    It is fitted to the first images of a training, by ridge regression and the principal directions of what that
+    predicts (reduced-rank regression; Izenman 1975), and not trained. Before, and where nobody tells how long a
     training is, it adds nothing. Its tensors are kept in bf16, half of the space: rounding is far below what the rank
     leaves out.
 
@@ -34,7 +34,7 @@ class Surrogate(nn.Module):
         down: V, ``(rank, C)``; where the unit is fitted, its outputs have mean 0 and variance 1.
         shift: c, ``(rank,)``.
         up: U, ``(C, rank)``.
-        bias: b, ``(C,)``: the mean of the updates.
+        bias: b, ``(C,)``: the mean of what is lacking.
         unfitted: whether a training has begun, and nobody has shown what the unit does.
     """
 
@@ -79,7 +79,7 @@ class Surrogate(nn.Module):
 
         Args:
             x: what enters the unit, ``(..., C)``.
-            updates: what the unit adds, of the same shape.
+            updates: what must be added to it, of the same shape.
         """
         self.unfitted = False
         x, updates = (tensor.float().flatten(0, -2) for tensor in (x, updates))
