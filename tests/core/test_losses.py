@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dyntune.core.losses import distillation_loss, rate_loss
+from dyntune.core.losses import distillation_loss, feature_loss, rate_loss
 
 
 def test_rate_loss_is_the_square_of_one_global_mean():
@@ -63,3 +63,19 @@ def test_gradient_of_distillation_reaches_the_student_alone():
     distillation_loss(student, teacher).backward()
     assert teacher.grad is None
     torch.testing.assert_close(student.grad, (student.softmax(-1) - teacher.softmax(-1)).detach() / 2)
+
+
+def test_feature_loss_is_the_mean_share_of_the_teacher_that_is_missed():
+    student, teacher = torch.tensor([[3.0, 4], [0, 2]]), torch.tensor([[3.0, 0], [0, 1]])
+    assert feature_loss(student, teacher).item() == pytest.approx((16 / 9 + 1 / 1) / 2)
+    of_tokens = feature_loss(student.view(1, 2, 2), teacher.view(1, 2, 2))
+    assert of_tokens.item() == pytest.approx((16 + 1) / (9 + 1))
+    assert feature_loss(torch.zeros(1, 2), torch.zeros(1, 2)).item() == 0
+
+
+def test_gradient_of_feature_loss_reaches_the_student_alone():
+    student, teacher = torch.ones(1, 2, dtype=torch.bfloat16, requires_grad=True), torch.ones(1, 2, requires_grad=True)
+    loss = feature_loss(student, 2 * teacher)
+    loss.backward()
+    assert loss.dtype == torch.float32 and teacher.grad is None
+    torch.testing.assert_close(student.grad.float(), torch.full((1, 2), 2 * -1 / 8))

@@ -86,10 +86,12 @@ def test_dyt_loss_is_the_four_published_terms(build, images_for):
     assert min(value.item() for value in expected.values()) > 1e-4
 
 
-@pytest.mark.parametrize("term", ["rate", "complete", "distill"])
+@pytest.mark.parametrize("term", ["rate", "complete", "distill", "feature"])
 def test_coefficients_scale_their_terms_and_zero_drops_them(build, images_for, term):
     reference = loss_of(build("dyt:dropout=0"), images_for).terms
-    doubled = loss_of(build(f"dyt:dropout=0,{term}_weight={20 if term == 'rate' else 2}"), images_for).terms
+    doubled = loss_of(
+        build(f"dyt:dropout=0,{term}_weight={20 if term in ('rate', 'feature') else 2}"), images_for
+    ).terms
     dropped = loss_of(build(f"dyt:dropout=0,{term}_weight=0"), images_for)
     torch.testing.assert_close(doubled[term], 2 * reference[term])
     assert set(dropped.terms) == set(reference) - {term}
@@ -97,7 +99,7 @@ def test_coefficients_scale_their_terms_and_zero_drops_them(build, images_for, t
 
 
 @pytest.mark.parametrize(
-    "options,runs", [("", 2), (",complete_weight=0", 2), (",complete_weight=0,distill_weight=0", 1)]
+    "options,runs", [("", 2), (",complete_weight=0", 2), (",complete_weight=0,distill_weight=0,feature_weight=0", 1)]
 )
 def test_complete_model_runs_at_most_once(build, images_for, options, runs):
     model = build("dyt:dropout=0" + options)
@@ -126,7 +128,7 @@ def test_complete_term_trains_adapters_and_head_but_not_dispatchers(build, image
     assert any("adapter" in name for name in reached)
     assert any("head" in name for name in reached)
     assert not any("dispatcher" in name for name in reached)
-    for name in ("task", "rate", "distill"):
+    for name in ("task", "rate", "distill", "feature"):
         assert any("dispatcher" in parameter for parameter in gradients(model, terms[name]))
 
 
@@ -141,8 +143,25 @@ def test_teacher_is_detached_in_the_distillation(build, images_for):
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
 
 
+def test_the_feature_term_is_how_far_features_are_from_those_of_the_complete_model(build, images_for):
+    """As a share of the latter's square; the complete model learns nothing by it."""
+    model = build("dispatch:where=mlp,feature_weight=3")
+    term = loss_of(model, images_for).terms["feature"]
+    found = gradients(model, term)
+    output, complete = passes(model, images_for)
+    own, wanted = (model.backbone.pooled(each.tokens) for each in (output, complete))
+    wanted = wanted.detach()
+    shares = [((a - b).norm() / b.norm()) ** 2 for a, b in zip(own, wanted, strict=True)]
+    torch.testing.assert_close(term, 3 * sum(shares) / 4)
+    assert 0.01 < term.item() / 3 < 4
+    expected = gradients(model, 3 * sum(shares) / 4)
+    assert found.keys() == expected.keys() and any("dispatcher" in name for name in found)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+
+
 def test_criterion_and_soft_targets_are_used_for_both_passes(build, images_for):
-    model = build("dyt:dropout=0,distill_weight=0,rate_weight=0")
+    model = build("dyt:dropout=0,distill_weight=0,feature_weight=0,rate_weight=0")
     torch.manual_seed(3)
     targets = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
     loss = dyntune.training_loss(
@@ -169,7 +188,7 @@ def test_two_policies_each_add_their_rate_loss(build, images_for):
 
 
 def test_rate_loss_alone_leads_the_gates_to_the_target(build, images_for):
-    model = build("dispatch:rate=0.2,temperature=1,complete_weight=0,distill_weight=0")
+    model = build("dispatch:rate=0.2,temperature=1,complete_weight=0,distill_weight=0,feature_weight=0")
     gates = [unit.dispatcher for unit in model.backbone.units("mlp")]
     optimiser = torch.optim.Adam([p for gate in gates for p in gate.parameters()], lr=0.05)
     torch.manual_seed(0)
@@ -182,3 +201,13 @@ def test_rate_loss_alone_leads_the_gates_to_the_target(build, images_for):
     with torch.no_grad():
         share = torch.stack([gate.values.mean() for gate in model.run(images).gates]).mean().item()
     assert share == pytest.approx(0.2, abs=0.06)
+
+
+@pytest.mark.parametrize("pool,policy", [("avg", "tome:r=2"), ("avg", "evit:keep=0.5,layers=1"), ("", "tome:r=2")])
+def test_the_feature_term_knows_merged_and_dropped_tokens_and_heads_that_read_every_patch(
+    make_host, randomise, images_for, pool, policy
+):
+    model = randomise(dyntune.tune(make_host(global_pool=pool), f"dispatch:distill_weight=0+{policy}"), 1).train()
+    criterion = lambda outputs, _: outputs.square().mean()  # noqa: E731
+    terms = loss_of(model, images_for, criterion=criterion, epoch=1.0).terms
+    assert 0.01 < terms["feature"].item() < 100

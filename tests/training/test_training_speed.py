@@ -253,7 +253,7 @@ def test_complete_model_without_a_loss_of_its_own_is_a_teacher_without_a_graph(b
     seen = complete_runs(model)
     loss = loss_of(model, images_for)
     assert seen == [(False, 4)]
-    assert set(loss.terms) == {"task", "rate", "distill"}
+    assert set(loss.terms) == {"task", "rate", "distill", "feature"}
     torch.testing.assert_close(loss.terms["distill"], expected)
     assert loss.terms["distill"].requires_grad
 

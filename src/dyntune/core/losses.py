@@ -1,4 +1,4 @@
-"""Rate loss, distillation loss, and the noise of decisions: pure functions of gates and logits; a task has its own."""
+"""Rate loss, distillation losses and the noise of decisions, as pure functions; a task has losses of its own."""
 
 from collections.abc import Sequence
 
@@ -27,6 +27,18 @@ def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     teacher_log = F.log_softmax(teacher.detach().float(), dim=-1)
     return F.kl_div(F.log_softmax(student.float(), dim=-1), teacher_log, reduction="batchmean", log_target=True)
+
+
+def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """``|student - teacher|^2 / |teacher|^2``, mean over the batch; no gradient reaches the teacher.
+
+    Args:
+        student: features of the dispatched model, ``(B, ..., C)``.
+        teacher: those of the complete model.
+    """
+    student, teacher = (features.float().flatten(1) for features in (student, teacher.detach()))
+    missed = (student - teacher).square().sum(1)
+    return (missed / teacher.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)).mean()
 
 
 def gumbel_difference(logits: Tensor) -> Tensor:

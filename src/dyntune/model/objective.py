@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosts import not_tuned, wrap
+from dyntune.core.losses import feature_loss
 from dyntune.model.executions import Masked
+from dyntune.model.features import features
 from dyntune.model.forward import run
 from dyntune.model.tasks import Task
 from dyntune.model.worth import fit_units, unit_worth
@@ -71,7 +73,8 @@ def training_loss(
 
     For ``dyt`` it is ``CE(dispatched, y) + w (mean gate - rate)^2 + CE(complete, y) + KL(complete || dispatched)``, w
     the ``rate_weight`` and each coefficient an option of the part; the complete model is a second forward pass with the
-    same weights (DyT, equation 8). ``docs/training_speed.md`` tells what its cost may be lowered with.
+    same weights (DyT, equation 8). In the recipe ``steady`` the distance between the two models' features is one more
+    term. ``docs/training_speed.md`` tells what the cost of the complete model may be lowered with.
 
     Args:
         model: in train mode.
@@ -115,11 +118,14 @@ def training_loss(
         count = math.ceil(len(images) * asked.share)
         # A distillation lets no gradient into its teacher: without a loss of its own it needs no graph.
         with torch.set_grad_enabled(torch.is_grad_enabled() and asked.weight > 0):
-            complete = model.run(images[:count], complete=True).logits
+            complete = model.run(images[:count], complete=True)
         if asked.weight:
-            add("complete", factor * asked.weight * criterion(complete, targets[:count]))
+            add("complete", factor * asked.weight * criterion(complete.logits, targets[:count]))
         if asked.distill:
-            add("distill", factor * asked.distill * model.task.distillation(output.logits[:count], complete))
+            add("distill", factor * asked.distill * model.task.distillation(output.logits[:count], complete.logits))
+        if asked.features:
+            own, wanted = (features(model.backbone, each) for each in (output, complete))
+            add("feature", factor * asked.features * feature_loss(own[:count], wanted))
     return Loss(sum(terms.values(), start=terms["task"].new_zeros(())), terms, output)
 
 
@@ -141,14 +147,6 @@ def look_at_units(model: Learner, images: Tensor) -> None:
                 policy.weigh(unit_worth(model.backbone, units, images))
 
 
-def _warn_without_course(model: Learner) -> None:
-    """Says once that gates do not know how long they are trained."""
-    if model.training and model.backbone.steps is None:
-        for policy in model.policies:
-            if policy.follows_length:
-                _without_course(format_spec(policy))
-
-
 def looks(model: Learner) -> bool:
     """Whether ``look_at_units`` would do anything now."""
     return any(
@@ -156,6 +154,14 @@ def looks(model: Learner) -> bool:
         or (isinstance(policy, Weighing) and bool(policy.unweighed(model.backbone)))
         for policy in model.policies
     )
+
+
+def _warn_without_course(model: Learner) -> None:
+    """Says once that gates do not know how long they are trained."""
+    if model.training and model.backbone.steps is None:
+        for policy in model.policies:
+            if policy.follows_length:
+                _without_course(format_spec(policy))
 
 
 @functools.cache

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.units import Unit
-from dyntune.core.errors import BackboneError
 from dyntune.core.processes import mean_over_processes
 from dyntune.core.tokens import Tokens
 from dyntune.model.executions import Compact
+from dyntune.model.features import features
 from dyntune.model.forward import run
 from dyntune.parts.policies.base import Gate, TokenPolicy
 from dyntune.parts.policies.gating import GatingPolicy
@@ -79,7 +79,10 @@ def fit_units(
     fit: Callable[[Unit, Tensor, Tensor], None],
     images: Tensor,
 ) -> None:
-    """Runs images through a model, every patch through every unit, and shows what some units do.
+    """Fits what stands in for units, one after the other, so that features come out as if no patch had skipped any.
+
+    What is fitted to a unit alone leaves an error, which the units behind it were never shown, and add theirs to.
+    Here each is fitted to what skipping has left of the features in front of it, and to what they would be behind it.
 
     Args:
         backbone: in eval mode, with what is installed on it.
@@ -88,10 +91,9 @@ def fit_units(
         fit: called with each unit, what enters it and what is to be added, of the patches, both ``(B, P, C)``.
         images: ``(B, 3, height, width)``, preprocessed; the first ``IMAGES`` of them are used.
     """
+    images = images[:IMAGES]
     watched = _Fixed(tuple(unit.path for unit in units), through=True)
     run(backbone, (watched,), torch.cat([images, images]), _Twins(share, fit))
-
-    images = images[:IMAGES]
 
 
 @torch.no_grad()
@@ -117,9 +119,4 @@ def unit_worth(backbone: Backbone, units: Sequence[Unit], images: Tensor) -> dic
 
 
 def _features(backbone: Backbone, policies: Sequence[TokenPolicy], images: Tensor) -> Tensor:
-    tokens = run(backbone, policies, images, Compact()).tokens
-    assert tokens is not None  # run() gives them
-    try:
-        return backbone.pooled(tokens).float()
-    except BackboneError:  # a head of another kind, such as one that reads every patch
-        return tokens.x.float()
+    return features(backbone, run(backbone, policies, images, Compact())).float()

@@ -142,6 +142,7 @@ _STEADY = {
     "spread": None,
     "rate_weight": 10.0,
     "complete_during": (0.0, 1.0),
+    "feature_weight": 0.0,
     "surrogate": None,
 }
 """What the recipe steady chose otherwise when runs recorded its name and not its values, or did not know an option."""

@@ -489,7 +489,7 @@ def test_a_run_whose_recipe_chose_otherwise_does_not_go_on_with_todays(make_host
     def identity(spec):
         return run_identity(dyntune.tune(make_host(), spec), TrainSettings(), data, 1)
 
-    before = "lead=none,spread=none,rate_weight=10,complete_during=0/1,surrogate=none"
+    before = "lead=none,spread=none,rate_weight=10,complete_during=0/1,feature_weight=0,surrogate=none"
     old = identity("dyt:rate=0.7")
     old["parts"] = [part.to_dict() for part in expand(resolve(["dyt:rate=0.7"]))]
     (change,) = identity_changes(old, identity("dyt:rate=0.7"))
@@ -498,6 +498,7 @@ def test_a_run_whose_recipe_chose_otherwise_does_not_go_on_with_todays(make_host
     former = identity("dyt:rate=0.7")
     del former["parts"][1]["lead"], former["parts"][1]["spread"]
     del former["parts"][1]["complete_during"], former["parts"][1]["surrogate"]
+    del former["parts"][1]["feature_weight"]
     former["parts"][1]["rate_weight"] = 10.0
     (change,) = identity_changes(former, identity("dyt:rate=0.7"))
     assert "lead=none" in change and "rate_weight=10" in change
@@ -525,7 +526,7 @@ def test_the_complete_model_runs_during_a_part_of_the_training(make_host, images
     def complete(step):
         seen.clear()
         terms = dyntune.training_loss(model, images, labels, step=step).terms.keys()
-        return len(seen) == 2 and terms == {"task", "rate", "complete", "distill"}
+        return len(seen) == 2 and terms == {"task", "rate", "complete", "distill", "feature"}
 
     seen = []
     model.backbone.host.head.register_forward_hook(lambda *_: seen.append(1))

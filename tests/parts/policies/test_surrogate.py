@@ -274,10 +274,11 @@ def test_folders_from_before_have_none(make_host, images_for, tmp_path):
     model = dyntune.tune(make_host(), "dyt:surrogate=none").eval()
     model.save(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))
-    del config[SEAL], config["parts"][1]["surrogate"]
+    del config[SEAL], config["parts"][1]["surrogate"], config["parts"][1]["feature_weight"]
     config["spec"] = "dyt"
     (tmp_path / CONFIG).write_text(json.dumps(config), encoding="utf-8")
     loaded = dyntune.load(tmp_path, backbone=make_host())
     assert loaded.backbone.blocks[0].mlp.surrogate is None and "surrogate=none" in loaded.spec
+    assert "feature_weight=0," in loaded.spec
     images = images_for(model.backbone.host, 2)
     assert torch.equal(loaded(images), model(images))

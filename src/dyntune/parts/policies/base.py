@@ -96,19 +96,21 @@ class CompletePass:
     Args:
         weight: coefficient of the complete model's own loss. At 0 it is a teacher only and runs without a graph.
         distill: coefficient of the distillation from it.
+        features: coefficient of the distance to the features that its head reads.
         every: it runs in every such step, its terms then multiplied by this number.
         share: of the images of a batch, the first ones, that it runs on; its terms are means over those.
     """
 
     weight: float = 0.0
     distill: float = 0.0
+    features: float = 0.0
     every: int = 1
     share: float = 1.0
 
     @property
     def wanted(self) -> bool:
         """Whether it has any term."""
-        return bool(self.weight or self.distill)
+        return bool(self.weight or self.distill or self.features)
 
     def joined(self, other: CompletePass) -> CompletePass:
         """One pass that gives both what they ask for: they are about the model, so the larger demand counts, once."""
@@ -117,6 +119,7 @@ class CompletePass:
         return CompletePass(
             max(self.weight, other.weight),
             max(self.distill, other.distill),
+            max(self.features, other.features),
             min(self.every, other.every),
             max(self.share, other.share),
         )

@@ -37,6 +37,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
         "complete_during": (0.2, 0.6),
         "lead": (1.0, 3.0),
         "spread": 0.5,
+        "feature_weight": 10.0,
         "surrogate": 0.04,
         "scale": 1.0,
     },
@@ -51,6 +52,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
         "complete_during": (0.0, 1.0),
         "lead": None,
         "spread": None,
+        "feature_weight": 0.0,
         "surrogate": None,
         "scale": 0.1,
     },
@@ -85,8 +87,8 @@ class Dispatch(GatingPolicy):
         bias: logit that all gates start at. 0, as published, starts with about half of the patches active everywhere;
             steady starts at 2, and gates close where that costs least.
         lead: logits by which a gate starts further open for each doubling, over the median of the gates, of how much
-            the features change when its unit is skipped, and the most of them; measured on the first batch. 1/3 in
-            steady; none, as published, starts all gates alike.
+            the features change when its unit is skipped, and the most of them; measured before the first step. 1/3
+            in steady; none, as published, starts all gates alike.
         spread: standard deviation of a gate's logits over the patches of the first batch, around what they start at, so
             that patches are told apart from the first step on, whatever the size of the features; 0.5 in steady. None,
             as published, leaves weights as they are drawn, and the mean of the logits to chance.
@@ -106,6 +108,10 @@ class Dispatch(GatingPolicy):
             short training.
         complete_weight: coefficient of the complete-model loss: the task's loss with every token computed.
         distill_weight: coefficient of the distillation from the complete model to the dispatched one.
+        feature_weight: coefficient of the distance between the features that the head reads of the dispatched model and
+            of the complete one, as a share of the latter's square (``core.losses.feature_loss``): logits of training
+            images say little about images that a model has not seen. 10 in steady; 0, as published, compares logits
+            alone.
         explore: while training, share of the skipped patches that an MLP computes, at random, for the gradient of their
             gates; above 0 and at most 1. The loss is the same, and so is the expected gradient; 1 gives the published
             gradient itself and saves the backward pass through skipped patches. 0.1 in steady; none, as published,
@@ -140,6 +146,7 @@ class Dispatch(GatingPolicy):
     rate_of: RateOf | Chosen = "recipe"
     complete_weight: float = 1.0
     distill_weight: float = 1.0
+    feature_weight: float | Chosen = "recipe"
     explore: float | Chosen | None = "recipe"
     complete_every: int = 1
     complete_share: float = 1.0
@@ -151,7 +158,8 @@ class Dispatch(GatingPolicy):
         # Files of some versions name an option that is no more, and that only a training read.
         options = {name: value for name, value in options.items() if name != "complete_course"}
         if "recipe" in options:
-            return {"surrogate": None} | options  # files that do not know them have none
+            # Files that do not know these were trained without.
+            return {"surrogate": None, "feature_weight": 0.0} | options
         # Files that know no recipes have the published one, and write its options out.
         published = RECIPES["published"]
         own = {name: value for name, value in options.items() if name not in published or value != published[name]}
@@ -186,7 +194,7 @@ class Dispatch(GatingPolicy):
         else:
             self.require(0 <= self.rate <= 1, "rate between 0 and 1")
         self.require(self.temperature > 0, "temperature above 0")
-        weights = (*self.rate_weights, self.complete_weight, self.distill_weight)
+        weights = (*self.rate_weights, self.complete_weight, self.distill_weight, self.chosen("feature_weight"))
         self.require(min(weights) >= 0, "loss weights of at least 0")
         self.require(len(self.rate_weights) == 2, "one rate_weight, or that of the course and that of the end")
         course, quiet, moves, lead = map(self.chosen, ("course", "quiet", "moves", "lead"))
@@ -304,7 +312,13 @@ class Dispatch(GatingPolicy):
         course = next((gate.course for gate in output.gates if gate.policy is self), None)
         if course is not None and not course.between(*self.chosen("complete_during")):
             return CompletePass()
-        return CompletePass(self.complete_weight, self.distill_weight, self.complete_every, self.complete_share)
+        return CompletePass(
+            self.complete_weight,
+            self.distill_weight,
+            self.chosen("feature_weight"),
+            every=self.complete_every,
+            share=self.complete_share,
+        )
 
     def loss_terms(self, output: Output, teacher: Output | None) -> dict[str, Tensor]:
         own = [gate for gate in output.gates if gate.policy is self]

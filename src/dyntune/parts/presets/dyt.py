@@ -49,6 +49,7 @@ class DyT(Preset):
     rate_of: RateOf | Chosen = Dispatch.rate_of
     complete_weight: float = Dispatch.complete_weight
     distill_weight: float = Dispatch.distill_weight
+    feature_weight: float | Chosen = Dispatch.feature_weight
     explore: float | Chosen | None = Dispatch.explore
     complete_every: int = Dispatch.complete_every
     complete_share: float = Dispatch.complete_share
