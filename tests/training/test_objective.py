@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import dyntune
+from dyntune.core.errors import BackboneError
+from dyntune.model.features import features
 from dyntune.parts.policies.base import Gate, Output
 from dyntune.parts.policies.dispatch import Dispatch
 
@@ -211,3 +213,24 @@ def test_the_feature_term_knows_merged_and_dropped_tokens_and_heads_that_read_ev
     criterion = lambda outputs, _: outputs.square().mean()  # noqa: E731
     terms = loss_of(model, images_for, criterion=criterion, epoch=1.0).terms
     assert 0.01 < terms["feature"].item() < 100
+
+
+def test_features_of_a_head_of_another_kind_are_those_of_every_place(make_host, images_for, monkeypatch):
+    """Merged patches share those of their token; those of dropped ones are zeros."""
+
+    def pooled(tokens):
+        raise BackboneError("a head of another kind")
+
+    images = images_for(make_host(), 2)
+    for policy in ("tome:r=2", "evit:keep=0.5,layers=1,fuse=false"):
+        model = dyntune.tune(make_host(), policy).eval()
+        monkeypatch.setattr(model.backbone, "pooled", pooled)
+        output = model.run(images)
+        found = features(model.backbone, output)
+        whole = features(model.backbone, model.run(images, complete=True))
+        assert found.shape == whole.shape == (2, 1 + 16, 32)
+        assert torch.equal(found[:, 0], output.tokens.x[:, 0])
+        kept = found[:, 1:].abs().sum(-1) > 0
+        assert kept.sum().item() == (2 * 16 if policy.startswith("tome") else 2 * 8)
+        rows = {tuple(row) for row in found[0, 1:][kept[0]].tolist()}
+        assert rows == {tuple(row) for row in output.tokens.patches[0].tolist()}

@@ -1,5 +1,6 @@
 """What a model's head reads of an image: by it two passes of a model are compared."""
 
+import torch
 from torch import Tensor
 
 from dyntune.backbones.base import Backbone
@@ -8,7 +9,7 @@ from dyntune.parts.policies.base import Output
 
 
 def features(backbone: Backbone, output: Output) -> Tensor:
-    """The pooled features, ``(B, C)``; on hosts whose head is of another kind all tokens, ``(B, N, C)``.
+    """The pooled features, ``(B, C)``; on hosts whose head is of another kind every place's, ``(B, N, C)``.
 
     Of tokens that were merged or dropped, every place has the features of its token, or zeros.
     """
@@ -19,4 +20,4 @@ def features(backbone: Backbone, output: Output) -> Tensor:
             return backbone.pooled(tokens)
         except BackboneError:  # a head of another kind, such as one of its own for the class token
             pass
-    return tokens.x if tokens.provenance.owner is None else tokens.on_places()
+    return torch.cat([tokens.x[:, : tokens.prefix], tokens.provenance.of_places(tokens.patches)], dim=1)

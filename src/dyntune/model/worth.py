@@ -56,14 +56,16 @@ class _Twins(Compact):
 
     def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
         gate = policy.gate(unit, tokens)
-        whole, half = gate.values.chunk(2)
-        random = torch.rand(half.shape, generator=self.random).to(half.device) < self.share
-        gate = replace(gate, values=torch.cat([whole, random.to(half.dtype)]))
+        every = gate.values.chunk(2)[0]
+        random = torch.rand(every.shape, generator=self.random).to(every.device) < self.share
+        gate = replace(gate, values=torch.cat([every, random.to(every.dtype)]))
         tokens = unit.with_norm(tokens)
         update = unit.update(tokens)
         parallel = unit.parallel_update(tokens)
         beside = tokens.x if parallel is None else tokens.x + parallel
-        wanted = (beside + update).chunk(2)[0] - beside.chunk(2)[1]
+        # In fp32: the difference of two streams may be far smaller than what their precision resolves.
+        whole, half = beside.float().chunk(2)
+        wanted = update.float().chunk(2)[0] + (whole - half)
         self.see(unit, tokens.patches.chunk(2)[1], wanted[:, tokens.prefix :])
         mask = tokens.cover_prefix(gate.values)
         x = beside + update * mask.unsqueeze(-1)
@@ -83,6 +85,7 @@ def fit_units(
 
     What is fitted to a unit alone leaves an error, which the units behind it were never shown, and add theirs to.
     Here each is fitted to what skipping has left of the features in front of it, and to what they would be behind it.
+    Units of other policies compute every patch meanwhile, and active patches attend to all.
 
     Args:
         backbone: in eval mode, with what is installed on it.

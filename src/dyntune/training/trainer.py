@@ -239,8 +239,6 @@ class _Run:
             epoch, step = self._begin(resume)
             if step or epoch:
                 self.look_at_labels()
-            else:
-                self._look_at_units()
             if epoch == self.settings.epochs and self._main:
                 log.warning("the run in %s is complete: there is nothing to train", self.out)
             # Thresholds that were shifted, and the shifts, belong to the weights that training leaves behind.
@@ -250,6 +248,8 @@ class _Run:
             written = RunLog(self.out, epoch * self.steps_per_epoch + step) if self.out and self._main else None
             try:
                 with stop_requests() as stop, self.progress:
+                    if not (step or epoch):
+                        self._look_at_units()
                     for current in range(epoch, self.settings.epochs):
                         self._epoch(current, step if current == epoch else 0, written, stop)
                         if self._agreed(stop.is_set()):
@@ -273,8 +273,9 @@ class _Run:
         self.model.train()
         if not looks(self.model):
             return
-        # Without a graph, and twice side by side: beside what a training step keeps, this is little.
-        first = itertools.islice(self.sampler, min(IMAGES, 4 * self.settings.batch_size))
+        # Without a graph, and twice side by side, four batches take less memory than what a step keeps of one.
+        batches = 1 if self.model.backbone.gradient_checkpointing else 4
+        first = itertools.islice(self.sampler, min(IMAGES, batches * self.settings.batch_size))
         images = torch.stack([self.data[index][0] for index in first]).to(self.accelerator.device)
         with self.accelerator.autocast():
             look_at_units(self.model, images)

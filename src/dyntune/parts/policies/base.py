@@ -96,16 +96,16 @@ class CompletePass:
     Args:
         weight: coefficient of the complete model's own loss. At 0 it is a teacher only and runs without a graph.
         distill: coefficient of the distillation from it.
-        features: coefficient of the distance to the features that its head reads.
         every: it runs in every such step, its terms then multiplied by this number.
         share: of the images of a batch, the first ones, that it runs on; its terms are means over those.
+        features: coefficient of the distance to the features that its head reads.
     """
 
     weight: float = 0.0
     distill: float = 0.0
-    features: float = 0.0
     every: int = 1
     share: float = 1.0
+    features: float = 0.0
 
     @property
     def wanted(self) -> bool:
@@ -119,9 +119,9 @@ class CompletePass:
         return CompletePass(
             max(self.weight, other.weight),
             max(self.distill, other.distill),
-            max(self.features, other.features),
             min(self.every, other.every),
             max(self.share, other.share),
+            max(self.features, other.features),
         )
 
 

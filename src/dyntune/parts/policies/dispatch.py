@@ -312,12 +312,9 @@ class Dispatch(GatingPolicy):
         course = next((gate.course for gate in output.gates if gate.policy is self), None)
         if course is not None and not course.between(*self.chosen("complete_during")):
             return CompletePass()
+        features = self.chosen("feature_weight")
         return CompletePass(
-            self.complete_weight,
-            self.distill_weight,
-            self.chosen("feature_weight"),
-            every=self.complete_every,
-            share=self.complete_share,
+            self.complete_weight, self.distill_weight, self.complete_every, self.complete_share, features
         )
 
     def loss_terms(self, output: Output, teacher: Output | None) -> dict[str, Tensor]:
