@@ -383,7 +383,7 @@ def test_deepcopy_and_pickle_give_an_independent_equal_model(tuned, images_for):
 def test_deepcopy_trains_with_its_own_gates(tuned, images_for):
     model = copy.deepcopy(tuned()).train()
     loss = dyntune.training_loss(model, images_for(model.backbone.host, 2), torch.tensor([0, 1]))
-    assert set(loss.terms) == {"task", "rate", "complete", "distill"}
+    assert set(loss.terms) == {"task", "rate", "complete", "distill", "feature"}
 
 
 @torch.no_grad()
