@@ -5,7 +5,7 @@
 
 A linear probe of ``real.py run`` (seed 0) answers test images while a random half of the patches, another one in every
 block, skips the MLP, or all patches skip it in the later half of the blocks. Surrogates are fitted to 32 training
-images, as the first step of a training does. Writes OUT/results/surrogate.json and prints a table.
+images, as they are before the first step of a training. Writes OUT/results/surrogate.json and prints a table.
 """
 
 from __future__ import annotations

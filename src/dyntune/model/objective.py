@@ -96,7 +96,7 @@ def training_loss(
         model.backbone.begin_step(epoch, step)
         if step is None and model.backbone.steps is not None:
             step = model.backbone.step - 1
-        look_at_units(model, images)
+        look_at_units(model, lambda: images)
     output = model.run(images)
     terms: dict[str, Tensor] = {}
 
@@ -129,31 +129,23 @@ def training_loss(
     return Loss(sum(terms.values(), start=terms["task"].new_zeros(())), terms, output)
 
 
-def look_at_units(model: Learner, images: Tensor) -> None:
+def look_at_units(model: Learner, images: Callable[[], Tensor]) -> None:
     """Lets policies fit what stands in for units, and weigh these, on the first images that a training will show.
 
     ``training_loss`` does so on the first batch, unless it has been done.
 
     Args:
         model: in train mode, after ``begin_training``.
-        images: ``(B, 3, height, width)``, preprocessed, in random order; at most ``worth.IMAGES`` are used.
+        images: called where a policy wants to look; gives ``(B, 3, height, width)``, preprocessed, in random order, of
+            which at most ``worth.IMAGES`` are used.
     """
     for policy in model.policies:
         if isinstance(policy, Fitting) and (units := policy.unfitted(model.backbone)):
             with _evaluating(model.backbone):
-                fit_units(model.backbone, units, policy.passing, policy.fit, images)
+                fit_units(model.backbone, units, policy.passing, policy.fit, images())
         if isinstance(policy, Weighing) and (units := policy.unweighed(model.backbone)):
             with _evaluating(model.backbone):
-                policy.weigh(unit_worth(model.backbone, units, images))
-
-
-def looks(model: Learner) -> bool:
-    """Whether ``look_at_units`` would do anything now."""
-    return any(
-        (isinstance(policy, Fitting) and bool(policy.unfitted(model.backbone)))
-        or (isinstance(policy, Weighing) and bool(policy.unweighed(model.backbone)))
-        for policy in model.policies
-    )
+                policy.weigh(unit_worth(model.backbone, units, images()))
 
 
 def _warn_without_course(model: Learner) -> None:

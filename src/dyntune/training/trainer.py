@@ -24,7 +24,7 @@ from dyntune.core.files import write_json
 from dyntune.core.limits import limits_named
 from dyntune.core.words import counted
 from dyntune.model.forward import activation_rates
-from dyntune.model.objective import Criterion, look_at_units, looks, training_loss
+from dyntune.model.objective import Criterion, look_at_units, training_loss
 from dyntune.model.rates import dispatchers
 from dyntune.model.tuned import TunedModel, require_tuned
 from dyntune.model.worth import IMAGES
@@ -269,16 +269,17 @@ class _Run:
         )
 
     def _look_at_units(self) -> None:
-        """Shows policies what units do on the images that come first, on more than a small batch holds."""
+        """Lets policies look at the model before the first step."""
         self.model.train()
-        if not looks(self.model):
-            return
-        # Without a graph, and twice side by side, four batches take less memory than what a step keeps of one.
+        with self.accelerator.autocast():
+            look_at_units(self.model, functools.cache(self._first_images))
+
+    def _first_images(self) -> Tensor:
+        """Those that the first steps will show, more than a small batch holds."""
+        # Looking keeps no graph, so that four batches, each image twice, take less memory than a step keeps of one.
         batches = 1 if self.model.backbone.gradient_checkpointing else 4
         first = itertools.islice(self.sampler, min(IMAGES, batches * self.settings.batch_size))
-        images = torch.stack([self.data[index][0] for index in first]).to(self.accelerator.device)
-        with self.accelerator.autocast():
-            look_at_units(self.model, images)
+        return torch.stack([self.data[index][0] for index in first]).to(self.accelerator.device)
 
     def _finish(self) -> None:
         """Gives the model the weights of the best epoch."""

@@ -18,6 +18,7 @@ from dyntune.model.executions import Compact, Masked, Sampled
 from dyntune.model.rates import dispatchers
 from dyntune.model.worth import fit_units
 from dyntune.parts.policies.surrogate import Surrogate
+from dyntune.training import trainer
 from dyntune.training.progress import Silent
 
 VARIANTS = ("mlp", "attn", "attn-mlp", "layer")
@@ -150,6 +151,19 @@ def test_skipping_costs_less_of_the_features(make_host, images_for, variant):
 
 
 @torch.no_grad()
+def test_what_is_wanted_leads_back_to_the_whole_model(make_host, images_for):
+    """With it added, whatever skipping has left in front of a unit, patches are those of the whole model."""
+    model = dyntune.tune(make_host(), "dispatch:where=layer,surrogate=0.25").eval()
+    images, behind, wanted = images_for(model.backbone.host, 4), [], []
+    model.run(images, complete=True, watch=lambda tokens: behind.append(tokens.patches))
+    fit_units(model.backbone, gated(model), 0.5, lambda unit, x, lacking: wanted.append((x, lacking)), images)
+    assert len(wanted) == len(behind) - 1 == 3
+    for (x, lacking), before, after in zip(wanted, behind, behind[1:], strict=False):
+        torch.testing.assert_close(x + lacking, after, atol=1e-5, rtol=1e-4)
+        assert torch.equal(x, before) == (before is behind[0]), "patches have skipped the blocks in front"
+
+
+@torch.no_grad()
 def test_each_makes_up_for_what_those_in_front_of_it_leave(make_host, images_for):
     """Closer to the whole model's features than maps that are each fitted to their own unit's update."""
 
@@ -213,23 +227,38 @@ def test_they_are_saved_in_bf16_and_loaded(make_host, images_for, tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(halved.buffers(), model.buffers(), strict=True))
 
 
-def test_fit_shows_them_more_than_small_batches_hold(make_host, data, monkeypatch):
-    """The images of the first steps, up to four batches, as augmented as these show them."""
-    looked = []
+@pytest.mark.parametrize("checkpointing,count", [(False, 16), (True, 4)])
+def test_fit_shows_them_more_than_small_batches_hold(make_host, data, monkeypatch, checkpointing, count):
+    """The images of the first four batches, as augmented as these are; of one where memory is short."""
+
+    class Augmented(TensorDataset):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return image + torch.rand(()), label
+
+    looked, shown = [], []
 
     def noted(backbone, units, share, fit, images):
-        looked.append(images)
+        looked.append((share, images))
         fit_units(backbone, units, share, fit, images)
 
     monkeypatch.setattr(objective, "fit_units", noted)
-    model = dyntune.tune(make_host(), "dyt:rate=0.3")
-    shown = []
-    monkeypatch.setattr(
-        model, "run", lambda images, run=model.run, **options: shown.append(images) or run(images, **options)
-    )
-    dyntune.fit(model, data, epochs=1, batch_size=4, device="cpu", calibrate=False)
-    assert len(looked) == 1 and len(looked[0]) == 16
-    assert torch.equal(looked[0][:4], shown[0])
+    model = dyntune.tune(make_host(), "dyt:rate=0.3,complete_during=0/0")
+    run = model.run
+    monkeypatch.setattr(model, "run", lambda images, **options: shown.append(images) or run(images, **options))
+    options = {"gradient_checkpointing": checkpointing, "device": "cpu", "calibrate": False}
+    dyntune.fit(model, Augmented(*data.tensors), epochs=1, batch_size=4, **options)
+    ((share, images),) = looked
+    assert share == 0.3
+    assert torch.equal(images, torch.cat(shown[: count // 4]))
+
+
+def test_a_method_without_gates_reads_no_image_before_the_first_step(make_host, data, monkeypatch):
+    def fails(*_):
+        raise AssertionError("nobody wants to look")
+
+    monkeypatch.setattr(trainer._Run, "_first_images", fails)
+    dyntune.fit(dyntune.tune(make_host(), "adaptformer"), data, epochs=1, batch_size=20, device="cpu")
 
 
 def test_an_interrupted_run_keeps_those_that_it_has(make_host, data, tmp_path):
