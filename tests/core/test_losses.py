@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dyntune.core.losses import distillation_loss, feature_loss, rate_loss
+from dyntune.core.losses import distillation_loss, feature_loss, rate_loss, trust
 
 
 def test_rate_loss_is_the_square_of_one_global_mean():
@@ -71,6 +71,12 @@ def test_feature_loss_is_the_mean_share_of_the_teacher_that_is_missed():
     of_tokens = feature_loss(student.view(1, 2, 2), teacher.view(1, 2, 2))
     assert of_tokens.item() == pytest.approx((16 + 1) / (9 + 1))
     assert feature_loss(torch.zeros(1, 2), torch.zeros(1, 2)).item() == 0
+
+
+def test_trust_falls_with_the_loss_from_one_and_carries_no_gradient():
+    loss = torch.tensor([0.0, 0.25, 1.0], requires_grad=True)
+    assert trust(loss).tolist() == pytest.approx([1, 0.606531, 0.135335], rel=1e-4) and not trust(loss).requires_grad
+    assert trust(torch.tensor(-3.0)).item() == 1, "a criterion may fall below 0"
 
 
 def test_gradient_of_feature_loss_reaches_the_student_alone():

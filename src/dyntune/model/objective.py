@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosts import not_tuned, wrap
-from dyntune.core.losses import feature_loss
+from dyntune.core.losses import feature_loss, trust
 from dyntune.model.executions import Masked
 from dyntune.model.features import features
 from dyntune.model.forward import run
@@ -74,7 +74,8 @@ def training_loss(
     For ``dyt`` it is ``CE(dispatched, y) + w (mean gate - rate)^2 + CE(complete, y) + KL(complete || dispatched)``, w
     the ``rate_weight`` and each coefficient an option of the part; the complete model is a second forward pass with the
     same weights (DyT, equation 8). In the recipe ``steady`` the distance between the two models' features is one more
-    term. ``docs/training_speed.md`` tells what the cost of the complete model may be lowered with.
+    term, as far as the complete one knows its images. ``docs/training_speed.md`` tells what the cost of the complete
+    model may be lowered with.
 
     Args:
         model: in train mode.
@@ -119,13 +120,14 @@ def training_loss(
         # A distillation lets no gradient into its teacher: without a loss of its own it needs no graph.
         with torch.set_grad_enabled(torch.is_grad_enabled() and asked.weight > 0):
             complete = model.run(images[:count], complete=True)
+        missed = criterion(complete.logits, targets[:count])
         if asked.weight:
-            add("complete", factor * asked.weight * criterion(complete.logits, targets[:count]))
+            add("complete", factor * asked.weight * missed)
         if asked.distill:
             add("distill", factor * asked.distill * model.task.distillation(output.logits[:count], complete.logits))
         if asked.features:
             own, wanted = (features(model.backbone, each) for each in (output, complete))
-            add("feature", factor * asked.features * feature_loss(own[:count], wanted))
+            add("feature", factor * asked.features * trust(missed) * feature_loss(own[:count], wanted))
     return Loss(sum(terms.values(), start=terms["task"].new_zeros(())), terms, output)
 
 

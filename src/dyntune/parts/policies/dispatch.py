@@ -34,7 +34,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
         "rate_of": "inference",
         "rate_weight": (10.0, 100.0),
         "explore": 0.1,
-        "complete_during": (0.2, 0.6),
+        "complete_during": (0.4, 0.8),
         "lead": (1.0, 3.0),
         "spread": 0.5,
         "feature_weight": 10.0,
@@ -110,8 +110,8 @@ class Dispatch(GatingPolicy):
         distill_weight: coefficient of the distillation from the complete model to the dispatched one.
         feature_weight: coefficient of the distance between the features that the head reads of the dispatched model and
             of the complete one, as a share of the latter's square (``core.losses.feature_loss``): logits of training
-            images say little about images that a model has not seen. 10 in steady; 0, as published, compares logits
-            alone.
+            images say little about images that a model has not seen. It is multiplied by how well the complete model
+            knows the images of the step (``core.losses.trust``). 10 in steady; 0, as published, compares logits alone.
         explore: while training, share of the skipped patches that an MLP computes, at random, for the gradient of their
             gates; above 0 and at most 1. The loss is the same, and so is the expected gradient; 1 gives the published
             gradient itself and saves the backward pass through skipped patches. 0.1 in steady; none, as published,
@@ -119,8 +119,8 @@ class Dispatch(GatingPolicy):
         complete_every: steps per pass of the complete model, whose loss terms then count so many times.
         complete_share: share of each batch that the complete model runs on, above 0 and at most 1.
         complete_during: shares of the training between which the complete model runs: as long as the gates are open, it
-            is the dispatched model itself, and once they have closed it brings little. 0.2/0.6 in steady; 0/1, as
-            published, is always. Where nobody says how long the training is, it runs in every step.
+            is the dispatched model itself. 0.4/0.8 in steady, when they close and have just closed; 0/1, as published,
+            is always. Where nobody says how long the training is, it runs in every step.
         surrogate: rank, as a share of the width C, of a linear map that stands in for a unit at the patches that skip
             it: the best one of that rank for some images before the first step of a training whose length is known
             (``model.worth.fit_units``), not trained, saved with the adapter. It adds ``2 C rank`` MACs per patch. 0.04
