@@ -15,7 +15,7 @@ table() {  # folder, methods, further options
 dyt=dyt:rate=0.5
 without=$dyt,$dyt,gate_bias=0,$dyt,course=0/0,rate_weight=10,$dyt,quiet=0.85,$dyt,quiet=none,$dyt,moves=none,$dyt,rate_of=training,$dyt,rate_weight=2,$dyt,rate_weight=10,$dyt,lead=none,$dyt,spread=none
 without+=,$dyt,explore=none,$dyt,surrogate=none,$dyt,recipe=published,scale=1
-without+=,$dyt,complete_during=0/1,$dyt,complete_during=0.2/0.6,$dyt,complete_during=0.6/1,$dyt,feature_weight=0,$dyt,complete_every=2,$dyt,complete_weight=0,$dyt,complete_weight=0,distill_weight=0
+without+=,$dyt,complete_during=0/1,$dyt,complete_during=0.2/0.6,$dyt,complete_during=0.6/1,$dyt,feature_weight=0,$dyt,complete_every=2,$dyt,complete_weight=0,$dyt,complete_weight=0,distill_weight=0,feature_weight=0
 table parts "$without" --epochs 5 --batch-size 16 --lr 5e-3
 table lr-1e-2 "adaptformer:scale=1,$dyt" --epochs 5 --batch-size 16 --lr 1e-2
 table lr-1e-3 "adaptformer:scale=1,$dyt" --epochs 5 --batch-size 16 --lr 1e-3

@@ -47,8 +47,10 @@ def trust(loss: Tensor) -> Tensor:
     With a cross-entropy it is 1 for a model that knows its images by heart, and 0.14 for one that gives their classes a
     probability of 0.37: its features are still on their way, and holding another to them costs accuracy.
 
+    It falls short of 1 where targets are soft (mixup, label smoothing), whose loss has a floor. The factor 2 is ours.
+
     Args:
-        loss: scalar.
+        loss: scalar, a mean over images or pixels.
     """
     return torch.exp(-2 * loss.detach().float().clamp_min(0))
 
