@@ -65,17 +65,25 @@ def test_gradient_of_distillation_reaches_the_student_alone():
     torch.testing.assert_close(student.grad, (student.softmax(-1) - teacher.softmax(-1)).detach() / 2)
 
 
-def test_feature_loss_is_the_mean_share_of_the_teacher_that_is_missed():
+def test_feature_loss_is_the_mean_share_of_the_teacher_that_is_missed_beyond_a_margin():
     student, teacher = torch.tensor([[3.0, 4], [0, 2]]), torch.tensor([[3.0, 0], [0, 1]])
-    assert feature_loss(student, teacher).item() == pytest.approx((16 / 9 + 1 / 1) / 2)
+    assert feature_loss(student, teacher).item() == pytest.approx((16 / 9 + 1 / 1) / 2 - 0.04)
     of_tokens = feature_loss(student.view(1, 2, 2), teacher.view(1, 2, 2))
-    assert of_tokens.item() == pytest.approx((16 + 1) / (9 + 1))
+    assert of_tokens.item() == pytest.approx((16 + 1) / (9 + 1) - 0.04)
     assert feature_loss(torch.zeros(1, 2), torch.zeros(1, 2)).item() == 0
+
+
+def test_feature_loss_leaves_an_image_alone_that_is_near():
+    student = torch.tensor([[1.19, 0.0], [2.0, 0]], requires_grad=True)
+    loss = feature_loss(student, torch.tensor([[1.0, 0], [1, 0]]))
+    assert loss.item() == pytest.approx((0 + 0.96) / 2)
+    loss.backward()
+    assert student.grad is not None and student.grad.tolist() == [[0, 0], [1, 0]]
 
 
 def test_trust_falls_with_the_loss_from_one_and_carries_no_gradient():
     loss = torch.tensor([0.0, 0.25, 1.0], requires_grad=True)
-    assert trust(loss).tolist() == pytest.approx([1, 0.606531, 0.135335], rel=1e-4) and not trust(loss).requires_grad
+    assert trust(loss).tolist() == pytest.approx([1, 0.223130, 0.00247875], rel=1e-4) and not trust(loss).requires_grad
     assert trust(torch.tensor(-3.0)).item() == 1, "a criterion may fall below 0"
 
 

@@ -109,7 +109,7 @@ class Dispatch(GatingPolicy):
         complete_weight: coefficient of the complete-model loss: the task's loss with every token computed.
         distill_weight: coefficient of the distillation from the complete model to the dispatched one.
         feature_weight: coefficient of the distance between the features that the head reads of the dispatched model and
-            of the complete one, as a share of the latter's square (``core.losses.feature_loss``): logits of training
+            of the complete one, beyond 4 % of the latter's square (``core.losses.feature_loss``): logits of training
             images say little about images that a model has not seen. It is multiplied by how well the complete model
             knows the images of the step (``core.losses.trust``). 10 in steady; 0, as published, compares logits alone.
         explore: while training, share of the skipped patches that an MLP computes, at random, for the gradient of their
