@@ -153,6 +153,12 @@ def test_what_is_said_in_a_worker_is_said_by_the_process_that_started_it(make_pl
 
 
 @pytest.mark.slow
+def test_workers_may_read_images_in_processes_of_their_own(make_plan, quick_processes, tmp_path):
+    plan = make_plan(tmp_path / "run", SPECS[:1], ("digits",), options={"epochs": 1, "workers": 1})
+    assert not run_benchmark(plan, workers=2, console=QUIET).failures
+
+
+@pytest.mark.slow
 def test_sigterm_stops_the_workers_and_says_how_to_go_on(make_plan, quick_processes, tmp_path):
     plan = make_plan(tmp_path / "run", SPECS[1:], options={"epochs": 200})
     runs = [job.folder(plan.out) / "run" / STATE for job in plan.jobs()]

@@ -22,7 +22,7 @@ from dyntune.core.threads import available_cores, chosen_by_user
 from dyntune.studies.vtab.plan import Job, Plan
 from dyntune.studies.vtab.results import FAILURE, finished, read_failure, write_failure
 from dyntune.studies.vtab.search import search_job
-from dyntune.studies.vtab.train import Report, train_job
+from dyntune.studies.vtab.train import Report, forget_state, train_job
 from dyntune.training.interrupt import TrainingInterrupted
 
 log = logging.getLogger("dyntune")
@@ -63,6 +63,7 @@ def run_job(job: Job, plan: Plan, report: Report) -> Outcome:
         except Exception as error:  # one job's failure must leave the others alone
             write_failure(folder, error)
             return "failed"
+        forget_state(job, plan)
         return "done"
 
 
@@ -135,7 +136,8 @@ class _Worker:
         self.connection, theirs = context.Pipe()
         self.index = index
         self.job: Job | None = None
-        self.process = context.Process(target=_serve, args=(theirs, plan, index, threads), daemon=True)
+        # Not a daemon, which may not have processes that read images; whoever starts it stops it.
+        self.process = context.Process(target=_serve, args=(theirs, plan, index, threads))
         self.process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
 
@@ -146,10 +148,13 @@ class _Pool:
     def __init__(self, jobs: Sequence[Job], plan: Plan, workers: int, watcher: Watcher) -> None:
         self.waiting, self.plan, self.watcher = deque(jobs), plan, watcher
         self.threads = threads_each(workers)
-        self.workers = [_Worker(plan, index, self.threads) for index in range(workers)]
+        self.size = workers
+        self.workers: list[_Worker] = []
 
     def run(self) -> None:
         try:
+            for index in range(self.size):
+                self.workers.append(_Worker(self.plan, index, self.threads))
             for worker in self.workers:
                 self._hand_out(worker)
             while busy := {w.connection: w for w in self.workers if w.job is not None}:

@@ -19,6 +19,7 @@ _SELECT = {
     "val": "trained on train800, epoch picked on val200",
     "test": "trained on train800val200, epoch picked on the test images that it is reported on",
 }
+_NOAH = " (noah: trained on train800val200, last epoch)"
 
 
 def summarise(plan: Plan) -> list[MethodRow]:
@@ -53,9 +54,10 @@ def describe(plan: Plan) -> str:
     """Recipe and what differs from it, the images that train and pick the epoch, backbone weights, and search."""
     weights = f"from the file {plan.weights.name}" if plan.weights else f"of {plan.model}"
     search = f"learning rate and any adapter scale searched in {plan.search} trials per method and task on val200"
+    select = plan.recipe.settings.select
     pieces = [
         f"Recipe {plan.recipe.name}{_differences(plan.recipe, plan.uses_noah)}",
-        _SELECT[plan.recipe.settings.select],
+        _SELECT[select] + (_NOAH if plan.uses_noah and select != "last" else ""),
         f"backbone weights {weights}" + (f", images of {plan.img_size} pixels" if plan.img_size else ""),
         search if plan.search else "no search",
     ]

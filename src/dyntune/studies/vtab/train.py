@@ -70,6 +70,9 @@ def train_one(
     model = _build([spec], data, plan)
     train = _kept(data.train, model.preprocessing, settings)
     chosen = {"val": data.val, "test": data.test, "last": None}[settings.select]
+    if train is not data.train and settings.select != "test":
+        # What other processes keep in memory ends with them, after each epoch.
+        settings = replace(settings, workers=0)
     result = fit(
         model,
         train,
@@ -153,9 +156,6 @@ def train_job(job: Job, plan: Plan, report: Report) -> JobResult:
         model.merge()  # what would be served, and what published tables count
     evaluation = evaluate(model, data.test, batch_size=settings.batch_size, workers=settings.workers)
     assert evaluation.macs is not None
-    # With full tuning these are gigabytes per job, and nothing is left to continue.
-    (run / STATE).unlink(missing_ok=True)
-    shutil.rmtree(run / "last", ignore_errors=True)
     return JobResult(
         spec=job.spec,
         task=job.task,
@@ -171,6 +171,13 @@ def train_job(job: Job, plan: Plan, report: Report) -> JobResult:
         seconds=fitted.seconds + time.perf_counter() - began - training,
         activation_per_unit=evaluation.activation_per_unit,
     )
+
+
+def forget_state(job: Job, plan: Plan) -> None:
+    """Removes what a job could go on from, once its result is there: with full tuning these are gigabytes."""
+    run = job.folder(plan.out) / "run"
+    (run / STATE).unlink(missing_ok=True)
+    shutil.rmtree(run / "last", ignore_errors=True)
 
 
 def base_settings(spec: str, recipe: Recipe) -> TrainSettings:
