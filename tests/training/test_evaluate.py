@@ -7,7 +7,7 @@ from rich.console import Console
 from torch.utils.data import TensorDataset
 
 import dyntune
-from dyntune.core.errors import DataError
+from dyntune.core.errors import DataError, TrainingError
 from dyntune.training.evaluate import evaluate
 from dyntune.training.interrupt import TrainingInterrupted
 from dyntune.training.progress import EvaluationBar
@@ -88,6 +88,15 @@ def test_the_mode_of_the_model_is_left_as_it_was(model, images_for):
     assert model.training
     with pytest.raises(DataError, match="no image"):
         evaluate(model, TensorDataset(torch.empty(0, 3, 32, 32), torch.empty(0, dtype=torch.long)))
+
+
+def test_evaluating_draws_nothing_and_wants_a_head(model, make_host, images_for):
+    images = TensorDataset(images_for(model.backbone.host, 6), torch.arange(6) % 5)
+    before = torch.get_rng_state()
+    evaluate(model, images)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(TrainingError, match="nothing to evaluate: the model has no head"):
+        evaluate(dyntune.tune(make_host(num_classes=0), "adaptformer"), images)
 
 
 def test_tokens_that_are_left_are_reported_by_unit(make_host, images_for):

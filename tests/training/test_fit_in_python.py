@@ -4,6 +4,7 @@ import json
 import logging
 import re
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -237,6 +238,44 @@ def test_what_is_given_wrongly_gets_a_sentence(make_host, data, splits):
         dyntune.load(model)
     with pytest.raises(DataError, match="given DataSplits"):
         load_data(splits)
+
+
+def test_classes_that_are_called_otherwise_are_noticed(make_host, caplog, splits):
+    model = dyntune.tune(make_host(), "linear")
+    model.classes = tuple("baced")
+    with pytest.raises(
+        DataError, match=r"training set .* in another order \(a, b, c, d, e; the model: b, a, c, e, d\)"
+    ):
+        dyntune.fit(model, splits.train, **SHORT)
+    with pytest.raises(DataError, match="in another order"):
+        dyntune.evaluate(model, splits.train)
+    model.classes = tuple("vwxyz")
+    with caplog.at_level(logging.WARNING, "dyntune"):
+        dyntune.fit(model, splits.train, **SHORT)
+    assert any("model.classes = None before fit" in said for said in caplog.messages) and model.classes[0] == "v"
+    model.classes = None
+    dyntune.fit(model, splits.train, **SHORT)
+    assert model.classes == tuple("abcde")
+
+
+def test_names_of_classes_are_texts_and_what_is_saved_stays_when_they_are_not(make_host, tmp_path):
+    model = dyntune.tune(make_host(), "linear")
+    model.save(tmp_path, {"accuracy": np.float32(0.5), "loss": torch.tensor(1.5)}, classes=tuple("abcde"))
+    with pytest.raises(SpecError, match=r"a class is called 0, a int: expected a text for each"):
+        model.save(tmp_path, classes=range(5))
+    assert dyntune.load(tmp_path, backbone=make_host()).classes == tuple("abcde")
+    assert json.loads((tmp_path / "dyntune.json").read_text())["results"] == {"accuracy": 0.5, "loss": 1.5}
+
+
+def test_what_is_looked_at_before_the_first_step_does_not_depend_on_checkpointing(make_host, data):
+    trained = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = dyntune.tune(make_host(), "dyt")
+        dyntune.fit(model, data[0], **SHORT | {"batch_size": 4}, gradient_checkpointing=checkpointing, calibrate=False)
+        trained.append(model.saved_state())
+    for name, tensor in trained[0].items():
+        torch.testing.assert_close(trained[1][name], tensor, msg=name)
 
 
 def test_who_saves_without_names_of_classes_is_told_once(make_host, tmp_path, caplog, splits):

@@ -104,6 +104,38 @@ def test_a_run_goes_on_that_ended_between_an_adapter_and_its_state(model, tmp_pa
     assert (whole / WEIGHTS).read_bytes() == (broken / WEIGHTS).read_bytes()
 
 
+def test_an_adapter_without_the_state_of_a_run_is_not_trained_over(run, model, tmp_path):
+    model().save(tmp_path / "saved")
+    longer = SHORT | {"epochs": 2}
+    fit(model(), IMAGES, out=tmp_path / "longer", **longer)
+    (tmp_path / "longer" / STATE).unlink()
+    for place in (tmp_path / "saved", tmp_path / "longer"):
+        before = (place / WEIGHTS).read_bytes()
+        for resume in (False, True):
+            with pytest.raises(
+                TrainingError, match=rf"holds an adapter, and no state .*{STATE} is missing.*Give another"
+            ):
+                fit(model(), IMAGES, out=place, resume=resume, **longer)
+        assert (place / WEIGHTS).read_bytes() == before
+    (run / STATE).unlink()  # as if it had been killed behind the adapter of its first epoch
+    assert fit(model(), IMAGES, out=run, resume=True, **SHORT).best_epoch == 1
+
+
+def test_a_run_does_not_go_on_with_other_validation_images_or_frozen_weights(model, tmp_path):
+    other = TensorDataset(IMAGES.tensors[0] + 1, IMAGES.tensors[1])
+    settings = SHORT | {"epochs": 2, "select": "val"}
+    fit(model(), IMAGES, IMAGES, out=tmp_path / "run", **settings)
+    for val, said in ((None, "val_images was 10, is 0"), (other, "val_data was .*, is ")):
+        with pytest.raises(TrainingError, match=said):
+            fit(model(), IMAGES, val, out=tmp_path / "run", resume=True, **settings)
+    changed = model()
+    with torch.no_grad():
+        changed.backbone.host.blocks[0].mlp.fc1.weight.mul_(2)
+    with pytest.raises(TrainingError, match="frozen weights of the backbone have been changed"):
+        fit(changed, IMAGES, IMAGES, out=tmp_path / "run", resume=True, **settings)
+    fit(model(), IMAGES, IMAGES, out=tmp_path / "run", resume=True, **settings)
+
+
 def test_room_is_a_folder_without_a_run_or_one_to_be_continued(run, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "used").mkdir()

@@ -114,7 +114,7 @@ def command(
     tuned = build_tuned(model, *given, classes=splits.classes, weights=weights, **arguments)
     tuned.preprocessing = clip.preprocessing(with_pixels_as(tuned.preprocessing, normalisation, interpolation))
     if resume:
-        require_continuable(run, tuned, splits.train, settings, taught_by)
+        require_continuable(run, tuned, splits.train, settings, taught_by, chosen)
     show_header(
         training_header(
             tuned,

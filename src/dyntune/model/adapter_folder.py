@@ -71,13 +71,14 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"}
     )
     config = sealed(versioned(about) | {"weights_sha256": hashlib.sha256(payload).hexdigest()})
+    card = model_card(config, tensors)  # before anything is replaced
     _replace(folder, payload, config)
     if _is_ours(folder / FORMER_CONFIG):
         for name in (FORMER_CONFIG, *FORMER_WEIGHTS):
             (folder / name).unlink(missing_ok=True)
     if _is_of_trainer(folder / TRAINER_WEIGHTS):
         (folder / TRAINER_WEIGHTS).unlink()
-    write_text(folder / CARD, model_card(config, tensors))
+    write_text(folder / CARD, card)
 
 
 def require_no_run(folder: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -109,6 +110,12 @@ class TunedModel(TimmMethods, HubModel):
             raise SpecError(
                 f"classes is a {type(names).__name__}: expected a list of names in the order of their labels, such as "
                 "['cat', 'dog'], or None."
+            )
+        odd = next((name for name in names or () if not isinstance(name, str)), None)
+        if odd is not None:
+            raise SpecError(
+                f"a class is called {odd!r}, a {type(odd).__name__}: expected a text for each class, such as "
+                "[str(name) for name in names]."
             )
         self._classes = None if names is None else tuple(names)
         if names is not None and self.backbone.config is not None:
@@ -416,9 +423,14 @@ class TunedModel(TimmMethods, HubModel):
             "preprocessing": self.preprocessing.to_dict(),
             "task": self.task.name,
             "classes": self.classes,
-            "results": results or {},
+            # NumPy's and PyTorch's numbers are figures like others.
+            "results": {name: value.item() if _is_number(value) else value for name, value in (results or {}).items()},
             "calibration": self.calibration and self.calibration.to_dict(),
         }
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
 def require_tuned(model: object, what: str) -> None:

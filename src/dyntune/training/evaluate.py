@@ -22,7 +22,7 @@ from dyntune.data.transforms import preprocessed
 from dyntune.model.macs import MacCounter
 from dyntune.model.tasks import Classification, Metric, Task
 from dyntune.model.tuned import ExecutionName, TunedModel, require_tuned
-from dyntune.training.inputs import data_for, require_labels
+from dyntune.training.inputs import data_for, require_head, require_labels, require_same_classes
 
 log = logging.getLogger("dyntune")
 
@@ -139,15 +139,25 @@ def evaluate(
         watch: is told after each batch how many images are done, and the task's figures on them.
 
     Raises:
-        DataError: there is no image, the data are of no such kind, or a label is not one of the classes.
+        DataError: there is no image, the data are of no such kind, a label is not one of the classes, or the classes
+            are the model's in another order.
+        TrainingError: the model has no head.
     """
     require_tuned(model, "evaluate")
+    if metric is None and isinstance(model.task, Classification):
+        require_head(model, "nothing to evaluate")
     require_images(data, "the data set")
     batches: Iterable[Any] = data  # type: ignore[assignment]
     if is_dataset(data) and not isinstance(data, IterableDataset):
         images_of = data_for(model, data, "the data set")
+        require_same_classes(model, images_of, "the data set")
         require_labels(model, images_of, beforehand=False)
-        batches = DataLoader(as_tensors(images_of, model), batch_size, num_workers=workers)
+        batches = DataLoader(
+            as_tensors(images_of, model),
+            batch_size,
+            num_workers=workers,
+            generator=torch.Generator(),  # of its own: evaluating must not change what a training loop draws
+        )
     elif isinstance(data, DataLoader) and isinstance(data.dataset, LabelledImages) and data.dataset.transform is None:
         raise DataError("the batches would be of PIL images. Give the data set itself, which is preprocessed then.")
     device = next(model.parameters()).device

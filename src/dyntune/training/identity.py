@@ -31,8 +31,18 @@ def run_identity(
     train_set: Dataset[Any],
     processes: int,
     teacher: nn.Module | None = None,
+    val_set: Dataset[Any] | None = None,
 ) -> dict[str, Any]:
-    """Settings, parts, backbone, data and teacher of a run as plain values."""
+    """Settings, parts, backbone, data and teacher of a run as plain values.
+
+    Args:
+        model: that is trained.
+        settings: of the training.
+        train_set: what it is trained on.
+        processes: that train it together.
+        teacher: it learns from; None without one.
+        val_set: what picks the epoch; None where it is the last.
+    """
     return {
         "settings": dataclasses.asdict(settings),
         "spec": model.spec,
@@ -40,6 +50,7 @@ def run_identity(
         "backbone": model.backbone_name,
         "architecture": hashlib.sha256(str(model.backbone.host).encode()).hexdigest()[:16],
         "weights": model.fingerprint,
+        "changed_weights": _digest_of_changed(model),
         "task": model.task.name,
         "classes": model.classes,
         "preprocessing": model.preprocessing.to_dict(),
@@ -47,6 +58,8 @@ def run_identity(
         "threads": torch.get_num_threads(),
         "train_images": len(train_set),  # type: ignore[arg-type]
         "data": _data_digest(train_set),
+        "val_images": 0 if val_set is None else len(val_set),  # type: ignore[arg-type]
+        "val_data": None if val_set is None else _data_digest(val_set),
         "teacher": teacher_identity(teacher),
     }
 
@@ -86,10 +99,15 @@ def identity_changes(
     left_out = {"settings", "spec", "parts", "threads"} | ({"processes"} if "batch_size" in free else set())
     for key, value in now.items():
         old = before.get(key, value)
-        if key in left_out or old == value or (key == "data" and old is None):
+        if key in left_out or old == value or (key in ("data", "val_data") and old is None):
+            continue
+        if key == "val_data" and before.get("val_images") != now["val_images"]:
+            continue  # which says it
+        if key == "changed_weights":
+            changed.append("frozen weights of the backbone have been changed after tune(), or no longer are")
             continue
         changed.append(f"{key} was {old}, is {value}")
-        if key == "data":
+        if key in ("data", "val_data"):
             changed[-1] += (
                 " (images were added, removed or renamed, or an earlier version has split their folder in another way)"
             )
@@ -158,6 +176,13 @@ def _parts(identity: dict[str, Any]) -> list[Part]:
         former = {name: value for name, value in _STEADY.items() if left and part.get(name, "recipe") == "recipe"}
         parts.append(part_from_dict(part | former).settled())
     return parts
+
+
+def _digest_of_changed(model: TunedModel) -> str | None:
+    """Tells what somebody has made of frozen weights since ``tune``, which the fingerprint is older than."""
+    extra = sorted(model.extra_state().items())
+    frozen = {name: p.detach() for name, p in extra if isinstance(p, nn.Parameter) and not p.requires_grad}
+    return values_digest(frozen)[:16] if frozen else None
 
 
 def _data_digest(dataset: Dataset[Any]) -> str | None:

@@ -48,19 +48,61 @@ def with_pixels_as(
     return preprocessing if interpolation == "backbone" else replace(preprocessing, interpolation=interpolation)
 
 
+def require_head(model: TunedModel, why: str) -> None:
+    """Refuses a model whose outputs are features.
+
+    Args:
+        why: what cannot be done, such as ``nothing to train``.
+
+    Raises:
+        TrainingError: it has no head.
+    """
+    if not any(True for module in model.backbone.heads for _ in module.parameters()):
+        raise TrainingError(
+            f"{why}: the model has no head. Create it with num_classes=<number of classes>, or put one on a "
+            "tower of transformers: dyntune.add_classifier(tower, <number of classes>)."
+        )
+
+
+def require_same_classes(model: TunedModel, dataset: Any, name: str) -> None:
+    """Compares class names, where both have some, because labels count them; other names are warned of.
+
+    Args:
+        name: what to call the data set in messages.
+
+    Raises:
+        DataError: they are the same in another order.
+    """
+    names = _names(dataset)
+    if names is None or model.classes is None or len(names) != len(model.classes):
+        return
+    own, other = model.classes, tuple(map(str, names))
+    if own == other:
+        return
+    if sorted(own) == sorted(other):
+        raise DataError(
+            f"the classes of {name} are those of the model in another order ({listed(other, _SHOWN)}; the model: "
+            f"{listed(own, _SHOWN)}), and labels count them. Give data whose labels follow the model's order."
+        )
+    log.warning(
+        "the classes of %s are called %s, those of the model %s, whose names stay. If they are others, set "
+        "model.classes = None before fit, which then takes the data's names.",
+        name,
+        listed(other, _SHOWN),
+        listed(own, _SHOWN),
+    )
+
+
 def require_matching_head(model: TunedModel, dataset: Dataset[Any]) -> None:
     """Gives the model the data set's class names if it has none.
 
     Raises:
         TrainingError: the classifier cannot be that of the data set, or class names are not texts, one for each class.
+        DataError: the model's classes are those of the data set in another order.
     """
     head = model.backbone.classes
     names = _names(dataset)
-    if not any(True for module in model.backbone.heads for _ in module.parameters()):
-        raise TrainingError(
-            "nothing to train: the model has no head. Create it with num_classes=<number of classes>, or put one on a "
-            "tower of transformers: dyntune.add_classifier(tower, <number of classes>)."
-        )
+    require_head(model, "nothing to train")
     if names is not None and head and len(names) != head:
         raise TrainingError(
             f"the model's head has {counted(head, 'class')}, the data set {len(names)}. Create the model with "
@@ -76,6 +118,7 @@ def require_matching_head(model: TunedModel, dataset: Dataset[Any]) -> None:
             f"model.classes has {len(model.classes)} names ({shown}): expected a text for each of the head's {head} "
             "classes, such as model.classes = ['cat', 'dog'], or None."
         )
+    require_same_classes(model, dataset, "the training set")
 
 
 def data_for(model: TunedModel, dataset: Any, name: str) -> LabelledImages | Samples:

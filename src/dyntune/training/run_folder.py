@@ -13,7 +13,15 @@ from torch import nn
 from dyntune.backbones.base import file_name
 from dyntune.core.errors import CheckpointError, TrainingError
 from dyntune.core.files import alone_in
-from dyntune.model.adapter_folder import ASKED, CONFIG, STATE, read_config, read_weights
+from dyntune.model.adapter_folder import (
+    ASKED,
+    CONFIG,
+    FORMER_CONFIG,
+    STATE,
+    TRAINER_WEIGHTS,
+    read_config,
+    read_weights,
+)
 from dyntune.model.rates import dispatchers
 from dyntune.model.tuned import TunedModel
 from dyntune.training.accelerator import launched_processes
@@ -31,17 +39,39 @@ def require_room(out: Path, resume: bool) -> None:
         resume: whether what it holds is to be continued.
 
     Raises:
-        TrainingError: it is a file, or holds a run or something else that is not to be continued.
+        TrainingError: it is a file, or holds a run or something else that is not to be continued, or an adapter that
+            no run can go on with.
     """
     if out.exists() and not out.is_dir():
         raise TrainingError(f"{out} is a file; give a folder for the run.")
-    if resume or not out.exists():
+    if not out.exists():
         return
     if (out / STATE).exists():
-        raise TrainingError(f"{out} holds a run already. Continue it with resume (--resume), or give another folder.")
-    if any(out.iterdir()):
+        if not resume:
+            raise TrainingError(
+                f"{out} holds a run already. Continue it with resume (--resume), or give another folder."
+            )
+        return
+    if any((out / name).exists() for name in (CONFIG, FORMER_CONFIG, TRAINER_WEIGHTS)) and not _just_begun(out):
+        raise TrainingError(
+            f"{out} holds an adapter, and no state of a run that could go on ({STATE} is missing): a training there "
+            "would replace it. Give another folder, or remove it."
+        )
+    if not resume and any(out.iterdir()):
         begun = " A run began there: continue it with resume (--resume)." if (out / ASKED).exists() else ""
         raise TrainingError(f"{out} is not empty.{begun} Give another folder, or remove it.")
+
+
+def _just_begun(out: Path) -> bool:
+    """Whether a run was stopped there between the adapter of its first epoch, which is written first, and its state."""
+    try:
+        return (out / ASKED).exists() and all(
+            (read_config(folder).get("results") or {}).get("epoch") == 1
+            for folder in (out, out / "last")
+            if (folder / CONFIG).exists()
+        )
+    except CheckpointError:
+        return False
 
 
 def require_same_run(out: Path, state: RunState, identity: dict[str, Any], steps: int, model: TunedModel) -> None:
@@ -73,7 +103,12 @@ def require_same_run(out: Path, state: RunState, identity: dict[str, Any], steps
 
 
 def require_continuable(
-    out: Path, model: TunedModel, train_set: Any, settings: TrainSettings, teacher: nn.Module | None = None
+    out: Path,
+    model: TunedModel,
+    train_set: Any,
+    settings: TrainSettings,
+    teacher: nn.Module | None = None,
+    val_set: Any = None,
 ) -> None:
     """As ``require_same_run``, for those who say something before they call ``fit`` with ``resume``.
 
@@ -83,11 +118,13 @@ def require_continuable(
         train_set: as for ``fit``.
         settings: as for ``fit``.
         teacher: as for ``fit``.
+        val_set: as for ``fit``.
     """
     if not (out / STATE).exists():
         return
     processes, data = launched_processes(), data_for(model, train_set, "the training set")
-    identity = run_identity(model, settings, data, processes, teacher)
+    chosen = None if val_set is None or settings.select == "last" else data_for(model, val_set, "the validation set")
+    identity = run_identity(model, settings, data, processes, teacher, chosen)
     batches = len(data) / (settings.batch_size * processes)
     steps = math.floor(batches) if settings.drop_last else math.ceil(batches)
     require_same_run(out, RunState.read(out), identity, steps, model)

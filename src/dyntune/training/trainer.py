@@ -231,7 +231,7 @@ class _Run:
         )
         self.steps_per_epoch = len(self.loader)
         self.gated = bool(dispatchers(model.backbone))
-        identity = run_identity(model, settings, train_set, world, teacher)
+        identity = run_identity(model, settings, train_set, world, teacher, self.images[1])
         self.checkpoint = Checkpoint(model, self.optimizer, self.accelerator.scaler, identity)
 
     def train(self, resume: bool) -> FitResult:
@@ -277,8 +277,8 @@ class _Run:
     def _first_images(self) -> Tensor:
         """Those that the first steps will show, more than a small batch holds."""
         # Looking keeps no graph, so that four batches, each image twice, take less memory than a step keeps of one.
-        batches = 1 if self.model.backbone.gradient_checkpointing else 4
-        first = itertools.islice(self.sampler, min(IMAGES, batches * self.settings.batch_size))
+        # With gradient checkpointing a step keeps less, but which images are looked at decides the weights.
+        first = itertools.islice(self.sampler, min(IMAGES, 4 * self.settings.batch_size))
         return torch.stack([self.data[index][0] for index in first]).to(self.accelerator.device)
 
     def _finish(self) -> None:
