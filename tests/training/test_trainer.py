@@ -23,6 +23,7 @@ from dyntune.training.identity import began_with
 from dyntune.training.interrupt import TrainingInterrupted
 from dyntune.training.logs import read_log
 from dyntune.training.progress import Silent
+from dyntune.training.randomness import caller_randomness_kept, seed_all
 from dyntune.training.settings import TrainSettings
 from dyntune.training.state import STATE, RunState
 from dyntune.training.trainer import fit
@@ -402,6 +403,17 @@ def test_resuming_on_other_images_is_refused(make_host, tmp_path):
     with pytest.raises(TrainingError, match="data was"):
         other = ImageSubset(digits, range(20, 40))
         fit(dyntune.tune(make_host(num_classes=10), "linear"), other, out=tmp_path / "a", resume=True, **options)
+
+
+def test_generators_of_gpus_are_given_back_too(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    torch.manual_seed(7)
+    with caller_randomness_kept():
+        seed_all(1, 2)
+    assert seeded[-1] == 7  # a GPU that nobody has used yet begins as if nobody had seeded it meanwhile
 
 
 def test_the_callers_random_numbers_are_left_alone(make_host, colours):

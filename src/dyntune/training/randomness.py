@@ -25,13 +25,20 @@ def seed_all(*position: int) -> None:
 @contextmanager
 def caller_randomness_kept() -> Iterator[None]:
     """Gives the global generators back as they were found: a library must not reseed the program that calls it."""
-    python, numpy_, torch_ = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    python, numpy_ = random.getstate(), np.random.get_state()  # noqa: NPY002
+    seed, started = torch.initial_seed(), torch.cuda.is_available() and torch.cuda.is_initialized()
+    # Seeding seeds every accelerator too.
+    apples = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
-        yield
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if started else ()):
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy_)  # noqa: NPY002
-        torch.set_rng_state(torch_)
+        if apples is not None:
+            torch.mps.set_rng_state(apples)
+        if torch.cuda.is_available() and not started:
+            torch.cuda.manual_seed_all(seed)  # what it would have begun with
 
 
 class EpochSampler(Sampler[int]):
