@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import dyntune
 from dyntune.commands.main import app
-from dyntune.core.errors import CheckpointError
+from dyntune.core.errors import CheckpointError, MachineError
 
 transformers = pytest.importorskip("transformers")
 
@@ -73,3 +73,25 @@ def test_a_merged_run_is_a_folder_of_transformers(run, photos, tmp_path):
     model = dyntune.load(run)
     ours = model(build_transform(model.preprocessing)(image)[None])
     torch.testing.assert_close(theirs, ours, atol=0.05, rtol=0.05)  # resizes differ by up to one level of 255
+
+
+def test_a_merged_folder_may_have_a_point_in_its_name_and_be_there_if_it_is_empty(run, tmp_path):
+    out = tmp_path / "vit-v1.0"
+    out.mkdir()
+    invoke("merge", run, "--out", out)
+    assert transformers.AutoModelForImageClassification.from_pretrained(out)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["vit-v1.0"]
+    written = (out / "config.json").read_bytes()
+    with pytest.raises(CheckpointError, match="is there already"):
+        invoke("merge", run, "--out", out)
+    assert (out / "config.json").read_bytes() == written
+
+
+def test_a_merge_that_fails_leaves_no_folder(run, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dyntune.backbones.huggingface_models.write_processor", fail)
+    with pytest.raises(MachineError):
+        invoke("merge", run, "--out", tmp_path / "merged")
+    assert not list(tmp_path.iterdir())

@@ -78,10 +78,26 @@ def test_what_does_not_fold_is_said(tmp_path):
     assert not (tmp_path / "merged.safetensors").exists()
 
 
-def test_another_ending_is_refused_before_anything_is_loaded(tmp_path):
-    done = CliRunner().invoke(app, ["merge", str(tmp_path), "--out", "merged.pth"])
+@pytest.mark.parametrize("name", ["merged.pth", "merged"])
+def test_another_ending_is_refused(tmp_path, name):
+    saved("lora", tmp_path / "run")
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "run"), "--out", str(tmp_path / name)])
     assert isinstance(done.exception, CheckpointError)
     assert "ends in .safetensors" in str(done.exception)
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_is_there_is_refused_before_anything_is_loaded_and_stays(tmp_path, folder):
+    there = tmp_path / "weights.safetensors"
+    if folder:
+        there.mkdir()
+    kept = there / "mine" if folder else there
+    kept.write_bytes(b"mine")
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "no run"), "--out", str(there)])
+    assert isinstance(done.exception, CheckpointError)
+    assert "is there already" in str(done.exception)
+    assert kept.read_bytes() == b"mine"
 
 
 def test_the_reason_is_logged_in_python(make_host, caplog):

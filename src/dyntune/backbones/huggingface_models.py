@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from dyntune.backbones.hub import cache_alone, quickly
 from dyntune.backbones.huggingface_processor import cached, revision_of, write_processor
 from dyntune.core.errors import BackboneError, how_to_install, in_one_line
+from dyntune.core.files import room_beside
+from dyntune.core.limits import limits_named
 from dyntune.data.transforms import Preprocessing
 
 log = logging.getLogger("dyntune")
@@ -336,10 +338,21 @@ def as_read(host: Any, place: str) -> bool:
 
 
 def write(host: Any, preprocessing: Preprocessing, folder: Path) -> None:
-    """Writes a model as ``from_pretrained`` reads it, with an image processor that does what was done in training."""
-    with _quiet(library()):
-        host.save_pretrained(folder)
-    write_processor(preprocessing, folder)
+    """Writes a model as ``from_pretrained`` reads it, with an image processor that does what was done in training.
+
+    The folder, which must be empty if it is there, holds all of it or is as it was.
+
+    Raises:
+        MachineError: there is no room for it, or another limit of the machine is reached.
+    """
+    with limits_named(), room_beside(folder) as room:
+        made = room / "made"
+        with _quiet(library()):
+            host.save_pretrained(made)
+        write_processor(preprocessing, made)
+        if folder.exists():
+            folder.rmdir()  # Windows renames onto no folder
+        made.rename(folder)
 
 
 def class_names(config: Any) -> tuple[str, ...] | None:

@@ -30,9 +30,9 @@ def command(
     weights: WeightsOption = None,
 ) -> None:
     """Fold an adapter into its backbone and write the plain model (LoRA, SSF, FacT, BitFit, full)."""
-    if file.suffix not in ("", ".safetensors"):
+    if file.exists() and not (file.is_dir() and not any(file.iterdir())):
         raise CheckpointError(
-            f"--out {file}: expected a file name that ends in .safetensors, or for a model of transformers a folder."
+            f"--out {file}: is there already, and is not overwritten. Give another name, or remove it."
         )
     model = load(run, weights=weights)
     host = model.backbone.host
@@ -42,9 +42,11 @@ def command(
             f"transformers has no class for {type(host.tower).__name__} with this classifier, so it could not read the "
             f"merged model. Run it with dyntune.load({str(run)!r}), or merge in Python: model.merge() returns it."
         )
-    if folder and (file.suffix or file.is_file()):
-        raise CheckpointError(f"--out {file}: expected a folder, which transformers' from_pretrained reads.")
-    if not folder and not file.suffix:
+    if folder and file.suffix == ".safetensors":
+        raise CheckpointError(
+            f"--out {file}: expected a folder, which transformers' from_pretrained reads; leave .safetensors out."
+        )
+    if not folder and (file.suffix != ".safetensors" or file.is_dir()):
         raise CheckpointError(f"--out {file}: expected a file name that ends in .safetensors.")
     stays = model.fold()  # not merge(), which logs what stays: it is told once, in the error
     if stays:
