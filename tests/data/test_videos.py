@@ -173,18 +173,22 @@ def test_broken_files_are_named(film, tmp_path, kind, message):
     assert "broken.mp4" in str(caught.value)
 
 
-def test_a_file_that_stops_early_gives_the_frames_it_has(film, tmp_path):
-    path = tmp_path / "short.mp4"
+def noisy(path, count):
+    """A file whose frames take about the same room each, with its index in front of them; its bytes."""
     noise = np.random.default_rng(0)
-    plain = tmp_path / "plain.mp4"
-    with av.open(str(plain), "w", format="mp4", options={"movflags": "faststart"}) as out:
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as out:
         stream = out.add_stream("libx264", rate=12, options={"g": "5", "bf": "0"})
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
-        for _ in range(COUNT):
+        for _ in range(count):
             pixels = noise.integers(0, 255, (48, 64, 3), dtype=np.uint8)
             out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         out.mux(stream.encode(None))
-    data = plain.read_bytes()
+    return path.read_bytes()
+
+
+def test_a_file_that_stops_early_gives_the_frames_it_has(film, tmp_path):
+    path = tmp_path / "short.mp4"
+    data = noisy(tmp_path / "plain.mp4", COUNT)
     path.write_bytes(data[: len(data) // 2])
     video = Video(path)
     assert len(video) == COUNT and len(video.read([0, 4])) == 2
@@ -362,6 +366,26 @@ def test_bad_videos_are_left_out_and_named(films, tmp_path):
     (tmp_path / "up" / "bad.mp4").write_bytes(b"nothing")
     data = load_data(f"video-folder:{tmp_path}", on_corrupt="skip")
     assert [name for name in data.skipped if name.endswith("bad.mp4")] == [*data.skipped] and data.skipped
+
+
+def test_videos_that_are_damaged_in_between_are_left_out(tmp_path):
+    """A hole, as an unfinished download leaves it; the first and the last frame are found by seeking all the same."""
+    for label in ("down", "up"):
+        for split in ("train", "val"):
+            write_video(tmp_path / split / label / "0.mp4", frames_of(4))
+    data = noisy(tmp_path / "plain.mp4", 150)
+    middle, hole = len(data) // 2, len(data) // 10
+    bad = tmp_path / "train" / "up" / "bad.mp4"
+    bad.write_bytes(data[:middle] + bytes(hole) + data[middle + hole :])
+    assert len(Video(bad).read([0, 149])) == 2
+    with pytest.raises(DataError, match="stops after"):
+        Video(bad).read([80])
+    frames = tmp_path / "train" / "up" / "frames"
+    frames.mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(frames / f"{number}.png")
+    (frames / "1.png").write_bytes(b"nothing")
+    assert load_data(f"video-folder:{tmp_path}", on_corrupt="skip").skipped == (str(bad), str(frames))
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def load_data(
             ``$DYNTUNE_DATA`` or ``~/.cache/dyntune/data`` by default.
         on_corrupt: with ``"error"`` nothing is checked beforehand, and an image that cannot be read is an error
             naming its file when it is read. With ``"skip"`` every image is decoded once now, which takes some
-            milliseconds an image (a minute or so for 50,000 photographs on two cores), and those that are missing
-            or cannot be read are left out and named in ``skipped``.
+            milliseconds an image (a minute or so for 50,000 photographs on two cores), of a video every frame, and
+            those that are missing or cannot be read are left out and named in ``skipped``.
 
     Returns:
         The splits, giving PIL RGB images, or videos; put a transform on them with ``with_transform``.

@@ -83,12 +83,12 @@ class Video:
             return read_frames(self.source, self.name, indices, count, change)
 
     def load(self) -> None:
-        """Reads the first and the last frame, which tells a video that is whole from one that is not.
+        """Reads every frame in order, without seeking: a file that is damaged in between has its first and its last.
 
         Raises:
-            DataError: it is not.
+            DataError: the video is not whole.
         """
-        self.read([0, len(self) - 1], lambda frame: None)
+        self.read(range(len(self)), lambda frame: None)
 
     @contextmanager
     def _advised(self) -> Iterator[None]:
