@@ -1,10 +1,15 @@
-"""Stratified splitting: proportions, limits and independence of library versions."""
+"""Parts of data sets, and stratified splitting: proportions, limits and independence of library versions."""
 
 from collections import Counter
 
+import numpy as np
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dyntune.core.errors import DataError
+from dyntune.data import ImageSubset, load_data
 from dyntune.data.splits import split_of, stratified_take, take_by_place
 
 
@@ -48,3 +53,13 @@ def test_names_of_splits():
     assert [split_of(word) for word in words] == [*["train"] * 4, *["test"] * 3, *["val"] * 3]
     for word in ("trains", "test1", "contest", "cat", "train and bus", "validated", "", "set"):
         assert split_of(word) is None
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_a_mask_is_no_subset(kind):
+    data = load_data("digits").val
+    mask = kind([label == 3 for label in data.targets])
+    with pytest.raises(DataError, match=r"ImageSubset with the index .* of a data set of.*torch\.nonzero"):
+        ImageSubset(data, mask)
+    assert set(ImageSubset(data, torch.nonzero(torch.as_tensor(mask)).flatten().tolist()).targets) == {3}
+    assert ImageSubset(data, np.array([0, -1])).targets == (data.targets[0], data.targets[-1])

@@ -4,10 +4,12 @@ import copy
 import hashlib
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -97,12 +99,16 @@ class LabelledImages(Dataset[tuple[Any, int]], ABC):
 
 
 class ImageSubset(LabelledImages):
-    """Some images of another data set, in a given order, without copying them."""
+    """Some images of another data set, in a given order, without copying them.
+
+    Raises:
+        DataError: an index is none of the other data set, such as a mask's True.
+    """
 
     def __init__(self, parent: LabelledImages, indices: Sequence[int], *, skipped: Sequence[str] = ()) -> None:
-        super().__init__([parent.targets[i] for i in indices], skipped=(*parent.skipped, *skipped))
+        self.indices = whole_indices(indices, len(parent), "this is an ImageSubset")
+        super().__init__([parent.targets[i] for i in self.indices], skipped=(*parent.skipped, *skipped))
         self.parent = parent
-        self.indices: tuple[int, ...] = tuple(int(i) for i in indices)
         self.reads_files = parent.reads_files
         self.videos = parent.videos
         self.transform = parent.transform
@@ -119,6 +125,29 @@ class ImageSubset(LabelledImages):
 
     def identity(self, index: int) -> str:
         return self.parent.identity(self.indices[index])
+
+
+def whole_indices(indices: Iterable[Any], count: int, what: str) -> tuple[int, ...]:
+    """The indices of a part of a data set of ``count`` as integers.
+
+    Args:
+        indices: as they were given.
+        count: items of the data set.
+        what: the part, as an error begins.
+
+    Raises:
+        DataError: one is none of the data set, such as a mask's True.
+    """
+    found = []
+    for index in indices:
+        is_mask = isinstance(index, bool | np.bool_) or getattr(index, "dtype", None) == torch.bool
+        if is_mask or not -count <= index < count:
+            raise DataError(
+                f"{what} with the index {index!r} of a data set of {count}. Expected whole numbers below that; "
+                "of a mask: torch.nonzero(mask).flatten().tolist()."
+            )
+        found.append(operator.index(index))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from dyntune.core.errors import DataError
 from dyntune.core.words import counted
-from dyntune.data.base import DataSplits, ImageSubset, LabelledImages
+from dyntune.data.base import DataSplits, ImageSubset, LabelledImages, whole_indices
 from dyntune.data.datasets import FileImages, JoinedImages, content_digest
 from dyntune.data.images import read_image, to_rgb
 from dyntune.data.video_files import require_reader
@@ -292,7 +292,9 @@ def _labelled(data: Any, name: str) -> LabelledImages | None:
         return data
     if isinstance(data, Subset):
         whole = _labelled(data.dataset, name)
-        return None if whole is None else ImageSubset(whole, _indices(data, name))
+        if whole is None:
+            return None
+        return ImageSubset(whole, whole_indices(data.indices, len(whole), f"{name} is a Subset"))
     if isinstance(data, ConcatDataset):
         parts = [_labelled(part, name) for part in data.datasets]
         found = [part for part in parts if part is not None]
@@ -312,21 +314,6 @@ def _labelled(data: Any, name: str) -> LabelledImages | None:
         except ValueError as error:
             raise DataError(f"{name}: {str(error).removesuffix('.')}. {EXPECTED}") from error
     return _image_folder(data)
-
-
-def _indices(subset: Subset[Any], name: str) -> list[int]:
-    """The indices of a subset; raises DataError for one that is none of its data set, such as a mask's True."""
-    count = len(subset.dataset)  # type: ignore[arg-type]
-    found = []
-    for index in subset.indices:
-        is_mask = isinstance(index, bool | np.bool_) or getattr(index, "dtype", None) == torch.bool
-        if is_mask or not -count <= index < count:
-            raise DataError(
-                f"{name} is a Subset with the index {index!r} of a data set of {count}. Expected whole numbers below "
-                "that; of a mask: torch.nonzero(mask).flatten().tolist()."
-            )
-        found.append(operator.index(index))
-    return found
 
 
 def _image_folder(data: Any) -> LabelledImages | None:
