@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, random_split
 from torchvision.datasets import ImageFolder
 
@@ -12,6 +13,7 @@ import dyntune
 from dyntune.core.errors import DataError, DyntuneError, TrainingError
 from dyntune.data import build_transform, load_data
 from dyntune.data.datasets import ArrayImages
+from dyntune.data.others import accepted
 from dyntune.training.evaluate import evaluate
 from dyntune.training.seen import Seen
 from dyntune.training.trainer import fit
@@ -92,6 +94,20 @@ def test_every_kind_of_data_set_of_pictures_trains_to_the_same_weights(model, sp
     assert evaluate(tuned, kinds["image folder"]).accuracy == evaluate(tuned, kinds["hub"]).accuracy
     # A run that began with one kind goes on with another, as they are the same images.
     trained(model(), kinds["parts"], out=tmp_path / "subset", resume=True)
+
+
+@pytest.mark.parametrize("name", ["image", "img"])
+def test_of_several_pictures_the_one_that_is_called_as_an_image_is_trained_on(name):
+    datasets = pytest.importorskip("datasets")
+    mask, image = Image.new("RGB", (8, 8), "black"), Image.new("RGB", (8, 8), "red")
+    rows = [{"mask": mask, name: image, "label": number % 2} for number in range(4)]
+    features = {"mask": datasets.Image(), name: datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    hub = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    for data in (Rows(rows), hub, hub.with_transform(lambda batch: batch)):
+        found, _ = accepted(data).with_transform(lambda picture: picture)[0]
+        assert found.getpixel((0, 0)) == (255, 0, 0)
+    unknown, _ = accepted(Rows([{"mask": mask, "scene": image, "label": 0}]))[0]
+    assert unknown.getpixel((0, 0)) == (0, 0, 0)  # the first
 
 
 def test_a_random_split_is_two_sets(model, splits):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -86,13 +86,18 @@ class HubImages(LabelledImages):
         return bytes(file) if isinstance(file, bytes | bytearray) else str(file)
 
 
+def _called_as_image(names: Collection[str]) -> str | None:
+    """Of the names of pictures, the one that images are called by, else the first: others may be masks and the like."""
+    return next((key for key in (*_IMAGE_KEYS, *names) if key in names), None)
+
+
 def hub_columns(features: Mapping[str, Any]) -> tuple[str, str]:
-    """The columns of images, or without any of videos, and of labels: by their names where they are plain, or types."""
+    """The columns of images, or without any of videos, and of labels: by names where they are known, or types."""
     kinds = {column: type(feature).__name__ for column, feature in features.items()}
     images = [column for column, kind in kinds.items() if kind == "Image"]
     images = images or [column for column, kind in kinds.items() if kind == "Video"]
     labels = [column for column, feature in features.items() if type(feature).__name__ == "ClassLabel"]
-    image = "image" if "image" in images else next(iter(images), None)
+    image = _called_as_image(images)
     # Of fine and coarse labels (as in CIFAR-100) the one with more classes is the task.
     by_type = max(labels, key=lambda column: features[column].num_classes, default=None)
     label = "label" if "label" in features else by_type
@@ -149,7 +154,7 @@ class Samples(Dataset[tuple[Any, Any]]):
         sample = self.data[index]
         if isinstance(sample, Mapping):
             pictures = [key for key, value in sample.items() if isinstance(value, Image.Image | Video)]
-            image = next(iter([*pictures, *(key for key in _IMAGE_KEYS if key in sample)]), None)
+            image = _called_as_image(pictures or [key for key in _IMAGE_KEYS if key in sample])
             label = next((key for key in _LABEL_KEYS if key in sample), None)
             if image is None or label is None:
                 raise DataError(
