@@ -1,5 +1,6 @@
 """torchvision and Hugging Face data sets through timm's factory, on small files in their real formats."""
 
+import hashlib
 import io
 import pickle
 import struct
@@ -101,6 +102,20 @@ def test_a_local_hugging_face_data_set_is_read(tmp_path):
 
     skipping = load_data(name, root=tmp_path / "cache", on_corrupt="skip")
     assert skipping.test.targets == (1, 0) and len(skipping.skipped) == 1 and "test2.png" in skipping.skipped[0]
+
+
+def test_a_hugging_face_data_set_may_have_capitals_in_its_path(tmp_path):
+    """With every timm that is allowed: 1.0.26 writes the names of data sets in small letters."""
+    for label in ("Cat", "Owl"):
+        (tmp_path / "MySet" / "train" / label).mkdir(parents=True)
+        for number in range(4):
+            (tmp_path / "MySet" / "train" / label / f"{number}.png").write_bytes(png((number, 0, len(label))))
+    data = load_data(f"hfds/{tmp_path / 'MySet'}", root=tmp_path / "cache")
+    assert data.classes == ("Cat", "Owl") and len(data.train) + len(data.val) == 8
+    assert "MySet/train/Cat/0.png" in data.train.source(0)
+    content = (tmp_path / "MySet/train/Cat/0.png").read_bytes()
+    # As it was in runs that began before; it says which split an image is in.
+    assert data.train.identity(0) == hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def test_rows_that_are_added_to_a_hugging_face_data_set_move_no_other_to_another_split(tmp_path):

@@ -1,8 +1,7 @@
-"""Data sets of the Hugging Face hub, read by index through timm's data set factory."""
+"""Data sets of the Hugging Face hub, read by index."""
 
-import contextlib
 import hashlib
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -10,54 +9,39 @@ from PIL import Image
 from dyntune.core.errors import DataError, how_to_install
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.datasets import SKIP
-from dyntune.data.images import read_image
 from dyntune.data.others import HubImages, hub_columns
 from dyntune.data.sources.base import Request, Source
 from dyntune.data.splits import split_of
 from dyntune.data.videos import SKIP as SKIP_VIDEOS
+from dyntune.data.videos import Video
 
 
-class ReaderImages(LabelledImages):
-    """A data set of timm with a reader that opens image files by index (Hugging Face data sets)."""
+class NamedImages(HubImages):
+    """The images of a data set that is loaded by its name, known by all of their content, with their files' names."""
 
-    reads_files = True
-
-    def __init__(self, reader: Any, targets: Sequence[int], name: str) -> None:
-        super().__init__(targets)
-        self.reader, self.name = reader, name
+    def __init__(self, data: Any, name: str) -> None:
+        super().__init__(data, name, SKIP)
         self._identities: dict[int, str] = {}
 
-    def read(self, index: int) -> Image.Image:
-        # timm's own data set would put the next image in place of a bad one, and would ignore the EXIF orientation.
+    def read(self, index: int) -> Image.Image | Video:
         try:
-            file = self.reader[index][0]
-        except Exception as error:
-            raise DataError(
-                f"{self.source(index)}: cannot be opened ({error}). Expected an image; restore it. {SKIP}"
-            ) from error
-        with file:
-            try:
-                return read_image(file, self.source(index))
-            except DataError as error:
-                raise DataError(f"{error} {SKIP}") from error
-
-    def place(self, index: int) -> str:
-        return self.identity(index)
+            return super().read(index)
+        except DataError as error:
+            raise DataError(f"{error} {self.advice}") from error
 
     def identity(self, index: int) -> str:
         if index not in self._identities:
             try:
-                with self.reader[index][0] as file:
-                    self._identities[index] = hashlib.blake2b(file.read(), digest_size=8).hexdigest()
-            except Exception:  # whatever the library meets; said where the image is read
+                file = self._file(index)
+                content = file if isinstance(file, bytes) else Path(file).read_bytes()
+            except (OSError, DataError):  # said where the image is read
                 return super().identity(index)
+            self._identities[index] = hashlib.blake2b(content, digest_size=8).hexdigest()
         return self._identities[index]
 
     def source(self, index: int) -> str:
-        name = None
-        with contextlib.suppress(Exception):
-            name = self.reader.filename(index)
-        return f"{self.name} image {index}" + (f" ({name})" if name else "")
+        name = (self.files[index][self.image] or {}).get("path")
+        return super().source(index) + (f" ({name})" if name else "")
 
 
 class Hfds(Source):
@@ -75,7 +59,6 @@ class Hfds(Source):
             import datasets
         except ImportError as error:
             raise DataError(f"{name} needs the datasets library: {how_to_install('hfds')}.") from error
-        from timm.data import create_dataset
 
         # Releases before 4 could run a data set's own Python code; some did so without being asked.
         if hasattr(datasets.config, "HF_DATASETS_TRUST_REMOTE_CODE"):
@@ -88,18 +71,19 @@ class Hfds(Source):
             words = {split: word for word in reversed(named) if (split := split_of(word))}
             if "train" not in words:
                 raise ValueError(f"it has no split named 'train', only {', '.join(available)}")
-            # The columns of a folder of files are known only once it is loaded; timm finds it in the cache after that.
-            features = datasets.load_dataset(short, split=words["train"], cache_dir=str(root)).features
+            # Not through timm, whose older releases write names, and so paths, in small letters.
+            loaded = {
+                split: datasets.load_dataset(short, split=word, cache_dir=str(root)) for split, word in words.items()
+            }
+            features = loaded["train"].features
             image, label = hub_columns(features)
             sets: dict[str, LabelledImages] = {}
-            for split, word in words.items():
+            for split, data in loaded.items():
+                called = f"{name} {words[split]}"
                 if type(features[image]).__name__ == "Video":
-                    data = datasets.load_dataset(short, split=word, cache_dir=str(root))
-                    sets[split] = HubImages(data, f"{name} {word}", SKIP_VIDEOS)
-                    continue
-                reader = create_dataset(name, root=str(root), split=word, input_key=image, target_key=label).reader
-                # The column alone, because reading whole rows would decode any further images in them.
-                sets[split] = ReaderImages(reader, reader.dataset.select_columns([label])[label], f"{name} {word}")
+                    sets[split] = HubImages(data, called, SKIP_VIDEOS)
+                else:
+                    sets[split] = NamedImages(data, called)
         except DataError:
             raise
         except Exception as error:
@@ -112,6 +96,5 @@ class Hfds(Source):
         val, test = sets.get("val"), sets.get("test")
         if test is not None and set(test.targets) == {-1}:
             test = None
-        # Not the reader's: in older releases of timm it knows none for a column that is not called "label".
         classes = list(getattr(features[label], "names", ()))
         return request.splits(sets["train"], val, test, classes)
