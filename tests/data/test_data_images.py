@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from dyntune.core.errors import DataError
 from dyntune.data import expand_images, read_image
@@ -75,13 +75,26 @@ def test_cmyk_jpeg_has_the_colour_of_its_inks(tmp_path):
     assert np.abs(rgb(tmp_path / "ink.jpg") - [0, 127, 127]).max() <= 3
 
 
-def test_exif_orientation_turns_the_image_upright(tmp_path):
+@pytest.mark.parametrize("orientation", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+def test_exif_orientation_turns_the_image_upright(tmp_path, orientation):
     pixels = np.zeros((2, 3, 3), np.uint8)
     pixels[0, 0] = 255
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned a quarter clockwise
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    assert (rgb(tmp_path / "turned.png") == np.rot90(pixels, k=-1)).all()
+    exif[0x0112] = orientation
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "turned.png", exif=exif)
+    if orientation == 6:  # to be shown turned a quarter clockwise
+        assert (rgb(tmp_path / "turned.png") == np.rot90(pixels, k=-1)).all()
+    with Image.open(tmp_path / "turned.png") as stored:
+        assert (rgb(tmp_path / "turned.png") == np.asarray(ImageOps.exif_transpose(stored))).all()
+
+
+def test_a_malformed_exif_tag_does_not_keep_an_image_from_being_turned(tmp_path):
+    orientation = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    text_for_a_number = struct.pack("<HHI4s", 0x0128, 2, 4, b"ab")
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + orientation + text_for_a_number + bytes(4)
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "photo.jpg", exif=exif)
+    assert rgb(tmp_path / "photo.jpg").shape == (8, 6, 3)
 
 
 def test_a_truncated_jpeg_is_an_error_that_names_the_file(tmp_path):

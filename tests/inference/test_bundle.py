@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -37,6 +38,9 @@ def pictures(tmp_path_factory):
     turned = Image.Exif()
     turned[0x0112] = 6
     photo.save(root / "turned.jpg", exif=turned)
+    # Of the two tags, the orientation and the unit of the resolution, the latter is a text in place of a number.
+    tags = struct.pack("<HHIHH", 0x0112, 3, 1, 5, 0) + struct.pack("<HHI4s", 0x0128, 2, 4, b"ab")
+    photo.save(root / "malformed.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x02\0" + tags + bytes(4))
     Image.fromarray(noise).save(root / "clear.png")
     Image.fromarray(noise[:20, :11, 0]).save(root / "grey.png")
     deep = Image.fromarray(noise[..., 0].astype(np.uint16) * 257 - noise[..., 1] // 2)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dyntune.core.errors import DataError
 from dyntune.core.texts import printable
@@ -23,6 +23,17 @@ NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
 """Formats that Pillow knows when it sees them, but cannot read a picture of by itself.
 
 PostScript (EPS, which an IPTC file may hold) is a program, which it would have Ghostscript run."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation."""
+_ORIENTATION = 0x0112
 _USUAL = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _NO_DATA = ("thumbs.db", "desktop.ini")
 """What file managers leave in folders."""
@@ -81,7 +92,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: the pixels have no defined white (32-bit integer or floating-point images).
     """
     file_format = image.format  # a turned image has none
-    image = ImageOps.exif_transpose(image)
+    image.load()  # some files have their EXIF data behind the pixels
+    # Not with ImageOps.exif_transpose, which writes the other tags anew and fails where one of them is malformed.
+    turn = TURNS.get(image.getexif().get(_ORIENTATION))
+    image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format in (None, "PNG", "PPM")):
         levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         image = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))

@@ -21,7 +21,7 @@ from dyntune.core.errors import ExportError
 from dyntune.core.files import room_beside, sealed, write_json, write_text
 from dyntune.core.limits import limits_named
 from dyntune.core.version import VERSION
-from dyntune.data.images import NOT_READ
+from dyntune.data.images import NOT_READ, TURNS
 from dyntune.data.video_files import FORMATS
 from dyntune.data.videos import VIDEO_SUFFIXES
 from dyntune.inference.export.card import export_card
@@ -168,6 +168,7 @@ def _runner(model: TunedModel, runtime: Runtime) -> str:
         "sample": "film.mp4 films/" if clips else "photo.jpg photos/",
         "classification": Classification.name,
         "unread": NOT_READ,
+        "turns": {orientation: int(turn) for orientation, turn in TURNS.items()},
         "help": f"{'video files, folders of frames' if clips else 'image files'}, or folders of them",
     }
     suffixes = ", ".join(f'"{suffix}"' for suffix in sorted(VIDEO_SUFFIXES))
