@@ -257,6 +257,10 @@ def test_an_exported_clip_model_and_its_runner(films, run, shelf, tmp_path):
         assert {name: float(share) for name, share in said.items()} == pytest.approx(
             {top["class"]: top["probability"] for top in row["top"]}, abs=2e-4
         )
+    shutil.copy(rows[0]["video"], tmp_path / "10:30.mp4")  # which FFmpeg would take for the protocol 10
+    command = [sys.executable, folder / "run.py", "10:30.mp4"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == ["10:30.mp4", *lines[1:3]], done.stderr
     (folder / "deploy.json").write_text((folder / "deploy.json").read_text().replace('"stride": 2', '"stride": 3'))
     done = subprocess.run([sys.executable, folder / "run.py", shelf], capture_output=True, text=True)
     assert done.returncode == 1 and "deploy.json" in done.stderr and "not as exported" in done.stderr

@@ -67,6 +67,12 @@ def test_frames_are_read_by_their_number(film):
         video.read([30])
 
 
+def test_a_name_with_a_colon_in_the_current_folder_is_no_address(film, tmp_path, monkeypatch):
+    shutil.copy(film, tmp_path / "2024-01-01T10:30:00.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert numbers(Video("2024-01-01T10:30:00.mp4"), [3]) == [3]
+
+
 @pytest.mark.parametrize(
     ("codec", "container"),
     [("libx264", "mp4"), ("libx264", "matroska"), ("libx264", "mpegts"), ("libx264", "flv"), ("mpeg4", "avi")],

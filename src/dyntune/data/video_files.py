@@ -195,7 +195,7 @@ def _read_with_torchcodec(
     number, there = wanted[0], 0
     try:
         decoder = VideoDecoder(
-            held if isinstance(held, bytes) else os.fspath(held), dimension_order="NHWC", num_ffmpeg_threads=1
+            held if isinstance(held, bytes) else _path(held), dimension_order="NHWC", num_ffmpeg_threads=1
         )
         there = len(decoder)
         last = there - 1 if there >= (1 - _LOST) * count else count
@@ -285,6 +285,11 @@ def _upright(frame: Any) -> Image.Image:
     return image.transpose(turns[turned - 1]) if turned else image
 
 
+def _path(file: str | os.PathLike[str]) -> str:
+    """A path as FFmpeg is given it: in a relative one it takes what is before a colon as a protocol."""
+    return str(Path(file).absolute())
+
+
 @contextmanager
 def _opened(source: Source, name: str) -> Iterator[tuple[Any, Any]]:
     """A container and its first stream of pictures."""
@@ -294,7 +299,7 @@ def _opened(source: Source, name: str) -> Iterator[tuple[Any, Any]]:
     safe = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
     try:
         held = source.read() if isinstance(source, Piece) else source
-        given = io.BytesIO(held) if isinstance(held, bytes) else os.fspath(held)
+        given = io.BytesIO(held) if isinstance(held, bytes) else _path(held)
         container = av.open(given, "r", options=safe, metadata_errors="ignore")
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise DataError(
