@@ -84,6 +84,15 @@ def test_shards_of_no_split_beside_others_are_left_out_and_said(tmp_path, caplog
     assert (len(splits.train), len(splits.val)) == (4, 2) and "of no split" not in caplog.text
 
 
+def test_bad_samples_are_counted_once_where_validation_images_are_split_off(tmp_path):
+    samples = shard_samples(0, 12)
+    samples["0003"]["png"] = b"nothing"
+    write_shard(tmp_path / "train-0.tar", samples)
+    splits = load_data(f"wds/{tmp_path}", on_corrupt="skip")
+    assert len(splits.train) + len(splits.val) == 11
+    assert splits.skipped == (f"{tmp_path / 'train-0.tar'}: 0003.png",)
+
+
 def test_bad_samples_of_a_shard_are_named_or_skipped(tmp_path):
     samples = shard_samples(0, 8)
     samples["0003"]["png"] = samples["0003"]["png"][:50]

@@ -135,7 +135,9 @@ def split_off(data: LabelledImages, fraction: float, *, key: str) -> tuple[Label
             f"cannot split {fraction:.0%} off {counted(len(data), data.noun)}: every class must keep one and none has "
             f"two. Add {data.noun}s, or give those to validate and to test on as splits of their own."
         )
-    return ImageSubset(data, rest), ImageSubset(data, chosen)
+    left, split = ImageSubset(data, rest), ImageSubset(data, chosen)
+    split.skipped = ()  # of no split in particular, they are counted once, with what is left
+    return left, split
 
 
 def assemble(
