@@ -450,6 +450,24 @@ def test_lists_begin_and_separate_as_programs_write_them(films):
     assert held.targets == (1, 1, 0, 0) and [len(held.read(index)) for index in (0, 1, 2, 3)] == [8, 5, 8, 8]
 
 
+def test_quotes_of_csv_are_undone(films):
+    lines = ['"train/up/0.mp4",up', 'train/down/../down/0.mp4, "going, down"', '"train/up/as_frames",5,"up"']
+    (films / "quoted.csv").write_text("\n".join(lines))
+    held = load_held(f"video-list:{films / 'quoted.csv'}")
+    assert held.classes == ("going, down", "up") and held.all.targets == (1, 0, 1)
+    assert [len(held.all.read(index)) for index in range(3)] == [8, 8, 5]
+
+
+@pytest.mark.parametrize("header", ["path,label", "video label", '"path","label"'])
+def test_a_header_of_a_list_is_no_video(films, header):
+    lines = [f"train/{label}/{n}.mp4,{label}" for n in range(3) for label in ("up", "down")]
+    (films / "headed.csv").write_text("\n".join(["# made by hand", header, *lines]))
+    with pytest.raises(DataError, match=r"headed\.csv, line 2 looks like a header"):
+        load_data(f"video-list:{films / 'headed.csv'}", on_corrupt="skip")
+    (films / "headed.csv").write_text("\n".join(["train/up/gone.mp4,up", *lines]))
+    assert load_data(f"video-list:{films / 'headed.csv'}", on_corrupt="skip").skipped
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

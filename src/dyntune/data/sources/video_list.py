@@ -1,5 +1,6 @@
 """Lists of videos and labels, as the public code of video models keeps them."""
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ from dyntune.data.splits import split_of
 from dyntune.data.videos import LabelledVideos
 
 FORM = (
-    "Expected lines PATH LABEL, or FOLDER FRAMES LABEL, with blanks, tabs or commas between, and paths that are "
-    "absolute or from the list's folder"
+    "Expected lines PATH LABEL, or FOLDER FRAMES LABEL, with blanks, tabs or commas between, no header, and paths "
+    "that are absolute or from the list's folder"
 )
 
 
@@ -151,8 +152,11 @@ def _read(path: Path) -> list[Line]:
         words = line.strip()
         if not words or words.startswith("#"):
             continue
-        place, label = _cut(words)
         origin = f"{path}, line {count}"
+        try:
+            place, label = _quoted(words) if "," in words and '"' in words else _cut(words)
+        except csv.Error as error:
+            raise DataError(f"{origin} cannot be read as CSV ({error}). {FORM}.") from error
         if not place or not label:
             raise DataError(f"{origin}: {words!r} has no label. {FORM}.")
         video = path.parent / place
@@ -162,7 +166,24 @@ def _read(path: Path) -> list[Line]:
         found.append(Line(str(video), label, origin))
     if not found:
         raise DataError(f"{path} has no lines. {FORM}.")
+    first, *others = found
+    if (
+        not first.label.isdecimal()
+        and not Path(first.video).exists()
+        and all(line.label != first.label for line in others)
+        and any(Path(line.video).exists() for line in others)
+    ):
+        raise DataError(
+            f"{first.origin} looks like a header: there is no {first.video}, and no other line has the label "
+            f"{first.label!r}. Remove the line, or begin it with #; if it is none, restore the video."
+        )
     return found
+
+
+def _quoted(words: str) -> tuple[str, str]:
+    """As ``_cut``, of a line of CSV in which fields may be in quotes."""
+    *before, behind = next(csv.reader([words], skipinitialspace=True))
+    return ",".join(before).strip(), behind.strip()
 
 
 def _cut(words: str) -> tuple[str, str]:
