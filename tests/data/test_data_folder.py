@@ -353,3 +353,21 @@ def test_unknown_data_sets_get_the_forms_and_the_nearest_name(tmp_path, monkeypa
         load_data("digits", val_fraction=1.0)
     with pytest.raises(DataError, match="on_corrupt"):
         load_data("digits", on_corrupt="ignore")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", r"'' names no data.*current folder is '\.'"),
+        ("folder:", r"'folder:' names no data.*'folder:\.'"),
+        ("x" * 300, "cannot be looked for"),
+        ("folder:" + "x" * 300, "cannot be looked for"),
+        ("~nobody-of-this-name/set", "cannot be looked for"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_data, load_held])
+def test_names_that_cannot_be_those_of_data_are_refused(tmp_path, monkeypatch, load, name, message):
+    monkeypatch.chdir(fill(tmp_path, {"a": 5, "b": 5}))
+    with pytest.raises(DataError, match=message) as refused:
+        load(name)
+    assert len(str(refused.value)) < 200

@@ -13,7 +13,7 @@ from dyntune.core.discovery import discover
 from dyntune.core.errors import DataError
 from dyntune.core.words import counted
 from dyntune.data.base import DataSplits, ImageSubset, LabelledImages
-from dyntune.data.sources.base import Held, Request, Source
+from dyntune.data.sources.base import Held, Request, Source, as_path
 
 GROUP = "dyntune.sources"
 
@@ -112,7 +112,7 @@ def _find_source(data: str | Path) -> tuple[Source, str]:
     if isinstance(data, str) and (taking := [source for source in sources() if source.takes(name)]):
         source = min(taking, key=lambda source: source.order)
         return source, name.removeprefix(source.prefix)
-    path = Path(name).expanduser()
+    path = as_path(name, name)
     if taking := [source for source in sources() if source.recognises(path)]:
         return min(taking, key=lambda source: source.order), name
     raise _no_such_data(name, path)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from dyntune.core.errors import DataError
 from dyntune.core.texts import listed, printable
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.datasets import JoinedImages, data_root
@@ -33,8 +34,12 @@ class Request:
 
     @property
     def path(self) -> Path:
-        """``given`` as a path."""
-        return Path(self.given).expanduser()
+        """``given`` as a path.
+
+        Raises:
+            DataError: it is empty, which would be the current folder, or no path that could be looked for.
+        """
+        return as_path(self.name, self.given)
 
     @property
     def data_root(self) -> Path:
@@ -92,6 +97,23 @@ class Held:
     def all(self) -> LabelledImages:
         """The images of all splits."""
         return JoinedImages(list(self.splits.values()))
+
+
+def as_path(name: str, given: str) -> Path:
+    """A DATA argument, or what follows its prefix, as a path.
+
+    Raises:
+        DataError: it is empty, which would be the current folder, or no path that could be looked for.
+    """
+    if not given:
+        raise DataError(f"{name!r} names no data. Expected a name or a path; the current folder is {name + '.'!r}.")
+    try:
+        path = Path(given).expanduser()
+        path.exists()  # which some paths cannot even be asked
+    except (OSError, RuntimeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{printable(name):.80}: cannot be looked for ({why}). Expected a name or a path.") from error
+    return path
 
 
 class Source:
