@@ -374,6 +374,25 @@ def test_bad_videos_are_left_out_and_named(films, tmp_path):
     assert [name for name in data.skipped if name.endswith("bad.mp4")] == [*data.skipped] and data.skipped
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+def test_frames_whose_names_are_in_another_order_than_their_numbers_are_told_of_once(tmp_path, caplog, zeros):
+    for label in ("down", "up"):
+        for video in range(5):
+            folder = tmp_path / label / f"v{video}"
+            folder.mkdir(parents=True)
+            for number in range(1, 12):
+                name = f"frame{number:02}" if zeros else f"frame{number}"
+                Image.new("RGB", (4, 4), (number, 0, 0)).save(folder / f"{name}.png")
+    data = load_data(f"video-folder:{tmp_path}")
+    said = [record.getMessage() for record in caplog.records if "order of their names" in record.getMessage()]
+    assert len(said) == (not zeros) and all("frame11.png before frame2.png" in line for line in said)
+    order = [1, 2, 3, 4] if zeros else [1, 10, 11, 2]
+    assert [frame.getpixel((0, 0))[0] for frame in data.train.read(0).read(range(4))] == order
+    caplog.clear()
+    expand_videos([str(tmp_path)])
+    assert caplog.text.count("order of their names") == (not zeros)
+
+
 def test_videos_that_are_damaged_in_between_are_left_out(tmp_path):
     """A hole, as an unfinished download leaves it; the first and the last frame are found by seeking all the same."""
     for label in ("down", "up"):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,11 @@ VIDEO_SUFFIXES = frozenset(
     | {".wmv"}
 )
 _USUAL = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+_ASKED = 8
+"""Folders of frames of a data set that are looked into for the order of their names; others are named alike."""
 SKIP = "Or load the data set with on_corrupt='skip' (--on-corrupt skip), which leaves such videos out."
+
+log = logging.getLogger("dyntune")
 
 
 class Video:
@@ -131,6 +138,8 @@ class LabelledVideos(FileImages):
         if any(map(is_video_name, self.paths)):
             require_reader()
         self._opened: dict[int, Video] = {}
+        folders = (path for path in self.paths if not is_video_name(path) and os.path.isdir(path))
+        _warn_of_order(islice(folders, _ASKED))
 
     def read(self, index: int) -> Video:  # type: ignore[override]
         """The video at ``index``; what is known of its length is kept."""
@@ -149,6 +158,27 @@ class LabelledVideos(FileImages):
 
 def _frames_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file() and is_image_name(path))
+
+
+def _warn_of_order(folders: Iterable[str | os.PathLike[str]]) -> None:
+    """Says of the first of the folders of frames where it is so that the order of names is not that of numbers."""
+    for folder in folders:
+        names = [path.name for path in _frames_in(Path(folder))]
+        for before, after in pairwise(names):
+            if _with_numbers(before) > _with_numbers(after):
+                log.warning(
+                    "%s: frames are read in the order of their names, %s before %s. If that is not how they follow "
+                    "each other, give their numbers leading zeros, in all folders of frames.",
+                    printable(os.fspath(folder)),
+                    printable(before),
+                    printable(after),
+                )
+                return
+
+
+def _with_numbers(name: str) -> list[str | int]:
+    """A name in which numbers are numbers, to be ordered by."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def is_video_name(name: str | os.PathLike[str]) -> bool:
@@ -207,6 +237,7 @@ def expand_videos(arguments: Sequence[str]) -> list[Path]:
                 f"({in_short(VIDEO_SUFFIXES, _USUAL)}) or a pattern that matches some; check the spelling."
             )
         found.update(dict.fromkeys(hits))
+    _warn_of_order(path for path in found if path.is_dir())
     if any(map(is_video_name, found)):
         require_reader()
     return list(found)
