@@ -94,7 +94,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     file_format = image.format  # a turned image has none
     image.load()  # some files have their EXIF data behind the pixels
     # Not with ImageOps.exif_transpose, which writes the other tags anew and fails where one of them is malformed.
-    turn = TURNS.get(image.getexif().get(_ORIENTATION))
+    turn = TURNS.get(image.getexif().get(_ORIENTATION, 1))
     image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format in (None, "PNG", "PPM")):
         levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)

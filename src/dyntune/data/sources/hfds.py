@@ -23,7 +23,7 @@ class NamedImages(HubImages):
         super().__init__(data, name, SKIP)
         self._identities: dict[int, str] = {}
 
-    def read(self, index: int) -> Image.Image | Video:
+    def read(self, index: int) -> Image.Image | Video:  # type: ignore[override]
         try:
             return super().read(index)
         except DataError as error:
