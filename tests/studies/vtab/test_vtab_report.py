@@ -24,7 +24,7 @@ def test_every_option_that_differs_is_named(make_plan, tmp_path):
     text = describe(replace(plan, recipe=recipe, specs=("linear", "noah")))
     assert text.startswith(
         "Recipe ssf with lr 0.02 (preset 0.001), interpolation bilinear (preset bicubic), noah population 60 "
-        "(preset 50); trained on train800, epoch picked on val200;"
+        "(preset 50); trained on train800, epoch picked on val200 (noah: trained on train800val200, last epoch);"
     )
     assert "weights of vit_mini_patch4_32.dyntune, images of 48 pixels;" in describe(replace(plan, img_size=48))
     own = describe(replace(plan, recipe=replace(RECIPES["ssf"], name="mine")))
