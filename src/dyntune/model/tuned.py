@@ -111,13 +111,14 @@ class TunedModel(TimmMethods, HubModel):
                 f"classes is a {type(names).__name__}: expected a list of names in the order of their labels, such as "
                 "['cat', 'dog'], or None."
             )
+        names = None if names is None else tuple(names)
         odd = next((name for name in names or () if not isinstance(name, str)), None)
         if odd is not None:
             raise SpecError(
                 f"a class is called {odd!r}, a {type(odd).__name__}: expected a text for each class, such as "
                 "[str(name) for name in names]."
             )
-        self._classes = None if names is None else tuple(names)
+        self._classes = names
         if names is not None and self.backbone.config is not None:
             self.config.id2label = dict(enumerate(names))
             self.config.label2id = {name: number for number, name in enumerate(names)}
