@@ -1,6 +1,7 @@
 """Exact optimisations: an optimised model computes what the model computes, with fewer operations."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -289,6 +290,24 @@ def test_an_optimized_model_stays_where_it_is(make_host):
 def test_packed_weights_are_not_copied():
     with pytest.raises(DyntuneError, match="optimize the model again"):
         copy.deepcopy(PackedLinear(nn.Linear(2, 2)))
+
+
+@pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN")
+def test_packed_weights_are_not_saved_without_a_word():
+    packed = nn.Sequential(PackedLinear(nn.Linear(2, 2)))
+    for save in (packed.state_dict, lambda: pickle.dumps(packed)):
+        with pytest.raises(DyntuneError, match=r"cannot be saved, .*model\.save\(FOLDER\)"):
+            save()
+
+
+def test_what_is_wrapped_or_optimized_already_is_not_optimized(make_host):
+    model = dyntune.tune(make_host(), "dyt")
+    with pytest.raises(DyntuneError, match="given DataParallel"):
+        dyntune.optimize(nn.DataParallel(model))
+    with pytest.raises(DyntuneError, match="compiled already"):
+        dyntune.optimize(torch.compile(model))
+    with pytest.raises(DyntuneError, match="is optimised already"):
+        dyntune.optimize(dyntune.optimize(model))
 
 
 @torch.no_grad()

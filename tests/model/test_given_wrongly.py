@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 
 import dyntune
 from dyntune.core.errors import DataError, SpecError
@@ -29,3 +30,12 @@ def test_images_that_nobody_preprocessed(make_host, given, named):
 def test_options_that_are_given_to_tune(make_host, parts, meant):
     with pytest.raises(SpecError, match=meant):
         dyntune.tune(make_host(), *parts, rate=0.7)
+
+
+def test_the_loss_of_a_distributed_model_is_had_from_its_wrapper():
+    wrapper = DistributedDataParallel.__new__(DistributedDataParallel)
+    torch.nn.Module.__init__(wrapper)
+    with pytest.raises(SpecError, match=r"Call the wrapper itself, model\(pixel_values=images, labels=targets\)"):
+        dyntune.training_loss(wrapper, torch.zeros(1, 3, 32, 32), torch.tensor([0]))
+    with pytest.raises(SpecError, match="Give its module"):
+        dyntune.calibrate(wrapper, torch.zeros(1, 3, 32, 32))

@@ -214,7 +214,15 @@ class Hub:
         (self.root / repo_id).mkdir(parents=True, exist_ok=exist_ok)
         return SimpleNamespace(repo_id=repo_id)
 
-    def upload_folder(self, repo_id, folder_path, **about):
+    def file_exists(self, repo_id, filename, revision=None):
+        return (self.root / repo_id / filename).exists()
+
+    def parse_safetensors_file_metadata(self, repo_id, filename, revision=None):
+        return SimpleNamespace(tensors=safetensors.torch.load_file(self.root / repo_id / filename))
+
+    def upload_folder(self, repo_id, folder_path, delete_patterns=None, **about):
+        for name in delete_patterns or ():
+            (self.root / repo_id / name).unlink()
         shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
         (self.root / "about.json").write_text(json.dumps(about))
         return SimpleNamespace(commit_url=f"hub://{repo_id}/1")
@@ -222,7 +230,7 @@ class Hub:
     def snapshot_download(self, repo_id, revision=None, token=None, allow_patterns=()):
         if not (self.root / repo_id).is_dir():
             raise OSError(f"no repository {repo_id}")
-        assert {CONFIG, WEIGHTS} <= set(allow_patterns)
+        assert {CONFIG, WEIGHTS} <= {Path(pattern).name for pattern in allow_patterns}
         return str(self.root / repo_id)
 
 
@@ -240,6 +248,37 @@ def test_a_model_goes_to_a_hub_and_comes_back(fresh, host_folder, tmp_path, monk
     assert torch.equal(loaded(images()), model(images()))
     with pytest.raises(CheckpointError, match=r"nobody/none.*fetch dyntune.json and dyntune.safetensors"):
         dyntune.TunedModel.from_pretrained("nobody/none")
+
+
+@torch.no_grad()
+def test_what_a_trainer_has_pushed_is_replaced_and_other_weights_stay(fresh, host_folder, tmp_path, monkeypatch):
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.HfApi", hub)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    model = fresh().eval()
+    for repository, held in (("me/trained", model.state_dict()), ("me/host", {"weight": torch.zeros(1)})):
+        hub.create_repo(repository)
+        safetensors.torch.save_file(held, hub.root / repository / TRAINER_WEIGHTS)
+        model.push_to_hub(repository)
+        assert (hub.root / repository / TRAINER_WEIGHTS).exists() == (repository == "me/host")
+        loaded = dyntune.TunedModel.from_pretrained(repository, backbone=create_backbone(f"hf:{host_folder}"))
+        assert torch.equal(loaded(images()), model(images()))
+
+
+@torch.no_grad()
+def test_an_adapter_is_found_in_a_subfolder_and_folders_have_no_revisions(fresh, host_folder, tmp_path, monkeypatch):
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    model = fresh().eval()
+    model.save(hub.root / "me" / "many" / "flowers")
+    for place in ("me/many", hub.root / "me" / "many"):
+        host = create_backbone(f"hf:{host_folder}")
+        loaded = dyntune.TunedModel.from_pretrained(place, subfolder="flowers", backbone=host)
+        assert torch.equal(loaded(images()), model(images()))
+    with pytest.raises(CheckpointError, match="is a folder, which has no revision 'v2'"):
+        dyntune.TunedModel.from_pretrained(hub.root, revision="v2")
+    with pytest.raises(CheckpointError, match="the name is empty"):
+        dyntune.TunedModel.from_pretrained("")
 
 
 def test_a_hub_is_not_told_where_the_backbone_lies_on_this_machine(

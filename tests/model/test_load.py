@@ -637,3 +637,20 @@ def test_a_model_that_was_converted_after_it_was_tuned_comes_back(build, make_ho
     loaded = dyntune.load(model.save(tmp_path), backbone=make_host())
     images = images_for(model.backbone.host, 2).to(torch.bfloat16)
     assert torch.equal(loaded(images), model(images))
+
+
+def test_the_default_precision_of_the_program_is_not_that_of_the_backbone(tmp_path):
+    host = create_backbone("vit_mini_patch4_32.dyntune", num_classes=5)
+    model = dyntune.tune(host, "adaptformer").eval()
+    model.save(tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(images)
+    torch.set_default_dtype(torch.float64)
+    try:
+        loaded = dyntune.load(tmp_path)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), expected)

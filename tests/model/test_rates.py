@@ -269,6 +269,12 @@ def test_rates_to_calibrate_for_are_checked(make_host, rates):
         dyntune.calibrate(dyntune.tune(make_host(**SIZE), "dyt"), images(4), rates)
 
 
+def test_images_that_are_not_finite_calibrate_nothing(make_host):
+    model = dyntune.tune(make_host(), "dyt")
+    with pytest.raises(DataError, match=r"logits of the gate of blocks\.0\.mlp are not finite"):
+        dyntune.calibrate(model, torch.full((4, 3, 32, 32), torch.nan), (0.5,))
+
+
 def test_a_shift_holds_in_evaluation_alone(make_host):
     model = randomised(dyntune.tune(make_host(**SIZE), "dyt"))
     model.set_rate(1.0)

@@ -96,6 +96,11 @@ def wrapper_advice(module: object) -> str | None:
 def not_tuned(model: object, what: str) -> SpecError:
     """The error for who gives ``what``, which takes a tuned model, something else."""
     advice = wrapper_advice(model) or "Tune it first: tune(model, method)."
+    if what == "training_loss" and isinstance(model, nn.parallel.DistributedDataParallel):
+        advice = (
+            "Call the wrapper itself, model(pixel_values=images, labels=targets)['loss'], which is that loss in train "
+            "mode: with its module each process would train a model of its own, because no gradients are shared."
+        )
     if isinstance(model, str | Path):
         advice = f"Load it first: dyntune.load({str(model)!r:.80})."
     elif not isinstance(model, nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.backbones.hosts import not_tuned
+from dyntune.backbones.hosts import not_tuned, wrapper_advice
 from dyntune.backbones.owners import claim, release
 from dyntune.backbones.units import Unit
 from dyntune.core.errors import DyntuneError
@@ -141,8 +141,10 @@ def folded_copy(model: nn.Module, *, rate: float | None = None, masks: bool = Fa
         BackboneError: the model is not supported.
         DyntuneError: ``rate`` is given and the model has no gates, or is not calibrated.
     """
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or wrapper_advice(model):
         raise not_tuned(model, "optimize")
+    if isinstance(model, OptimizedModel):
+        raise DyntuneError("the model is optimised already. Give the one that it was made from.")
     copied = copy.deepcopy(model)
     if not isinstance(copied, TunedModel):
         copied = TunedModel(copied, resolve(["linear"]))

@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from dyntune.core.errors import DyntuneError
 from dyntune.core.timing import best_of_few
 
+_NOT_SAVED = (
+    "an optimised model cannot be saved, for its weights are packed. Save the one that it was made from, "
+    "model.save(FOLDER); after load, optimize it again."
+)
+
 
 class PackedLinear(nn.Module):
     """``x W^T + b`` in fp32 with W in oneDNN's own layout, on a CPU, without gradients. It cannot be copied or saved.
@@ -33,6 +38,12 @@ class PackedLinear(nn.Module):
 
     def __deepcopy__(self, memo: object) -> PackedLinear:
         raise DyntuneError("an optimised model cannot be copied, for its weights are packed; optimize the model again.")
+
+    def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
+        raise DyntuneError(_NOT_SAVED)
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise DyntuneError(_NOT_SAVED)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.packed.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dyntune.backbones.base import Backbone
 from dyntune.core.errors import TrainingError
 from dyntune.core.files import parse_json
-from dyntune.model.adapter_folder import DESCRIPTION, described, without_paths
+from dyntune.model.adapter_folder import DESCRIPTION, TRAINER_WEIGHTS, described, without_paths
 from dyntune.model.objective import training_loss
 from dyntune.model.tasks import Task
 from dyntune.parts.policies.base import Output, TokenPolicy
@@ -195,8 +195,23 @@ class HubModel(nn.Module, abc.ABC):
                 commit_message=commit_message,
                 revision=revision,
                 create_pr=create_pr,
+                # Beside what is uploaded, what a Trainer has pushed would be a second adapter.
+                delete_patterns=[TRAINER_WEIGHTS] if _holds_trainers(hub, repository, revision) else None,
             )
         return str(commit.commit_url)
+
+
+def _holds_trainers(hub: Any, repository: str, revision: str | None) -> bool:
+    """Whether a repository has an adapter that a Trainer has pushed there."""
+    from huggingface_hub.errors import HfHubHTTPError, SafetensorsParsingError
+
+    try:
+        if not hub.file_exists(repository, TRAINER_WEIGHTS, revision=revision):
+            return False
+        held = hub.parse_safetensors_file_metadata(repository, TRAINER_WEIGHTS, revision=revision)
+    except (HfHubHTTPError, SafetensorsParsingError):
+        return False  # of a revision that is not there yet, or of another kind
+    return DESCRIPTION in held.tensors
 
 
 def _write_state(model: HubModel, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -37,6 +39,18 @@ from dyntune.model.tuned import TunedModel
 from dyntune.parts.registry import resolve
 
 
+@contextmanager
+def _in_fp32() -> Iterator[None]:
+    """Builds models in fp32, as when they were adapted, whatever the program that calls has as its default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@_in_fp32()
 def load(
     folder: str | Path,
     *,
@@ -144,7 +158,12 @@ def load(
 
 
 def from_pretrained(
-    place: str | Path, *, revision: str | None = None, token: str | bool | None = None, **options: Any
+    place: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str = "",
+    **options: Any,
 ) -> TunedModel:
     """``load`` from a folder, or from a repository of Hugging Face's hub that ``push_to_hub`` has filled.
 
@@ -152,16 +171,23 @@ def from_pretrained(
         place: the folder, or ``owner/name``.
         revision: of the repository.
         token: see ``huggingface_hub``.
+        subfolder: where in the folder or the repository the adapter is.
         options: as for ``load``.
 
     Raises:
-        CheckpointError: there is no such folder, and the repository cannot be had.
+        CheckpointError: there is no such folder, and the repository cannot be had; or a folder is given with a
+            revision.
     """
+    if not str(place):
+        raise CheckpointError("from_pretrained takes a folder, or owner/name of a repository; the name is empty.")
     if Path(place).is_dir():
-        return load(place, **options)
+        if revision is not None:
+            raise CheckpointError(f"{place} is a folder, which has no revision {revision!r}. Leave revision out.")
+        return load(Path(place) / subfolder, **options)
     from huggingface_hub import snapshot_download
 
-    files = [CONFIG, WEIGHTS, CARD, FORMER_CONFIG, FORMER_WEIGHTS[0], TRAINER_WEIGHTS]
+    names = (CONFIG, WEIGHTS, CARD, FORMER_CONFIG, FORMER_WEIGHTS[0], TRAINER_WEIGHTS)
+    files = [(PurePosixPath(subfolder) / name).as_posix() for name in names]
     with quickly() as unreachable:
         try:
             folder = snapshot_download(str(place), revision=revision, token=token, allow_patterns=files)
@@ -171,7 +197,7 @@ def from_pretrained(
                 f"no folder {place}, and no repository of that name can be had: {unreachable or in_one_line(error)}. "
                 f"Without a network, fetch {CONFIG} and {WEIGHTS} of it into a folder elsewhere, and give that."
             ) from error
-    return load(folder, **options)
+    return load(Path(folder) / subfolder, **options)
 
 
 TunedModel.from_pretrained = staticmethod(from_pretrained)

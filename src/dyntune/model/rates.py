@@ -294,6 +294,11 @@ class _AtQuantiles(Compact):
     def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:
         gate = policy.gate(unit, tokens)
         if unit.path in self.targets and gate.logits is not None:
+            if not bool(gate.logits.isfinite().all()):
+                raise DataError(
+                    f"the logits of the gate of {unit.path} are not finite on the images of the calibration, so that "
+                    "nothing can be set by them. Look for images that are not, or weights that a step has spoilt."
+                )
             between = threshold(gate.logits, self.targets[unit.path])
             self.summed[unit.path] += len(gate.logits) * between.item()
             self.counted[unit.path] += len(gate.logits)
