@@ -158,6 +158,21 @@ def test_workers_may_read_images_in_processes_of_their_own(make_plan, quick_proc
     assert not run_benchmark(plan, workers=2, console=QUIET).failures
 
 
+@pytest.mark.parametrize("select,readers", [("last", 0), ("test", 1)])
+def test_training_images_that_are_kept_are_read_where_they_are_kept(make_plan, tmp_path, monkeypatch, select, readers):
+    found = []
+
+    def noted(*given, settings, **others):
+        found.append(settings.workers)
+        raise TrainingError("this is enough")
+
+    monkeypatch.setattr("dyntune.studies.vtab.train.fit", noted)
+    options = {"epochs": 1, "workers": 1, "select": select}
+    plan = make_plan(tmp_path / "run", SPECS[:1], ("digits",), options=options)
+    plan.take_folder()
+    assert run_job(plan.jobs()[0], plan, nothing) == "failed" and found == [readers]
+
+
 @pytest.mark.slow
 def test_sigterm_stops_the_workers_and_says_how_to_go_on(make_plan, quick_processes, tmp_path):
     plan = make_plan(tmp_path / "run", SPECS[1:], options={"epochs": 200})
