@@ -97,7 +97,7 @@ def require_matching_head(model: TunedModel, dataset: Dataset[Any]) -> None:
     """Gives the model the data set's class names if it has none.
 
     Raises:
-        TrainingError: the classifier cannot be that of the data set, or class names are not texts, one for each class.
+        TrainingError: the classifier cannot be that of the data set, or class names are not one for each class.
         DataError: the model's classes are those of the data set in another order.
     """
     head = model.backbone.classes
@@ -110,9 +110,7 @@ def require_matching_head(model: TunedModel, dataset: Dataset[Any]) -> None:
         )
     if model.classes is None and names is not None:
         model.classes = tuple(map(str, names))
-    if model.classes is not None and (
-        len(model.classes) != head or not all(isinstance(name, str) for name in model.classes)
-    ):
+    if model.classes is not None and len(model.classes) != head:
         shown = ", ".join(f"{name!r}" for name in model.classes[:5])
         raise TrainingError(
             f"model.classes has {len(model.classes)} names ({shown}): expected a text for each of the head's {head} "
