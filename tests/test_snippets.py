@@ -97,6 +97,7 @@ def hub(stocked, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(stocked / "cache"), raising=False)
     api = SimpleNamespace(
         create_repo=lambda repo_id, **about: SimpleNamespace(repo_id=repo_id),
+        file_exists=lambda repo_id, filename, **about: (tmp_path / "hub" / repo_id / filename).exists(),
         upload_folder=lambda repo_id, folder_path, **about: SimpleNamespace(
             commit_url=shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
         ),
