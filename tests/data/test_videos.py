@@ -477,6 +477,14 @@ def test_quotes_of_csv_are_undone(films):
     assert [len(held.all.read(index)) for index in range(3)] == [8, 8, 5]
 
 
+def test_a_comma_of_a_path_is_no_separator(films):
+    shutil.copytree(films / "train/up/as_frames", films / "up, then down")
+    shutil.copy(films / "train/up/0.mp4", films / "one,two.mp4")
+    (films / "blanks.txt").write_text("one,two.mp4 1\nup, then down 5 1\nup, then down\t0\ntrain/down/0.mp4,0\n")
+    held = load_held(f"video-list:{films / 'blanks.txt'}").all
+    assert held.targets == (1, 1, 0, 0) and [len(held.read(index)) for index in range(4)] == [8, 5, 5, 8]
+
+
 @pytest.mark.parametrize("header", ["path,label", "video label", '"path","label"'])
 def test_a_header_of_a_list_is_no_video(films, header):
     lines = [f"train/{label}/{n}.mp4,{label}" for n in range(3) for label in ("up", "down")]

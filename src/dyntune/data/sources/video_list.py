@@ -154,13 +154,13 @@ def _read(path: Path) -> list[Line]:
             continue
         origin = f"{path}, line {count}"
         try:
-            place, label = _quoted(words) if "," in words and '"' in words else _cut(words)
+            place, label = _quoted(words) if "," in words and '"' in words else _parted(words, path.parent)
         except csv.Error as error:
             raise DataError(f"{origin} cannot be read as CSV ({error}). {FORM}.") from error
         if not place or not label:
             raise DataError(f"{origin}: {words!r} has no label. {FORM}.")
         video = path.parent / place
-        folder, frames = _cut(place)
+        folder, frames = _parted(place, path.parent)
         if frames.isdecimal() and not video.exists() and (path.parent / folder).is_dir():
             video = path.parent / folder
         found.append(Line(str(video), label, origin))
@@ -184,6 +184,16 @@ def _quoted(words: str) -> tuple[str, str]:
     """As ``_cut``, of a line of CSV in which fields may be in quotes."""
     *before, behind = next(csv.reader([words], skipinitialspace=True))
     return ",".join(before).strip(), behind.strip()
+
+
+def _parted(words: str, root: Path) -> tuple[str, str]:
+    """As ``_cut``, of a line whose comma may be one of a path, where blanks part it from the label."""
+    place, label = _cut(words)
+    if "," in words and len(at_blanks := words.rsplit(None, 1)) == 2 and not (root / place).exists():
+        there, last = at_blanks
+        if (root / there).exists() or (root / there.rsplit(None, 1)[0]).is_dir():
+            return there, last
+    return place, label
 
 
 def _cut(words: str) -> tuple[str, str]:
