@@ -6,7 +6,7 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 import dyntune
-from dyntune.core.errors import DataError, SpecError
+from dyntune.core.errors import DataError, SpecError, TrainingError
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,11 @@ def test_the_loss_of_a_distributed_model_is_had_from_its_wrapper():
         dyntune.training_loss(wrapper, torch.zeros(1, 3, 32, 32), torch.tensor([0]))
     with pytest.raises(SpecError, match="Give its module"):
         dyntune.calibrate(wrapper, torch.zeros(1, 3, 32, 32))
+
+
+def test_features_are_no_logits_to_learn_from(make_host):
+    model = dyntune.tune(make_host(num_classes=0), "adaptformer").train()
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    with pytest.raises(TrainingError, match="no loss of classes: the model has no head"):
+        dyntune.training_loss(model, images, labels)
+    dyntune.training_loss(model, images, labels, lambda features, _: features.square().mean()).total.backward()

@@ -19,7 +19,8 @@ from dyntune.core.losses import feature_loss, trust
 from dyntune.model.executions import Masked
 from dyntune.model.features import features
 from dyntune.model.forward import run
-from dyntune.model.tasks import Task
+from dyntune.model.tasks import Classification, Task
+from dyntune.model.tasks.classification import require_head
 from dyntune.model.worth import fit_units, unit_worth
 from dyntune.parts.policies.base import CompletePass, Fitting, Output, TokenPolicy, Weighing, learners
 from dyntune.parts.spec import format_spec
@@ -88,9 +89,15 @@ def training_loss(
         step: number of the step in the whole training, from 0, for a complete model that does not run in every step.
             Without it, steps in train mode are counted from ``TunedModel.begin_training`` on; where nobody has called
             that, the complete model runs in every step. Processes that train together must give the same number.
+
+    Raises:
+        SpecError: the model is not tuned.
+        TrainingError: it has no head, and no criterion is given that learns from features.
     """
     if not isinstance(model, Learner):
         raise not_tuned(model, "training_loss")
+    if criterion is None and isinstance(model.task, Classification):
+        require_head(model.backbone, "no loss of classes")
     criterion = criterion or model.task.loss
     _warn_without_course(model)
     if model.training:

@@ -21,8 +21,9 @@ from dyntune.data.others import Samples, is_dataset, require_images
 from dyntune.data.transforms import preprocessed
 from dyntune.model.macs import MacCounter
 from dyntune.model.tasks import Classification, Metric, Task
+from dyntune.model.tasks.classification import require_head
 from dyntune.model.tuned import ExecutionName, TunedModel, require_tuned
-from dyntune.training.inputs import data_for, require_head, require_labels, require_same_classes
+from dyntune.training.inputs import data_for, require_labels, require_same_classes
 
 log = logging.getLogger("dyntune")
 
@@ -145,7 +146,7 @@ def evaluate(
     """
     require_tuned(model, "evaluate")
     if metric is None and isinstance(model.task, Classification):
-        require_head(model, "nothing to evaluate")
+        require_head(model.backbone, "nothing to evaluate")
     require_images(data, "the data set")
     batches: Iterable[Any] = data  # type: ignore[assignment]
     if is_dataset(data) and not isinstance(data, IterableDataset):

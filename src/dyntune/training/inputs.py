@@ -19,6 +19,7 @@ from dyntune.data.base import LabelledImages
 from dyntune.data.others import Samples, accepted, check_labels
 from dyntune.data.transforms import Preprocessing, preprocessed
 from dyntune.model.tasks import Classification
+from dyntune.model.tasks.classification import require_head
 from dyntune.model.tuned import TunedModel
 from dyntune.training.randomness import caller_randomness_kept
 from dyntune.training.settings import TrainSettings
@@ -46,22 +47,6 @@ def with_pixels_as(
         mean, std = STATISTICS[normalisation]
         preprocessing = replace(preprocessing, mean=mean, std=std)
     return preprocessing if interpolation == "backbone" else replace(preprocessing, interpolation=interpolation)
-
-
-def require_head(model: TunedModel, why: str) -> None:
-    """Refuses a model whose outputs are features.
-
-    Args:
-        why: what cannot be done, such as ``nothing to train``.
-
-    Raises:
-        TrainingError: it has no head.
-    """
-    if not any(True for module in model.backbone.heads for _ in module.parameters()):
-        raise TrainingError(
-            f"{why}: the model has no head. Create it with num_classes=<number of classes>, or put one on a "
-            "tower of transformers: dyntune.add_classifier(tower, <number of classes>)."
-        )
 
 
 def require_same_classes(model: TunedModel, dataset: Any, name: str) -> None:
@@ -102,7 +87,7 @@ def require_matching_head(model: TunedModel, dataset: Dataset[Any]) -> None:
     """
     head = model.backbone.classes
     names = _names(dataset)
-    require_head(model, "nothing to train")
+    require_head(model.backbone, "nothing to train")
     if names is not None and head and len(names) != head:
         raise TrainingError(
             f"the model's head has {counted(head, 'class')}, the data set {len(names)}. Create the model with "

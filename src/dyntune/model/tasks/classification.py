@@ -12,6 +12,7 @@ from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
+from dyntune.backbones.base import Backbone
 from dyntune.core.errors import DyntuneError, TrainingError
 from dyntune.core.losses import distillation_loss
 from dyntune.core.words import counted
@@ -125,6 +126,22 @@ class Classification(Task):
     def agreement(self, outputs: Tensor, others: Tensor) -> Tensor:
         """1 where both put the image into the same class."""
         return (outputs.argmax(-1) == others.argmax(-1)).float()
+
+
+def require_head(backbone: Backbone, why: str) -> None:
+    """Refuses a model whose outputs are features.
+
+    Args:
+        why: what cannot be done, such as ``nothing to train``.
+
+    Raises:
+        TrainingError: it has no head.
+    """
+    if not any(True for module in backbone.heads for _ in module.parameters()):
+        raise TrainingError(
+            f"{why}: the model has no head. Create it with num_classes=<number of classes>, or put one on a "
+            "tower of transformers: dyntune.add_classifier(tower, <number of classes>)."
+        )
 
 
 def _as_indices(targets: Tensor) -> Tensor:
