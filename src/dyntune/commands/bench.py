@@ -31,8 +31,8 @@ from dyntune.model.adapter_folder import read_config
 from dyntune.parts.spec_list import split_list
 from dyntune.studies import pictures
 from dyntune.studies.bench.plan import Plan
-from dyntune.studies.bench.report import DETAILS, details, speed_figure, summary, write
-from dyntune.studies.bench.run import bench, estimate
+from dyntune.studies.bench.report import DETAILS, MEASUREMENTS, details, require_room, speed_figure, summary, write
+from dyntune.studies.bench.run import MeasuringStopped, bench, estimate
 from dyntune.studies.bench.runtimes import known_runtimes
 
 EXAMPLES = (
@@ -95,6 +95,8 @@ def command(
         raise typer.BadParameter("--resume goes on with the measurements in --out; give the folder.")
     if run is not None:
         read_config(run)  # says at once what is no run
+    if folder is not None:
+        require_room(folder)
     plan = replace(
         plan,
         run=None if run is None else str(run),
@@ -115,8 +117,11 @@ def command(
         soft_wrap=True,
     )
     with err.status("") as status:
-        keep = None if folder is None else folder / "measurements"
-        report = bench(plan, lambda name: status.update(f"measuring {name}"), keep=keep, resume=resume)
+        keep = None if folder is None else folder / MEASUREMENTS
+        try:
+            report = bench(plan, lambda name: status.update(f"measuring {name}"), keep=keep, resume=resume)
+        except MeasuringStopped as stopped:
+            raise MeasuringStopped(f"{stopped} --resume goes on with it.") from None
     if folder is not None:
         write(report, folder)
     if plot is not None:

@@ -66,6 +66,15 @@ def command(
     report_skipped(held)
     found = held.splits.get("val") or held.splits.get("train") or held.all
     say_threads(model, min(images, len(found)))
+    lost = sorted(set(model.calibration.rates) - set(asked)) if model.calibration else []
+    if lost:
+        given = "/".join(f"{rate:g}" for rate in sorted({*asked, *lost}))
+        err.print(
+            f"the run was calibrated for {counted(len(lost), 'other rate')} before, which this replaces; to keep "
+            f"them too: --rates {given}",
+            highlight=False,
+            soft_wrap=True,
+        )
     with CountBar("calibrating", len(set(asked)), "rates", err) as bar:
         calibration = calibrate(model, found, asked, images=images, batch_size=batch_size, watch=bar.count)
     write_calibration(run, calibration)
@@ -79,7 +88,7 @@ def command(
         return
     print_table(
         f"{model.spec} in {run}, calibrated on {counted(calibration.images, found.noun)}",
-        ("rate", "active patches", "MACs per image"),
+        ("rate", "active patches", f"MACs per {'image' if model.preprocessing.clip is None else 'clip'}"),
         [
             (
                 f"{row['rate']:g}",

@@ -100,10 +100,11 @@ def command(
     title = f"{figures.method}{f' + {figures.tokens}' if figures.tokens else ''} on {figures.model}"
     print_table(title, ("", ""), rows)
     if per_block:
-        _show_blocks(figures)
+        slices = tuned.backbone.slices
+        _show_blocks(figures, one if one == "image" or slices > 1 else "clip, tokens of one of its frames")
 
 
-def _show_blocks(figures: Cost) -> None:
+def _show_blocks(figures: Cost, of: str) -> None:
     rows = [
         (
             block.block,
@@ -115,7 +116,7 @@ def _show_blocks(figures: Cost) -> None:
         for block in figures.blocks
     ]
     print_table(
-        "Per image; a gate's expected tokens of those that are there",
+        f"Per {of}; a gate's expected tokens of those that are there",
         ("", "tokens in attention", "tokens in MLP", "MACs", "of the dense block's"),
         [
             ("embedding", "", "", f"{figures.embedding_macs:,}", ""),

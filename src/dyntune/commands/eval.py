@@ -42,7 +42,7 @@ from dyntune.model.tuned import TunedModel
 from dyntune.studies.compare import DENSE, compare_speed
 from dyntune.training.evaluate import evaluate
 from dyntune.training.identity import ASKED
-from dyntune.training.inputs import first_batch
+from dyntune.training.inputs import spread_batch
 from dyntune.training.progress import EvaluationBar
 from dyntune.training.seen import Seen
 
@@ -140,8 +140,8 @@ _SPEED_FIGURES = (
 
 
 def _speed_figures(model: TunedModel, images: LabelledImages, batch_size: int) -> dict[str, float]:
-    """The figures that are timed, on the first images."""
-    batch = first_batch(images, model, batch_size)
+    """The figures that are timed, on images spread over the data."""
+    batch = spread_batch(images, model, batch_size)
     with err.status("timing it beside the dense backbone"):
         speeds = compare_speed({model.spec: model}, batch)
     own, dense = speeds[model.spec], speeds[DENSE]

@@ -46,7 +46,7 @@ from dyntune.inference.export.registry import (
 from dyntune.inference.export.runtimes.base import FP32, Runtime
 from dyntune.model.load import load
 from dyntune.model.tuned import TunedModel
-from dyntune.studies.compare import first_batch
+from dyntune.training.inputs import spread_batch
 from dyntune.training.progress import CountBar
 
 EXAMPLES = (
@@ -198,7 +198,7 @@ def _fitting(data: D, model: TunedModel) -> D:
 def _some(images: LabelledImages, model: TunedModel) -> Tensor:
     """Images drawn from a data set, always the same ones, preprocessed: ``(at most 128, 3, height, width)``."""
     drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]
-    return first_batch(ImageSubset(images, drawn.tolist()), model, CALIBRATION_IMAGES)
+    return spread_batch(ImageSubset(images, drawn.tolist()), model, CALIBRATION_IMAGES)
 
 
 def _checked_split(data: Held) -> LabelledImages:
@@ -213,7 +213,7 @@ def _timed_images(
 ) -> Tensor:
     """One batch: of the images to check or calibrate on, or noise."""
     if images is not None and len(images) >= batch_size:
-        return first_batch(images, model, batch_size)
+        return spread_batch(images, model, batch_size)
     if calibration is not None and len(calibration) >= batch_size:
         return calibration[:batch_size]
     err.print("timing on noise: on it, gates may open more or less than on images. Give --check DATA for those.")

@@ -29,7 +29,7 @@ from dyntune.commands.common import (
 from dyntune.core.errors import DyntuneError, SpecError
 from dyntune.core.texts import listed, printable
 from dyntune.core.words import counted
-from dyntune.data import Preprocessing, build_transform
+from dyntune.data import build_transform
 from dyntune.data.images import require_some
 from dyntune.data.load import load_held
 from dyntune.data.transforms import preprocessed
@@ -80,6 +80,7 @@ def command(
 ) -> None:
     """Draw over images, or frames of videos, which tokens each block computes, merges or drops, and how many."""
     require_some(images)
+    suffix = suffix.removeprefix(".")
     asked = _numbers(blocks)
     model = load(run, weights=weights, device=pick_device(device), policy=policy)
     apply_rate(model, rate, policy)
@@ -96,21 +97,20 @@ def command(
     def prepare(given: Any) -> tuple[list[Image.Image], Tensor]:
         """The pictures to draw on, and what the model is given."""
         tensor = transform(given)
-        return ([given] if clip is None else _seen(tensor, model.preprocessing)), tensor
+        return ([given] if clip is None else []), tensor
 
     there = _drawn(folder, suffix)
     rates = []
     for number, read in enumerate(found.batches(per_figure, prepare), 1):
         names = [path.name for path, _ in read]
         shown = [picture for _, (drawn_on, _) in read for picture in drawn_on]
-        if clip is not None:
-            names = [f"frame {number}" for number in range(len(shown))]
         with torch.inference_mode():
             output = model.run(torch.stack([tensor for _, (_, tensor) in read]).to(next(model.parameters()).device))
-        gates, grid, slices = output.gates, output.grid, model.backbone.slices
-        if slices > 1:  # tokens of the whole clip, each of several frames, of which the first stands for all
-            shown = shown[:: len(shown) // slices]
-            gates, grid = tuple(pictures.by_slices(gates, slices)), (grid[0] // slices, grid[1])
+        gates, grid, slices = list(output.gates), output.grid, model.backbone.slices
+        if clip is not None:
+            ((_, (_, frames)),) = read
+            shown, gates, grid = pictures.of_clip(frames, model.preprocessing, output, slices)
+            names = [f"frame {number}" for number in range(len(shown))]
         if asked is not None or output.gates:
             drawn = pictures.gated_blocks(gates, asked)
             rates.append(len(read) * activation_rates(output.gates).cpu())
@@ -160,13 +160,6 @@ def _rates_on(model: TunedModel, names: list[str]) -> Figure:
             raise DyntuneError(f"{model.spec} has no gates, so that there are no activation rates for --rates-on.")
         rates[name] = list(zip((gate.unit for gate in gates), mean, strict=True))
     return pictures.activation_figure(rates, dict.fromkeys(names, model.target_rate))
-
-
-def _seen(clip: Tensor, preprocessing: Preprocessing) -> list[Image.Image]:
-    """The frames of a clip ``(T, 3, H, W)`` as they were before normalisation."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-    pixels = ((clip * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    return [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in pixels]
 
 
 def _drawn(folder: Path, suffix: str) -> set[Path]:

@@ -125,8 +125,8 @@ def command(
     chosen = find_recipe(recipe).changed(select=select, noah=noah, **training, **others)
     specs = tuple(split_specs(methods))
     numbers = _seeds(seeds)
-    benchmark, place = open_benchmark(root)
-    benchmark = benchmark.choose(None if tasks is None else [t.strip() for t in tasks.split(",") if t.strip()])
+    whole, place = open_benchmark(root)
+    benchmark = whole.choose(None if tasks is None else [t.strip() for t in tasks.split(",") if t.strip()])
     plan = Plan(
         out=folder,
         benchmark=benchmark,
@@ -136,6 +136,7 @@ def command(
         recipe=chosen.on(pick_device(chosen.settings.device)),
         specs=specs,
         seeds=numbers,
+        whole=whole,
         **trials,
     )
     plan.require_folder()
@@ -200,4 +201,6 @@ def _show(plan: Plan, result: BenchmarkResult, json: bool) -> None:
     out.print(describe(plan), markup=False, highlight=False, soft_wrap=True)
     if result.elsewhere:
         out.print(f"being run by another command: {counted(len(result.elsewhere), 'job')}", highlight=False)
-    out.print(f"tables: {plan.out / 'table'}.csv, .md, .tex; measured on {machine()}", highlight=False)
+    added = len(plan.with_earlier().specs) - len(plan.specs)
+    also = f", with {counted(added, 'method')} of earlier commands" if added else ""
+    out.print(f"tables: {plan.out / 'table'}.csv, .md, .tex{also}; measured on {machine()}", highlight=False)

@@ -19,8 +19,12 @@ _RESET_PEAK = "5"
 """What Linux's /proc/self/clear_refs takes to set the high-water mark of the resident set to the set's size."""
 
 
-def machine() -> str:
-    """What figures were measured on: processor, cores, threads of torch, GPU, versions."""
+def machine(threads: int | None = None) -> str:
+    """What figures were measured on: processor, cores, threads, GPU, versions.
+
+    Args:
+        threads: those that something runs in; by default torch's.
+    """
     name = platform.processor() or platform.machine()
     cpuinfo = _PROC / "cpuinfo"
     if cpuinfo.exists():
@@ -29,8 +33,8 @@ def machine() -> str:
         ]
         name = models[0] if models else name
     device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    threads = f"{counted(os.cpu_count() or 1, 'core')}, {counted(torch.get_num_threads(), 'thread')}"
-    return f"{name}, {threads}{device}, torch {torch.__version__}, {platform.system()}"
+    cores = f"{counted(os.cpu_count() or 1, 'core')}, {counted(threads or torch.get_num_threads(), 'thread')}"
+    return f"{name}, {cores}{device}, torch {torch.__version__}, {platform.system()}"
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:

@@ -72,9 +72,11 @@ class Calibration:
         low, high = self.rates[0], self.rates[-1]
         if not low - 1e-9 <= rate <= high + 1e-9:
             known = f"between {low:g} and {high:g}" if low < high else f"{low:g}"
+            every = "/".join(f"{each:g}" for each in sorted({*self.rates, rate}))
             raise SpecError(
                 f"rate {rate:g}: this model is calibrated for rates {known} (0 and 1 always go). Give such a rate, or "
-                f"calibrate for this one: model.set_rate(rate, data), dyntune calibrate RUN DATA --rates {rate:g}."
+                f"calibrate for this one: model.set_rate(rate, data), or for it too: dyntune calibrate RUN DATA "
+                f"--rates {every}."
             )
         return {
             unit: (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,14 +22,16 @@ from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.model.cost import cost
 from dyntune.model.tune import build_tuned
 from dyntune.model.tuned import TunedModel
-from dyntune.parts.policies.base import learners
+from dyntune.parts.policies.base import TokenPolicy, learners
+from dyntune.parts.registry import expand, resolve
 from dyntune.parts.spec_list import folder_name
 from dyntune.training.evaluate import Evaluation, evaluate
-from dyntune.training.inputs import first_batch
+from dyntune.training.inputs import spread_batch
 from dyntune.training.progress import EvaluationBar, Progress
 from dyntune.training.settings import TrainSettings
 from dyntune.training.trainer import fit
 
+log = logging.getLogger("dyntune")
 DENSE = "dense backbone"
 """Name of the untouched backbone, the reference of every speed."""
 SPEED_BATCH = 64
@@ -46,9 +49,10 @@ class Row:
         test: evaluation on the test split; MACs as executed there.
         trainable_params: trained parameters without the head.
         adapter_bytes: size of the saved tensors, head included.
-        dense_macs: MACs per image of the untouched backbone.
+        dense_macs: MACs per image of the untouched backbone; of a video, of all of its views.
         speed: images per second, and speed-up over the untouched backbone in the same runs; None if it was not timed.
         train_seconds: time that training took.
+        per: what MACs are of, ``image`` or ``video``.
     """
 
     method: str
@@ -58,6 +62,7 @@ class Row:
     dense_macs: int
     speed: Throughput | None
     train_seconds: float
+    per: str = "image"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -99,6 +104,8 @@ def compare(
     """
     if data.test is None:
         raise DataError(f"{data.name} has no test split, which a comparison reports on.")
+    if teacher is not None and not any(learners(_policies(spec)) for spec in specs):
+        log.warning("the teacher is not used: no method has a token policy that learns from one (dynamicvit).")
     models: dict[str, TunedModel] = {}
     seconds: dict[str, float] = {}
     for spec in specs:
@@ -121,7 +128,7 @@ def compare(
     }
     speeds: dict[str, Throughput] = {}
     if timed:
-        batch = first_batch(data.test, next(iter(models.values())), SPEED_BATCH)
+        batch = spread_batch(data.test, next(iter(models.values())), SPEED_BATCH)
         words = f"timing {counted(len(models), 'model')} in turns with the dense backbone"
         with Console(stderr=True).status(words) if progress is not None else contextlib.nullcontext():
             speeds = compare_speed(models, batch)
@@ -131,13 +138,18 @@ def compare(
             test=evaluations[spec],
             trainable_params=(figures := cost(models[spec])).trainable_params,
             adapter_bytes=figures.adapter_bytes,
-            dense_macs=figures.dense_macs,
+            dense_macs=figures.dense_macs * (1 if (clip := models[spec].preprocessing.clip) is None else clip.views),
             speed=speeds.get(spec),
             train_seconds=seconds[spec],
+            per=data.test.noun,
         )
         for spec in specs
     ]
     return rows, models
+
+
+def _policies(spec: str) -> list[TokenPolicy]:
+    return [part for part in expand(resolve([spec])) if isinstance(part, TokenPolicy)]
 
 
 def _evaluated(model: TunedModel, images: LabelledImages, batch_size: int, *, shown: bool) -> Evaluation:

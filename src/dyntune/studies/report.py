@@ -32,7 +32,7 @@ _SPEED = "Speed is relative to the untouched backbone, run in turns in one proce
 _COLUMNS = (
     "trained parameters",
     "adapter",
-    "MACs per image",
+    "MACs per {per}",
     "of dense",
     "active",
 )
@@ -58,7 +58,8 @@ class Table:
 
 def table_columns(rows: Sequence[Row]) -> tuple[str, ...]:
     """The titles of the columns of ``table_rows``."""
-    return ("method", f"test {rows[0].test.merit}", *_COLUMNS, *(_SPEED_COLUMNS if rows[0].speed else ()))
+    columns = (column.format(per=rows[0].per) for column in _COLUMNS)
+    return ("method", f"test {rows[0].test.merit}", *columns, *(_SPEED_COLUMNS if rows[0].speed else ()))
 
 
 def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -161,6 +162,8 @@ def token_pictures(method: str, model: TunedModel, images: LabelledImages) -> di
     """What a model makes of the tokens of images spread over a data set: figure and caption by name of the file."""
     if not model.policies:
         return {}
+    if model.preprocessing.clip is not None:
+        return _clip_pictures(method, model, images)
     picked = range(0, len(images), max(1, len(images) // _GATED))[:_GATED]
     prepared = as_tensors(images, model)
     batch = torch.stack([prepared[i][0] for i in picked]).to(next(model.parameters()).device)
@@ -180,6 +183,25 @@ def token_pictures(method: str, model: TunedModel, images: LabelledImages) -> di
             f"Tokens of {method}: in each block what was merged, dropped or skipped.",
         )
     return found
+
+
+def _clip_pictures(method: str, model: TunedModel, videos: LabelledImages) -> dict[str, tuple[Figure, str]]:
+    """As ``token_pictures``, of the frames of one clip."""
+    clip = as_tensors(videos, model)[len(videos) // 2][0]
+    clip = clip if clip.dim() == 4 else clip[len(clip) // 2]  # of several views the middle one
+    with torch.no_grad():
+        output = model.eval().run(clip[None].to(next(model.parameters()).device))
+    frames, gates, grid = pictures.of_clip(clip, model.preprocessing, output, model.backbone.slices)
+    if not gates:
+        return {}
+    figure = pictures.frames_figure(frames, gates, grid)
+    return {
+        f"tokens-{folder_name(method)}.png": (
+            figure,
+            f"Activated tokens of {method}: of each frame the patches that some of the blocks computed; the others "
+            "skipped them.",
+        )
+    }
 
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:

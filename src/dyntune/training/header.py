@@ -160,7 +160,7 @@ def _course(images: int, settings: TrainSettings, noun: str) -> str:
 
 
 def _to_mind(model: TunedModel, train: LabelledImages | Samples, val: LabelledImages | Samples | None) -> Iterator[str]:
-    yield from _too_small(model, train)
+    yield from too_small(model, train)
     if not isinstance(train, LabelledImages) or not model.backbone.classes:
         return
     seen = Counter(train.targets)
@@ -180,7 +180,7 @@ def _to_mind(model: TunedModel, train: LabelledImages | Samples, val: LabelledIm
             )
 
 
-def _too_small(model: TunedModel, train: LabelledImages | Samples) -> Iterator[str]:
+def too_small(model: TunedModel, train: LabelledImages | Samples) -> Iterator[str]:
     """What is said where a small backbone is given photographs, of which it sees a few pixels."""
     height, width = model.preprocessing.size
     if max(height, width) > _SMALL or model.preprocessing.clip is not None:

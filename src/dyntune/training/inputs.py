@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from dyntune.core.errors import DataError, TrainingError
 from dyntune.core.texts import listed, printable
@@ -220,6 +220,13 @@ def training_images(dataset: LabelledImages | Samples, model: TunedModel, settin
     return dataset
 
 
-def first_batch(dataset: LabelledImages, model: TunedModel, batch_size: int) -> Tensor:
-    """The first images of a data set, preprocessed: ``(at most batch_size, 3, height, width)``."""
-    return next(iter(DataLoader(preprocessed(dataset, model.preprocessing), batch_size)))[0]
+def spread_batch(dataset: LabelledImages, model: TunedModel, batch_size: int) -> Tensor:
+    """Images spread over a data set, whose first ones are often of one class, preprocessed.
+
+    Returns:
+        ``(at most batch_size, 3, height, width)``.
+    """
+    count = min(batch_size, len(dataset))
+    prepared = preprocessed(dataset, model.preprocessing)
+    picked = Subset(prepared, [len(dataset) * number // count for number in range(count)])
+    return next(iter(DataLoader(picked, batch_size)))[0]

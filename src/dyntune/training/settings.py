@@ -101,7 +101,7 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     device: Device = "auto"
     workers: Annotated[int, Range(0)] = 0
-    seed: Annotated[int, Range(0)] = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     select: Select = "val"
     eval_every: Annotated[int, Range(1)] = 1
     log_every: Annotated[int, Range(1)] = 10

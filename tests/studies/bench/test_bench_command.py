@@ -1,7 +1,13 @@
 """``dyntune bench`` end to end, each runtime in its own process."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,7 +19,7 @@ from typer.testing import CliRunner
 import dyntune
 from dyntune.backbones.hosts import create_backbone
 from dyntune.commands.main import app
-from dyntune.core.errors import DyntuneError
+from dyntune.core.errors import DyntuneError, SpecError
 from dyntune.core.timing import Latency, Spread
 from dyntune.model.rates import dispatchers
 from dyntune.studies.bench import worker
@@ -38,6 +44,27 @@ def run_bench(*arguments, error=None):
         return str(done.exception)
     assert done.exit_code == 0, (done.output, done.exception)
     return done.stdout
+
+
+class InProcess(contextlib.AbstractContextManager):
+    """What stands for subprocess where workers run in this process."""
+
+    Popen: type
+
+    def __init__(self, command, **_):
+        self.command = command
+
+    def __exit__(self, *_):
+        pass
+
+    def wait(self):
+        return worker.main(self.command[3:])
+
+    def terminate(self):
+        pass
+
+
+InProcess.Popen = InProcess
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +124,9 @@ def test_a_run_keeps_its_gates(run, tmp_path):
     options = {"run": str(run), "batch_sizes": (4,)}
     row, notes = measured(tmp_path, data="digits", **options)
     images = dyntune.data.load_data("digits").test
-    found = dyntune.evaluate(dyntune.load(run), dyntune.data.ImageSubset(images, range(4)))
+    found = dyntune.evaluate(
+        dyntune.load(run), dyntune.data.ImageSubset(images, [len(images) * place // 4 for place in range(4)])
+    )
     assert row.active == pytest.approx(found.activation) and row.macs == pytest.approx(found.macs)
     assert row.name == "dyt:rate=0.7" and "untrained" not in notes and "images: digits" in notes
     noise, notes = measured(tmp_path, **options)
@@ -119,7 +148,15 @@ def test_a_test_folder_of_some_classes_is_enough(run, photos, tmp_path):
 def test_the_command_prints_both_tables_and_the_notes(monkeypatch):
     monkeypatch.setattr("dyntune.commands.bench.bench", lambda plan, progress, **_: made_by_hand())
     text = " ".join(run_bench("--method", "dyt").split())
-    for words in ("dyt on vit: images per second", "GMACs", "p99 ms", "memory MB", "1.30 x [1.17-1.43]", "a machine"):
+    for words in (
+        "dyt on vit: images per second",
+        "GMACs",
+        "p99 ms",
+        "memory MB",
+        "1.30 x",
+        "[1.17-1.43]",
+        "a machine",
+    ):
         assert words in text
 
 
@@ -216,8 +253,8 @@ def test_the_summary_looks_like_the_papers_table():
 def test_details_are_in_milliseconds_and_megabytes():
     rows = details(made_by_hand())
     speeds = ("1.3", "1.30 x [1.17-1.43]", "0.93", "500.00", "600.00", "700.00", "30")
-    assert rows[0] == ("eager", "1", "dyt", *speeds, "-", "0.0e+00")
-    assert rows[4][2] == "gather" and rows[4][10] == "2.5"
+    assert rows[0] == ("eager", "1", "dyt", "-", "12.143", *speeds, "-", "0.0e+00")
+    assert rows[4][2:4] == ("gather", "50.0%") and rows[4][12] == "2.5"
 
 
 def test_int8_is_reported_apart():
@@ -245,10 +282,7 @@ def test_an_exported_folder_is_refused_before_anything_is_planned(monkeypatch, t
 
 def test_a_measurement_that_was_stopped_goes_on_with_the_rest(monkeypatch, tmp_path):
     """Each batch size is on disk when it is measured; --resume measures the others alone, and of the same plan."""
-    monkeypatch.setattr(
-        "dyntune.studies.bench.run.subprocess",  # not subprocess itself, which others use
-        SimpleNamespace(run=lambda command, **_: SimpleNamespace(returncode=worker.main(command[3:]))),
-    )
+    monkeypatch.setattr("dyntune.studies.bench.run.subprocess", InProcess)
     sizes, real = [], worker.measure
 
     def measure(entries, images, **options):
@@ -275,16 +309,15 @@ def test_a_measurement_that_was_stopped_goes_on_with_the_rest(monkeypatch, tmp_p
     assert sizes == [2, "stopped", 1]
     assert [row["batch_size"] for row in report["rows"]] == [2, 2, 1, 1]
     assert report["rows"][:2] == kept["rows"]
-    run_bench(*words)
-    assert sizes[3:] == [2, 1], "without --resume everything is measured anew"
+    assert "measurements, with which --resume goes on (eager.json)" in run_bench(*words, error=DyntuneError)
+    monkeypatch.setattr("dyntune.studies.bench.run.machine", lambda threads: f"another, {threads}")
+    assert "is another, 1" in run_bench(*words, "--resume", error=DyntuneError)
+    assert sizes[3:] == [] and (tmp_path / "out/measurements/eager.json").read_bytes() != whole
     assert "--out" in run_bench("--resume", *QUICK, error=SystemExit)
 
 
 def test_what_was_measured_before_an_error_stays(monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        "dyntune.studies.bench.run.subprocess",
-        SimpleNamespace(run=lambda command, **_: SimpleNamespace(returncode=worker.main(command[3:]))),
-    )
+    monkeypatch.setattr("dyntune.studies.bench.run.subprocess", InProcess)
     real, failing = worker.measure, True
 
     def measure(entries, images, **options):
@@ -312,3 +345,60 @@ def test_how_long_it_will_take_is_said_beforehand(monkeypatch, run):
     assert estimate(Plan(parts=("dyt",), **large)) == pytest.approx(seconds, rel=0.01)
     assert estimate(Plan(**short)) < 20 < estimate(Plan(**short | {"rounds": 100, "seconds": 0.2}))
     assert 0 < estimate(Plan(model="nobody's", **short | {"run": None})) < 20
+
+
+def test_nothing_of_others_is_overwritten(tmp_path, monkeypatch, run):
+    monkeypatch.setattr("dyntune.studies.bench.run._measured", lambda *given: pytest.fail("it measures"))
+    (tmp_path / "measurements").mkdir()
+    (tmp_path / "measurements" / "mine.json").write_text("{}")
+    message = run_bench("--out", tmp_path, *QUICK, error=DyntuneError)
+    assert "holds something else than measurements (mine.json)" in message
+    (tmp_path / "results.json").write_text("{}")
+    assert "holds results.json of something else" in run_bench("--out", tmp_path, *QUICK, error=SpecError)
+
+
+def test_measurements_of_another_run_in_the_same_place(tmp_path, monkeypatch, run):
+    monkeypatch.setattr("dyntune.studies.bench.run.subprocess", InProcess)
+    monkeypatch.setattr("dyntune.commands.bench.write", lambda *given: None)
+    own = shutil.copytree(run, tmp_path / "own")
+    words = (own, "--batch-size", "1", "--out", tmp_path / "out", *QUICK)
+    run_bench(*words)
+    torch.manual_seed(1)
+    model = dyntune.tune(create_backbone("vit_mini_patch4_32.dyntune", num_classes=10), "dyt:rate=0.7")
+    model.save(own, overwrite=True)
+    assert "another plan: run was" in run_bench(*words, "--resume", error=DyntuneError)
+
+
+def test_a_rate_for_models_without_gates(monkeypatch):
+    monkeypatch.setattr("dyntune.studies.bench.run.subprocess", InProcess)
+    assert "none of these models has gates" in run_bench(
+        "--method", "linear", "--rate", "0.3", *QUICK, error=DyntuneError
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="signals of POSIX")
+def test_sigterm_ends_the_worker_too(tmp_path):
+    words = [sys.executable, "-m", "dyntune", "bench", "--out", str(tmp_path), "--rounds", "100000", "--threads", "1"]
+    with subprocess.Popen([*words, "--device", "cpu"], stderr=subprocess.PIPE, text=True) as process:
+        while not (workers := _children(process.pid)) and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert "--resume goes on with it" in " ".join(process.stderr.read().split())
+    assert process.returncode == 1 and not any(map(_alive, workers))
+
+
+def _children(pid):
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as listed:
+            return [int(child) for child in listed.read().split()]
+    except OSError:
+        return []
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -31,3 +31,10 @@ def test_a_benchmark_says_how_long_its_jobs_will_take_after_the_first_epoch(make
         for share in (0.0, 0.5, 0.75):
             display.share(jobs[0], share)
     assert re.findall("about .*", screen.getvalue()) == [f"about 8 min for 4 jobs, if all are like {jobs[0]}"]
+
+
+def test_photographs_on_a_small_backbone_are_warned_of(make_plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "too_small", lambda model, images: [f"{len(images)} are too large"])
+    plan = make_plan(tmp_path / "run")
+    header = run.benchmark_header(plan, run.check_methods(plan))
+    assert header.warnings == ("Digits: 16 are too large",)

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from dyntune.studies.noah import SearchSettings
 from dyntune.studies.vtab.recipes import RECIPES
-from dyntune.studies.vtab.report import describe
+from dyntune.studies.vtab.report import describe, write_tables
+from dyntune.studies.vtab.results import JobResult
+from dyntune.studies.vtab.tasks import open_benchmark
 
 
 def test_a_preset_as_it_is_needs_no_more_than_its_name(make_plan, tmp_path):
@@ -29,3 +31,28 @@ def test_every_option_that_differs_is_named(make_plan, tmp_path):
     assert "weights of vit_mini_patch4_32.dyntune, images of 48 pixels;" in describe(replace(plan, img_size=48))
     own = describe(replace(plan, recipe=replace(RECIPES["ssf"], name="mine")))
     assert "Recipe mine with epochs 110, batch_size 64, drop_last True" in own and "preset" not in own
+
+
+def _finish(plan, accuracy):
+    plan.take_folder()
+    for job in plan.jobs():
+        folder = job.folder(plan.out)
+        folder.mkdir(parents=True)
+        JobResult(job.spec, job.task, job.seed, accuracy, 1.0, 9e7, 100, job.spec, 0.1, 1, 1.0, 1.0).write(folder)
+
+
+def test_tables_keep_what_earlier_commands_have_trained(make_plan, tmp_path, monkeypatch):
+    monkeypatch.setattr("dyntune.studies.pictures.save_figure", lambda figure, path: path)
+    whole = open_benchmark(str(make_plan(tmp_path / "other").folders["digits"].parent))[0]
+    first = make_plan(tmp_path / "run", ("linear", "lora"), ("digits", "cells"), seeds=(0, 1), whole=whole)
+    _finish(first, 0.5)
+    write_tables(first)
+    second = make_plan(tmp_path / "run", ("ssf",), ("digits",), seeds=(2,), whole=whole)
+    _finish(second, 0.75)
+    (row,) = write_tables(second)
+    assert row.method == "ssf" and row.mean.mean == 0.75
+    lines = [line.split(",") for line in (tmp_path / "run" / "table.csv").read_text().splitlines()]
+    assert lines[0][:4] == ["method", "seed", "digits", "cells"]
+    table = [line[:4] for line in lines[1:] if line[1] != "std"]
+    pairs = [[spec, seed, "50.0", "50.0"] for spec in ("linear", "lora") for seed in ("0", "1", "mean")]
+    assert table == [["ssf", "2", "75.0", ""], ["ssf", "mean", "75.0", ""], *pairs]

@@ -55,7 +55,7 @@ class Plan:
     device: str = "cpu"
     rounds: Annotated[int, Range(1)] = 15
     seconds: Annotated[float, Range(0)] = 0.2
-    seed: Annotated[int, Range(0)] = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
 
     def __post_init__(self) -> None:
         require_ranges(self, SpecError)

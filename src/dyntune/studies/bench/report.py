@@ -7,19 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dyntune.core.errors import SpecError
 from dyntune.core.files import write_json, write_text
-from dyntune.core.texts import for_markdown, printable
+from dyntune.core.texts import for_markdown, listed, printable
 from dyntune.studies import pictures
+from dyntune.studies.bench.measure import Row
 from dyntune.studies.bench.peers import DENSE
-from dyntune.studies.bench.run import Report
+from dyntune.studies.bench.run import PLAN, Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MEASUREMENTS = "measurements"
+"""Folder beside what is written, which each measurement is kept in."""
+WRITTEN = ("results.json", "results.md", "speed.png")
 DETAILS = (
     "runtime",
     "batch",
     "method",
+    "active",
+    "GMACs",
     "images/s",
     "speed-up",
     "skip efficiency",
@@ -35,10 +42,12 @@ DETAILS = (
 def summary(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Columns and rows: MACs of each method, and images per second (speed-up) by runtime, device and batch size.
 
-    Where gates are set anew for each batch size, MACs are those at the last one; they differ by less than a patch.
+    Active patches and MACs are those of the largest batch, which tells most of images; each batch has its own among the
+    details.
     """
     cells = {(row.runtime, row.batch_size, row.name): row for row in report.rows}
-    last = {row.name: row for row in report.rows}
+    largest = {row.name: row for row in sorted(report.rows, key=lambda row: row.batch_size)}
+    names = dict.fromkeys(row.name for row in report.rows)
     places = list(dict.fromkeys((row.runtime, row.batch_size, row.device) for row in report.rows))
     columns = (
         "method",
@@ -48,18 +57,23 @@ def summary(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         *(f"{runtime}, {device}, batch {batch}" for runtime, batch, device in places),
     )
     rows = []
-    for name, row in last.items():
+    for name in names:
+        row = largest[name]
         speeds = [cells.get((runtime, batch, name)) for runtime, batch, _ in places]
         rows.append(
             (
                 name,
-                "-" if row.active is None else f"{row.active:.1%}",
-                f"{row.macs / 1e9:.3f}",
+                *_work(row),
                 f"{1 / row.macs_ratio:.1%}",
                 *(f"{s.images_per_second.median:,.1f} ({s.speedup.median:.2f} x)" if s else "-" for s in speeds),
             )
         )
     return columns, rows
+
+
+def _work(row: Row) -> tuple[str, str]:
+    """Active patches and GMACs of an image."""
+    return "-" if row.active is None else f"{row.active:.1%}", f"{row.macs / 1e9:.3f}"
 
 
 def details(report: Report) -> list[tuple[str, ...]]:
@@ -69,6 +83,7 @@ def details(report: Report) -> list[tuple[str, ...]]:
             row.runtime,
             str(row.batch_size),
             row.name,
+            *_work(row),
             f"{row.images_per_second.median:,.1f}",
             f"{row.speedup.median:.2f} x [{row.speedup.low:.2f}-{row.speedup.high:.2f}]",
             f"{row.skip_efficiency:.2f}",
@@ -79,6 +94,17 @@ def details(report: Report) -> list[tuple[str, ...]]:
         )
         for row in report.rows
     ]
+
+
+def require_room(folder: Path) -> None:
+    """Makes sure that ``write`` overwrites no files but those of a measurement in the same folder.
+
+    Raises:
+        SpecError: there are such files of something else.
+    """
+    taken = [name for name in WRITTEN if (folder / name).exists()]
+    if taken and not (folder / MEASUREMENTS / PLAN).exists():
+        raise SpecError(f"{folder} holds {listed(taken)} of something else than bench. Give another folder.")
 
 
 def write(report: Report, folder: Path) -> None:

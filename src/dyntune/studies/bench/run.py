@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,13 @@ from typing import Any
 import torch
 
 from dyntune.backbones.hosts import check_arguments, create_backbone, wrap
+from dyntune.core.digests import DIGITS, pieces_digest, values_digest
 from dyntune.core.errors import DyntuneError
 from dyntune.core.files import alone_in, load_json, room_beside, write_json
+from dyntune.core.machine import machine
 from dyntune.core.shapes import shapes_only
+from dyntune.core.texts import listed
+from dyntune.core.threads import available_cores
 from dyntune.core.timing import WARM_UP
 from dyntune.core.words import counted
 from dyntune.model.adapter_folder import read_config
@@ -27,13 +33,19 @@ from dyntune.studies.bench.measure import TOLERANCE, Row
 from dyntune.studies.bench.peers import GATHER
 from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.runtimes import IN_TORCH, is_exact
-from dyntune.studies.bench.worker import Measured, error_file
+from dyntune.studies.bench.worker import Measured, error_file, is_error
 
+PLAN = "plan.json"
+_SHOWN = 4
 _START_SECONDS, _BUILD_SECONDS = 6.0, 4.0
 """What a process takes until it measures, and what writing and opening a model in another runtime takes."""
 _TRIAL_SECONDS = 0.1
 _OF_PEAK = 0.5
 """Share of the speed of large products that a ViT's come to."""
+
+
+class MeasuringStopped(DyntuneError):
+    """The user, or the system, stopped a measurement; what is done is kept."""
 
 
 @dataclass(frozen=True)
@@ -130,23 +142,22 @@ def bench(
 
     Raises:
         DyntuneError: a model cannot be built in a runtime, or gives other logits there; or ``keep`` holds measurements
-            of another plan.
+            of another plan, run or machine, or any without ``resume``.
+        MeasuringStopped: Ctrl-C or SIGTERM, with ``keep``.
     """
     measured = {}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_terminable())
         folder = keep or stack.enter_context(room_beside(Path(tempfile.gettempdir()) / "dyntune-bench"))
         if keep:
             refusal = DyntuneError(
                 f"another process is measuring into {keep}. Wait for its end, or give another folder."
             )
             stack.enter_context(alone_in(keep, refusal))
-        written = folder / "plan.json"
-        if resume and written.exists():
-            _require_same(written, plan)
-        else:
-            for old in folder.glob("*.json"):
-                old.unlink()
-        write_json(written, plan.to_dict())
+        written = folder / PLAN
+        asked = {"plan": plan.to_dict(), "of": _circumstances(plan)}
+        _require_folder(folder, asked, resume)
+        write_json(written, asked)
         for runtime in plan.runtimes:
             if progress:
                 progress(runtime)
@@ -155,9 +166,7 @@ def bench(
             except KeyboardInterrupt:
                 if keep is None:
                     raise
-                raise DyntuneError(
-                    f"stopped while {runtime} was measured; what is done is in {folder}. --resume goes on with it."
-                ) from None
+                raise MeasuringStopped(f"stopped while {runtime} was measured; what is done is in {folder}.") from None
     return Report(plan, measured, time.strftime("%Y-%m-%d"))
 
 
@@ -202,21 +211,60 @@ def _macs_per_second() -> float:
     return products * 768**3 / (time.perf_counter() - began) * _OF_PEAK
 
 
-def _require_same(written: Path, plan: Plan) -> None:
+def _circumstances(plan: Plan) -> dict[str, Any]:
+    """What figures depend on beside the plan: what is in the run and the weights, and the machine."""
+    return {
+        "run": None if plan.run is None else values_digest(read_config(Path(plan.run)))[:DIGITS],
+        "weights": None if plan.weights is None else pieces_digest(Path(plan.weights)),
+        "machine": machine(plan.threads or min(torch.get_num_threads(), available_cores())),
+    }
+
+
+def _require_folder(folder: Path, asked: dict[str, Any], resume: bool) -> None:
+    """Makes sure that what ``folder`` holds is not lost, and that all of it is of what is asked for.
+
+    Raises:
+        DyntuneError: there are measurements of something else, any without ``resume``, or other files.
+    """
+    written = folder / PLAN
+    held = sorted(file for file in folder.glob("*.json") if file != written and not is_error(file))
+    if not held:
+        return
+    if not resume or not written.exists():
+        known = "measurements, with which --resume goes on" if written.exists() else "something else than measurements"
+        raise DyntuneError(
+            f"{folder} holds {known} ({listed([file.name for file in held], _SHOWN)}). Give another folder, or remove "
+            "this one."
+        )
     try:
         before = load_json(written)
-        if not isinstance(before, dict):
-            raise ValueError("it is no plan")
-    except (ValueError, OSError) as error:
-        raise DyntuneError(f"{written} cannot be read ({error}). Measure again without --resume.") from error
-    now = json.loads(json.dumps(plan.to_dict()))
-    changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
-    changed = [change for change in changed if not change.startswith("runtimes was ")]
+        plan, of = dict(before["plan"]), dict(before["of"])
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise DyntuneError(
+            f"{written} cannot be read ({type(error).__name__}: {error}). Give another folder, or remove it."
+        ) from error
+    now = json.loads(json.dumps(asked))
+    pairs = [(plan, name, value) for name, value in now["plan"].items() if name != "runtimes"]
+    pairs += [(of, name, value) for name, value in now["of"].items()]
+    changed = [f"{name} was {had.get(name)}, is {value}" for had, name, value in pairs if had.get(name) != value]
     if changed:
         raise DyntuneError(
-            f"the measurements in {written.parent} are of another plan: {'; '.join(changed)}. Give the same options, "
-            "or leave out --resume to measure everything anew."
+            f"the measurements in {folder} are of another plan: {'; '.join(changed)}. Give the same options, or "
+            "another folder."
         )
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Makes SIGTERM what Ctrl-C is, so that no process goes on measuring for nobody."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _measured(plan: Path, runtime: str, result: Path) -> Measured:
@@ -224,7 +272,13 @@ def _measured(plan: Path, runtime: str, result: Path) -> Measured:
     # What libraries print goes to standard error, so that standard output holds the report alone.
     failed = error_file(result)
     failed.unlink(missing_ok=True)
-    status = subprocess.run(command, stdout=sys.__stderr__, check=False).returncode
+    # In a session of its own, so that Ctrl-C reaches this process alone, which ends the other without its traceback.
+    with subprocess.Popen(command, stdout=sys.__stderr__, start_new_session=True) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            raise
     if failed.exists():
         error = load_json(failed)["error"]
         failed.unlink()

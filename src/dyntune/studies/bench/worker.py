@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyntune.core.errors import DataError, DyntuneError
+from dyntune.core.errors import DataError, DyntuneError, SpecError
 from dyntune.core.files import load_json, room_beside, write_json
 from dyntune.core.limits import limits_named
 from dyntune.core.machine import OtherLoad, machine
 from dyntune.core.threads import available_cores, take_threads
+from dyntune.core.words import counted
 from dyntune.data import load_held
 from dyntune.model.load import load
 from dyntune.model.tuned import TunedModel
@@ -29,7 +30,9 @@ from dyntune.studies.bench.measure import Row, measure
 from dyntune.studies.bench.peers import GATHER, Candidate, candidates, fresh, set_gates
 from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.runtimes import IN_TORCH, build, is_exact
-from dyntune.studies.compare import first_batch
+from dyntune.training.inputs import spread_batch
+
+_ERROR = ".error.json"
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,11 @@ def measure_runtime(
         for candidate in candidates(name, model, plan.against, trained=plan.run is not None)
         if candidate.name != GATHER or runtime in IN_TORCH
     ]
+    if plan.rate is not None and plan.run is None and not any(map(_sets_gates, taking_part)):
+        raise SpecError(f"rate {plan.rate:g}: none of these models has gates. Leave it out.")
     images = _images(plan, model).to(device)
+    if model.preprocessing.clip is not None:
+        notes.append(f"an image here is a clip of {counted(model.preprocessing.shape[0], 'frame')}")
     for candidate in taking_part:
         candidate.model.to(device)
         if _sets_gates(candidate):
@@ -155,7 +162,7 @@ def _images(plan: Plan, model: TunedModel) -> Tensor:
             f"{plan.data} has {0 if test is None else len(test)} test images; a batch of {count} was asked for. "
             "Give a smaller --batch-size or other data."
         )
-    return first_batch(test, model, count)
+    return spread_batch(test, model, count)
 
 
 def _sets_gates(candidate: Candidate) -> bool:
@@ -185,7 +192,12 @@ def _kept(result: Path) -> Measured:
 
 def error_file(result: Path) -> Path:
     """Where an error is written to, beside a result file: what that holds already was measured and stays."""
-    return result.with_name(f"{result.stem}.error.json")
+    return result.with_name(f"{result.stem}{_ERROR}")
+
+
+def is_error(file: Path) -> bool:
+    """Whether a file is one of ``error_file``."""
+    return file.name.endswith(_ERROR)
 
 
 def main(arguments: list[str]) -> int:
@@ -203,7 +215,7 @@ def main(arguments: list[str]) -> int:
             print(f"{runtime}, batch {last}, images per second: {', '.join(rates)}", file=sys.stderr, flush=True)
 
         with limits_named(), room_beside(Path(tempfile.gettempdir()) / "dyntune-models") as folder:
-            asked = Plan.from_dict(load_json(plan))
+            asked = Plan.from_dict(load_json(plan)["plan"])
             measured = measure_runtime(asked, runtime, folder, before, keep)
     except (DyntuneError, OSError) as error:
         write_json(error_file(result), {"error": str(error)})

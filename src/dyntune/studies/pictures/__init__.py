@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dyntune.studies.pictures.accuracy_macs import Point, accuracy_macs_figure, tradeoff_figure
     from dyntune.studies.pictures.activation_rates import activation_figure
-    from dyntune.studies.pictures.frames import by_slices, frames_animation, frames_figure, strip_blocks
+    from dyntune.studies.pictures.frames import by_slices, frames_animation, frames_figure, of_clip, strip_blocks
     from dyntune.studies.pictures.patches import blocks_in_words, gated_blocks
     from dyntune.studies.pictures.reductions import reduction_figure
     from dyntune.studies.pictures.search import search_figure
@@ -21,6 +21,7 @@ __all__ = [
     "frames_animation",
     "frames_figure",
     "gated_blocks",
+    "of_clip",
     "reduction_figure",
     "save_figure",
     "search_figure",
@@ -38,6 +39,7 @@ _FILES = {
     "frames_animation": "frames",
     "frames_figure": "frames",
     "gated_blocks": "patches",
+    "of_clip": "frames",
     "reduction_figure": "reductions",
     "save_figure": "style",
     "search_figure": "search",

@@ -8,15 +8,18 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 from dyntune.core.errors import DyntuneError
 from dyntune.core.files import write_atomically
 from dyntune.core.tokens import Provenance
+from dyntune.data.transforms import Preprocessing
 from dyntune.data.video_files import write_video
-from dyntune.parts.policies.base import Gate
+from dyntune.parts.policies.base import Gate, Output
 from dyntune.studies.pictures.page import LINE, Box, Page, check_numbers, wrap
 from dyntune.studies.pictures.patches import KINDS, blocks_in_words, gated_blocks, split_path, states_at_gate
 from dyntune.studies.pictures.style import FAINT, TITLE_SIZE, percent
@@ -139,6 +142,27 @@ def frames_animation(
     options = {"save_all": True, "append_images": others, "duration": round(1000 * seconds), "loop": 0}
     write_atomically(path, lambda file: first.save(file, format="gif", **options))
     return path
+
+
+def of_clip(
+    clip: Tensor, preprocessing: Preprocessing, output: Output, slices: int
+) -> tuple[list[Image.Image], list[Gate], tuple[int, int]]:
+    """The frames of a clip, and of each frame's patches the gates and the grid.
+
+    Args:
+        clip: ``(T, 3, height, width)``, as the model was given it.
+        preprocessing: what it went through.
+        output: what the model decided about it.
+        slices: moments in time that the tokens of the whole clip are of, each of several frames, of which the first
+            stands for all; 1 where each frame has tokens of its own.
+    """
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    pixels = ((clip * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    frames = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in pixels]
+    if slices == 1:
+        return frames, list(output.gates), output.grid
+    rows, columns = output.grid
+    return frames[:: len(frames) // slices], by_slices(output.gates, slices), (rows // slices, columns)
 
 
 def by_slices(gates: Sequence[Gate], slices: int) -> list[Gate]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from dyntune.core.digests import DIGITS, pieces_digest
 from dyntune.core.errors import TrainingError
 from dyntune.core.fields import Range, require_ranges
 from dyntune.core.files import load_json, write_json
@@ -22,8 +23,6 @@ from dyntune.studies.vtab.recipes import Recipe
 from dyntune.studies.vtab.tasks import Benchmark, Task
 
 PLAN = "plan.json"
-_PIECES, _PIECE = 64, 1 << 16
-_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,8 @@ class Plan:
         storage: Optuna database URL of the search, which several machines may share; a file in the benchmark's folder
             by default.
         img_size: image height and width in pixels; the backbone's own by default.
+        whole: the benchmark with all of its tasks, of which earlier commands may have trained others; by default those
+            of ``benchmark``.
     """
 
     out: Path
@@ -80,6 +81,7 @@ class Plan:
     search: Annotated[int, Range(0)] = 0
     storage: str | None = None
     img_size: Annotated[int | None, Range(1)] = None
+    whole: Benchmark | None = None
 
     def __post_init__(self) -> None:
         require_ranges(self, TrainingError)
@@ -116,7 +118,7 @@ class Plan:
         return {
             "benchmark": self.benchmark.name,
             "model": self.model,
-            "weights": None if self.weights is None else _pieces_digest(self.weights),
+            "weights": None if self.weights is None else pieces_digest(self.weights),
             **recipe,
             "search": self.search,
             "img_size": self.img_size,
@@ -125,6 +127,19 @@ class Plan:
     def methods(self) -> dict[str, list[dict[str, Any]]]:
         """What each method's spec stands for, every option with its value."""
         return {spec: [part.settled().to_dict() for part in expand(resolve([spec]))] for spec in self.specs}
+
+    def with_earlier(self) -> Plan:
+        """The plan with the tasks and methods of earlier commands in its folder too, behind its own."""
+        recorded = self.require_folder()
+        tasks = [*(task.folder for task in self.benchmark.tasks), *recorded.get("tasks", {})]
+        specs = tuple(dict.fromkeys((*self.specs, *recorded.get("methods", {}))))
+        return replace(self, benchmark=(self.whole or self.benchmark).choose(tasks), specs=specs)
+
+    def seeds_of(self, spec: str) -> tuple[int, ...]:
+        """The seeds that a method has been asked for, now or by earlier commands."""
+        found = (self.out / "jobs" / folder_name(spec)).glob("*/seed-*")
+        earlier = sorted(int(number) for folder in found if (number := folder.name.removeprefix("seed-")).isdecimal())
+        return tuple(dict.fromkeys((*(self.seeds if spec in self.specs else ()), *earlier)))
 
     def lists(self) -> dict[str, str]:
         """A digest of every task's lists."""
@@ -216,19 +231,4 @@ def lists_digest(folder: Path) -> str:
     for name in LISTS:
         content = (folder / f"{name}.txt").read_bytes()
         digest.update(f"{name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()[:_DIGITS]
-
-
-def _pieces_digest(file: Path) -> str:
-    """Size, and a digest of 64 pieces of 64 KiB from the first byte to the last; of all bytes up to 4 MiB.
-
-    The end of ``.npz`` and ``.pth`` files holds checksums of everything in them.
-    """
-    size = file.stat().st_size
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        for index in range(_PIECES):
-            # Above 4 MiB pieces have gaps between them, below they overlap.
-            opened.seek(max(0, size - _PIECE) * index // (_PIECES - 1))
-            digest.update(opened.read(_PIECE))
-    return f"{size} bytes, digest {digest.hexdigest()[:_DIGITS]}"
+    return digest.hexdigest()[:DIGITS]

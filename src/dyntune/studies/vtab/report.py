@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dyntune.core.files import write_text
 from dyntune.core.machine import machine
 from dyntune.studies import pictures
-from dyntune.studies.vtab.plan import Plan
+from dyntune.studies.vtab.plan import Job, Plan
 from dyntune.studies.vtab.published import comparable, published_rows
 from dyntune.studies.vtab.recipes import RECIPES, Recipe
 from dyntune.studies.vtab.results import read_result
@@ -22,15 +23,26 @@ _SELECT = {
 _NOAH = " (noah: trained on train800val200, last epoch)"
 
 
-def summarise(plan: Plan) -> list[MethodRow]:
-    """A row per method of the plan, from the results in its folder."""
-    results = [result for job in plan.jobs() if (result := read_result(job, plan.out))]
-    return [method_row(plan.benchmark, spec, plan.seeds, results) for spec in plan.specs]
+def summarise(plan: Plan, seeds: Mapping[str, Sequence[int]]) -> list[MethodRow]:
+    """A row per method of the plan, from the results in its folder, over its ``seeds``."""
+    rows = []
+    for spec in plan.specs:
+        jobs = (Job(spec, task.folder, seed) for seed in seeds[spec] for task in plan.benchmark.tasks)
+        results = [result for job in jobs if (result := read_result(job, plan.out))]
+        rows.append(method_row(plan.benchmark, spec, seeds[spec], results))
+    return rows
 
 
-def write_tables(plan: Plan) -> list[MethodRow]:
-    """Writes ``table.csv``, ``.md`` and ``.tex``, and the figure once a method has finished; gives the rows back."""
-    rows = summarise(plan)
+def write_tables(asked: Plan) -> list[MethodRow]:
+    """Writes ``table.csv``, ``.md`` and ``.tex``, and the figure once a method has finished.
+
+    They are of all that the folder holds, so that a command which adds methods, tasks or seeds takes nothing away.
+
+    Returns:
+        The rows of the plan itself.
+    """
+    plan = asked.with_earlier()
+    rows = summarise(plan, {spec: asked.seeds_of(spec) for spec in plan.specs})
     write_text(plan.out / "table.csv", to_csv(rows, plan.benchmark))
     trained, measured = describe(plan), f"Measured on {machine()}."
     write_text(plan.out / "table.md", to_markdown(rows, plan.benchmark, plan.model, f"{trained} {measured}"))
@@ -40,7 +52,7 @@ def write_tables(plan: Plan) -> list[MethodRow]:
         figure = pictures.accuracy_macs_figure(points, _published(plan))
         for suffix in ("png", "svg"):
             pictures.save_figure(figure, plan.out / f"{FIGURE}.{suffix}")
-    return rows
+    return summarise(asked, dict.fromkeys(asked.specs, asked.seeds))
 
 
 def _published(plan: Plan) -> list[pictures.Point]:
@@ -52,7 +64,8 @@ def _published(plan: Plan) -> list[pictures.Point]:
 
 def describe(plan: Plan) -> str:
     """Recipe and what differs from it, the images that train and pick the epoch, backbone weights, and search."""
-    weights = f"from the file {plan.weights.name}" if plan.weights else f"of {plan.model}"
+    kind = "folder" if plan.weights and plan.weights.is_dir() else "file"
+    weights = f"from the {kind} {plan.weights.name}" if plan.weights else f"of {plan.model}"
     search = f"learning rate and any adapter scale searched in {plan.search} trials per method and task on val200"
     select = plan.recipe.settings.select
     pieces = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Self
@@ -15,13 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from dyntune.core.errors import BackboneError, SpecError, TrainingError
 from dyntune.core.words import counted, duration
 from dyntune.model.tuned import TunedModel
+from dyntune.studies.vtab.folders import load_task
 from dyntune.studies.vtab.jobs import Outcome, forget_failure, run_jobs, threads_each
 from dyntune.studies.vtab.plan import Job, Plan, unsearched
 from dyntune.studies.vtab.report import write_tables
 from dyntune.studies.vtab.results import Failure, finished, read_failure, read_result, read_search
 from dyntune.studies.vtab.search import open_storage
 from dyntune.studies.vtab.table import MethodRow
-from dyntune.training.header import Header, backbone_row, device_row, method_rows, outlines
+from dyntune.training.header import Header, backbone_row, device_row, method_rows, outlines, too_small
 from dyntune.training.interrupt import TrainingInterrupted
 
 
@@ -52,8 +53,10 @@ def check_methods(plan: Plan) -> list[TunedModel]:
         TrainingError: the recipe drops partial batches, and a batch is larger than what is trained on.
     """
     _check_batches(plan)
-    if plan.weights is not None and not plan.weights.is_file():
-        raise BackboneError(f"no weight file at {plan.weights}. Expected a .npz, .pth or .safetensors file.")
+    if plan.weights is not None and not plan.weights.exists():
+        raise BackboneError(
+            f"no weight file at {plan.weights}. Expected a .npz, .pth or .safetensors file, or a folder for hf: models."
+        )
     for spec in plan.specs:
         if plan.search and unsearched(spec):
             raise SpecError(
@@ -85,8 +88,18 @@ def benchmark_header(plan: Plan, models: Sequence[TunedModel], workers: int = 1)
             *method_rows(models),
             device_row(settings, counted(threads_each(1), "thread")),
             ("training", f"{counted(len(plan.jobs()), 'job')} of {epochs} ({seeds}){trials}{together}"),
-        )
+        ),
+        tuple(_too_small(plan, models[0])),
     )
+
+
+def _too_small(plan: Plan, model: TunedModel) -> Iterator[str]:
+    """What is said of the first task whose images the backbone is too small for."""
+    for task in plan.benchmark.tasks:
+        warnings = list(too_small(model, load_task(task, plan.folders[task.folder], "train800").train))
+        if warnings:
+            yield from (f"{task.title}: {warning}" for warning in warnings)
+            return
 
 
 def run_benchmark(
