@@ -619,8 +619,15 @@ def test_another_scale_of_pixels_is_one_of_mean_and_deviation(folder):
     assert preprocessing(do_rescale=False).std == pytest.approx((0.2 / 255, 0.3 / 255, 0.4 / 255))
     nothing = preprocessing(do_rescale=None, do_normalize=None, image_mean=None, image_std=None)
     assert nothing.mean == nothing.std == (0.5,) * 3
-    with pytest.raises(BackboneError, match="multiplies pixels by 0"):
-        preprocessing(rescale_factor=0)
+    assert preprocessing(image_mean=0.25).mean == (0.25,) * 3
+    for wrong, said in (
+        ({"rescale_factor": 0}, "multiplies pixels by 0"),
+        ({"rescale_factor": "1/255"}, "multiplies pixels by '1/255'"),
+        ({"image_std": "half"}, "has image_std='half'; expected a number"),
+        ({"image_mean": [0.5]}, r"has image_mean=\[0.5\]"),
+    ):
+        with pytest.raises(BackboneError, match=said):
+            preprocessing(**wrong)
     # transformers 5 writes what a processor of images and texts consists of to one file.
     (path / "processor_config.json").write_text(json.dumps({"image_processor": PROCESSOR | {"image_mean": [0.1] * 3}}))
     assert preprocessing().mean == (0.1,) * 3

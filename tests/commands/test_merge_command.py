@@ -103,3 +103,11 @@ def test_what_is_there_is_refused_before_anything_is_loaded_and_stays(tmp_path, 
 def test_the_reason_is_logged_in_python(make_host, caplog):
     dyntune.tune(make_host(), "adaptformer").merge()
     assert "adaptformer is not merged" in caplog.text
+
+
+def test_what_timm_cannot_read_is_not_written(tmp_path):
+    model = build_tuned(f"frames:{BUILTIN_BACKBONE}", "lora", classes=("a", "b"), frames=2)
+    model.save(tmp_path / "run")
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "run"), "--out", str(tmp_path / "m.safetensors")])
+    assert isinstance(done.exception, CheckpointError) and "is no model of timm's" in str(done.exception)
+    assert not (tmp_path / "m.safetensors").exists()

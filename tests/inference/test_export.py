@@ -2,6 +2,7 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -354,3 +355,28 @@ def test_openvino_refuses_another_file_name(traced, tmp_path):
     _, program = traced
     with pytest.raises(ExportError, match=r"ends in \.xml; given model\.onnx"):
         OpenVino().write(program, tmp_path / "model.onnx", "linear")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_threads_get_their_own_answers(make_host, images_for, tmp_path, runtime):
+    model = filled(make_host(depth=1), "dyt")
+    session = opened(runtime, export_program(folded_copy(model, masks=False), masks=False), tmp_path)
+    batches = [images_for(make_host(depth=1), 1) * scale for scale in (0.5, 1.0, 2.0)]
+    expected = [session.compute(batch)[0].clone() for batch in batches]
+
+    def answers(place):
+        return [session.compute(batches[place])[0] for _ in range(30)]
+
+    with ThreadPoolExecutor(len(batches)) as pool:
+        for own, found in zip(expected, pool.map(answers, range(len(batches))), strict=True):
+            for logits in found:
+                torch.testing.assert_close(logits, own)
+
+
+def test_neither_export_nor_optimize_draws_random_numbers(make_host, tmp_path):
+    model = dyntune.tune(make_host(), "dyt").eval()
+    before = torch.get_rng_state()
+    dyntune.optimize(model)
+    dyntune.export(model, tmp_path / "export", runtime="torch")
+    assert torch.equal(torch.get_rng_state(), before)

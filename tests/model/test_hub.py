@@ -319,8 +319,14 @@ def test_hosts_for_other_problems_are_refused(host_folder):
 
 
 @torch.no_grad()
-def test_biases_that_a_merge_adds_are_read_again(make_hf, randomise, tmp_path):
-    model = dyntune.tune(randomise(make_hf("vit", qkv_bias=False)), "ssf").eval()
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_biases_that_a_merge_adds_are_read_again(make_hf, randomise, tmp_path, wrapped):
+    host = randomise(make_hf("vit", qkv_bias=False))
+    if wrapped:
+        peft = pytest.importorskip("peft")
+        names = ["query", "value"] if hasattr(host, "vit") and hasattr(host.vit, "encoder") else ["q_proj", "v_proj"]
+        host = peft.get_peft_model(host, peft.LoraConfig(target_modules=names, modules_to_save=["classifier"]))
+    model = dyntune.tune(host, "ssf").eval()
     for tensor in model.saved_state().values():
         tensor += 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
     expected = model(images())

@@ -362,6 +362,9 @@ class Backbone(Training, abc.ABC):
             site.fold()
         return {}
 
+    def describe_fold(self) -> None:
+        """Tells the host's own description, which its library reads it back by, of tensors that a fold has added."""
+
     @abc.abstractmethod
     def fold_factors(self) -> None:
         """Writes fixed factors on the host's updates, such as LayerScale, into the weights before them, for inference.

@@ -349,7 +349,7 @@ def write(host: Any, preprocessing: Preprocessing, folder: Path) -> None:
         made = room / "made"
         with _quiet(library()):
             host.save_pretrained(made)
-        write_processor(preprocessing, made)
+        write_processor(preprocessing, made, getattr(host.config, "vision_config", host.config))
         if folder.exists():
             folder.rmdir()  # Windows renames onto no folder
         made.rename(folder)

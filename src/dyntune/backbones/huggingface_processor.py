@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +107,11 @@ def processor_size(host: Any) -> tuple[int, int] | None:
     """Height and width of the images that the image processor beside a model's weights gives."""
     values = _processor(host)
     size = (values.get("crop_size") if values.get("do_center_crop") else None) or values.get("size")
-    if isinstance(size, int):
-        return size, size
     if not isinstance(size, dict):
-        return None
-    if "height" in size and "width" in size:
-        return int(size["height"]), int(size["width"])
-    return (int(size["shortest_edge"]),) * 2 if "shortest_edge" in size else None
+        size = {"shortest_edge": size}
+    edge = size.get("shortest_edge")
+    height, width = size.get("height", edge), size.get("width", edge)
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
 
 def preprocessing(host: Any, kind: str, size: tuple[int, int]) -> Preprocessing:
@@ -133,15 +132,17 @@ def preprocessing(host: Any, kind: str, size: tuple[int, int]) -> Preprocessing:
     # An entry that is null says as much as one that is absent.
     values = {name: value for name, value in _processor(host).items() if value is not None}
     factor = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
-    if factor <= 0:
+    if type(factor) not in (int, float) or not factor > 0:
         raise BackboneError(
-            f"the image processor beside {host.name_or_path} multiplies pixels by {factor}; expected a factor above 0, "
-            "for instance 1/255."
+            f"the image processor beside {host.name_or_path} multiplies pixels by {factor!r:.40}; expected a factor "
+            "above 0, for instance 1/255."
         )
     if values.get("do_normalize") is False:
         mean, std = (0.0,) * 3, (1.0,) * 3
     else:
-        mean, std = tuple(values.get("image_mean", mean)), tuple(values.get("image_std", std))
+        mean, std = (
+            _of_channels(host, values, name, usual) for name, usual in (("image_mean", mean), ("image_std", std))
+        )
     resample = values.get("resample")
     if isinstance(resample, int) and 0 <= resample < len(_RESAMPLE):
         interpolation = _RESAMPLE[resample]
@@ -152,13 +153,39 @@ def preprocessing(host: Any, kind: str, size: tuple[int, int]) -> Preprocessing:
     return Preprocessing(size, mean, std, interpolation)
 
 
-def write_processor(preprocessing: Preprocessing, folder: Path) -> None:
-    """Writes the file of an image processor that does what was done in training."""
+def _of_channels(host: Any, values: dict[str, Any], name: str, usual: Sequence[float]) -> tuple[float, ...]:
+    """What a processor says of each of three channels, for which it may have one number."""
+    given = values.get(name, usual)
+    numbers = (
+        (given,) * 3 if isinstance(given, int | float) else tuple(given) if isinstance(given, list | tuple) else ()
+    )
+    if len(numbers) != 3 or not all(type(number) in (int, float) for number in numbers):
+        raise BackboneError(
+            f"the image processor beside {host.name_or_path} has {name}={given!r:.60}; expected a number, or one for "
+            "each of three channels."
+        )
+    return numbers
+
+
+def write_processor(preprocessing: Preprocessing, folder: Path, config: Any) -> None:
+    """Writes the file of an image processor that does what was done in training.
+
+    That of SigLIP 2 keeps the aspect of images, as in its own training, and gives at most as many patches.
+
+    Args:
+        preprocessing: of the training.
+        folder: where the model lies.
+        config: of the model.
+    """
     height, width = preprocessing.size
-    values = {
-        "image_processor_type": "ViTImageProcessor",
+    kind, patch = getattr(config, "model_type", ""), getattr(config, "patch_size", 0)
+    if kind.startswith("siglip2"):
+        patches = (height // patch) * (width // patch)
+        own = {"image_processor_type": "Siglip2ImageProcessor", "patch_size": patch, "max_num_patches": patches}
+    else:
+        own = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
+    values = own | {
         "do_resize": True,
-        "size": {"height": height, "width": width},
         "resample": _RESAMPLE.index(preprocessing.interpolation),
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -260,7 +260,11 @@ class PeftBackbone(Backbone):
         for site, named in changes:
             for name, change in named.items():
                 site.add(name, change)
-        return {"peft": reason} if reason else super().fold()
+        if reason:
+            return {"peft": reason}
+        stays = super().fold()
+        self.inner.describe_fold()
+        return stays
 
     def _merge(self) -> str | None:
         """Merges PEFT's layers, or says why they cannot be."""

@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from dyntune.core.errors import BackboneError
 
@@ -107,8 +108,9 @@ class QueriesApart(nn.Module):
         super().__init__()
         width = qkv.out_features // 3
         biased = qkv.bias is not None
-        self.queries = nn.Linear(qkv.in_features, width, biased)
-        self.keys_values = nn.Linear(qkv.in_features, 2 * width, biased)
+        # Without initial values, which would be drawn from the caller's random numbers.
+        self.queries = skip_init(nn.Linear, qkv.in_features, width, biased)
+        self.keys_values = skip_init(nn.Linear, qkv.in_features, 2 * width, biased)
         self.to(qkv.weight)
         with torch.no_grad():
             for own, whole in zip(self._tensors(), (qkv.weight, qkv.bias), strict=True):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import safetensors.torch
+import timm
 import typer
 
 from dyntune.backbones import huggingface_models
@@ -42,6 +43,11 @@ def command(
             f"transformers has no class for {type(host.tower).__name__} with this classifier, so it could not read the "
             f"merged model. Run it with dyntune.load({str(run)!r}), or merge in Python: model.merge() returns it."
         )
+    if not folder and not timm.is_model(str(model.origin.name).partition(".")[0]):
+        raise CheckpointError(
+            f"{model.origin.name} is no model of timm's, which could not read the merged one. Run it with "
+            f"dyntune.load({str(run)!r}), or merge in Python: model.merge() returns the module."
+        )
     if folder and file.suffix == ".safetensors":
         raise CheckpointError(
             f"--out {file}: expected a folder, which transformers' from_pretrained reads; leave .safetensors out."
@@ -71,8 +77,9 @@ def command(
         name = type(merged).__name__
         print_next(f"from transformers import {name}; {name}.from_pretrained({str(file)!r})")
         config = getattr(merged.config, "vision_config", merged.config)
-        # DINO's models take images of any size by themselves.
-        if not config.model_type.startswith("dino") and model.preprocessing.size != (config.image_size,) * 2:
+        # DINO's models take images of any size by themselves, SigLIP 2 patches of any.
+        size = getattr(config, "image_size", None)
+        if not config.model_type.startswith("dino") and size and model.preprocessing.size != (size,) * 2:
             out.print(
                 "images have another size than the configuration says: call it with interpolate_pos_encoding=True",
                 highlight=False,

@@ -74,9 +74,9 @@ class Places:
             return torch.cat([bias[..., :own], F.pad(bias[..., own:], (inserted, 0))], dim=2)[None]
         heads, places, _ = bias.shape
         rows = bias.transpose(0, 1).flatten(1)[None]
-        rows = self.of_tokens(rows, own, prefix, torch.zeros_like(rows[0, 0])).unflatten(-1, (heads, places))
+        rows = self.of_tokens(rows, own, prefix, rows.new_zeros(rows.shape[-1])).unflatten(-1, (heads, places))
         columns = rows.permute(0, 3, 1, 2).flatten(2)  # (B, own + P, N H)
-        pairs = self.of_tokens(columns, own, prefix, torch.zeros_like(columns[0, 0])).unflatten(-1, (-1, heads))
+        pairs = self.of_tokens(columns, own, prefix, columns.new_zeros(columns.shape[-1])).unflatten(-1, (-1, heads))
         return pairs.permute(0, 3, 2, 1)
 
 

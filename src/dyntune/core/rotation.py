@@ -35,8 +35,9 @@ class Rotation:
             prefix: leading tokens of every image, which are not rotated.
         """
         own = self.tables[table if len(self.tables) > 1 else 0]
-        still = torch.zeros_like(own[0]).unflatten(-1, (2, -1))
-        still = (still + still.new_tensor([0.0, 1.0])[:, None]).flatten(-2)  # (G, 2 D)
+        # No rotation: sines of 0 and cosines of 1, made on the device itself, which a captured pass must not wait for.
+        sines = torch.zeros_like(own[0]).chunk(2, dim=-1)[0]
+        still = torch.cat([sines, torch.ones_like(sines)], dim=-1)  # (G, 2 D)
         rows = places.of_tokens(own.flatten(1)[None], 0, prefix, still.flatten()).unflatten(-1, still.shape)
         if places.index is None:
             return rows

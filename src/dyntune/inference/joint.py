@@ -8,6 +8,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.units import Unit
@@ -39,7 +40,7 @@ class Joint(nn.Module):
         width, hidden = down.in_features, down.out_features
         self.beside = hidden + 2
         rows = self.beside + (0 if surrogate is None else len(surrogate.down) + 1)
-        self.read = nn.Linear(width, rows)
+        self.read = skip_init(nn.Linear, width, rows)  # draws no random numbers of the caller's
         self.write = nn.Parameter(torch.zeros(rows, width))
         self.to(down.weight)
         weight, bias, write = self.read.weight, self.read.bias, self.write

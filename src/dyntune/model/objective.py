@@ -131,7 +131,8 @@ def training_loss(
         if asked.weight:
             add("complete", factor * asked.weight * missed)
         if asked.distill:
-            add("distill", factor * asked.distill * model.task.distillation(output.logits[:count], complete.logits))
+            taught_by = complete.logits.detach()
+            add("distill", factor * asked.distill * model.task.distillation(output.logits[:count], taught_by))
         if asked.features:
             own, wanted = (features(model.backbone, each) for each in (output, complete))
             add("feature", factor * asked.features * trust(missed) * feature_loss(own[:count], wanted))

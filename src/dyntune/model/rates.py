@@ -23,6 +23,7 @@ from dyntune.backbones.hosts import not_tuned
 from dyntune.backbones.units import Unit
 from dyntune.core.errors import CheckpointError, DataError, SpecError
 from dyntune.core.tokens import Tokens
+from dyntune.core.words import counted
 from dyntune.data.others import require_images
 from dyntune.data.transforms import Preprocessing, preprocessed
 from dyntune.model.executions import Compact
@@ -186,6 +187,11 @@ def shift_gates(model: Gated, rate: float | None, calibration: Calibration | Non
             f"rate {rate:g}: this model is not calibrated. Give images of the kind that it will see, "
             "model.set_rate(rate, data), or calibrate it once for all rates: model.calibration = "
             "dyntune.calibrate(model, data) before saving, or dyntune calibrate RUN DATA for a run."
+        )
+    if not isinstance(calibration, Calibration) or calibration.shifts.keys() != gates.keys():
+        raise SpecError(
+            f"this calibration is not of this model's {counted(len(gates), 'gate')}: given {calibration!r:.120}. "
+            "Calibrate the model itself: model.calibration = dyntune.calibrate(model, data)."
         )
     _set(gates, calibration.at(rate))
 

@@ -107,6 +107,11 @@ class TimmMethods(nn.Module, abc.ABC):
         blocks = self.backbone.blocks
         staged = any(block.before is not None for block in blocks)
         ends = [i for i in range(len(blocks)) if not staged or i + 1 == len(blocks) or blocks[i + 1].before is not None]
+        if isinstance(indices, int) and not 1 <= indices <= len(ends):
+            raise SpecError(
+                f"indices={indices}: expected how many of the last {len(ends)} {'stages' if staged else 'blocks'}, or "
+                "a list of which ones."
+            )
         asked = range(-indices, 0) if isinstance(indices, int) else range(len(ends)) if indices is None else indices
         if not all(-len(ends) <= index < len(ends) for index in asked):
             raise SpecError(f"indices={indices}: expected numbers of {len(ends)} {'stages' if staged else 'blocks'}.")

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -200,10 +201,12 @@ class TunedModel(TimmMethods, HubModel):
             lr: peak learning rate of Adam or its kin; None for others, whose steps depend on the size of gradients.
             accumulate: calls per change of the weights.
         """
-        if steps < 1 or accumulate < 1:
-            raise SpecError(f"expected steps and accumulate of at least 1; given {steps} and {accumulate}.")
-        if lr is not None and lr <= 0:
-            raise SpecError(f"expected a peak learning rate above 0, or None where it says nothing; given {lr}.")
+        if not all(isinstance(count, Integral) and count >= 1 for count in (steps, accumulate)):
+            raise SpecError(
+                f"expected whole numbers of at least 1 as steps and accumulate; given {steps!r} and {accumulate!r}."
+            )
+        if lr is not None and not (isinstance(lr, Real) and 0 < lr < math.inf):
+            raise SpecError(f"expected a peak learning rate above 0, or None where it says nothing; given {lr!r}.")
         self.backbone.begin_training(steps, None if lr is None else lr * math.ceil(steps / accumulate))
 
     def end_training(self) -> None:
@@ -291,15 +294,20 @@ class TunedModel(TimmMethods, HubModel):
         """Raises CheckpointError where a saved adapter could not be loaded again, or would lack what is trained."""
         if self.unmerged is not None:
             raise CheckpointError(
-                "the model is merged: its adapter is part of the backbone's weights now. Save it before merging, or "
-                "save the whole model with safetensors.torch.save_model(model.backbone.host, FILE)."
+                "the model is merged: what folds is part of the backbone's weights now. Save it before merging, or "
+                "save the whole model"
+                + (
+                    ": torch.save(model, FILE)."
+                    if self.unmerged
+                    else " with safetensors.torch.save_model(model.backbone.host, FILE)."
+                )
             )
         names = self._state.unfit(self)
         if names:
             raise CheckpointError(
                 f"{listed(names)}: added, removed or "
                 "resized after tune(), so that a saved adapter could not be put on its backbone again. Change the "
-                "model before it is tuned; or save it all yourself: torch.save(dict(model.named_parameters()), FILE)."
+                "model before it is tuned; or save it all yourself: torch.save(model, FILE)."
             )
         if self.classes is not None and self.backbone.classes not in (0, len(self.classes)):
             raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,14 @@ class Checkpoint:
         identity: what decides the run's outcome.
 
     Attributes:
-        best: figure of merit of the epoch that is kept; -1 where there is none, or none was measured.
+        best: figure of merit of the epoch that is kept; minus infinity where there is none, or none was measured.
         best_epoch: that epoch, counted from 1; 0 where there is none.
         seconds: time spent on the run before it was stopped.
     """
 
     def __init__(self, model: TunedModel, optimizer: Any, scaler: Any, identity: dict[str, Any]) -> None:
         self.model, self.optimizer, self.scaler, self.identity = model, optimizer, scaler, identity
-        self.best, self.best_epoch = -1.0, 0
+        self.best, self.best_epoch = -math.inf, 0
         self.seconds = 0.0
         self._best_tensors: dict[str, Tensor] = {}
 
@@ -43,7 +44,7 @@ class Checkpoint:
             epoch: counted from 1.
             score: its figure of merit, where later epochs shall be compared with it.
         """
-        self.best = -1.0 if score is None else score
+        self.best = -math.inf if score is None else score
         self.best_epoch = epoch
         self._best_tensors = {name: tensor.clone() for name, tensor in self._tensors().items()}
 

@@ -31,7 +31,7 @@ class RunState:
         tensors: the trained tensors, and the statistics that modules keep.
         optimizer: the optimiser's state.
         scaler: the gradient scaler's state under fp16.
-        best: figure of merit, such as accuracy, of the saved adapter, -1 before there is one.
+        best: figure of merit, such as accuracy, of the saved adapter, minus infinity before there is one.
         best_epoch: the epoch that it comes from, counted from 1.
         best_tensors: the same of that epoch.
         seconds: time spent so far.
@@ -117,7 +117,7 @@ class RunState:
         for name in ("epoch", "step", "best_epoch"):
             if type(getattr(self, name)) is not int:
                 raise TypeError(f"{name} is no whole number")
-        if not (math.isfinite(self.best) and math.isfinite(self.seconds) and self.best >= -1):
+        if not (self.best < math.inf and math.isfinite(self.seconds)):  # which nan is not either
             raise ValueError("best or seconds is no number that it can be")
         for name in ("tensors", "best_tensors", "course"):
             named = getattr(self, name)

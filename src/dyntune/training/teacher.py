@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import nn
 
+from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosts import wrap
 from dyntune.backbones.origin import fingerprint
 from dyntune.core.errors import TrainingError
@@ -54,9 +55,22 @@ def ready_teacher(model: TunedModel, teacher: nn.Module | None, device: torch.de
                     f"the teacher was trained with {what} {taught}, the model has {own}. Give a teacher that was "
                     "trained on the same data with the same preprocessing."
                 )
+    else:
+        _compare_pixels(model, backbone)
     for policy in learners(model.policies):
         policy.check_teacher(model.backbone, backbone)
     return (teacher if isinstance(teacher, TunedModel) else backbone).to(device).eval()
+
+
+def _compare_pixels(model: TunedModel, teacher: Backbone) -> None:
+    """Warns where a plain teacher was trained on pixels that were normalised otherwise, as far as it says so."""
+    taught, own = teacher.preprocessing(), model.preprocessing
+    if (taught.mean, taught.std) != (own.mean, own.std):
+        log.warning(
+            "the teacher says that it was trained on pixels with mean %s and deviation %s, and gets those of the "
+            "model, with %s and %s.",
+            *(taught.mean, taught.std, own.mean, own.std),
+        )
 
 
 def warn_about_teacher(model: TunedModel, teacher: nn.Module | None) -> None:

@@ -262,7 +262,7 @@ class _Run:
             self._finish()
             seconds = time.perf_counter() - self.started if epoch < self.settings.epochs else self.checkpoint.seconds
         return FitResult(
-            best_accuracy=None if self.checkpoint.best < 0 else self.checkpoint.best,
+            best_accuracy=self.checkpoint.best if math.isfinite(self.checkpoint.best) else None,
             best_epoch=self.checkpoint.best_epoch,
             steps=self.settings.epochs * self.steps_per_epoch,
             seconds=seconds,
@@ -430,6 +430,12 @@ class _Run:
         if self.val_loader is not None and due:
             evaluation = self._evaluate()
             score = evaluation.score
+            if not math.isfinite(score):
+                raise TrainingError(
+                    f"{self.model.task.merit}, by which {self.model.task.name} picks the epoch, is {score:g}. Epochs "
+                    "cannot be compared by that: have the task's metric give a finite figure, or give no validation "
+                    "images."
+                )
             if self.gated:
                 skipping = {ACTIVATION: round(evaluation.activation, 6)}
             self.progress.evaluated(evaluation)

@@ -6,9 +6,10 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntune.backbones import huggingface_models as models
@@ -197,8 +198,7 @@ class HuggingFace(Backbone):
         rows, columns = self._grid_of(images)
         embeddings = self.tower.embeddings
         if self.kind.startswith("siglip2"):
-            shape = torch.tensor([[rows, columns]], device="cpu")  # its values are looked at
-            x = embeddings(self._flattened(images), shape.expand(len(images), -1))
+            x = embeddings.patch_embedding(self._flattened(images)) + self._positions(rows, columns)
         elif self._resizes:
             x = embeddings(images, interpolate_pos_encoding=size != _pair(self._config.image_size))
         else:
@@ -217,6 +217,17 @@ class HuggingFace(Backbone):
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
         height, width = images.shape[2:]
         return int(height) // self._patch_size[0], int(width) // self._patch_size[1]
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        """SigLIP 2's embeddings of positions ``(P, C)``, which its own forward pass resizes for each image anew."""
+        embeddings = self.tower.embeddings
+        side = embeddings.position_embedding_size
+        table = embeddings.position_embedding.weight
+        if (rows, columns) == (side, side):
+            return cast(Tensor, table)
+        grid = table.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
+        resized = F.interpolate(grid, (rows, columns), mode="bilinear", align_corners=False, antialias=True)
+        return resized[0].flatten(1).T.to(table.dtype)
 
     def _flattened(self, images: Tensor) -> Tensor:
         """Images as rows of patches, each flattened by row, column and channel: ``(B, P, p p 3)``."""
@@ -325,7 +336,7 @@ class HuggingFace(Backbone):
         if weights is not None:
             logs = bias_of(weights, x.dtype)
             mask = logs.repeat_interleave(head.attention.num_heads, dim=0).unsqueeze(1)
-        read = head.attention(head.probe.expand(len(x), -1, -1), x, x, attn_mask=mask, need_weights=False)[0]
+        read = head.attention(head.probe.expand(x.shape[0], -1, -1), x, x, attn_mask=mask, need_weights=False)[0]
         return (read + head.mlp(head.layernorm(read)))[:, 0]
 
     @property
@@ -375,12 +386,15 @@ class HuggingFace(Backbone):
 
     def fold(self) -> dict[str, str]:
         stays = super().fold()
+        self.describe_fold()
+        return stays
+
+    def describe_fold(self) -> None:
         # A bias that a fold has given a map is read from a file only if the configuration names it.
         for option, maps in _BIASES.items():
             if hasattr(self._config, option):
                 modules = [site.module for block in self.blocks for site in maps(block)]
                 setattr(self._config, option, any(getattr(module, "bias", None) is not None for module in modules))
-        return stays
 
     def fold_factors(self) -> None:
         fold_factors(self.blocks)

@@ -75,7 +75,7 @@ class Export:
             "format": FORMAT,
             "dyntune_version": VERSION,
             "spec": self.model.spec,
-            "backbone": self.model.origin.title,
+            "backbone": self.model.origin.without_paths().title,
             "runtime": runtime.name(),
             "precision": precision,
             "integer_products": quantised.integer_products if quantised else 0,

@@ -1,6 +1,8 @@
 """A model's forward pass as one CUDA graph."""
 
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,15 +44,31 @@ def capture(model: Callable[[Tensor], Tensor], images: Tensor, warmup: int = 3) 
         with torch.cuda.graph(graph):
             logits = model(held)
 
-    def replay(batch: Tensor) -> Tensor:
+    return Replay(model, graph, held, logits)
+
+
+class Replay:
+    """A recorded pass; threads that call it take turns.
+
+    Args:
+        model: what was recorded; the graph reads its weights where they lie, so they must live as long as it does.
+        graph: the record.
+        held: the images that it reads.
+        logits: what it writes.
+    """
+
+    def __init__(self, model: Callable[[Tensor], Tensor], graph: Any, held: Tensor, logits: Tensor) -> None:
+        self.model, self._graph, self._held, self._logits = model, graph, held, logits
+        self._turn = threading.Lock()
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        held = self._held
         if batch.shape != held.shape or batch.dtype != held.dtype:
             raise DyntuneError(
                 f"the graph takes {held.dtype} images of shape {tuple(held.shape)}; given {batch.dtype} "
                 f"{tuple(batch.shape)}. Pad the batch, or capture the model for that shape too."
             )
-        with torch.no_grad(), torch.cuda.device(held.device):
+        with self._turn, torch.no_grad(), torch.cuda.device(held.device):
             held.copy_(batch)
-            graph.replay()
-            return logits.clone()
-
-    return replay
+            self._graph.replay()
+            return self._logits.clone()

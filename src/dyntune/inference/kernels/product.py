@@ -1,5 +1,6 @@
 """Triton kernel: a linear map of the active tokens alone, whose number it reads on the device."""
 
+import threading
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from dyntune.inference.kernels.launch import describable, interpreted
 
 _MANY = 4096
 """Tokens from which on large tiles are tried; below, small ones, so that there is work for every multiprocessor."""
+_LAUNCHING = threading.Lock()
+"""Triton's autotuner keeps the arguments of a launch, and the copies that a tuning restores, on the kernel itself."""
 
 
 def activated(
@@ -85,21 +88,22 @@ def _launch(
         # The tile's shape is set by the configuration that runs.
         return TensorDescriptor.from_tensor(matrix, [16, 16]) if described else matrix
 
-    kernel[grid](
-        tiles(rows),
-        tiles(weight),
-        bias,
-        out,
-        index,
-        count,
-        COLUMNS=columns,
-        DEPTH=depth,
-        size=triton.next_power_of_2(total),
-        DESCRIBED=described,
-        SCATTERS=scatters,
-        ACTIVATION=activation,
-        PRECISION=precision(rows.dtype),
-    )
+    with _LAUNCHING:
+        kernel[grid](
+            tiles(rows),
+            tiles(weight),
+            bias,
+            out,
+            index,
+            count,
+            COLUMNS=columns,
+            DEPTH=depth,
+            size=triton.next_power_of_2(total),
+            DESCRIBED=described,
+            SCATTERS=scatters,
+            ACTIVATION=activation,
+            PRECISION=precision(rows.dtype),
+        )
 
 
 def _processors(device: torch.device) -> int:

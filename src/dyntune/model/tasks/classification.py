@@ -27,7 +27,13 @@ class ClassificationMetric(Metric):
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         targets = _as_indices(targets)
-        correct = int((outputs.argmax(-1) == targets).sum())
+        if targets.shape not in (outputs.shape, outputs.shape[:1]):
+            raise TrainingError(
+                f"{len(outputs)} images have targets of shape {tuple(targets.shape)}. Expected class indices "
+                f"({len(outputs)},), or class shares {tuple(outputs.shape)}."
+            )
+        right = targets.argmax(-1) if targets.dim() > 1 else targets
+        correct = int((outputs.argmax(-1) == right).sum())
         loss = float(F.cross_entropy(outputs, targets, reduction="sum"))
         self.sums += torch.tensor([len(outputs), correct, loss], dtype=self.sums.dtype)
 

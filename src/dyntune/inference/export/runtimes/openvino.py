@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,9 +90,13 @@ class OpenVinoSession(Session):
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self._of_thread = threading.local()
 
     def compute(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits, *masks = self._model(images.numpy()).values()
+        # Calling the model itself shares one request among all threads, which then get each other's answers.
+        if not hasattr(self._of_thread, "request"):
+            self._of_thread.request = self._model.create_infer_request()
+        logits, *masks = self._of_thread.request.infer(images.numpy(), share_inputs=True).values()
         return torch.from_numpy(logits), torch.from_numpy(masks[0]) if masks else None
 
 
