@@ -47,3 +47,35 @@ def test_features_are_no_logits_to_learn_from(make_host):
     with pytest.raises(TrainingError, match="no loss of classes: the model has no head"):
         dyntune.training_loss(model, images, labels)
     dyntune.training_loss(model, images, labels, lambda features, _: features.square().mean()).total.backward()
+
+
+def test_lengths_and_rates_of_a_training_that_are_none(make_host):
+    model = dyntune.tune(make_host(), "dyt")
+    for steps, lr in ((0, 1e-3), ("10", 1e-3), (10, 0.0), (10, float("nan")), (10, float("inf")), (10, "1e-3")):
+        with pytest.raises(SpecError, match="expected"):
+            model.begin_training(steps, lr)
+
+
+def test_a_calibration_of_another_model(make_host):
+    model, other = (dyntune.tune(make_host(depth=depth), "dyt").eval() for depth in (2, 1))
+    other.calibration = dyntune.calibrate(other, torch.randn(4, 3, 32, 32), (0.5,))
+    for calibration in (other.calibration, 3):
+        model.calibration = calibration
+        with pytest.raises(SpecError, match="not of this model's 2 gates"):
+            model.set_rate(0.5)
+
+
+@pytest.mark.parametrize("indices", [0, -1, 99])
+def test_numbers_of_blocks_that_there_are_not(make_host, indices):
+    model = dyntune.tune(make_host(), "lora").eval()
+    with pytest.raises(SpecError, match="expected how many of the last 3 blocks"):
+        model.forward_intermediates(torch.zeros(1, 3, 32, 32), indices)
+
+
+def test_labels_that_are_none(make_host):
+    model = dyntune.tune(make_host(), "linear")
+    images, shares = torch.randn(5, 3, 32, 32), torch.eye(5)
+    found = dyntune.evaluate(model, [(images, shares)])
+    assert found.accuracy == dyntune.evaluate(model, [(images, torch.arange(5))]).accuracy
+    with pytest.raises(TrainingError, match=r"have targets of shape \(5, 1\)"):
+        dyntune.evaluate(model, [(images, torch.zeros(5, 1, dtype=torch.long))])

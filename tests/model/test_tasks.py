@@ -50,7 +50,7 @@ class MultiLabel(Task):
         return F.binary_cross_entropy_with_logits(outputs, targets)
 
     def distillation(self, outputs, taught):
-        return F.binary_cross_entropy_with_logits(outputs, taught.detach().sigmoid())
+        return F.binary_cross_entropy_with_logits(outputs, taught.sigmoid())
 
     def metric(self, outputs):
         return F1(outputs)
@@ -208,3 +208,61 @@ def test_one_output_is_no_classification(make_host, make_hf):
         ):
             with pytest.raises(TrainingError, match=r"has 1 output.*num_labels=2.*model\.task"):
                 call()
+
+
+class Regression(MultiLabel):
+    """A number for each image, scored by minus the squared error."""
+
+    name, merit = "regression", "minus_error"
+
+    def __init__(self, scale=20.0):
+        self.scale = scale
+
+    def loss(self, outputs, targets, settings=None):
+        return F.mse_loss(outputs[:, 0], targets)
+
+    def distillation(self, outputs, taught):
+        return F.mse_loss(outputs, taught)
+
+    def metric(self, outputs):
+        scale = self.scale
+
+        class MinusError(Metric):
+            def __init__(self):
+                super().__init__(2)
+
+            def update(self, outputs, targets):
+                errors = (outputs[:, 0] - targets).square().sum()
+                self.sums += torch.tensor([float(errors), len(targets)], dtype=self.sums.dtype)
+
+            def figures(self):
+                return {"minus_error": -scale * float(self.sums[0] / self.sums[1])}
+
+        return MinusError()
+
+
+def test_an_epoch_is_kept_whatever_the_figures_sign(make_host, tmp_path):
+    torch.manual_seed(0)
+    model = dyntune.tune(make_host(num_classes=1), "lora")
+    data = TensorDataset(torch.randn(20, 3, 32, 32), 5 + torch.arange(20.0))
+    model.task = Regression()
+    result = dyntune.fit(model, data, data, out=tmp_path / "run", **SHORT)
+    assert result.best_accuracy < -1 and result.best_epoch == 4
+    assert dyntune.load(tmp_path / "run", backbone=make_host(num_classes=1), task=Regression()).spec == model.spec
+    model.task = Regression(scale=float("nan"))
+    with pytest.raises(TrainingError, match="minus_error, by which regression picks the epoch, is nan"):
+        dyntune.fit(model, data, data, **SHORT)
+
+
+def test_no_task_lets_a_gradient_into_the_complete_model(make_host):
+    seen = []
+
+    class Seen(MultiLabel):
+        def distillation(self, outputs, taught):
+            seen.append(taught.requires_grad)
+            return super().distillation(outputs, taught)
+
+    model = dyntune.tune(make_host(), "dyt:recipe=published").train()
+    model.task = Seen()
+    dyntune.training_loss(model, torch.randn(2, 3, 32, 32), torch.ones(2, 5)).total.backward()
+    assert seen == [False]

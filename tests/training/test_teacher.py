@@ -150,3 +150,11 @@ def test_a_teacher_that_nobody_learns_from_is_named(make_host, data, caplog):
 def test_a_path_is_no_teacher(make_host, data):
     with pytest.raises(TrainingError, match=r"teacher='runs/dense' is no model; give one, for instance teacher="):
         fit(model_of(make_host), data, teacher="runs/dense", **SHORT)
+
+
+def test_a_plain_teacher_of_other_pixels_is_warned_of(make_host, data, caplog):
+    teacher = make_host(seed=7)
+    teacher.pretrained_cfg = {"mean": (0.4, 0.4, 0.4), "std": (0.2, 0.2, 0.2)}
+    with caplog.at_level(logging.WARNING, logger="dyntune"):
+        fit(model_of(make_host), data, teacher=teacher, **SHORT)
+    assert "trained on pixels with mean (0.4, 0.4, 0.4)" in caplog.text
