@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import json
 import logging
 import tempfile
@@ -122,6 +123,8 @@ class HubModel(nn.Module, abc.ABC):
         if pixel_values is None:
             raise TypeError("the model takes images, or pixel_values=...; none were given.")
         if labels is None:
+            if self.training and self.backbone.steps is not None and any(p.follows_length for p in self.policies):
+                _without_terms()
             return self.backbone.answer(None, self.run(pixel_values).logits)
         if self.training:
             if getattr(self, "_is_replica", False) and self.policies:
@@ -199,6 +202,15 @@ class HubModel(nn.Module, abc.ABC):
                 delete_patterns=[TRAINER_WEIGHTS] if _holds_trainers(hub, repository, revision) else None,
             )
         return str(commit.commit_url)
+
+
+@functools.cache
+def _without_terms() -> None:
+    """Says once that a loss which is computed elsewhere holds no rate."""
+    log.warning(
+        "the model was asked for logits in a training, without labels: a loss made of these alone "
+        "(label_smoothing_factor and compute_loss_func of a Trainer) lacks the terms that hold the activation rate."
+    )
 
 
 def _holds_trainers(hub: Any, repository: str, revision: str | None) -> bool:
