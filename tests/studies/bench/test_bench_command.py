@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -377,21 +378,22 @@ def test_a_rate_for_models_without_gates(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "killpg"), reason="signals of POSIX")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found in Linux's /proc")
 def test_sigterm_ends_the_worker_too(tmp_path):
     words = [sys.executable, "-m", "dyntune", "bench", "--out", str(tmp_path), "--rounds", "100000", "--threads", "1"]
     with subprocess.Popen([*words, "--device", "cpu"], stderr=subprocess.PIPE, text=True) as process:
-        while not (workers := _children(process.pid)) and process.poll() is None:
+        while not (workers := _workers(process.pid)) and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         assert "--resume goes on with it" in " ".join(process.stderr.read().split())
     assert process.returncode == 1 and not any(map(_alive, workers))
 
 
-def _children(pid):
+def _workers(pid):
+    """The processes of a process that measure."""
     try:
-        with open(f"/proc/{pid}/task/{pid}/children") as listed:
-            return [int(child) for child in listed.read().split()]
+        listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(own) for own in listed if "bench.worker" in Path(f"/proc/{own}/cmdline").read_text()]
     except OSError:
         return []
 
