@@ -53,16 +53,16 @@ class InProcess(contextlib.AbstractContextManager):
     Popen: type
 
     def __init__(self, command, **_):
-        self.command = command
+        self.command, self.terminated = command, False
 
     def __exit__(self, *_):
         pass
 
     def wait(self):
-        return worker.main(self.command[3:])
+        return None if self.terminated else worker.main(self.command[3:])
 
     def terminate(self):
-        pass
+        self.terminated = True
 
 
 InProcess.Popen = InProcess

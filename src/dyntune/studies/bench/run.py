@@ -48,6 +48,10 @@ class MeasuringStopped(DyntuneError):
     """The user, or the system, stopped a measurement; what is done is kept."""
 
 
+class OtherMeasurements(DyntuneError):
+    """A folder holds measurements of something else, which would be lost or mixed up."""
+
+
 @dataclass(frozen=True)
 class Report:
     """What was measured; ``to_dict`` is the object that ``dyntune bench --json`` prints.
@@ -141,8 +145,8 @@ def bench(
         resume: leaves out what ``keep`` holds of the same plan, whose runtimes alone may differ.
 
     Raises:
-        DyntuneError: a model cannot be built in a runtime, or gives other logits there; or ``keep`` holds measurements
-            of another plan, run or machine, or any without ``resume``.
+        DyntuneError: a model cannot be built in a runtime, or gives other logits there.
+        OtherMeasurements: ``keep`` holds measurements of another plan, run or machine, or any without ``resume``.
         MeasuringStopped: Ctrl-C or SIGTERM, with ``keep``.
     """
     measured = {}
@@ -224,7 +228,7 @@ def _require_folder(folder: Path, asked: dict[str, Any], resume: bool) -> None:
     """Makes sure that what ``folder`` holds is not lost, and that all of it is of what is asked for.
 
     Raises:
-        DyntuneError: there are measurements of something else, any without ``resume``, or other files.
+        OtherMeasurements: there are measurements of something else, any without ``resume``, or other files.
     """
     written = folder / PLAN
     held = sorted(file for file in folder.glob("*.json") if file != written and not is_error(file))
@@ -232,7 +236,7 @@ def _require_folder(folder: Path, asked: dict[str, Any], resume: bool) -> None:
         return
     if not resume or not written.exists():
         known = "measurements, with which --resume goes on" if written.exists() else "something else than measurements"
-        raise DyntuneError(
+        raise OtherMeasurements(
             f"{folder} holds {known} ({listed([file.name for file in held], _SHOWN)}). Give another folder, or remove "
             "this one."
         )
@@ -240,7 +244,7 @@ def _require_folder(folder: Path, asked: dict[str, Any], resume: bool) -> None:
         before = load_json(written)
         plan, of = dict(before["plan"]), dict(before["of"])
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise DyntuneError(
+        raise OtherMeasurements(
             f"{written} cannot be read ({type(error).__name__}: {error}). Give another folder, or remove it."
         ) from error
     now = json.loads(json.dumps(asked))
@@ -248,7 +252,7 @@ def _require_folder(folder: Path, asked: dict[str, Any], resume: bool) -> None:
     pairs += [(of, name, value) for name, value in now["of"].items()]
     changed = [f"{name} was {had.get(name)}, is {value}" for had, name, value in pairs if had.get(name) != value]
     if changed:
-        raise DyntuneError(
+        raise OtherMeasurements(
             f"the measurements in {folder} are of another plan: {'; '.join(changed)}. Give the same options, or "
             "another folder."
         )
@@ -278,6 +282,7 @@ def _measured(plan: Path, runtime: str, result: Path) -> Measured:
             status = process.wait()
         except BaseException:
             process.terminate()
+            process.wait()  # which leaving the block does for a moment only, where Ctrl-C was pressed
             raise
     if failed.exists():
         error = load_json(failed)["error"]
