@@ -8,8 +8,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dyntune
+from dyntune.backbones.hosts import create_backbone
 from dyntune.commands.main import app
 from dyntune.core.errors import CheckpointError, MachineError
+from dyntune.data import build_transform
 
 transformers = pytest.importorskip("transformers")
 
@@ -95,3 +97,26 @@ def test_a_merge_that_fails_leaves_no_folder(run, tmp_path, monkeypatch):
     with pytest.raises(MachineError):
         invoke("merge", run, "--out", tmp_path / "merged")
     assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_siglip2_reads_what_is_merged_with_a_processor_that_fits(make_hf, randomise, tmp_path):
+    host = randomise(make_hf("siglip2", num_patches=9))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    patches = images.reshape(-1, 3, 4, 8, 4, 8).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 192)
+    shapes, mask = torch.tensor([[4, 4]]).expand(2, -1), torch.ones(2, 16, dtype=torch.long)
+    expected = host(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes).logits
+    host.save_pretrained(tmp_path / "host")
+    name = f"hf:{tmp_path / 'host'}"
+    larger = dyntune.tune(create_backbone(name, img_size=32), "linear").eval()
+    torch.testing.assert_close(larger(images), expected, atol=1e-5, rtol=1e-5)
+    model = dyntune.tune(create_backbone(name), "lora").eval()
+    model.save(tmp_path / "run")
+    invoke("merge", tmp_path / "run", "--out", tmp_path / "merged")
+    picture = Image.effect_noise((24, 24), 90).convert("RGB")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "merged")
+    plain = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
+    seen = build_transform(model.preprocessing)(picture)[None]
+    torch.testing.assert_close(
+        plain(**processor(picture, return_tensors="pt")).logits, model(seen), atol=1e-4, rtol=1e-4
+    )

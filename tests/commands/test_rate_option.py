@@ -61,7 +61,11 @@ def test_a_run_is_calibrated_and_then_computes_what_it_is_asked_for(run, photos,
     done = invoke("visualize", run, red, "--out", tmp_path / "out", "--rate", 0.5, "--device", "cpu")
     assert done.exit_code == 0, done.output
     done = invoke("predict", run, red, "--rate", 0.9, "--device", "cpu")
-    assert "between 0.3 and 0.6" in str(done.exception)
+    assert "between 0.3 and 0.6" in str(done.exception) and "--rates 0.3/0.6/0.9" in str(done.exception)
+    done = invoke("calibrate", run, photos, "--rates", "0.9/0.6", "--images", 9, "--device", "cpu")
+    assert "1 other rate before, which this replaces; to keep them too: --rates 0.3/0.6/0.9" in done.output
+    done = invoke("visualize", run, red, "--out", tmp_path / "dotted", "--format", ".svg", "--device", "cpu")
+    assert {path.name for path in (tmp_path / "dotted").iterdir()} == {"tokens-1.svg", "activation.svg"}
 
 
 def test_train_takes_a_range_and_calibrates(photos, tmp_path):

@@ -12,6 +12,7 @@ import torch
 import dyntune
 from dyntune.backbones.hosts import create_backbone
 from dyntune.core.errors import CheckpointError, SpecError, TrainingError
+from dyntune.model import hub
 from dyntune.model.adapter_folder import CONFIG, TRAINER_WEIGHTS, WEIGHTS
 from dyntune.model.rates import dispatchers
 
@@ -494,3 +495,20 @@ def test_replicas_of_data_parallel_do_not_train_gates(fresh):
         replica(**batch)
     replica.eval()(**batch)
     fresh("linear").train()._replicate_for_data_parallel()(**batch)
+
+
+def test_a_training_that_asks_for_logits_alone_is_warned_of(make_host, caplog):
+    hub._without_terms.cache_clear()
+    model = dyntune.tune(make_host(), "dyt").train()
+    model(pixel_values=torch.zeros(1, 3, 32, 32))
+    assert "lacks the terms" not in caplog.text
+    model.begin_training(10, 1e-3)
+    model(pixel_values=torch.zeros(1, 3, 32, 32))
+    assert "lacks the terms that hold the activation rate" in caplog.text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["vpt+tome:r=2", "adaptformer+tome:r=2"])
+def test_no_images_are_a_batch_too(make_host, spec):
+    model = dyntune.tune(make_host("beit"), spec).eval()
+    assert model(torch.zeros(0, 3, 32, 32)).shape == (0, 5)

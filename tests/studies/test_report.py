@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from dyntune.studies.report import Table, _page, markdown_table, trained_with
+from dyntune import tune
+from dyntune.backbones.hosts import create_backbone
+from dyntune.data import load_data
+from dyntune.studies.report import Table, _page, markdown_table, token_pictures, trained_with
 from dyntune.training.settings import TrainSettings
 
 TABLE = Table("On <large> models", ("model", "per image"), [("dyt:rate=0.5,a&b", "9.1 ms")], "Random weights.")
@@ -35,3 +38,13 @@ def test_a_report_says_what_decided_its_figures_and_not_where_the_weights_lie():
     told = trained_with("digits", "vit_tiny", Path("/somewhere/vit.npz"), TrainSettings(lr=2e-3, workers=3))
     assert (told["data"], told["model"], told["weights"]) == ("digits", "vit_tiny", "vit.npz")
     assert told["settings"]["lr"] == 2e-3 and told["settings"]["seed"] == 0 and "workers" not in told["settings"]
+
+
+def test_pictures_of_clips_are_of_their_frames():
+    data = load_data("motion")
+    backbone = create_backbone("frames:vit_mini_patch4_32.dyntune", frames=3, num_classes=len(data.classes))
+    model = tune(backbone, "dyt:rate=0.5")
+    found = token_pictures("dyt:rate=0.5", model, data.test)
+    assert list(found) == ["tokens-dyt-rate-0.5.png"]
+    figure, caption = found["tokens-dyt-rate-0.5.png"]
+    assert figure.get_size_inches()[0] > 0 and "of each frame the patches" in caption
