@@ -156,15 +156,17 @@ def preprocessing(host: Any, kind: str, size: tuple[int, int]) -> Preprocessing:
 def _of_channels(host: Any, values: dict[str, Any], name: str, usual: Sequence[float]) -> tuple[float, ...]:
     """What a processor says of each of three channels, for which it may have one number."""
     given = values.get(name, usual)
-    numbers = (
-        (given,) * 3 if isinstance(given, int | float) else tuple(given) if isinstance(given, list | tuple) else ()
-    )
-    if len(numbers) != 3 or not all(type(number) in (int, float) for number in numbers):
+    numbers = [given] * 3 if isinstance(given, int | float) else given
+    if (
+        not isinstance(numbers, list | tuple)
+        or len(numbers) != 3
+        or not all(type(number) in (int, float) for number in numbers)
+    ):
         raise BackboneError(
             f"the image processor beside {host.name_or_path} has {name}={given!r:.60}; expected a number, or one for "
             "each of three channels."
         )
-    return numbers
+    return tuple(numbers)
 
 
 def write_processor(preprocessing: Preprocessing, folder: Path, config: Any) -> None:
