@@ -155,9 +155,11 @@ def test_a_prediction_that_is_stopped_shows_what_is_done(flat, tmp_path, monkeyp
 
 def test_a_path_that_cannot_be_written_is_named(flat, tmp_path):
     (tmp_path / "file").touch()
-    for arguments in (("train", flat[0], *FAST), ("export", flat[1])):
+    said = dyntune("export", flat[1], "--out", tmp_path / "file/run", status=1).stderr
+    assert f"{tmp_path / 'file'}" in said and "Give another path" in said and "Errno" not in said
+    for arguments in (("train", flat[0], *FAST), ("compare", flat[0], "--methods", "linear", "--epochs", 1)):
         said = dyntune(*arguments, "--out", tmp_path / "file/run", status=1).stderr
-        assert f"{tmp_path / 'file'}" in said and "Give another path" in said and "Errno" not in said
+        assert f"{tmp_path / 'file'} is a file; give a folder for the run." in said and "data" not in said
 
 
 def test_visualize_does_what_it_can_in_the_home_folder(flat, album, monkeypatch, tmp_path):

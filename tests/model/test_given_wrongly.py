@@ -6,7 +6,8 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 import dyntune
-from dyntune.core.errors import DataError, SpecError, TrainingError
+from dyntune.core.errors import DataError, MachineError, SpecError, TrainingError
+from dyntune.parts.methods.adaptformer import AdaptFormer
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,19 @@ def test_a_calibration_of_another_model(make_host):
         model.calibration = calibration
         with pytest.raises(SpecError, match="not of this model's 2 gates"):
             model.set_rate(0.5)
+
+
+def test_parts_that_the_memory_does_not_hold(make_host, monkeypatch):
+    def install(self, backbone):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 384000000000 bytes.")
+
+    host = make_host()
+    before = {name: p.requires_grad for name, p in host.named_parameters()}
+    with monkeypatch.context() as patched, pytest.raises(MachineError, match=r"384000000000 bytes\..* takes less"):
+        patched.setattr(AdaptFormer, "install", install)
+        dyntune.tune(host, "adaptformer")
+    assert {name: p.requires_grad for name, p in host.named_parameters()} == before
+    dyntune.tune(host, "adaptformer")
 
 
 @pytest.mark.parametrize("indices", [0, -1, 99])

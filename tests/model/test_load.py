@@ -523,7 +523,7 @@ def made_up(saved):
         (lambda c: c["preprocessing"].update(std=[0.5, math.nan, 0.5]), "finite numbers"),
         (lambda c: c["preprocessing"].update(size=[10**9, 10**9]), "at most 4096"),
         (lambda c: c["preprocessing"].update(size=["32", 32]), "no whole number"),
-        (lambda c: c["parts"][0].update(bottleneck=10**9), "beyond 65536"),
+        (lambda c: c["parts"][0].update(bottleneck=10**9), "beyond 65,536"),
         (lambda c: c["parts"][0].update(bottleneck=60_000), "expected (60000, 32)"),
         (lambda c: c["parts"][0].update(scale=1e308), "is not valid"),
         (lambda c: c["parts"].append({"type": "auto", "budget": 0.5}), "what it has found"),

@@ -157,6 +157,9 @@ def test_a_name_that_is_near_to_nothing_gets_no_guess():
         ("dyt:rate=1.5", "rate between 0 and 1"),
         ("dyt:experts=0", "at least 1 expert"),
         ("adaptformer:bottleneck=0", "bottleneck of at least 1"),
+        ("lora:rank=1000000000000", "lora: rank=1000000000000 is beyond 65,536, which no backbone has room for."),
+        ("dyt:complete_every=65537", "beyond 65,536"),
+        ("evit:layers=3/70000", "layers=3/70000 is beyond 65,536"),
     ],
 )
 def test_bad_values_are_told_what_was_expected(text, said):

@@ -28,7 +28,7 @@ from dyntune.studies.noah import SearchSettings
 from dyntune.studies.vtab.folders import find_folders
 from dyntune.studies.vtab.plan import Plan
 from dyntune.studies.vtab.recipes import RECIPES, Recipe, find_recipe
-from dyntune.studies.vtab.report import describe
+from dyntune.studies.vtab.report import describe, is_published
 from dyntune.studies.vtab.run import BenchmarkResult, check_methods, failure_report, job_states, run_benchmark
 from dyntune.studies.vtab.search import require_optuna
 from dyntune.studies.vtab.table import terminal_rows
@@ -195,7 +195,7 @@ def _show(plan: Plan, result: BenchmarkResult, json: bool) -> None:
             }
         )
         return
-    heads, rows = terminal_rows(result.rows, plan.benchmark, plan.model)
+    heads, rows = terminal_rows(result.rows, plan.benchmark, published=is_published(plan))
     space()
     print_table(f"{plan.benchmark.name} with {plan.model}", heads, rows)
     out.print(describe(plan), markup=False, highlight=False, soft_wrap=True)

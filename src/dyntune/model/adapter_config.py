@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ from dyntune.parts.registry import as_in_files, expand, part_from_dict, resolve
 from dyntune.parts.spec import Part
 
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
-_LARGEST = 65536
-"""A whole number beyond it is no size of a part: none has so many channels, tokens or experts."""
 
 
 @dataclass(frozen=True)
@@ -170,11 +168,6 @@ def _parts(config: dict[str, Any]) -> tuple[Part, ...]:
     for part in parts:
         if isinstance(part, Searching):
             raise CheckpointError(f"{part.name()} is no part of a saved model, which says what it has found.")
-        values = (
-            value for option in asdict(part).values() for value in (option if type(option) is tuple else (option,))
-        )
-        if any(type(value) is int and value > _LARGEST for value in values):
-            raise CheckpointError(f"{part.name()} has an option beyond {_LARGEST}, which no backbone has room for.")
     try:
         named = resolve([config["spec"]])
         former = as_in_files(named)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosts import wrap
+from dyntune.core.limits import limits_named
 from dyntune.core.shapes import shapes_only
 from dyntune.model.macs import trace, traced_macs
 from dyntune.parts.checks import check_bypass, check_gates, check_grid, check_reductions
@@ -48,8 +49,9 @@ def install(backbone: Backbone, parts: Sequence[Part]) -> tuple[TokenPolicy, ...
     for parameter in chain(backbone.adopted, *(m.parameters() for m in (*backbone.heads, *backbone.necks))):
         parameter.requires_grad_(True)
     try:
-        for part in installed:
-            cast(TuningMethod | TokenPolicy, part).install(backbone)
+        with limits_named():
+            for part in installed:
+                cast(TuningMethod | TokenPolicy, part).install(backbone)
         for parameter in backbone.idle:
             parameter.requires_grad_(False)
         check_grid(backbone)

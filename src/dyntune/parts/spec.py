@@ -15,6 +15,8 @@ from dyntune.core.discovery import named
 from dyntune.core.errors import SpecError, unknown_name
 from dyntune.core.fields import descriptions
 
+LARGEST = 65536
+"""Of an option that is a whole number; wider is no backbone, and a file could ask for any memory by a larger one."""
 _FACTOR = "scale is lora_alpha / rank"
 _WIDTH = "bottleneck is the width of the tokens / reduction_factor"
 ELSEWHERE = {
@@ -86,6 +88,13 @@ class Part:
                 object.__setattr__(self, field.name, coerce(value, _hints(type(self))[field.name]))
             except ValueError as error:
                 raise SpecError(f"{self.name()}: {field.name}={value!r} is not valid: expected {error}.") from None
+            value = getattr(self, field.name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(type(number) is int and number > LARGEST for number in numbers):
+                raise SpecError(
+                    f"{self.name()}: {field.name}={format_value(value)} is beyond {LARGEST:,}, which no backbone has "
+                    "room for."
+                )
         self.check()
 
     def check(self) -> None:

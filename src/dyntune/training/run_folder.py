@@ -42,8 +42,9 @@ def require_room(out: Path, resume: bool) -> None:
         TrainingError: it is a file, or holds a run or something else that is not to be continued, or an adapter that
             no run can go on with.
     """
-    if out.exists() and not out.is_dir():
-        raise TrainingError(f"{out} is a file; give a folder for the run.")
+    file = next((place for place in (out, *out.parents) if place.exists() and not place.is_dir()), None)
+    if file is not None:
+        raise TrainingError(f"{file} is a file; give a folder for the run.")
     if not out.exists():
         return
     if (out / STATE).exists():

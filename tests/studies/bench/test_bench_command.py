@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -51,6 +50,7 @@ class InProcess(contextlib.AbstractContextManager):
     """What stands for subprocess where workers run in this process."""
 
     Popen: type
+    PIPE = subprocess.PIPE
 
     def __init__(self, command, **_):
         self.command, self.terminated = command, False
@@ -389,6 +389,20 @@ def test_sigterm_ends_the_worker_too(tmp_path):
     assert process.returncode == 1 and not any(map(_alive, workers))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found in Linux's /proc")
+def test_a_worker_does_not_outlive_a_command_that_was_killed(tmp_path):
+    words = [sys.executable, "-m", "dyntune", "bench", "--out", str(tmp_path), "--rounds", "100000", "--threads", "1"]
+    with subprocess.Popen([*words, "--device", "cpu"], stderr=subprocess.DEVNULL) as process:
+        while not (workers := _workers(process.pid)) and process.poll() is None:
+            time.sleep(0.1)
+        process.kill()
+    end = time.monotonic() + 60  # until it has imported what it needs
+    while any(map(_alive, workers)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert workers and not any(map(_alive, workers))
+
+
 def _workers(pid):
     """The processes of a process that measure."""
     try:
@@ -400,7 +414,7 @@ def _workers(pid):
 
 def _alive(pid):
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
         return False
-    return True
+    return state not in ("Z", "X")  # ended, but nobody has asked how

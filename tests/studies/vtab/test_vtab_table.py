@@ -88,6 +88,7 @@ def test_published_rows_go_with_their_tasks_and_backbone_only():
     assert not comparable(VTAB_1K, "vit_large_patch16_224") and not comparable(
         VTAB_1K.choose(["dtd"]), "vit_base_patch16_224"
     )
+    assert comparable(VTAB_1K, "vit_base_patch16_224", 224) and not comparable(VTAB_1K, "vit_base_patch16_224", 384)
 
 
 def test_rows_average_over_tasks_groups_and_seeds():
@@ -104,7 +105,7 @@ def test_what_is_missing_is_a_dash_and_no_average_hides_it():
     row = method_row(BENCHMARK, "two", (0,), RESULTS)
     assert row.tasks["a"].mean == 0.9 and row.tasks["b"] is None
     assert row.groups == {"First": None, "Second": None} and row.mean is None and row.macs is None
-    heads, lines = terminal_rows([row], BENCHMARK, "vit")
+    heads, lines = terminal_rows([row], BENCHMARK, published=False)
     assert (
         heads == ["", "two"]
         and lines[0] == ["A_1", "90.0"]
@@ -130,7 +131,7 @@ def test_csv_has_seeds_mean_and_deviation():
 
 def test_markdown_and_latex_show_the_same_figures():
     rows = [method_row(BENCHMARK, spec, (0, 1), RESULTS) for spec in ("one:rate=0.5", "two")]
-    markdown = to_markdown(rows, BENCHMARK, "vit", "Measured here.")
+    markdown = to_markdown(rows, BENCHMARK, "vit", "Measured here.", published=False)
     assert (
         "| `one:rate=0.5` | mean | 55.0 ± 7.1 | 75.0 ± 7.1 |" in markdown
         and "45.00 ± 7.07 | 1.000 | 2.000 |" in markdown
@@ -149,9 +150,9 @@ def test_markdown_and_latex_show_the_same_figures():
 def test_published_results_stand_beside_ours_on_the_full_benchmark():
     results = [_result("dyt", task.folder, 0, 0.5) for task in VTAB_1K.tasks]
     row = method_row(VTAB_1K, "dyt", (0,), results)
-    markdown = to_markdown([row], VTAB_1K, "vit_base_patch16_224", "")
+    markdown = to_markdown([row], VTAB_1K, "vit_base_patch16_224", "", published=True)
     assert "| `dyt` | DyT r=0.5 | 77.14 | 0.16 | 12.54 |" in markdown
-    assert terminal_rows([row], VTAB_1K, "vit_base_patch16_224")[1][-1] == ["Mean, published", "77.14"]
+    assert terminal_rows([row], VTAB_1K, published=True)[1][-1] == ["Mean, published", "77.14"]
 
 
 def test_the_figure_has_a_marker_per_method_and_names_published_ones():

@@ -277,7 +277,8 @@ def _measured(plan: Path, runtime: str, result: Path) -> Measured:
     failed = error_file(result)
     failed.unlink(missing_ok=True)
     # In a session of its own, so that Ctrl-C reaches this process alone, which ends the other without its traceback.
-    with subprocess.Popen(command, stdout=sys.__stderr__, start_new_session=True) as process:
+    # Its standard input is closed when this process ends, even where nothing can be done any more (SIGKILL).
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.__stderr__, start_new_session=True) as process:
         try:
             status = process.wait()
         except BaseException:

@@ -56,6 +56,7 @@ _FIGURES = ("mean", "params_m", "gflops")
 
 MODEL = "vit_base_patch16_224"
 """The backbone of the table, whatever its weights."""
+IMG_SIZE = 224
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ class PublishedRow:
     note: str = ""
 
 
-def comparable(benchmark: Benchmark, model: str) -> bool:
-    """Whether a run has the tasks and the backbone of the published table."""
-    return benchmark == VTAB_1K and model.split(".")[0] == MODEL
+def comparable(benchmark: Benchmark, model: str, img_size: int | None = None) -> bool:
+    """Whether a run has the tasks, the backbone and the image size (None: the backbone's) of the published table."""
+    return benchmark == VTAB_1K and model.split(".")[0] == MODEL and img_size in (None, IMG_SIZE)
 
 
 @functools.cache

@@ -45,7 +45,8 @@ def write_tables(asked: Plan) -> list[MethodRow]:
     rows = summarise(plan, {spec: asked.seeds_of(spec) for spec in plan.specs})
     write_text(plan.out / "table.csv", to_csv(rows, plan.benchmark))
     trained, measured = describe(plan), f"Measured on {machine()}."
-    write_text(plan.out / "table.md", to_markdown(rows, plan.benchmark, plan.model, f"{trained} {measured}"))
+    markdown = to_markdown(rows, plan.benchmark, plan.model, f"{trained} {measured}", published=is_published(plan))
+    write_text(plan.out / "table.md", markdown)
     write_text(plan.out / "table.tex", to_latex(rows, plan.benchmark, f"{plan.benchmark.name}: {trained} {measured}"))
     points = [pictures.Point(r.method, r.macs, r.mean.mean, r.mean.std) for r in rows if r.mean and r.macs]
     if points:
@@ -57,9 +58,14 @@ def write_tables(asked: Plan) -> list[MethodRow]:
 
 def _published(plan: Plan) -> list[pictures.Point]:
     """The published results, where they can be compared."""
-    if not comparable(plan.benchmark, plan.model):
+    if not is_published(plan):
         return []
     return [pictures.Point(row.name, row.gflops * 1e9, row.mean / 100) for row in published_rows()]
+
+
+def is_published(plan: Plan) -> bool:
+    """Whether there are published results to compare with those of a plan."""
+    return comparable(plan.benchmark, plan.model, plan.img_size)
 
 
 def describe(plan: Plan) -> str:

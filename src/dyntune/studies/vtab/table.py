@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from dyntune.core.texts import for_csv, for_markdown, for_markdown_code, printable
-from dyntune.studies.vtab.published import SOURCE, comparable, published_row
+from dyntune.studies.vtab.published import SOURCE, published_row
 from dyntune.studies.vtab.results import JobResult
 from dyntune.studies.vtab.tasks import Benchmark
 
@@ -145,13 +145,21 @@ def cells(row: MethodRow | SeedRow, benchmark: Benchmark) -> list[str]:
     return [*accuracies, _percent(row.mean, 2), _scaled(row.params, 1e6), _scaled(row.macs, 1e9)]
 
 
-def terminal_rows(rows: Sequence[MethodRow], benchmark: Benchmark, model: str) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows with the methods side by side, because 19 tasks do not fit across a terminal."""
+def terminal_rows(
+    rows: Sequence[MethodRow], benchmark: Benchmark, *, published: bool
+) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows with the methods side by side, because 19 tasks do not fit across a terminal.
+
+    Args:
+        rows: of the methods.
+        benchmark: what they were run on.
+        published: whether the published results can be compared.
+    """
     figures = [cells(row, benchmark) for row in rows]
     lines = [[name, *(own[i] for own in figures)] for i, name in enumerate(columns(benchmark))]
-    if comparable(benchmark, model):
-        published = [published_row(row.method) for row in rows]
-        lines.append(["Mean, published", *(DASH if p is None else f"{p.mean:.2f}" for p in published)])
+    if published:
+        theirs = [published_row(row.method) for row in rows]
+        lines.append(["Mean, published", *(DASH if p is None else f"{p.mean:.2f}" for p in theirs)])
     return ["", *(row.method for row in rows)], lines
 
 
@@ -177,8 +185,16 @@ def to_csv(rows: Sequence[MethodRow], benchmark: Benchmark) -> str:
     return file.getvalue()
 
 
-def to_markdown(rows: Sequence[MethodRow], benchmark: Benchmark, model: str, measured: str) -> str:
-    """The table with a line per seed under each method, and how its figures were trained and measured."""
+def to_markdown(rows: Sequence[MethodRow], benchmark: Benchmark, model: str, measured: str, *, published: bool) -> str:
+    """The table with a line per seed under each method, and how its figures were trained and measured.
+
+    Args:
+        rows: of the methods.
+        benchmark: what they were run on.
+        model: timm name of the backbone.
+        measured: how and on what.
+        published: whether the published results can be compared.
+    """
     heads = ["method", "seed", *columns(benchmark)]
     lines = [
         f"# {for_markdown(benchmark.name)} with {for_markdown(model)}",
@@ -190,8 +206,8 @@ def to_markdown(rows: Sequence[MethodRow], benchmark: Benchmark, model: str, mea
         for name, own in _blocks(row):
             lines.append("| " + " | ".join([for_markdown_code(row.method), name, *cells(own, benchmark)]) + " |")
     lines += ["", f"{_legend(rows)} {measured}", ""]
-    known = [(row, published_row(row.method)) for row in rows] if comparable(benchmark, model) else []
-    if any(published for _, published in known):
+    known = [(row, published_row(row.method)) for row in rows] if published else []
+    if any(theirs for _, theirs in known):
         lines += [f"Published ({SOURCE}):", "", "| method | name there | Mean | Params (M) | MACs (G) |"]
         lines += ["| --- | --- | ---: | ---: | ---: |"]
         lines += [
