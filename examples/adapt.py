@@ -3,7 +3,7 @@
     python examples/adapt.py            # a few minutes on two cores; nothing is downloaded
     python examples/adapt.py --quick    # seconds, and accordingly bad
 
-Writes runs/adapt: the adapter, its log, and tokens.png.
+Writes runs/adapt, or runs/adapt-quick: the adapter, its log, and tokens.png.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main(out: Path, quick: bool = False) -> dyntune.Evaluation:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/adapt"), help="folder for the adapter and the picture")
+    parser.add_argument("--out", type=Path, help="folder for the adapter and the picture")
     parser.add_argument("--quick", action="store_true", help="one epoch of 96 images")
     given = parser.parse_args()
-    main(given.out, given.quick)
+    main(given.out or Path("runs/adapt-quick" if given.quick else "runs/adapt"), given.quick)

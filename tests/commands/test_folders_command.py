@@ -82,6 +82,24 @@ def test_images_that_were_trained_on_are_known_wherever_they_lie(flat, tmp_path)
     assert report["split"] == "test" and report["images"] == 40 and report["trained_on"] > 20
 
 
+def test_images_of_splits_that_are_not_used_are_not_read(flat, tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        for colour in COLOURS:
+            draw(tmp_path / split / colour, 2, first=300)
+        (tmp_path / split / COLOURS[0] / "cut.png").write_bytes(b"nothing")
+    report = evaluated(flat[1], tmp_path, "--on-corrupt", "skip")
+    assert report["images"] == 4 and report["skipped"] == 1 and "left out 1 image" in report["said"]
+
+
+def test_training_images_too_few_to_be_split_do_not_keep_a_test_folder_from_being_used(flat, tmp_path):
+    for colour in COLOURS:
+        draw(tmp_path / "train" / colour, 1, first=400)
+        draw(tmp_path / "test" / colour, 2, first=400)
+    assert evaluated(flat[1], tmp_path)["images"] == 4
+    shutil.rmtree(tmp_path / "test")
+    assert evaluated(flat[1], tmp_path)["split"] == "train"
+
+
 @pytest.mark.parametrize("split", ["test", "Testing", "val"])
 def test_a_split_alone_is_enough(flat, tmp_path, split):
     for colour in COLOURS:

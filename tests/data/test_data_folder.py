@@ -209,7 +209,7 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
 def test_pictures_that_dyntune_drew_are_neither_a_class_nor_of_one(tmp_path, place, caplog):
     fill(tmp_path, {"cat": 3, "dog": 3})
     (tmp_path / place).mkdir()
-    for name in ("tokens-1.png", "tokens-2.png", "activation.png"):
+    for name in ("tokens-1.png", "tokens-2.png", "activation.png", "activation-data.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / place / name)
     splits = load_data(tmp_path)
     assert splits.classes == ("cat", "dog")

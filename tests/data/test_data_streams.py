@@ -123,6 +123,28 @@ def test_a_shard_that_was_cut_is_refused(tmp_path, cut, caplog):
         assert 0 < len(splits.train) < 6 and "train-0.tar is cut off" in caplog.text
 
 
+def test_info_files_need_to_say_no_more_than_which_shards_there_are(tmp_path, caplog):
+    write_shard(tmp_path / "a.tar", shard_samples(0, 6))
+    info = tmp_path / "info.json"
+    info.write_text(json.dumps({"splits": {"train": {"filenames": ["a.tar"]}}}))
+    splits = load_data(f"wds/{tmp_path}")
+    assert len(splits.train) + len(splits.val) == 6
+    info.write_text(json.dumps({"splits": {"train": {"filenames": ["a.tar"]}, "test": {"filenames": []}}}))
+    with pytest.raises(DataError, match="'test' has no filenames"):
+        load_data(f"wds/{tmp_path}")
+    info.unlink()
+    load_data(f"wds/{tmp_path}")
+    assert "info file not found" not in caplog.text
+
+
+def test_labels_that_are_numbers_of_something_else_are_refused(tmp_path):
+    samples = shard_samples(0, 6)
+    samples["0003"]["cls"] = b"20000000"
+    write_shard(tmp_path / "train-0.tar", samples)
+    with pytest.raises(DataError, match="the highest label is 20000000, of 3 labels that differ"):
+        load_data(f"wds/{tmp_path}")
+
+
 def test_shards_that_hold_other_than_their_info_file_says_are_refused(tmp_path):
     write_shard(tmp_path / "a.tar", shard_samples(0, 6))
     entry = {"name": "train", "filenames": ["a.tar"], "shard_lengths": [9], "num_samples": 9}

@@ -4,6 +4,7 @@ import multiprocessing
 import pickle
 import shutil
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -155,6 +156,8 @@ def broken(kind, film, path):
         Image.new("RGB", (8, 8)).save(path, format="png")
     elif kind == "sound":
         sound(path)
+    elif kind == "codec":
+        path.write_bytes(data.replace(b"avc1", b"xvc9"))
     elif kind == "list":
         path.write_text(f"ffconcat version 1.0\nfile {film}\n")
 
@@ -169,6 +172,7 @@ def broken(kind, film, path):
         ("picture", "cannot be opened"),
         ("list", "cannot be opened"),
         ("sound", "no pictures, only sound"),
+        ("codec", "cannot decode its pictures"),
     ],
 )
 def test_broken_files_are_named(film, tmp_path, kind, message):
@@ -177,6 +181,43 @@ def test_broken_files_are_named(film, tmp_path, kind, message):
     with pytest.raises(DataError, match=message) as caught:
         Video(path).load()
     assert "broken.mp4" in str(caught.value)
+
+
+def small(path, container, codec):
+    """Eight frames in a file of any kind."""
+    with av.open(str(path), "w", format=container) as out:
+        stream = out.add_stream(codec, rate=12)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for frame in frames_of(8):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode(None))
+
+
+def test_a_file_that_is_damaged_where_frames_are_counted_is_named(tmp_path, monkeypatch):
+    def shown(container, stream):
+        raise av.error.InvalidDataError(1094995529, "Invalid data found when processing input")
+
+    small(tmp_path / "film.mkv", "matroska", "libx264")
+    monkeypatch.setattr("dyntune.data.video_files._shown", shown)
+    with pytest.raises(DataError, match=r"film\.mkv: cannot be read as a video \(.*Invalid data"):
+        Video(tmp_path / "film.mkv").about()
+
+
+def test_a_file_that_announces_any_number_of_frames_takes_no_memory(tmp_path):
+    path = tmp_path / "much.avi"
+    small(path, "avi", "mpeg4")
+    data, many = bytearray(path.read_bytes()), (3_000_000).to_bytes(4, "little")
+    for head, place in ((b"avih", 24), (b"strh", 40)):
+        start = data.index(head) + place
+        data[start : start + 4] = many
+    path.write_bytes(data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="stops after 8 of 3000000 frames"):
+            Video(path).load()
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def noisy(path, count):
@@ -433,7 +474,7 @@ def test_a_folder_of_images_is_named_as_one(photos):
         load_data(f"video-folder:{photos}")
 
 
-def test_lists(films, tmp_path):
+def test_lists(films, tmp_path, caplog):
     names = [f"{label}/{n}.mp4" for label in ("down", "up") for n in range(4)]
     text = "".join(f"{films}/train/{name} {name.startswith('up'):d}\n" for name in names)
     (tmp_path / "train.csv").write_text(f"# path label\n{text}\n{films}/train/up/as_frames 5 1\n")
@@ -444,9 +485,21 @@ def test_lists(films, tmp_path):
     assert data.train.source(8).endswith("train.csv, line 11)")
     held = load_held(f"video-list:{tmp_path / 'val.csv'}", classes=["no", "yes", "maybe"])
     assert held.classes == ("no", "yes", "maybe") and held.splits["val"].targets == (1, 0) and not held.plain
+    assert "0 is no, 2 is maybe" in caplog.text
+    assert load_held(f"video-list:{tmp_path / 'val.csv'}", classes=["1", "0"]).all.targets == (0, 1)
     (tmp_path / "validation.csv").write_text(f"{films}/val/up/0.mp4 1\n")
     with pytest.raises(DataError, match=r"val\.csv and validation\.csv: expected one val list"):
         load_data(f"video-list:{tmp_path / 'train.csv'}")
+
+
+def test_lists_that_count_from_one(films, caplog):
+    lines = [f"train/{label}/{n}.mp4 {label.startswith('up') + 1:d}" for n in range(3) for label in ("up", "down")]
+    (films / "from_one.txt").write_text("\n".join(lines))
+    data = load_data(f"video-list:{films / 'from_one.txt'}")
+    assert data.classes == ("1", "2") and sum(data.train.targets) + sum(data.val.targets) == 3
+    assert "the lowest label is 1" in caplog.text
+    held = load_held(f"video-list:{films / 'from_one.txt'}", classes=["down", "up"])
+    assert held.all.targets == (1, 0) * 3 and "1 is down, 2 is up" in caplog.text
 
 
 def test_lists_of_names_relative_to_them(films):

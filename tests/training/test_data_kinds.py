@@ -11,7 +11,7 @@ from torchvision.datasets import ImageFolder
 
 import dyntune
 from dyntune.core.errors import DataError, DyntuneError, TrainingError
-from dyntune.data import build_transform, load_data
+from dyntune.data import ImageSubset, build_transform, load_data
 from dyntune.data.datasets import ArrayImages
 from dyntune.data.others import accepted
 from dyntune.training.evaluate import evaluate
@@ -265,3 +265,12 @@ def test_class_names_of_a_data_set_become_texts(model, names):
     tuned = model()
     fit(tuned, data, **SHORT)
     assert tuned.classes == tuple(map(str, names))
+
+
+def test_what_a_run_on_a_million_images_has_seen_is_read_again(tmp_path, monkeypatch):
+    seen = Seen(frozenset(f"{number:016x}" for number in range(750_000)), frozenset())
+    seen.write(tmp_path)
+    assert Seen.read(tmp_path) == seen
+    monkeypatch.setattr("dyntune.training.seen._MOST", 3)
+    data = load_data("digits")
+    assert Seen.by(data.train, ImageSubset(data.val, [0, 1])) == Seen(None, frozenset(map(data.val.identity, (0, 1))))

@@ -63,8 +63,8 @@ def command(
         raise SpecError(f"--rates {rates!r}: expected shares of the patches, written 0.3/0.5/0.7.") from None
     model = load(run, weights=weights, device=pick_device(device))
     held = load_held(data, val_fraction=val_fraction, on_corrupt=on_corrupt)
-    report_skipped(held)
-    found = held.splits.get("val") or held.splits.get("train") or held.all
+    found = held.images(next((split for split in ("val", "train") if split in held.splits), "all"))
+    report_skipped(found)
     say_threads(model, min(images, len(found)))
     lost = sorted(set(model.calibration.rates) - set(asked)) if model.calibration else []
     if lost:

@@ -45,7 +45,11 @@ DataArgument = Annotated[str, typer.Argument(help=f"{forms()}.")]
 RunArgument = Annotated[Path, typer.Argument(help="Folder that train or save() wrote.")]
 ImagesArgument = Annotated[list[str], typer.Argument(help="Image or video files, folders or globs.")]
 ModelOption = Annotated[
-    str, typer.Option(help="timm name of the backbone; for transformers, hf:FOLDER or hf:REPOSITORY.")
+    str,
+    typer.Option(
+        help="timm name of the backbone; for transformers, hf:FOLDER or hf:REPOSITORY; for clips, frames:NAME or "
+        "videomae:FOLDER."
+    ),
 ]
 WeightsOption = Annotated[
     Path | None,
@@ -79,7 +83,7 @@ OnCorruptOption = Annotated[Literal["error", "skip"], typer.Option(help="What to
 TrainedValFractionOption = Annotated[
     float, typer.Option(help="As given to train, where val is split off the training images.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
 SpeedOption = Annotated[bool, typer.Option(help="Also time it beside the dense backbone, in turns.")]
@@ -194,11 +198,11 @@ def say_missed_rate(activation: float, target: float, on: str) -> None:
         )
 
 
-def report_skipped(data: DataSplits | Held) -> None:
+def report_skipped(data: DataSplits | LabelledImages) -> None:
     """Says on standard error how many images were left out because they cannot be read."""
     if data.skipped:
         first = printable(data.skipped[0])
-        noun = data.train.noun if isinstance(data, DataSplits) else data.all.noun
+        noun = data.train.noun if isinstance(data, DataSplits) else data.noun
         unread = counted(len(data.skipped), noun)
         err.print(f"left out {unread} that cannot be read, the first is {first}", soft_wrap=True)
 

@@ -43,7 +43,7 @@ from dyntune.training.run_folder import require_room
 from dyntune.training.settings import TrainSettings
 
 EXAMPLES = (
-    "dyntune compare digits --methods linear,adaptformer,dyt:rate=0.5,dispatch=layer --epochs 10 --out runs/compare",
+    "dyntune compare digits --methods linear,adaptformer:scale=1,dyt:rate=0.5,experts=4 --epochs 10 --out runs/three",
 )
 
 

@@ -76,11 +76,11 @@ def command(
     apply_rate(model, rate, policy)
     model.preprocessing = with_views(model.preprocessing, views)
     held = load_held(data, classes=model.classes, val_fraction=val_fraction, on_corrupt=on_corrupt)
-    report_skipped(held)
     require_classes(model, held)
     seen = Seen.read(run)
     used = split or _default_split(held, seen, run)
-    images = _images_of(held, used)
+    images = held.images(used)
+    report_skipped(images)
     trained, chosen = seen.count(images) if seen else (None, None)
     _report_seen(images, trained, chosen)
     say_threads(model, len(images))
@@ -95,7 +95,7 @@ def command(
             "run": str(run),
             "data": data,
             "split": used,
-            "skipped": len(held.skipped),
+            "skipped": len(images.skipped),
             "trained_on": trained,
             "selected_on": chosen,
             **result.to_dict(),
@@ -181,15 +181,6 @@ def _default_split(held: Held, seen: Seen | None, run: Path) -> str:
     one_or_all = count if len(everything) == 1 else f"all {count}"
     err.print(f"{held.name} has no splits, and {run} {why}: evaluating on {one_or_all}", soft_wrap=True)
     return "all"
-
-
-def _images_of(held: Held, split: str) -> LabelledImages:
-    if split == "all":
-        return held.all
-    if split not in held.splits:
-        there = ", ".join(held.splits)
-        raise DataError(f"{held.name} has no {split} split, only {there}. Give --split with one of these, or all.")
-    return held.splits[split]
 
 
 def _report_seen(images: LabelledImages, trained: int | None, chosen: int | None) -> None:

@@ -6,7 +6,7 @@ import inspect
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import torch
 import typer
@@ -28,7 +28,7 @@ from dyntune.commands.common import (
     require_classes,
 )
 from dyntune.core.errors import DataError, ExportError
-from dyntune.data import DataSplits, ImageSubset, LabelledImages, load_data, load_held
+from dyntune.data import ImageSubset, LabelledImages, load_data, load_held
 from dyntune.data.sources.base import Held
 from dyntune.inference.export.bundle import CALIBRATION_IMAGES, Export, place_for, record
 from dyntune.inference.export.check import Check, check
@@ -57,8 +57,6 @@ EXAMPLES = (
 _LEAST = 0.9
 """Share of predictions that a check wants to be the same."""
 AUTO = "auto"
-
-D = TypeVar("D", DataSplits, Held)
 
 
 def _calibrated() -> str:
@@ -149,9 +147,15 @@ def command(
         apply_rate(model, rate, policy)
         images = calibration = None
         if check_on is not None:
-            images = _checked_split(_fitting(load_held(check_on, classes=model.classes, on_corrupt=on_corrupt), model))
+            held = load_held(check_on, classes=model.classes, on_corrupt=on_corrupt)
+            require_classes(model, held)
+            images = _checked_split(held)
+            report_skipped(images)
         if calibrate_on is not None:
-            calibration = _some(_fitting(load_data(calibrate_on, on_corrupt=on_corrupt), model).train, model)
+            splits = load_data(calibrate_on, on_corrupt=on_corrupt)
+            report_skipped(splits)
+            require_classes(model, splits)
+            calibration = _some(splits.train, model)
         if runtime != AUTO:
             require_possible(taken[0], precision, calibration)
         with err.status("exporting"):
@@ -188,13 +192,6 @@ def _require(option: str, given: object, used: bool, by: str) -> None:
         raise ExportError(f"{option} is for {by}, and does nothing without. Leave it out, or give that too.")
 
 
-def _fitting(data: D, model: TunedModel) -> D:
-    """The data, of which is said what was left out; raises DataError unless their classes are the model's."""
-    report_skipped(data)
-    require_classes(model, data)
-    return data
-
-
 def _some(images: LabelledImages, model: TunedModel) -> Tensor:
     """Images drawn from a data set, always the same ones, preprocessed: ``(at most 128, 3, height, width)``."""
     drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]
@@ -202,10 +199,10 @@ def _some(images: LabelledImages, model: TunedModel) -> Tensor:
 
 
 def _checked_split(data: Held) -> LabelledImages:
-    split = data.splits.get("test") or data.splits.get("val")
+    split = next((split for split in ("test", "val") if split in data.splits), None)
     if split is None:
         raise DataError(f"{data.name} has neither test nor validation images to check on.")
-    return split
+    return data.images(split)
 
 
 def _timed_images(

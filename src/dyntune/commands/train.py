@@ -60,7 +60,7 @@ EXAMPLES = (
     "dyntune train digits --method dyt:rate=0.5 --out runs/digits",
     "dyntune train folder:flowers --model vit_base_patch16_224.orig_in21k --method dyt:rate=0.5 --out runs/flowers",
     "dyntune train folder:flowers --model vit_base_patch16_224.orig_in21k --weights ViT-B_16.npz "
-    "--method adaptformer --policy dispatch:rate=0.7 --out runs/flowers --resume",
+    "--method adaptformer:scale=1 --policy dispatch:rate=0.7 --out runs/flowers --resume",
     "dyntune train digits --method dyt --rate 0.3..0.9 --out runs/elastic",
     "dyntune train video-folder:clips --frames 8 --stride 4 --views 3x1 --out runs/clips",
 )

@@ -36,7 +36,7 @@ from dyntune.studies.vtab.tasks import open_benchmark
 from dyntune.training.settings import Select, TrainSettings
 
 EXAMPLES = (
-    "dyntune vtab vtab-mini --methods linear,adaptformer,dyt:rate=0.5 --epochs 20 --out runs/mini",
+    "dyntune vtab vtab-mini --methods linear,adaptformer:scale=1,dyt:rate=0.5 --epochs 20 --out runs/mini",
     "dyntune vtab data/vtab-1k --methods linear,dyt:rate=0.5 --seeds 0,1,2 "
     "--model vit_base_patch16_224.orig_in21k --weights ViT-B_16.npz --out runs/vtab",
     "dyntune vtab data/vtab-1k --methods dyt:rate=0.7 --tasks cifar,dtd --search 20 --out runs/searched --dry-run",

@@ -163,8 +163,12 @@ def read_json(path: Path, error: type[DyntuneError]) -> Any:
         raise error(f"{path} is not readable JSON: {in_one_line(problem)}.") from problem
 
 
-def load_json(path: Path) -> Any:
+def load_json(path: Path, most: int = LARGEST_JSON) -> Any:
     """As ``read_json``.
+
+    Args:
+        path: of the file.
+        most: bytes that it may have.
 
     Raises:
         ValueError: see there.
@@ -173,17 +177,17 @@ def load_json(path: Path) -> Any:
     if path.exists() and not path.is_file():  # a pipe would be waited for, a device read for ever
         raise ValueError("it is no file")
     with path.open("rb") as file:
-        return parse_json(file.read(LARGEST_JSON + 1))
+        return parse_json(file.read(most + 1), most)
 
 
-def parse_json(text: bytes) -> Any:
-    """What UTF-8 encoded JSON holds.
+def parse_json(text: bytes, most: int = LARGEST_JSON) -> Any:
+    """What UTF-8 encoded JSON of at most so many bytes holds.
 
     Raises:
         ValueError: see ``read_json``.
     """
-    if len(text) > LARGEST_JSON:
-        raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
+    if len(text) > most:
+        raise ValueError(f"it has more than {most:,} bytes")
     try:
         # Some editors begin a file with a mark of its encoding.
         data = json.loads(text.decode("utf-8-sig"), parse_int=_whole_number)

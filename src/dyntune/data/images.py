@@ -39,7 +39,7 @@ _NO_DATA = ("thumbs.db", "desktop.ini")
 """What file managers leave in folders."""
 _NO_FOLDERS = ("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information")
 """Folders that archives, file systems and servers leave beside others."""
-_DRAWN = re.compile(r"(tokens|reductions)-.+|activation|tradeoff|search|accuracy_over_macs", re.IGNORECASE)
+_DRAWN = re.compile(r"(tokens|reductions)-.+|activation(-data)?|tradeoff|search|accuracy_over_macs", re.IGNORECASE)
 """Names of the pictures that ``visualize`` and the studies write, without suffix."""
 
 log = logging.getLogger("dyntune")
@@ -161,9 +161,20 @@ def scan_images(folder: Path) -> tuple[list[Path], Counter[str]]:
 
 
 def walk_data(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """A folder and all that can hold data below it, links followed but for those that lead back; with their files."""
+    """A folder and all that can hold data below it, links followed but for those that lead back; with their files.
+
+    Raises:
+        DataError: a folder cannot be looked into, and what it holds would be missing without a word.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"{printable(os.fspath(error.filename))}: the folder cannot be looked into ({error.strerror}). Make it "
+            "readable, or move it away."
+        ) from error
+
     seen: dict[str, frozenset[str]] = {str(folder): frozenset({os.path.realpath(folder)})}
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         above = seen.pop(parent)
         inside = []
         for name in folders:

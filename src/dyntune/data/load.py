@@ -4,16 +4,15 @@ import difflib
 import functools
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from dyntune.core.discovery import discover
 from dyntune.core.errors import DataError
-from dyntune.core.words import counted
-from dyntune.data.base import DataSplits, ImageSubset, LabelledImages
+from dyntune.data.base import DataSplits
 from dyntune.data.sources.base import Held, Request, Source, as_path
+from dyntune.data.unreadable import without_unreadable
 
 GROUP = "dyntune.sources"
 
@@ -62,7 +61,7 @@ def load_data(
     """
     source, request = _asked(data, seed, val_fraction, root, on_corrupt)
     splits = source.load(request)
-    return splits.map(_without_unreadable) if on_corrupt == "skip" else splits
+    return splits.map(without_unreadable) if on_corrupt == "skip" else splits
 
 
 def load_held(
@@ -79,11 +78,10 @@ def load_held(
     Args:
         data: as for ``load_data``, and so are those that are not named here.
         classes: names of the model's classes; class folders are given their labels by them.
+        on_corrupt: with ``"skip"`` images that cannot be read are left out of what ``Held.images`` is asked for.
     """
     source, request = _asked(data, seed, val_fraction, root, on_corrupt)
-    held = source.held(request, classes)
-    if on_corrupt == "skip":
-        held = replace(held, splits={name: _without_unreadable(split) for name, split in held.splits.items()})
+    held = replace(source.held(request, classes), on_corrupt=on_corrupt)
     for split in held.splits.values():
         split.classes = held.classes
     return held
@@ -129,36 +127,3 @@ def _no_such_data(name: str, path: Path) -> DataError:
     ]
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return DataError(f"no data set {name!r}, and no such folder.{hint} Expected one of: {forms()}.")
-
-
-def _without_unreadable(data: LabelledImages) -> LabelledImages:
-    """The data set without the images that are missing or cannot be decoded; those are named in its ``skipped``.
-
-    Every image is decoded once, in threads, which is the price of a data set whose length and order every loader
-    worker and every process agrees on. Leaving bad images out while loading would change batch sizes, and putting
-    others in their place would count those twice. A data set that holds no files is given back unread.
-
-    Raises:
-        DataError: not one image can be read.
-    """
-    if not data.reads_files:
-        return data
-
-    def readable(index: int) -> bool:
-        try:
-            data.read(index).load()  # what is opened when it is read, such as a video
-        except DataError:
-            return False
-        return True
-
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-        good = list(threads.map(readable, range(len(data))))
-    if all(good):
-        return data
-    bad = [data.source(index) for index, fine in enumerate(good) if not fine]
-    if len(bad) == len(data):
-        raise DataError(
-            f"a split of {counted(len(data), data.noun)}, of which none can be read, the first being {bad[0]}. "
-            f"Expected complete {data.noun} files; check that the data set was copied whole."
-        )
-    return ImageSubset(data, [index for index, fine in enumerate(good) if fine], skipped=bad)

@@ -11,6 +11,8 @@ from dyntune.data.base import DataSplits, ImageSubset, LabelledImages
 
 _WORDS = dict.fromkeys(("train", "training"), "train") | {"test": "test", "testing": "test"}
 _WORDS |= dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val")
+MOST_CLASSES = 100_000
+"""That labels may count up to where few of them occur; beyond, they are numbers of something else."""
 _FILLING = frozenset(
     {"data", "dataset", "folder", "image", "images", "img", "imgs", "list", "seg", "set", "split", "video", "videos"}
 )
@@ -156,9 +158,16 @@ def assemble(
         classes: class names in label order; further labels that occur are named by their number.
 
     Raises:
-        DataError: a label is negative, or a split has no images.
+        DataError: a label is negative, or no number of a class, or a split has no images.
     """
     names = list(classes)
+    labels = {label for split in (train, val, test) if split is not None for label in split.targets}
+    highest = max(labels, default=0)
+    if highest >= len(names) and highest >= max(MOST_CLASSES, 10 * len(labels)):
+        raise DataError(
+            f"{name}: the highest label is {highest}, of {counted(len(labels), 'label')} that differ. Expected "
+            "zero-based numbers of classes; number them anew."
+        )
     for split_name, split in (("train", train), ("validation", val), ("test", test)):
         if split is None:
             continue

@@ -52,7 +52,8 @@ def open_stream(name: str, hint: str, **settings: Any) -> Any:
     from timm.data import create_dataset
 
     try:
-        return create_dataset(name, **settings)
+        with _reader_warnings():  # that there is no info file, which there need not be
+            return create_dataset(name, **settings)
     except Exception as error:
         # The readers raise what the libraries behind them do, ImportError among it.
         raise DataError(f"{name}: cannot be loaded ({type(error).__name__}: {error}). To mend this, {hint}.") from error

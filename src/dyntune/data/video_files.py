@@ -127,6 +127,27 @@ def read_frames(
         return _read(source, name, indices, count, change, {})
 
 
+def read_whole(source: Source, name: str, count: int) -> None:
+    """Decodes every frame in order, without seeking, and keeps none: a header may announce any number of them.
+
+    Raises:
+        DataError: the file cannot be opened, or has not the ``count`` frames.
+    """
+    if _decoder() == "torchcodec":
+        _read_with_torchcodec(source, name, range(count), count, lambda frame: None)
+        return
+    done, stopped = 0, ""
+    with _opened(source, name) as (container, stream):
+        try:
+            for frame in container.decode(stream):
+                _upright(frame)
+                done += 1
+        except require_reader().error.FFmpegError as error:
+            stopped = printable(in_one_line(error))
+    if done < count and (stopped or done < (1 - _LOST) * count):
+        raise _stopped(name, done, count, stopped, done)
+
+
 def _read(
     source: Source,
     name: str,
@@ -310,9 +331,17 @@ def _opened(source: Source, name: str) -> Iterator[tuple[Any, Any]]:
         stream = next(iter(container.streams.video), None)
         if stream is None:
             raise DataError(f"{name}: has no pictures{', only sound' * bool(container.streams.audio)}. Remove it.")
+        if stream.codec_context is None:
+            raise DataError(f"{name}: PyAV cannot decode its pictures. Encode them anew, as H.264 say, or remove it.")
         # Threads of frames that are left before the end of a file have blocked loaders' processes.
         stream.thread_type, stream.codec_context.thread_count = "SLICE", 1
-        yield container, stream
+        try:
+            yield container, stream
+        except av.error.FFmpegError as error:
+            raise DataError(
+                f"{name}: cannot be read as a video ({printable(in_one_line(error))}). Expected a complete file; "
+                "replace or remove it."
+            ) from error
 
 
 def require_reader() -> Any:

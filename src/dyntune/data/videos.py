@@ -28,7 +28,7 @@ from dyntune.data.images import (
     suffixes_of,
     walk_data,
 )
-from dyntune.data.video_files import About, Piece, Source, about, read_frames, require_reader
+from dyntune.data.video_files import About, Piece, Source, about, read_frames, read_whole, require_reader
 
 VIDEO_SUFFIXES = frozenset(
     {".3gp", ".asf", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm"}
@@ -95,7 +95,12 @@ class Video:
         Raises:
             DataError: the video is not whole.
         """
-        self.read(range(len(self)), lambda frame: None)
+        if self._folder:
+            self.read(range(len(self)), lambda frame: None)
+            return
+        count = len(self)
+        with self._advised():
+            read_whole(self.source, self.name, count)
 
     @contextmanager
     def _advised(self) -> Iterator[None]:

@@ -13,6 +13,10 @@ from dyntune.core.files import load_json, write_json
 from dyntune.data.base import LabelledImages
 
 SEEN = "images.json"
+_MOST = 5_000_000
+"""Images that are remembered; of more, which were seen is not known."""
+_LARGEST = 30 * _MOST
+"""Bytes of the file: 24 an image."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,8 @@ class Seen:
     """Images by ``LabelledImages.identity``: of files, their content counts, not where they lie.
 
     Args:
-        trained: those that the weights were trained on; None where that cannot be told, as for tensors.
+        trained: those that the weights were trained on; None where that cannot be told, as for
+            tensors, or they are millions.
         chosen: those that the saved epoch was chosen by.
     """
 
@@ -48,7 +53,7 @@ class Seen:
         if path is None:
             return None
         try:
-            kept = load_json(path)
+            kept = load_json(path, _LARGEST)
             lists = [kept["trained"], kept["chosen"]]
             if not all(ids is None or all(isinstance(each, str) for each in ids) for ids in lists):
                 raise TypeError("expected texts")
@@ -70,6 +75,6 @@ class Seen:
 
 
 def _identities(dataset: Dataset[Any]) -> frozenset[str] | None:
-    if not isinstance(dataset, LabelledImages):
+    if not isinstance(dataset, LabelledImages) or len(dataset) > _MOST:
         return None
     return frozenset(dataset.identity(index) for index in range(len(dataset)))

@@ -55,7 +55,8 @@ class TrainSettings:
             (``full``, ``bitfit``); above 0 and at most 1. What is new (adapters, predictors, the head) has factor 1.
         weight_decay: weight decay of the trained tensors.
         decay_1d: whether weight decay holds for biases and other tensors of one dimension too.
-        warmup_epochs: epochs of linear warm-up, which ends before the last step; by default (None) a tenth of all.
+        warmup_epochs: epochs of linear warm-up, which ends before the last step; None, the default of ``fit``, is a
+            tenth of all.
         warmup_lr: learning rate at which the warm-up begins.
         cooldown_epochs: the last epochs, spent at ``min_lr``.
         schedule: learning rate per iteration or per epoch; timm's cosine counts the warm-up as its part. See

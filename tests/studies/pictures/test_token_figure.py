@@ -54,6 +54,16 @@ def rendered_patches(figure: Figure, gid: str) -> np.ndarray:
     return split[:, :, 1:-1, 1:-1].reshape(*GRID, -1, 3)
 
 
+def test_a_large_photograph_is_drawn_from_as_many_pixels_as_its_panels_show() -> None:
+    gates = [gate(f"blocks.{block}.mlp", [[1.0] * PATCHES]) for block in range(3)]
+    large = panels(token_figure([picture(scale=700)], gates, GRID))
+    small = panels(token_figure([picture(scale=40)], gates, GRID))
+    for gid, panel in large.items():
+        if panel.get_array().ndim == 3:
+            assert panel.get_array().size < 3500 * 2100 * 3 / 8, gid
+            assert small[gid].get_array().shape == (120, 200, 3)
+
+
 @pytest.mark.parametrize("scale", [1, 4, 40])
 def test_skipped_patches_are_veiled_and_active_ones_untouched(scale: int) -> None:
     image = picture(scale=scale)

@@ -10,6 +10,7 @@ from dyntune.core.texts import listed, printable
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.datasets import JoinedImages, data_root
 from dyntune.data.splits import assemble
+from dyntune.data.unreadable import without_unreadable
 
 
 @dataclass(frozen=True)
@@ -76,22 +77,32 @@ class Held:
         splits: the splits that there are, of ``train``, ``val`` and ``test``.
         classes: class names in label order.
         plain: whether nothing but their paths says which split images are in: no folder or list does.
+        on_corrupt: with ``"skip"`` images that are missing or cannot be read are left out of those that ``images``
+            gives; ``splits`` has them.
     """
 
     name: str
     splits: dict[str, LabelledImages]
     classes: tuple[str, ...]
     plain: bool = False
+    on_corrupt: Literal["error", "skip"] = "error"
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(images):,} {split}" for split, images in self.splits.items())
         noun = next(iter(self.splits.values())).noun
         return f"Held({printable(self.name)}: {counts} {noun}s of {len(self.classes)} classes: {listed(self.classes)})"
 
-    @property
-    def skipped(self) -> tuple[str, ...]:
-        """Sources of all images left out as unreadable."""
-        return tuple(source for split in self.splits.values() for source in split.skipped)
+    def images(self, split: str) -> LabelledImages:
+        """The images of a split, or of all of them; each is decoded once where the unreadable are to be left out.
+
+        Raises:
+            DataError: there is no such split, or not one of its images can be read.
+        """
+        if split != "all" and split not in self.splits:
+            there = ", ".join(self.splits)
+            raise DataError(f"{self.name} has no {split} split, only {there}. Give --split with one of these, or all.")
+        found = self.all if split == "all" else self.splits[split]
+        return without_unreadable(found) if self.on_corrupt == "skip" else found
 
     @property
     def all(self) -> LabelledImages:

@@ -1,5 +1,6 @@
 """Folders of images with one subfolder per class, as torchvision and timm lay them out."""
 
+import contextlib
 import logging
 import os
 import unicodedata
@@ -381,8 +382,9 @@ class Folder(Source):
                 )
         if found:
             if "val" not in images and "train" in images:
-                train, val = split_off(images["train"], request.val_fraction, key=f"val/{request.seed}")
-                images |= {"train": train, "val": val}
+                with contextlib.suppress(DataError):  # too few to be split, but not to be evaluated on
+                    train, val = split_off(images["train"], request.val_fraction, key=f"val/{request.seed}")
+                    images |= {"train": train, "val": val}
             return Held(request.name, images, tuple(names), plain=False)
         everything = images.pop("all")
         try:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from filelock import FileLock
 from PIL import Image
 
 from dyntune.core.errors import DataError, unknown_name
@@ -94,7 +95,10 @@ class Torch(Source):
             with contextlib.suppress(Exception):
                 return create_dataset(f"torch/{short}", root=str(root), split=split, download=False)
             try:
-                return create_dataset(f"torch/{short}", root=str(root), split=split, download=True)
+                with FileLock(root / f".{short}.lock"):  # several processes of one training would write the same files
+                    with contextlib.suppress(Exception):
+                        return create_dataset(f"torch/{short}", root=str(root), split=split, download=False)
+                    return create_dataset(f"torch/{short}", root=str(root), split=split, download=True)
             except Exception as error:
                 raise DataError(
                     f"{name}: the {split} split is not complete below {root} and could not be downloaded ({error}). "

@@ -1,6 +1,7 @@
 """Lists of videos and labels, as the public code of video models keeps them."""
 
 import csv
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ from dyntune.core.errors import DataError
 from dyntune.core.texts import listed, printable
 from dyntune.data.base import DataSplits, LabelledImages
 from dyntune.data.sources.base import Held, Request, Source
-from dyntune.data.splits import split_of
+from dyntune.data.splits import MOST_CLASSES, split_of
 from dyntune.data.videos import LabelledVideos
 
+log = logging.getLogger("dyntune")
 FORM = (
     "Expected lines PATH LABEL, or FOLDER FRAMES LABEL, with blanks, tabs or commas between, no header, and paths "
     "that are absolute or from the list's folder"
@@ -55,17 +57,8 @@ class VideoList(Source):
         every = [line for own in lines.values() for line in own]
         if "train" not in lines:
             raise DataError(f"{request.path} and the lists beside it name no videos to train on.")
-        numbered = _are_numbers(every)
-        if numbered:
-            highest = max(int(line.label) for line in every)
-            if highest >= max(100_000, 10 * len({line.label for line in every})):
-                raise DataError(
-                    f"{request.path}: the highest label is {highest}. Expected zero-based numbers of classes."
-                )
-            classes = [str(label) for label in range(highest + 1)]
-        else:
-            classes = sorted({printable(line.label) for line in every})
-        sets = {split: _labelled(own, classes, numbered, request.path.parent) for split, own in lines.items()}
+        classes = _classes(every, request.path)
+        sets = {split: _labelled(own, classes, request.path.parent) for split, own in lines.items()}
         return request.splits(sets["train"], sets.get("val"), sets.get("test"), classes)
 
     def lines(self, path: Path, request: Request) -> list[Line]:
@@ -84,13 +77,19 @@ class VideoList(Source):
         lines = self.lines(path, request)
         if not lines:
             raise DataError(f"{path} has no labels to evaluate by.")
-        numbered = _are_numbers(lines)
-        found = {printable(line.label) for line in lines}
-        own = [str(label) for label in range(max(map(int, found)) + 1)] if numbered else sorted(found)
-        names = list(classes or own)
-        known = range(len(names)) if numbered else names
+        names = list(classes or _classes(lines, path))
+        written = names
+        if _are_numbers(lines) and not all(map(str.isdecimal, names)):
+            labels = [int(line.label) for line in lines]
+            first = int(min(labels) == 1 and max(labels) == len(names))
+            written = [str(number) for number in range(first, first + len(names))]
+            log.warning(
+                "%s: its labels are numbers, taken for places among the model's classes: %s is %s, %s is %s.",
+                path,
+                *(word for place in (0, -1) for word in (written[place], printable(names[place]))),
+            )
         for line in lines:
-            if (int(line.label) if numbered else printable(line.label)) not in known:
+            if _name(line) not in written:
                 raise DataError(
                     f"{line.origin}: {line.label!r} is none of the classes that the model was trained on "
                     f"({listed(names, 8)})."
@@ -99,7 +98,7 @@ class VideoList(Source):
         for line in lines:
             grouped.setdefault(line.split or split or "test", []).append(line)
         splits: dict[str, LabelledImages] = {
-            word: _labelled(own, names, numbered, path.parent) for word, own in grouped.items()
+            word: _labelled(own, written, path.parent) for word, own in grouped.items()
         }
         return Held(request.name, splits, tuple(names))
 
@@ -132,11 +131,32 @@ def _are_numbers(lines: Sequence[Line]) -> bool:
     return not names
 
 
-def _labelled(lines: Sequence[Line], classes: Sequence[str], numbered: bool, root: Path) -> LabelledVideos:
+def _name(line: Line) -> str:
+    """What the class of a line is called; a number without leading zeros."""
+    return str(int(line.label)) if line.label.isdecimal() else printable(line.label)
+
+
+def _classes(lines: Sequence[Line], path: Path) -> list[str]:
+    """The names of the classes; of numbers all up to the highest, from 0, or from 1 where that is the lowest.
+
+    Raises:
+        DataError: labels are names and numbers, or numbers of something else than classes.
+    """
+    if not _are_numbers(lines):
+        return sorted({printable(line.label) for line in lines})
+    labels = {int(line.label) for line in lines}
+    if max(labels) >= max(MOST_CLASSES, 10 * len(labels)):
+        raise DataError(f"{path}: the highest label is {max(labels)}. Expected numbers of classes, from 0 or 1.")
+    if min(labels) == 1:
+        log.warning("%s: the lowest label is 1, so that classes are taken to count from there.", path)
+    return [str(label) for label in range(int(min(labels) == 1), max(labels) + 1)]
+
+
+def _labelled(lines: Sequence[Line], classes: Sequence[str], root: Path) -> LabelledVideos:
     number = {name: label for label, name in enumerate(classes)}
     return LabelledVideos(
         [line.video for line in lines],
-        [int(line.label) if numbered else number[printable(line.label)] for line in lines],
+        [number[_name(line)] for line in lines],
         [line.origin for line in lines],
         root,
     )

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,11 +36,20 @@ def _find_shards(folder: Path) -> dict[str, _Shards]:
             try:
                 splits = load_json(info)["splits"]
                 named = {
-                    word: _Shards(word, [folder / file for file in entry["filenames"]], entry.get("num_samples"))
+                    word: _Shards(
+                        _towards_timm(word, entry["filenames"]),
+                        [folder / file for file in entry["filenames"]],
+                        entry.get("num_samples"),
+                    )
                     for word, entry in splits.items()
                 }
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(f"{info}: not the info file of a WebDataset ({error!r}); mend or remove it.") from error
+            empty = [word for word, shards in named.items() if not shards.files]
+            if empty:
+                raise DataError(
+                    f"{info}: the split {empty[0]!r} has no filenames. Give those of its shards, or no such split."
+                )
             return {split: shards for word, shards in named.items() if (split := split_of(word))}
     found: dict[str, list[Path]] = {}
     others: list[Path] = []
@@ -50,7 +60,16 @@ def _find_shards(folder: Path) -> dict[str, _Shards]:
         found["train"] = others
     elif others:
         log.warning("%s: left out %d shards of no split, such as %s.", folder, len(others), printable(others[0].name))
-    return {split: _Shards("::".join(file.name for file in files), files, None) for split, files in found.items()}
+    return {
+        split: _Shards(_towards_timm(split, [file.name for file in files]), files, None)
+        for split, files in found.items()
+    }
+
+
+def _towards_timm(word: str, names: Sequence[str]) -> str:
+    """What timm is told of a split: its shards, because of the info file it wants more than files need to say."""
+    joined = "::".join(names)
+    return joined if all("tar" in name for name in names) else word
 
 
 class Wds(Source):

@@ -158,7 +158,8 @@ def _images(plan: Plan, model: TunedModel) -> Tensor:
         generator = torch.Generator().manual_seed(plan.seed + 1)
         return torch.randn(count, *model.backbone.input_shape, generator=generator)
     # Whose classes they are does not matter: nobody looks at the labels.
-    test = load_held(plan.data, on_corrupt=plan.on_corrupt).splits.get("test")
+    held = load_held(plan.data, on_corrupt=plan.on_corrupt)
+    test = held.images("test") if "test" in held.splits else None
     if test is None or len(test) < count:
         raise DataError(
             f"{plan.data} has {0 if test is None else len(test)} test images; a batch of {count} was asked for. "

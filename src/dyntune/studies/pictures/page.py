@@ -15,6 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
+from PIL import Image
 
 from dyntune.core.texts import printable
 from dyntune.core.words import counted
@@ -29,6 +30,8 @@ VEIL_SHARE = 0.8
 GONE = (0.16, 0.16, 0.16)
 """RGB of dropped patches, under their hatching."""
 _FINEST_RULED_PATCH = 5
+_FINEST = 4
+"""Pixels of a picture for each pixel of its panel that are kept: more are not seen, not even enlarged."""
 _BAR_WIDTH = 14
 _CHARACTER = 7.8
 """Pixels that one character of small type takes, about."""
@@ -94,6 +97,7 @@ class Page:
         Args:
             gid: names the picture, in the figure and in SVG files.
         """
+        pixels = _shrunk(pixels, box)
         enlarged = pixels.shape[0] <= box.height and pixels.shape[1] <= box.width
         interpolation = "nearest" if enlarged else "antialiased"
         self.axes.imshow(pixels, extent=box.extent, aspect="auto", interpolation=interpolation, gid=gid)
@@ -203,6 +207,12 @@ class Page:
             patch = np.array([box.width / grid[1], box.height / grid[0]])
             places = np.array([box.left, box.top]) + patch * np.array(lines, dtype=float)
             self.axes.add_collection(LineCollection(list(places), **style))
+
+
+def _shrunk(pixels: np.ndarray, box: Box) -> np.ndarray:
+    """A photograph with about as many pixels as its panel can show: each panel keeps a copy of its own."""
+    by = min(int(pixels.shape[0] / (_FINEST * box.height)), int(pixels.shape[1] / (_FINEST * box.width)))
+    return pixels if by < 2 else np.asarray(Image.fromarray(pixels).reduce(by))
 
 
 def _edges(regions: np.ndarray, outlined: np.ndarray) -> np.ndarray:
