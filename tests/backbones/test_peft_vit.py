@@ -274,6 +274,34 @@ def test_what_peft_cannot_merge_stays(make_host, images_for):
     torch.testing.assert_close(model(images), before, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_whatever_peft_says_when_it_cannot_merge_nothing_is_lost(wrap, images, monkeypatch):
+    model = shake(dyntune.tune(wrap(), "ssf", "lora:targets=proj")).eval()
+    before = model(images)
+
+    def merge():
+        raise AttributeError("'Identity' object has no attribute 'weight'")
+
+    monkeypatch.setattr(model.backbone.peft, "merge_and_unload", merge)
+    assert model.merge() is model and "has no attribute 'weight'" in model.unmerged["peft"]
+    assert torch.equal(model(images), before)
+
+
+@torch.no_grad()
+def test_biases_that_peft_trains_are_those_of_the_published_weights_before(tmp_path):
+    def host():
+        return create_backbone("vit_mini_patch4_32.dyntune", num_classes=3)
+
+    config = peft.LoraConfig(r=4, target_modules=["qkv"], bias="lora_only")
+    model = shake(dyntune.tune(peft.get_peft_model(host(), config), "dispatch"))
+    images = torch.randn(2, 3, 32, 32)
+    loaded = dyntune.load(model.save(tmp_path / "adapter"))
+    assert loaded.origin.published and torch.equal(loaded(images), model(images))
+    torch.testing.assert_close(
+        loaded.backbone.host.blocks[0].attn.qkv.bias, model.backbone.host.blocks[0].attn.qkv.bias
+    )
+
+
 def test_inactive_adapters_are_neither_trained_nor_saved(wrap, make_host, images, tmp_path):
     wrapped = wrap()
     wrapped.add_adapter("second", peft.LoraConfig(r=2, target_modules=["fc2"], modules_to_save=["head"]))

@@ -79,6 +79,20 @@ def test_parts_that_the_memory_does_not_hold(make_host, monkeypatch):
     dyntune.tune(host, "adaptformer")
 
 
+def test_hooks_that_a_tuned_model_passes_by_are_told(make_host, caplog):
+    host, heard = make_host(), []
+    host.blocks[0].mlp.register_forward_hook(lambda *given: heard.append("mlp"))
+    dyntune.tune(host, "linear")
+    assert not caplog.records
+    host = make_host()
+    host.blocks[0].register_forward_hook(lambda *given: heard.append("block"))
+    host.blocks[1].attn.forward = lambda x, **options: x
+    dyntune.tune(host, "linear")
+    (record,) = caplog.records
+    assert "blocks.0, blocks.1.attn: hooks there, or a forward of your own" in record.getMessage()
+    assert "block" not in heard and "mlp" in heard
+
+
 @pytest.mark.parametrize("indices", [0, -1, 99])
 def test_numbers_of_blocks_that_there_are_not(make_host, indices):
     model = dyntune.tune(make_host(), "lora").eval()

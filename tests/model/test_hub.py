@@ -174,6 +174,13 @@ def test_its_state_is_that_of_the_trained_tensors(anywhere, tmp_path):
     assert other.state_dict().keys() == {f"backbone.{name}" for name in other.backbone.state_dict()}
 
 
+def test_its_state_keeps_its_shapes_when_classes_are_named(anywhere):
+    model = anywhere()
+    before = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    model.classes = [f"class {number}" for number in range(len(model.classes or model.backbone.heads[0].bias))]
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == before
+
+
 @torch.no_grad()
 def test_wrapped_models_take_their_own_state(anywhere):
     model, other = anywhere(), anywhere()

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import dyntune
 from dyntune.core.errors import CheckpointError, DataError, SpecError
 from dyntune.core.files import SEAL
 from dyntune.model.adapter_folder import CONFIG, write_calibration
+from dyntune.model.executions import Compact
 from dyntune.model.rates import Calibration, dispatchers
 
 VARIANTS = ("mlp", "attn", "attn-mlp", "layer")
@@ -187,6 +189,25 @@ def test_cost_follows_the_rate_and_is_what_runs(calibrated):
         counted.append(dyntune.cost(calibrated).macs)
         assert dyntune.evaluate(calibrated, data).macs == pytest.approx(counted[-1], rel=2e-3)
     assert counted[0] < dense < counted[1]
+    calibrated.set_rate(1)  # nothing stands in for units that compute every patch
+    assert dyntune.evaluate(calibrated, data).macs == dyntune.cost(calibrated).macs
+
+
+def test_who_runs_the_model_meanwhile_sees_nothing_of_a_count(make_host, monkeypatch):
+    model = randomised(dyntune.tune(make_host(**SIZE), "dyt"))
+    batch, seen = images(4, seed=2), []
+    expected = model(batch)
+    original = Compact.computed
+
+    def computed(self, *given):
+        with monkeypatch.context() as plain, torch.no_grad(), ThreadPoolExecutor(1) as other:
+            plain.setattr(Compact, "computed", original)
+            seen.append(torch.equal(other.submit(model, batch).result(), expected))
+        return original(self, *given)
+
+    monkeypatch.setattr(Compact, "computed", computed)
+    dyntune.cost(model)
+    assert seen and all(seen)
 
 
 def test_set_rate_calibrates_on_the_images_that_it_is_given(make_host):
@@ -399,6 +420,10 @@ def test_training_forgets_what_belonged_to_other_weights(make_host):
     assert model.calibration is None
     assert model.target_rate == 0.5
     assert all(gate.shift == 0 for gate in dispatchers(model.backbone).values())
+    model.calibration = dyntune.calibrate(model, images(16), RATES)
+    model.set_rate(0.2)
+    model.begin_training(8, 1e-3)  # as a loop of one's own does
+    assert model.calibration is None and model.target_rate == 0.5
 
 
 def test_gates_are_exported_and_compiled_with_their_rate(calibrated):

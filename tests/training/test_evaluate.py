@@ -86,6 +86,9 @@ def test_the_mode_of_the_model_is_left_as_it_was(model, images_for):
     model.train()
     evaluate(model, TensorDataset(images_for(model.backbone.host, 2), torch.zeros(2, dtype=torch.long)))
     assert model.training
+    model.backbone.host.eval()  # as who wants no stochastic depth does
+    evaluate(model, TensorDataset(images_for(model.backbone.host, 2), torch.zeros(2, dtype=torch.long)))
+    assert model.training and not any(module.training for module in model.backbone.host.modules())
     with pytest.raises(DataError, match="no image"):
         evaluate(model, TensorDataset(torch.empty(0, 3, 32, 32), torch.empty(0, dtype=torch.long)))
 

@@ -18,7 +18,7 @@ from dyntune.backbones.base import Backbone
 from dyntune.backbones.owners import open_passes
 from dyntune.backbones.peft_config import check_config, config_to_json
 from dyntune.backbones.sites import Changed, JointSite, Site
-from dyntune.core.errors import BackboneError
+from dyntune.core.errors import BackboneError, in_one_line
 from dyntune.core.tokens import Tokens
 
 _WHOLE = re.compile(r"(^|\.)((blocks|layers?)(\.\d+)?|encoder|attn|attention|self_attn|mlp)$")
@@ -256,10 +256,12 @@ class PeftBackbone(Backbone):
         changes = [(site, site.changes) for site in self.sites()]
         for site, _ in changes:
             site.restore()
-        reason = self._merge()
-        for site, named in changes:
-            for name, change in named.items():
-                site.add(name, change)
+        try:
+            reason = self._merge()
+        finally:
+            for site, named in changes:
+                for name, change in named.items():
+                    site.add(name, change)
         if reason:
             return {"peft": reason}
         stays = super().fold()
@@ -272,14 +274,14 @@ class PeftBackbone(Backbone):
         weights = {p: p.detach().clone() for layer in layers for p in layer.get_base_layer().parameters()}
         try:
             self.peft.merge_and_unload()
-        except (NotImplementedError, RuntimeError, ValueError) as error:
+        except Exception as error:  # each of PEFT's methods has its own
             # Layers that are gone have been merged completely; another may have been written to without being merged.
             for layer in layers:
                 if any(module is layer for module in self.host.modules()):
                     layer.merged_adapters.clear()
                     for parameter in layer.get_base_layer().parameters():
                         parameter.data.copy_(weights[parameter])
-            return str(error).rstrip(".")
+            return in_one_line(error).rstrip(".")
         for path, wrapper in list(self.host.named_modules()):
             if isinstance(wrapper, ModulesToSaveWrapper):
                 self.host.set_submodule(path, _active(wrapper))

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from dyntune.model.macs import Trace, trace
 from dyntune.model.tuned import TunedModel, require_tuned
+from dyntune.model.twin import twin
 from dyntune.parts.policies.base import TokenPolicy
 from dyntune.parts.policies.gating import GatingPolicy
 from dyntune.parts.spec import format_spec
@@ -94,7 +95,7 @@ def cost(model: TunedModel) -> Cost:
     trained = model.tuned_state()
     methods = [part for part in model.parts if not isinstance(part, TokenPolicy)]
     policies = [part for part in model.parts if isinstance(part, TokenPolicy)]
-    traced = trace(model.backbone, model.policies)
+    traced = trace(twin(model.backbone), model.policies)
 
     return Cost(
         model=model.backbone_name or type(model.backbone.host).__name__,

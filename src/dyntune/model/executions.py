@@ -1,7 +1,6 @@
 """How a unit is computed: masked and sampled to train, compact to really skip tokens."""
 
 import abc
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -87,7 +86,7 @@ def _added(x: Tensor, unit: Unit, tokens: Tokens, mask: Tensor | None) -> Tensor
 class Compact(Execution):
     """Gathers the active tokens of the whole batch, computes only those, and adds them back where they came from."""
 
-    takes_all: ClassVar[bool] = True
+    takes_all: bool = True
     """Whether units through which every token goes are computed without gathering."""
 
     def gated(self, unit: Unit, tokens: Tokens, policy: GatingPolicy) -> tuple[Tokens, Gate]:

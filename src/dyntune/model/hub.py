@@ -22,6 +22,8 @@ from dyntune.model.tasks import Task
 from dyntune.parts.policies.base import Output, TokenPolicy
 
 log = logging.getLogger("dyntune")
+_STEP = 4096
+"""Bytes that a description in a state is a multiple of."""
 _PLAIN = {"return_dict": True}
 """Arguments of transformers' models whose value for an answer of loss and logits is not False."""
 
@@ -235,6 +237,8 @@ def _write_state(model: HubModel, state: dict[str, Tensor], prefix: str, metadat
     for name in [name for name in state if name.startswith(start)]:
         del state[name]
     description = json.dumps(described(model.describe(), own)).encode()
+    # Of the same length after small changes, for whoever averages states or copies one into another.
+    description += b" " * (-len(description) % _STEP)
     state.update((prefix + saved, tensor) for saved, tensor in own.items())
     state[prefix + DESCRIPTION] = torch.frombuffer(bytearray(description), dtype=torch.uint8)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any, cast
@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.units import Unit
 from dyntune.core.errors import BackboneError
+from dyntune.core.modes import evaluating
 from dyntune.core.tokens import Tokens
 from dyntune.model.executions import Compact
 from dyntune.model.forward import run
@@ -207,8 +208,6 @@ class Planned(Compact):
         counter: counts what runs.
     """
 
-    takes_all = False
-
     def __init__(self, counter: MacCounter) -> None:
         self.counter = counter
         self.active = 0
@@ -217,6 +216,8 @@ class Planned(Compact):
         rate = cast(GatingPolicy, gate.policy).target_rate(unit)
         expected = round(rate * gate.values.shape[1], 9)  # 0.7 * 10 is 7.000000001
         before = self.counter.macs
+        # As it is computed: where every token goes through, nothing stands in for any.
+        self.takes_all = expected == gate.values.shape[1]
         costs = []
         for self.active in (math.floor(expected), math.ceil(expected)):
             self.counter.macs = 0
@@ -262,10 +263,16 @@ class Trace:
         return self.embedding_macs + sum(self.block_macs) + self.norm_macs
 
 
-def trace(backbone: Backbone, policies: Sequence[TokenPolicy]) -> Trace:
+def trace(backbone: Backbone, policies: Sequence[TokenPolicy], called: set[nn.Module] | None = None) -> Trace:
     """Traces one image at the activation that the policies expect; an empty sequence means dense.
 
-    Nothing is computed: the parameters are swapped for tensors that have a shape and no content.
+    Nothing is computed: while it runs, the parameters are swapped for tensors that have a shape and no content, so that
+    nobody else must run the modules.
+
+    Args:
+        backbone: what is traced.
+        policies: of it.
+        called: the modules of the host whose ``forward`` runs are added to it.
     """
     traced = _Traced(backbone)
     # Each module once, whatever its names: functional_call would not give a module with two names its tensors back.
@@ -275,14 +282,13 @@ def trace(backbone: Backbone, policies: Sequence[TokenPolicy]) -> Trace:
         for name, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
     }
     images = torch.empty(1, *backbone.input_shape, device="meta", dtype=next(backbone.parameters()).dtype)
-    modes = {module: module.training for module in backbone.modules()}
-    backbone.eval()
-    try:
-        with torch.no_grad():
-            return torch.func.functional_call(traced, shapes, (images, policies), tie_weights=False)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(backbone))
+        stack.enter_context(torch.no_grad())
+        if called is not None:
+            for module in backbone.host.modules():
+                stack.enter_context(module.register_forward_pre_hook(lambda module, given: called.add(module)))
+        return torch.func.functional_call(traced, shapes, (images, policies), tie_weights=False)
 
 
 def traced_macs(backbone: Backbone, policies: Sequence[TokenPolicy]) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.hosts import not_tuned, wrap
 from dyntune.core.losses import feature_loss, trust
+from dyntune.core.modes import evaluating
 from dyntune.model.executions import Masked
 from dyntune.model.features import features
 from dyntune.model.forward import run
@@ -151,10 +151,10 @@ def look_at_units(model: Learner, images: Callable[[], Tensor]) -> None:
     """
     for policy in model.policies:
         if isinstance(policy, Fitting) and (units := policy.unfitted(model.backbone)):
-            with _evaluating(model.backbone):
+            with evaluating(model.backbone):
                 fit_units(model.backbone, units, policy.passing, policy.fit, images())
         if isinstance(policy, Weighing) and (units := policy.unweighed(model.backbone)):
-            with _evaluating(model.backbone):
+            with evaluating(model.backbone):
                 policy.weigh(unit_worth(model.backbone, units, images()))
 
 
@@ -178,21 +178,7 @@ def _without_course(spec: str) -> None:
 @torch.no_grad()
 def dense_output(teacher: nn.Module, images: Tensor) -> Output:
     """What a teacher, tuned or a plain backbone, makes of images; in eval mode, without gradient."""
-    with _evaluating(teacher):
+    with evaluating(teacher):
         if isinstance(teacher, Learner):
             return teacher.run(images)
         return run(teacher if isinstance(teacher, Backbone) else wrap(teacher), (), images, Masked())
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model in eval mode for a while, to look at it, and each of its modules back in its own."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        # Older releases of PyTorch keep what autocast has cast without a graph, through which nothing learns.
-        torch.clear_autocast_cache()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import reprlib
@@ -27,6 +26,7 @@ from dyntune.core.words import counted
 from dyntune.data.others import require_images
 from dyntune.data.transforms import Preprocessing, preprocessed
 from dyntune.model.executions import Compact
+from dyntune.model.twin import twin
 from dyntune.parts.policies.base import Gate, Output
 from dyntune.parts.policies.gating import GatingPolicy, LearnedGate
 
@@ -243,7 +243,7 @@ def calibrate(
     asked = tuple(sorted({float(rate) for rate in rates}))
     batches = _batches(model, data, images, batch_size)
     # On a twin: who runs the model in another thread meanwhile sees nothing of what is tried here.
-    model = _twin(model)
+    model = twin(model, [gate.shift for gate in dispatchers(model.backbone).values()])
     gates = dispatchers(model.backbone)
     model.eval()
     _set(gates, dict.fromkeys(gates, (0.0, None)))
@@ -395,13 +395,6 @@ def _require_gates(model: Gated, gates: dict[str, LearnedGate]) -> None:
             f"{model.spec} has no learned gates whose threshold could be shifted. Another rate needs a model with "
             "dispatch: dyt, or adaptformer+dispatch."
         )
-
-
-def _twin(model: Calibrated) -> Calibrated:
-    """The same model with modes and thresholds of its own; all other tensors are shared."""
-    shifts = {id(gate.shift) for gate in dispatchers(model.backbone).values()}
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors if id(tensor) not in shifts})
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dyntune.backbones.base import Backbone
+from dyntune.backbones.hooks import warn_of_unheard
 from dyntune.backbones.hosts import checked_origin, not_tuned, weights_fingerprint, wrap
 from dyntune.backbones.origin import BackboneSource
 from dyntune.backbones.owners import claim, release, require_free
@@ -78,11 +79,17 @@ class TunedModel(TimmMethods, HubModel):
         require_free(host)
         self.backbone = wrap(host)
         plain = self.backbone.plain()
-        dense = _traced(plain)
+        called: set[nn.Module] = set()
+        dense = _traced(plain, called)
+        warn_of_unheard(plain.host, called)
         if len(dense.logits) == 2 and any(True for head in self.backbone.heads for _ in head.parameters()):
             self.backbone.outputs = dense.logits[-1]
         self.dense_macs, self.dense_block_macs = dense.macs, dense.block_macs
         self.fingerprint = weights_fingerprint(plain, self.backbone.adopted)
+        adopted = {id(p) for p in self.backbone.adopted}
+        # Those of the host's own that PEFT trains, such as biases, are still the published ones.
+        whole = adopted.isdisjoint(map(id, plain.parameters()))
+        self._published = self.fingerprint if whole else weights_fingerprint(plain, ())
         self._origin = plain.origin()
         self._origin.remember()
         self._origin_checked = False
@@ -136,7 +143,7 @@ class TunedModel(TimmMethods, HubModel):
         For a backbone that Dyntune has not built itself that takes as long as building it.
         """
         if not self._origin_checked:
-            self.origin = checked_origin(self._origin, self.backbone.plain().host, self.fingerprint)
+            self.origin = checked_origin(self._origin, self.backbone.plain().host, self._published)
             self.origin.remember()
         return self._origin
 
@@ -207,6 +214,9 @@ class TunedModel(TimmMethods, HubModel):
             )
         if lr is not None and not (isinstance(lr, Real) and 0 < lr < math.inf):
             raise SpecError(f"expected a peak learning rate above 0, or None where it says nothing; given {lr!r}.")
+        # Thresholds that were shifted, and the shifts, belong to the weights that there are.
+        self.set_rate(None)
+        self.calibration = None
         self.backbone.begin_training(steps, None if lr is None else lr * math.ceil(steps / accumulate))
 
     def end_training(self) -> None:
@@ -448,10 +458,10 @@ def require_tuned(model: object, what: str) -> None:
         raise not_tuned(model, what)
 
 
-def _traced(backbone: Backbone) -> Trace:
-    """What a host computes; raises BackboneError where it does not, such as with a head of another width."""
+def _traced(backbone: Backbone, called: set[nn.Module]) -> Trace:
+    """What a host computes, and in ``called`` what of it; BackboneError where it does not, as with another head."""
     try:
-        return trace(backbone, ())
+        return trace(backbone, (), called)
     except DyntuneError:
         raise
     except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, IndexError) as error:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from dyntune.backbones.units import Unit
+from dyntune.core.modes import evaluating
 from dyntune.core.tokens import Tokens
 from dyntune.data.transforms import preprocessed
 from dyntune.model.executions import Compact, Execution
@@ -66,9 +67,7 @@ def closed_gates(model: TunedModel, data: Dataset[Any], batch_size: int = 32) ->
     }
     if not gated:
         return ()
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         batches = list(_batches(model, data, batch_size))
         like = next(model.parameters())
 
@@ -93,8 +92,6 @@ def closed_gates(model: TunedModel, data: Dataset[Any], batch_size: int = 32) ->
             if changed >= NEEDED:
                 found.append(ClosedGate(path, active[path], target, changed, _advice(policy)))
         return tuple(found)
-    finally:
-        model.train(training)
 
 
 def _advice(policy: GatingPolicy) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from dyntune.core.errors import DataError
+from dyntune.core.modes import evaluating
 from dyntune.data.base import LabelledImages
 from dyntune.data.clips import Sampling
 from dyntune.data.others import Samples, is_dataset, require_images
@@ -30,9 +31,9 @@ log = logging.getLogger("dyntune")
 
 @dataclass
 class _Users:
-    """The mode that a model was in, and how many threads evaluate it."""
+    """How many threads evaluate a model, and what puts its modules back into their modes."""
 
-    training: bool
+    modes: ExitStack
     count: int = 0
 
 
@@ -209,9 +210,11 @@ def evaluate(
 
 @contextmanager
 def _in_eval_mode(model: TunedModel) -> Iterator[None]:
-    """Puts a model back into its mode when the last of the threads that evaluate it is done."""
+    """Puts a model's modules back into their modes when the last of the threads that evaluate it is done."""
     with _LOCK:
-        users = _EVALUATED.setdefault(model, _Users(model.training))
+        users = _EVALUATED.setdefault(model, _Users(ExitStack()))
+        if not users.count:
+            users.modes.enter_context(evaluating(model))
         users.count += 1
         model.eval()
     try:
@@ -221,7 +224,7 @@ def _in_eval_mode(model: TunedModel) -> Iterator[None]:
             users.count -= 1
             if not users.count:
                 del _EVALUATED[model]
-                model.train(users.training)
+                users.modes.close()
 
 
 def _pair(batch: Any, number: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from dyntune.core.errors import DataError, TrainingError
+from dyntune.core.modes import evaluating
 from dyntune.core.texts import listed, printable
 from dyntune.core.words import counted
 from dyntune.data.base import LabelledImages
@@ -149,14 +150,12 @@ def _runs(model: TunedModel, image: Tensor) -> bool:
     """Whether the model takes an image; one of the size that it was pretrained with is not tried."""
     if image.shape == model.preprocessing.shape:
         return True
-    parameter, training = next(model.parameters()), model.training
+    parameter = next(model.parameters())
     try:
-        with torch.no_grad(), caller_randomness_kept():
-            model.eval().run(image[None].to(parameter.device, parameter.dtype))
+        with torch.no_grad(), caller_randomness_kept(), evaluating(model):
+            model.run(image[None].to(parameter.device, parameter.dtype))
     except (RuntimeError, ValueError, AssertionError, IndexError):
         return False
-    finally:
-        model.train(training)
     return True
 
 

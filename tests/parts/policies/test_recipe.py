@@ -7,6 +7,7 @@ import statistics
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch.utils.data import TensorDataset
 
 import dyntune
@@ -19,6 +20,7 @@ from dyntune.model.rates import dispatchers
 from dyntune.model.worth import unit_worth
 from dyntune.parts.policies.course import Course
 from dyntune.parts.policies.dispatch import Dispatch
+from dyntune.parts.policies.dispatcher import Dispatcher
 from dyntune.parts.registry import expand, part_from_dict, resolve
 from dyntune.training.identity import identity_changes, run_identity
 from dyntune.training.progress import Silent
@@ -292,6 +294,45 @@ def test_the_pace_of_weights_is_for_features_around_their_mean(make_host, images
         assert gate.weight_pace.item() == pytest.approx(15 / (40 * 1e-3 * 32 * size), rel=1e-4)
         torch.testing.assert_close(gate.linear.weight, before[unit].weight)
         torch.testing.assert_close(recorded.logits, before[unit](seen[unit]).squeeze(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_states_are_averaged_as_timm_does(model, images_for):
+    """``docs/python.md``: made before the first step, and told its number."""
+    average, states = ModelEmaV3(model.train(), decay=0.5), []
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    model.begin_training(8, 1e-2)
+    for step in range(3):
+        dyntune.training_loss(model, images_for(model.backbone.host, 4), torch.arange(4)).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(model, step=step)
+        states.append({name: tensor.detach().clone() for name, tensor in model.state_dict().items()})
+    for name, tensor in average.module.state_dict().items():
+        _, second, third = (state[name] for state in states)  # the first two are copied
+        if "surrogate" in name:
+            assert torch.equal(tensor, third) and tensor.any(), name
+        elif tensor.is_floating_point():
+            torch.testing.assert_close(tensor, second / 2 + third / 2, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("half", ["autocast", "weights"])
+def test_gates_learn_in_half_precision_what_they_learn_in_full(half):
+    """Features of which most is in common, as in front of MLPs: it cancels out."""
+    patches, towards = 5 + 0.5 * torch.randn(8, 64, 32), torch.randn(8, 64)
+    learned = []
+    for precise in (True, False):
+        torch.manual_seed(0)
+        gate = Dispatcher(32, 5.0, moves=(6.0, 15.0)).train()
+        gate.begin_course(1.0)
+        gate = gate.to(torch.bfloat16) if half == "weights" and not precise else gate
+        given = patches.to(gate.gate.weight.dtype)
+        for _ in range(2):  # the first sets the pace
+            gate.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast" and not precise):
+                loss = (gate.scores(given).float() * towards).mean()
+            loss.backward()
+        learned.append(gate.gate.weight.grad.float())
+    assert (learned[0] - learned[1]).norm() < (1e-4 if half == "autocast" else 0.1) * learned[0].norm()
 
 
 @pytest.mark.parametrize("rounding", [0.0, 1e-6])

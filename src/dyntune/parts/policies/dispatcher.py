@@ -108,12 +108,13 @@ class Dispatcher(LearnedGate):
             linear.bias.copy_(bias)
         return linear
 
-    def map(self) -> tuple[Tensor, Tensor]:
-        """w and b, with a graph to w' and b'."""
+    def map(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """w and b, with a graph to w' and b'; computed in ``dtype``, by default that of the weights."""
+        weight, bias = (tensor.to(dtype or tensor.dtype) for tensor in (self.gate.weight, self.gate.bias))
         if self.weight_pace is None or self.bias_pace is None or self.centre is None:
-            return self.gate.weight, self.gate.bias
-        weight = self.gate.weight * self.weight_pace
-        return weight, self.gate.bias * self.bias_pace - weight @ self.centre
+            return weight, bias
+        weight = weight * self.weight_pace.to(weight.dtype)
+        return weight, bias * self.bias_pace.to(bias.dtype) - weight @ self.centre.to(weight.dtype)
 
     def trained(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """w' and b' of w and b; where there is no pace, they are the same."""
@@ -133,7 +134,11 @@ class Dispatcher(LearnedGate):
             self._measure(patches)
         if not self.paced:
             return self.gate(patches).squeeze(-1)
-        return F.linear(patches, *self.map()).squeeze(-1)
+        # In fp32: the mean of the features cancels out, here and in the gradient of w', and half of the digits are not
+        # enough for that.
+        dtype = torch.promote_types(patches.dtype, torch.float32)
+        with torch.autocast(patches.device.type, enabled=False):
+            return F.linear(patches.to(dtype), *self.map(dtype)).squeeze(-1)
 
     def logits_from(self, scores: Tensor) -> Tensor:
         logits = super().logits_from(scores)
