@@ -42,6 +42,14 @@ def test_train_and_compare_take_a_teacher_and_a_factor_for_the_backbone(photos, 
         assert (asked["teacher"] or "").startswith("linear ") == ("linear" not in run.name)
 
 
+def test_a_run_that_ignores_its_teacher_is_resumed_with_it(photos, tmp_path):
+    teacher = teacher_of(tmp_path / "teacher", ("blue", "green", "red"))
+    words = ("train", photos, "--method", "linear", "--out", tmp_path / "run", *SHORT, "--teacher", teacher)
+    assert invoke(*words).exit_code == 0
+    done = invoke(*words, "--resume")
+    assert done.exit_code == 0, done.exception
+
+
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_a_teacher_of_other_classes_is_refused(photos, tmp_path, command):
     teacher = teacher_of(tmp_path / "teacher", ("blue", "green", "pink"))

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 import dyntune
 from dyntune.backbones.families.frames import ClipClassifier
 from dyntune.data import Video
+from dyntune.parts.policies.base import TokenPolicy
 from dyntune.parts.registry import registered
 from dyntune.training.evaluate import evaluate
 
@@ -35,10 +36,21 @@ def clips_for(host, batch, seed=0):
     return torch.randn((batch, host.frames, 3, *size), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("part", registered())
-def test_a_part_on_clips(build, tmp_path, part):
+def heads_for(number, part):
+    """Heads read what policies leave of tokens in ways of their own; other parts meet one of them."""
+    return ("attentive", "mixer") if issubclass(part, TokenPolicy) else (("attentive", "mixer")[number % 2],)
+
+
+@pytest.mark.parametrize(
+    ("part", "temporal"),
+    [
+        (name, temporal)
+        for number, (name, part) in enumerate(registered().items())
+        for temporal in heads_for(number, part)
+    ],
+)
+def test_a_part_on_clips(build, tmp_path, part, temporal):
     spec = OPTIONS.get(part, part).replace("layers=1/2", "layers=0/1")
-    temporal = "attentive" if len(part) % 2 else "mixer"
     torch.manual_seed(0)
     model = dyntune.tune(build(temporal), spec)
     trainable = {name for name, p in model.backbone.named_parameters() if p.requires_grad}
@@ -48,6 +60,20 @@ def test_a_part_on_clips(build, tmp_path, part):
     moved = {name for name, p in model.backbone.named_parameters() if not torch.equal(p, before[name])}
     assert moved <= trainable and {name for name in moved if ".temporal." in name}
     check(half_open(model), build(temporal), clips_for(model.backbone.host, 3, seed=9), tmp_path)
+
+
+def test_the_attentive_head_tells_a_hidden_patch_what_it_would_bring(build):
+    """Its weight is 0 in DynamicViT's training, and its gradient what a small one would change."""
+    head = build("attentive").temporal.double()
+    x = torch.randn(1, FRAMES, 6, head.query_token.shape[-1], dtype=torch.float64)
+    weights = torch.ones(1, FRAMES, 6, dtype=torch.float64)
+    weights[..., ::2] = 0
+    gradient = torch.autograd.grad(head(x, weights.requires_grad_()).square().sum(), weights)[0]
+    for place in ((0, 0, 0), (0, 1, 2), (0, 0, 1)):
+        moved = weights.detach().clone()
+        moved[place] += 1e-6
+        change = head(x, moved).square().sum() - head(x, weights.detach()).square().sum()
+        assert gradient[place].item() == pytest.approx(change.item() / 1e-6, rel=1e-3)
 
 
 @pytest.mark.parametrize("where", GATES)

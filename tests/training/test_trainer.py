@@ -623,6 +623,12 @@ def test_other_lengths_are_refused_with_a_way_to_go_on(make_host, colours, tmp_p
     fit(_model(make_host, "linear"), *colours, out=tmp_path / "linear", **SHORT)
     with pytest.raises(TrainingError, match=r"cooldown_epochs=2, warmup_epochs=0\.2"):
         fit(_model(make_host, "linear"), *colours, out=tmp_path / "linear", resume=True, **SHORT | {"epochs": 4})
+    state = RunState.read(tmp_path / "linear")  # of a version with an option that is no more
+    RunState(
+        **vars(state) | {"identity": state.identity | {"settings": state.identity["settings"] | {"old": 1}}}
+    ).write(tmp_path / "linear")
+    with pytest.raises(TrainingError, match=r"cooldown_epochs=2, warmup_epochs=0\.2"):
+        fit(_model(make_host, "linear"), *colours, out=tmp_path / "linear", resume=True, **SHORT | {"epochs": 4})
     advised = SHORT | {"epochs": 4, "cooldown_epochs": 2, "warmup_epochs": 0.2}
     fit(_model(make_host, "linear"), *colours, out=tmp_path / "linear", resume=True, **advised)
     fit(_model(make_host), *colours, out=tmp_path / "dyt", **SHORT)

@@ -330,6 +330,11 @@ class Backbone(Training, abc.ABC):
         """The name under which a tensor of the backbone is saved."""
         return file_name(name)
 
+    def names_of_all(self) -> set[str]:
+        """The names in files of all parameters that take part, which a save of the whole model holds."""
+        idle = {id(parameter) for parameter in self.plain().idle}
+        return {self.saved_name(name) for name, p in self.named_parameters() if id(p) not in idle}
+
     def host_name(self, saved: str) -> str:
         """What the host calls the module that is called ``saved`` in files, both without ``host.`` in front."""
         return saved

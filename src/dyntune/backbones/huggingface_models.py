@@ -1,6 +1,6 @@
 """Models of Hugging Face's transformers: built from a folder or the hub, given a classifier, and written.
 
-transformers is imported here and nowhere else, when a model of it is asked for or put together.
+transformers is imported when a model of it is asked for or put together.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from dyntune.core.attention import bias_of
 from dyntune.core.errors import BackboneError, unknown_name
 
 Temporal = Literal["mean", "attentive", "mixer"]
@@ -95,10 +96,7 @@ class Attentive(TemporalHead):
 
     def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         x = self.timed(x).flatten(1, 2)
-        mask = None
-        if weights is not None:
-            tiny = torch.finfo(x.dtype).tiny
-            mask = weights.flatten(1).to(x.dtype).clamp_min(tiny).log()[:, None, None]
+        mask = None if weights is None else bias_of(weights.flatten(1), x.dtype)[:, None, None]
         q = self.q(self.norm_q(self.query_token)) + self.q_bias
         k, v = self.k(self.norm_k(x)), self.v(self.norm_v(x)) + self.v_bias
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))

@@ -40,10 +40,10 @@ def load_data(
     """Load a data set by its DATA argument.
 
     Args:
-        data: ``digits``; ``shapes-location`` or ``shapes-orientation``; ``folder:PATH``, ``vtab:PATH`` or just a PATH;
-            ``video-folder:PATH`` or ``video-list:FILE``; ``torch/NAME``, ``hfds/NAME``, ``wds/PATH`` or ``tfds/NAME``;
-            or what a source of another distribution takes. A name wins over a folder that is called the same; a
-            :class:`~pathlib.Path` is always a folder.
+        data: ``digits``; ``shapes-location`` or ``shapes-orientation``; ``motion``; ``folder:PATH``, ``vtab:PATH`` or
+            just a PATH; ``video-folder:PATH``, ``video-list:FILE`` or ``kinetics:FILE.csv``; ``torch/NAME``,
+            ``hfds/NAME``, ``wds/PATH`` or ``tfds/NAME``; or what a source of another distribution takes. A name wins
+            over a folder that is called the same; a :class:`~pathlib.Path` is always a folder.
         seed: chooses the validation images where they must be split off, and the pictures of procedural sets.
         val_fraction: share of the training images to split off, between 0 and 1, where there is no validation split.
         root: where data sets with a loader of their own (``torch/`` and so on) are looked for and downloaded to;

@@ -121,9 +121,8 @@ class AdapterConfig:
         fitted = {backbone.saved_name(name): tensor for name, tensor in fitted_tensors(backbone).items()}
         own = trained | fitted | companions | {name: held[name] for name in self.extra}
         _require_fit(backbone, own, tensors, folder)
-        idle = {id(parameter) for parameter in backbone.plain().idle}
-        parameters = {backbone.saved_name(name) for name, p in backbone.named_parameters() if id(p) not in idle}
-        if self.complete and not parameters <= tensors.keys():
+        parameters = backbone.names_of_all() if self.complete else set()
+        if not parameters <= tensors.keys():
             gone = listed(sorted(parameters - tensors.keys()))
             raise CheckpointError(
                 f"{file} says that every weight of the backbone is saved, but {gone} are not. Get the folder again "

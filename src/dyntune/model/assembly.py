@@ -83,10 +83,9 @@ def settled(host: nn.Module, parts: Sequence[Part], dense_macs: int) -> tuple[Pa
         if isinstance(part, Searching):
             trial = CopyTrial(host, (*parts[:place], *parts[place + 1 :]), place, dense_macs)
             spec = part.settle(trial)
-            if spec is not None:
-                asked = ",".join(f"{name}={format_value(value)}" for name, value in asdict(part).items())
-                log.warning("%s:%s is %s: %s.", part.name(), asked, spec, trial.describe(spec))
-                parts = trial.parts(spec)
+            asked = ",".join(f"{name}={format_value(value)}" for name, value in asdict(part).items())
+            log.warning("%s:%s is %s: %s.", part.name(), asked, spec, trial.describe(spec))
+            parts = trial.parts(spec)
     return tuple(parts)
 
 

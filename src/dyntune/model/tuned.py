@@ -51,9 +51,8 @@ _TRAINING, _INFERENCE = Sampled(), _EXECUTIONS["compact"]
 class TunedModel(TimmMethods, HubModel):
     """A pretrained model with tuning methods and token policies installed; made by ``tune`` or ``load``.
 
-    In train mode every token is computed and multiplied by its gate, so that the gates learn, unless a policy is told
-    to explore a share of the skipped ones only; in eval mode skipped tokens are not computed at all. All give the same
-    logits.
+    In train mode what gates skip is computed too, or a share of it (``explore`` of ``dispatch``), so that the gates
+    learn; in eval mode it is not. Both give the same logits.
 
     Args:
         host: the pretrained model; it is adapted in place.
@@ -424,9 +423,6 @@ class TunedModel(TimmMethods, HubModel):
         Args:
             results: measured figures to keep with them.
         """
-        idle = {id(parameter) for parameter in self.backbone.plain().idle}
-        named = self.backbone.named_parameters()
-        every = {self.backbone.saved_name(name) for name, p in named if id(p) not in idle}
         extra = self.extra_state()
         return {
             "spec": self.spec,
@@ -435,7 +431,7 @@ class TunedModel(TimmMethods, HubModel):
                 **self.origin.to_dict(),
                 "fingerprint": self.fingerprint,
                 "dtype": str(next(self.backbone.parameters()).dtype).removeprefix("torch."),
-                "complete": every <= {*self.saved_names().values()},
+                "complete": self.backbone.names_of_all() <= {*self.saved_names().values()},
             },
             "extra": {self.backbone.saved_name(name): tensor.requires_grad for name, tensor in extra.items()},
             "peft": self.backbone.recipe(),

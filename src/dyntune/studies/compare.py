@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from dyntune.backbones.hosts import rebuild
+from dyntune.backbones.hosts import rebuild, wrap
 from dyntune.core.errors import DataError
 from dyntune.core.timing import Throughput, measure_throughput
 from dyntune.core.words import counted
@@ -169,7 +169,8 @@ def compare_speed(models: dict[str, TunedModel], images: Tensor) -> dict[str, Th
     plain = (
         rebuild(first.origin, pretrained=False) if first.backbone_name else copy.deepcopy(first.backbone.plain().host)
     )
-    contestants: dict[str, Callable[[Tensor], Any]] = {DENSE: plain.to(like).eval()}
+    dense = wrap(plain.to(like)).eval()
+    contestants: dict[str, Callable[[Tensor], Any]] = {DENSE: dense.host_logits}  # some hosts ask for more than images
     contestants |= {spec: model.eval() for spec, model in models.items()}
     with torch.inference_mode():
         return measure_throughput(contestants, images.to(like), reference=DENSE, limit=_SECONDS)

@@ -19,6 +19,7 @@ from dyntune.data.base import LabelledImages
 from dyntune.data.others import Samples
 from dyntune.model.adapter_folder import ASKED
 from dyntune.model.tuned import TunedModel
+from dyntune.parts.policies.base import learners
 from dyntune.parts.registry import as_in_files, expand, part_from_dict, resolve
 from dyntune.parts.spec import Part, format_spec
 from dyntune.training.settings import TrainSettings
@@ -60,7 +61,7 @@ def run_identity(
         "data": _data_digest(train_set),
         "val_images": 0 if val_set is None else len(val_set),  # type: ignore[arg-type]
         "val_data": None if val_set is None else _data_digest(val_set),
-        "teacher": teacher_identity(teacher),
+        "teacher": teacher_identity(teacher if learners(model.policies) else None),
     }
 
 
@@ -120,8 +121,7 @@ def identity_changes(
 
 def _same_rates(former: dict[str, Any], now: TrainSettings, done: int, steps: int) -> bool:
     """Whether the steps that are done would have had the learning rates that they had, and there are not too many."""
-    known = {field.name for field in dataclasses.fields(TrainSettings)}
-    before = TrainSettings(**{name: value for name, value in former.items() if name in known})
+    before = _settings_of(former)
     if done > now.epochs * steps:
         return False
     looked_at = range(0, done, max(1, done // 10_000))
@@ -131,11 +131,17 @@ def _same_rates(former: dict[str, Any], now: TrainSettings, done: int, steps: in
     )
 
 
+def _settings_of(former: dict[str, Any]) -> TrainSettings:
+    """The settings that a run recorded, without those that are no more."""
+    known = {field.name for field in dataclasses.fields(TrainSettings)}
+    return TrainSettings(**{name: value for name, value in former.items() if name in known})
+
+
 def _longer(former: dict[str, Any], now: TrainSettings, follows_length: bool) -> str:
     """What is said to those who want another length."""
     if follows_length:
         return "what the model learns follows the length of the training, so that another one needs a run of its own"
-    before = TrainSettings(**former)
+    before = _settings_of(former)
     more = now.epochs - before.epochs
     if more <= 0:
         return "the epochs that are done would have had other learning rates"

@@ -108,8 +108,8 @@ def require_continuable(
     model: TunedModel,
     train_set: Any,
     settings: TrainSettings,
-    teacher: nn.Module | None = None,
-    val_set: Any = None,
+    teacher: nn.Module | None,
+    val_set: Any,
 ) -> None:
     """As ``require_same_run``, for those who say something before they call ``fit`` with ``resume``.
 

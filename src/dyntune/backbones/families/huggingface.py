@@ -311,7 +311,7 @@ class HuggingFace(Backbone):
         if not names:
             raise BackboneError(
                 f"{type(self.host).__name__} has no classifier to replace. Put one on it before tune: "
-                "dyntune.backbones.huggingface_models.add_classifier(model, classes)."
+                "dyntune.add_classifier(model, classes)."
             )
         for name in names:
             width = self._read_width if len(names) == 1 else self.blocks[-1].width

@@ -45,7 +45,7 @@ class TimmViT(TimmBackbone):
         self.check_images(images)
         embedded = host.patch_embed(images)
         x = host.norm_pre(host._pos_embed(embedded))
-        # Sources are given, not left to the default, which torch.compile cannot trace.
+        # Provenance is given, not left to the default, which torch.compile cannot trace.
         return Tokens(x, host.num_prefix_tokens, self.grid_of(embedded), provenance=Provenance(), places=Places())
 
     @property

@@ -26,7 +26,7 @@ def dot(left, right, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def activate(x, NAME: tl.constexpr):
-    """``x`` in fp32 behind the activation that ``MlpParts.activation`` calls NAME."""
+    """``x`` in fp32 behind the activation that ``MlpParts.nonlinearity`` calls NAME."""
     if NAME == "gelu":
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif NAME == "gelu_tanh":

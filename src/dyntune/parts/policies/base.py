@@ -211,8 +211,8 @@ class Trial(Protocol):
 class Searching(Protocol):
     """A policy that finds its settings on a trial model before anything is installed."""
 
-    def settle(self, trial: Trial) -> str | None:
-        """The spec of what is to be installed in this policy's place; None for the policy itself.
+    def settle(self, trial: Trial) -> str:
+        """The spec of what is to be installed in this policy's place.
 
         Raises:
             SpecError: what is asked for cannot be had on this backbone.

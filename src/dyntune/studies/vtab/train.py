@@ -79,7 +79,7 @@ def train_one(
         chosen,
         out=out,
         resume=out is not None,
-        progress=progress or False,
+        progress=progress,
         calibrate=False,
         settings=settings,
     )
