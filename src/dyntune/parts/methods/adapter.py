@@ -8,11 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
-from dyntune.parts.methods.base import TuningMethod, quick_gelu
+from dyntune.parts.methods.base import Init, TuningMethod, initialise_bottleneck, quick_gelu
 
 Activation = Literal["quick_gelu", "gelu", "relu"]
-Init = Literal["zero", "noah"]
-
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "quick_gelu": quick_gelu,
@@ -38,14 +36,7 @@ class Bottleneck(nn.Module):
         self.up_proj = nn.Linear(bottleneck, width)
         self.activation = _ACTIVATIONS[activation]
         self.dropout = nn.Dropout(dropout)
-        if init == "noah":
-            nn.init.trunc_normal_(self.down_proj.weight, std=0.02)
-            nn.init.trunc_normal_(self.up_proj.weight, std=0.02)
-        else:
-            nn.init.xavier_uniform_(self.down_proj.weight)
-            nn.init.zeros_(self.up_proj.weight)
-        nn.init.zeros_(self.down_proj.bias)
-        nn.init.zeros_(self.up_proj.bias)
+        initialise_bottleneck(self.down_proj, self.up_proj, init)
 
     def forward(self, update: Tensor) -> Tensor:
         """What is added to the residual stream instead of ``update``, ``(..., C)``."""

@@ -1,6 +1,5 @@
 """LoRA: low-rank updates of the frozen linear maps."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.sites import Change, Site
 from dyntune.core.errors import BackboneError
-from dyntune.parts.methods.base import TuningMethod
+from dyntune.parts.methods.base import Init, TuningMethod, initialise_low_rank
 
 Target = Literal["qkv", "q", "k", "v", "proj", "fc1", "fc2"]
 
@@ -82,7 +81,7 @@ class LoRA(TuningMethod):
     scale: float = 1.0
     dropout: float = 0.1
     dropout_on: Literal["input", "hidden"] = "input"
-    init: Literal["zero", "noah"] = "zero"
+    init: Init = "zero"
 
     def check(self) -> None:
         self.require(self.rank >= 1, "rank of at least 1")
@@ -97,13 +96,5 @@ class LoRA(TuningMethod):
                         f"lora updates Linear layers, but {site.path} is a {type(site.module).__name__}."
                     )
                 change = LowRank(site.inputs, site.channels, self.rank, self.scale, self.dropout, self.dropout_on)
-                self._initialise(change)
+                initialise_low_rank(change.down, change.up, self.init)
                 site.add("lora", change)
-
-    def _initialise(self, change: LowRank) -> None:
-        if self.init == "noah":
-            nn.init.trunc_normal_(change.down.weight, std=0.02)
-            nn.init.trunc_normal_(change.up.weight, std=0.02)
-        else:
-            nn.init.kaiming_uniform_(change.down.weight, a=math.sqrt(5))
-            nn.init.zeros_(change.up.weight)

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,8 @@ from dyntune.backbones.sites import Change, Site
 from dyntune.core.errors import BackboneError, SpecError
 from dyntune.core.tokens import Tokens
 from dyntune.core.words import counted
-from dyntune.parts.methods.base import TuningMethod, quick_gelu
+from dyntune.parts.methods.base import Init, TuningMethod, initialise_bottleneck, initialise_low_rank, quick_gelu
 
-Init = Literal["zero", "noah"]
 PUBLISHED_WIDTH = 100
 """Width of the tensors that the published code slices, and whose initial statistics the slices have."""
 
@@ -184,12 +183,7 @@ class ElasticLowRank(Change):
         self.up = nn.Linear(rank, outputs, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.selection = selection
-        if init == "noah":
-            nn.init.trunc_normal_(self.down.weight, std=0.02)
-            nn.init.trunc_normal_(self.up.weight, std=0.02)
-        else:
-            nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-            nn.init.zeros_(self.up.weight)
+        initialise_low_rank(self.down, self.up, init)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         down, up = self._sliced(self.selection.sizes)
@@ -228,14 +222,7 @@ class ElasticAdapter(nn.Module):
         self.up_proj = nn.Linear(bottleneck, width)
         self.dropout = nn.Dropout(dropout)
         self.selection = selection
-        if init == "noah":
-            nn.init.trunc_normal_(self.down_proj.weight, std=0.02)
-            nn.init.trunc_normal_(self.up_proj.weight, std=0.02)
-        else:
-            nn.init.xavier_uniform_(self.down_proj.weight)
-            nn.init.zeros_(self.up_proj.weight)
-        nn.init.zeros_(self.down_proj.bias)
-        nn.init.zeros_(self.up_proj.bias)
+        initialise_bottleneck(self.down_proj, self.up_proj, init)
 
     def forward(self, update: Tensor) -> Tensor:
         """What is added to the residual stream instead of ``update``, ``(..., D)``."""

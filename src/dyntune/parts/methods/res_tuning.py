@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dyntune.backbones.base import Backbone
 from dyntune.backbones.units import Parallel
 from dyntune.core.tokens import Tokens
-from dyntune.parts.methods.base import TuningMethod
+from dyntune.parts.methods.base import TuningMethod, initialise_tuner
 
 Init = Literal["zero", "xavier"]
 
@@ -29,12 +29,7 @@ class Tuner(Parallel):
         self.down_proj = nn.Linear(width, bottleneck)
         self.up_proj = nn.Linear(bottleneck, width)
         self.reads_normed = reads_normed
-        for projection in (self.down_proj, self.up_proj):
-            nn.init.xavier_uniform_(projection.weight)
-            nn.init.normal_(projection.bias, std=1e-6)
-        if init == "zero":
-            nn.init.zeros_(self.up_proj.weight)
-            nn.init.zeros_(self.up_proj.bias)
+        initialise_tuner(self.down_proj, self.up_proj, init == "zero")
 
     def forward(self, tokens: Tokens) -> Tensor:
         """The update for every token, of the shape of ``tokens.x``."""

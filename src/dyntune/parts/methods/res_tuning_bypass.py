@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dyntune.backbones.base import Backbone, Bypass
 from dyntune.core.errors import BackboneError
 from dyntune.core.words import counted
-from dyntune.parts.methods.base import TuningMethod
+from dyntune.parts.methods.base import TuningMethod, initialise_tuner
 
 Scale = float | Literal["learnable", "channel", "gate"]
 Merging = Literal["sum", "average"]
@@ -39,12 +39,7 @@ class Tuner(nn.Module):
             self.scale = nn.Parameter(torch.ones(1 if scale == "learnable" else width))
         else:
             self.scale = scale
-        for projection in (self.down_proj, self.up_proj):
-            nn.init.xavier_uniform_(projection.weight)
-            nn.init.normal_(projection.bias, std=1e-6)
-        if identity:
-            nn.init.zeros_(self.up_proj.weight)
-            nn.init.zeros_(self.up_proj.bias)
+        initialise_tuner(self.down_proj, self.up_proj, identity)
 
     def forward(self, y: Tensor) -> Tensor:
         """``(B, N, C)`` to the same shape."""
