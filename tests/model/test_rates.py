@@ -193,6 +193,14 @@ def test_cost_follows_the_rate_and_is_what_runs(calibrated):
     assert dyntune.evaluate(calibrated, data).macs == dyntune.cost(calibrated).macs
 
 
+def test_costs_are_counted_in_the_middle_of_a_training_too(make_host):
+    model = dyntune.tune(make_host(**SIZE), "dyt").train()
+    before = dyntune.cost(model)
+    model.begin_training(8, 1e-3)
+    dyntune.training_loss(model, images(4), torch.arange(4))
+    assert dyntune.cost(model) == before
+
+
 def test_who_runs_the_model_meanwhile_sees_nothing_of_a_count(make_host, monkeypatch):
     model = randomised(dyntune.tune(make_host(**SIZE), "dyt"))
     batch, seen = images(4, seed=2), []

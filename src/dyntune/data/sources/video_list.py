@@ -78,7 +78,7 @@ class VideoList(Source):
         if not lines:
             raise DataError(f"{path} has no labels to evaluate by.")
         names = list(classes or _classes(lines, path))
-        written = names
+        written = [str(int(name)) if name.isdecimal() else name for name in names]
         if _are_numbers(lines) and not all(map(str.isdecimal, names)):
             labels = [int(line.label) for line in lines]
             first = int(min(labels) == 1 and max(labels) == len(names))

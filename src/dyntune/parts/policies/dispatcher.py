@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from dyntune.core.errors import CheckpointError
+from dyntune.core.precision import full_precision
 from dyntune.core.processes import mean_over_processes
 from dyntune.parts.policies.course import Course
 from dyntune.parts.policies.gating import LearnedGate
@@ -137,7 +138,7 @@ class Dispatcher(LearnedGate):
         # In fp32: the mean of the features cancels out, here and in the gradient of w', and half of the digits are not
         # enough for that.
         dtype = torch.promote_types(patches.dtype, torch.float32)
-        with torch.autocast(patches.device.type, enabled=False):
+        with full_precision(patches.device):
             return F.linear(patches.to(dtype), *self.map(dtype)).squeeze(-1)
 
     def logits_from(self, scores: Tensor) -> Tensor:

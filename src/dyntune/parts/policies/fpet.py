@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from dyntune.backbones.base import Backbone
 from dyntune.core.errors import BackboneError
+from dyntune.core.precision import full_precision
 from dyntune.core.tokens import Projected, Tokens
 from dyntune.parts.policies.reducing import Reducer, ReducingPolicy
 
@@ -99,7 +99,7 @@ class Halving(Reducer):
             )
         keys = projected.unrotated[:, tokens.prefix :].detach().mean(2)
         keys = (keys + self.refinement(keys)).float()
-        with _full_precision(device):
+        with full_precision(device):
             keys = keys / keys.norm(dim=-1, keepdim=True)
             scores = keys.index_select(1, first) @ keys.index_select(1, others).mT  # (B, |A|, |B|)
         best, partners = scores.topk(2, dim=-1)
@@ -114,7 +114,7 @@ class Halving(Reducer):
             staying, going = values.index_select(1, others), values.index_select(1, first)
             if links is None:
                 return staying.scatter_add(1, partner.expand_as(going), going * found.to(going.dtype))
-            with _full_precision(device):
+            with full_precision(device):
                 return staying + links.to(going.dtype).mT @ going
 
         number = torch.arange(len(others), device=device).expand(scores.shape[0], -1)
@@ -196,8 +196,3 @@ def quantiser_levels(bits: int) -> list[float]:
         shares = [0.0, *(normal.cdf((below + above) / 2) for below, above in pairwise(levels)), 1.0]
         levels = [normal.inv_cdf((below + above) / 2) for below, above in pairwise(shares)]
     return levels
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Switches mixed precision off, in which many scores would tie; tracing on meta, there is none."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntune.core.errors import CheckpointError
+from dyntune.core.precision import full_precision
 from dyntune.core.processes import mean_over_processes
 
 log = logging.getLogger("dyntune")
@@ -84,7 +85,7 @@ class Surrogate(nn.Module):
         self.unfitted = False
         x, updates = (tensor.float().flatten(0, -2) for tensor in (x, updates))
         centre, mean = mean_over_processes(torch.stack([x.mean(0), updates.mean(0)]))
-        with torch.autocast(x.device.type, enabled=False):  # which would round these products
+        with full_precision(x.device):  # which would round these products
             x, updates = (x - centre) / len(x) ** 0.5, (updates - mean) / len(x) ** 0.5
             moments = mean_over_processes(torch.stack([x.T @ x, x.T @ updates]))
         # In fp64, which not every device has.
