@@ -90,7 +90,7 @@ def test_after_train_the_run_is_evaluated_on_the_images_that_chose_it(photos, tw
     line = the_next(dyntune_says("train", data, *two, "--method", "linear", "--out", tmp_path / "run", *QUICK, *given))
     said = " ".join(follow(line).split())
     images = load_data(data, val_fraction=0.5, on_corrupt="skip").val
-    assert "left out 1 image that" in said and f"on {len(images)} val images" in said
+    assert f"on {len(images)} val images" in said
 
 
 def test_an_interrupted_training_goes_on_with_the_line_that_it_printed(photos, two, tmp_path, monkeypatch):
