@@ -82,7 +82,7 @@ def test_images_that_were_trained_on_are_known_wherever_they_lie(flat, tmp_path)
     assert report["split"] == "test" and report["images"] == 40 and report["trained_on"] > 20
 
 
-def test_images_of_splits_that_are_not_used_are_not_read(flat, tmp_path, monkeypatch):
+def test_images_of_splits_that_are_not_used_are_not_read(flat, tmp_path):
     for split in ("train", "test"):
         for colour in COLOURS:
             draw(tmp_path / split / colour, 2, first=300)

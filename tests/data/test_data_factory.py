@@ -4,10 +4,12 @@ import hashlib
 import io
 import pickle
 import struct
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from dyntune.core.errors import DataError
@@ -164,3 +166,23 @@ def test_a_hugging_face_data_set_that_cannot_be_had_is_explained(tmp_path, monke
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"hfds/nobody/nothing: cannot be loaded.*without a network"):
         load_data("hfds/nobody/nothing", root=tmp_path)
+
+
+def test_one_process_at_a_time_downloads(tmp_path, monkeypatch):
+    held = []
+
+    def create(name, root, split, download):
+        if download:
+            other = FileLock(Path(root) / ".cifar100.lock")
+            try:
+                other.acquire(timeout=0)
+                other.release()
+                held.append(False)
+            except Timeout:
+                held.append(True)
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("timm.data.create_dataset", create)
+    with pytest.raises(DataError, match="could not be downloaded"):
+        load_data("torch/cifar100", root=tmp_path)
+    assert held == [True]

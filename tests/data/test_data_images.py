@@ -4,6 +4,7 @@ import os
 import re
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import EpsImagePlugin, Image, ImageOps
 
 from dyntune.core.errors import DataError
 from dyntune.data import expand_images, read_image
-from dyntune.data.images import image_suffixes
+from dyntune.data.images import image_suffixes, list_images
 
 
 def rgb(path):
@@ -194,3 +195,20 @@ def test_an_error_names_the_usual_suffixes_and_counts_the_others(tmp_path):
     with pytest.raises(DataError) as error:
         expand_images([str(tmp_path)])
     assert re.search(r"\(\.jpg, \.jpeg, \.png, .* and \d+ more\)", str(error.value)) and len(str(error.value)) < 300
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named_and_not_left_out(tmp_path, monkeypatch):
+    for folder in ("", "more"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / folder / "1.png")
+    assert len(list_images(tmp_path)) == 2
+    look = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "more":
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"more: the folder cannot be looked into \(Permission denied\)"):
+        list_images(tmp_path)
