@@ -621,13 +621,15 @@ def test_torchcodec_gives_the_same_frames(torchcodec, film, tmp_path):
             torchcodec(on)
             read[on] = Video(source).read(wanted)
         assert all(np.array_equal(*map(np.asarray, pair)) for pair in zip(*read.values(), strict=True))
+        Video(source).load()
 
 
 def test_a_decoder_that_does_not_work_or_does_not_exist_is_named(monkeypatch, film):
     monkeypatch.setitem(__import__("sys").modules, "torchcodec", None)
     monkeypatch.setenv("DYNTUNE_DECODER", "torchcodec")
-    with pytest.raises(DataError, match="is torchcodec, which does not work here"):
-        Video(film).read([0])
+    for read in (lambda: Video(film).read([0]), Video(film).load):
+        with pytest.raises(DataError, match="is torchcodec, which does not work here"):
+            read()
     monkeypatch.setenv("DYNTUNE_DECODER", "torchcodek")
     with pytest.raises(DataError, match="torchcodec"):
         Video(film).read([0])
