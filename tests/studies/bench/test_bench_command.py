@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -386,7 +387,22 @@ def test_sigterm_ends_the_worker_too(tmp_path):
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         assert "--resume goes on with it" in " ".join(process.stderr.read().split())
-    assert process.returncode == 1 and not any(map(_alive, workers))
+    assert process.returncode == 1 and workers and not _alive_after(workers, 60)
+
+
+def test_sigterm_while_a_worker_starts_ends_it(tmp_path, monkeypatch):
+    started = []
+
+    class Struck(InProcess):
+        def __init__(self, command, **options):
+            super().__init__(command, **options)
+            started.append(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(InProcess, "Popen", Struck)
+    monkeypatch.setattr("dyntune.studies.bench.run.subprocess", InProcess)
+    message = run_bench("--method", "linear", "--out", tmp_path / "out", *QUICK, error=DyntuneError)
+    assert "--resume goes on" in message and [process.terminated for process in started] == [True]
 
 
 @pytest.mark.slow
@@ -397,10 +413,7 @@ def test_a_worker_does_not_outlive_a_command_that_was_killed(tmp_path):
         while not (workers := _workers(process.pid)) and process.poll() is None:
             time.sleep(0.1)
         process.kill()
-    end = time.monotonic() + 60  # until it has imported what it needs
-    while any(map(_alive, workers)) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert workers and not any(map(_alive, workers))
+    assert workers and not _alive_after(workers, 300)  # which it looks at when it has imported what it needs
 
 
 def _workers(pid):
@@ -410,6 +423,14 @@ def _workers(pid):
         return [int(own) for own in listed if "bench.worker" in Path(f"/proc/{own}/cmdline").read_text()]
     except OSError:
         return []
+
+
+def _alive_after(pids, seconds):
+    """Those of some processes that have not ended within so many seconds."""
+    end = time.monotonic() + seconds
+    while (alive := [pid for pid in pids if _alive(pid)]) and time.monotonic() < end:
+        time.sleep(0.1)
+    return alive
 
 
 def _alive(pid):

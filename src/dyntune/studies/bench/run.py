@@ -34,6 +34,7 @@ from dyntune.studies.bench.peers import GATHER
 from dyntune.studies.bench.plan import Plan
 from dyntune.studies.bench.runtimes import IN_TORCH, is_exact
 from dyntune.studies.bench.worker import Measured, error_file, is_error
+from dyntune.training.interrupt import stop_requests
 
 PLAN = "plan.json"
 _SHOWN = 4
@@ -278,13 +279,19 @@ def _measured(plan: Path, runtime: str, result: Path) -> Measured:
     failed.unlink(missing_ok=True)
     # In a session of its own, so that Ctrl-C reaches this process alone, which ends the other without its traceback.
     # Its standard input is closed when this process ends, even where nothing can be done any more (SIGKILL).
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.__stderr__, start_new_session=True) as process:
-        try:
+    process = None
+    try:
+        with stop_requests() as stop:  # for a signal in the midst of starting would leave a process that nobody knows
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.__stderr__, start_new_session=True)
+        if stop.is_set():
+            raise KeyboardInterrupt
+        with process:
             status = process.wait()
-        except BaseException:
+    except BaseException:
+        if process is not None:
             process.terminate()
             process.wait()  # which leaving the block does for a moment only, where Ctrl-C was pressed
-            raise
+        raise
     if failed.exists():
         error = load_json(failed)["error"]
         failed.unlink()
