@@ -30,7 +30,7 @@ from dyntune.data.base import ImageSubset, LabelledImages
 from dyntune.data.clips import Sampling
 from dyntune.data.drawn.motion import PAIRS
 from dyntune.data.transforms import Preprocessing
-from dyntune.model.forward import activation_rates
+from dyntune.model.activation import MeanActivation
 from dyntune.model.tune import build_tuned
 from dyntune.model.tuned import TunedModel
 
@@ -120,15 +120,15 @@ def measure(model: TunedModel, test: LabelledImages) -> dict[str, float]:
     with dyntune.MacCounter() as counter, counter.watching(model.backbone):
         outputs = [model.run(batch) for batch in batches]
     found = torch.cat([output.logits for output in outputs]).argmax(1)
-    active = [
-        len(batch) * activation_rates(output.gates).mean() for batch, output in zip(batches, outputs, strict=True)
-    ]
+    active = MeanActivation()
+    for batch, output in zip(batches, outputs, strict=True):
+        active.add(output.gates, len(batch))
     right, pair = found == labels, pairs[found] == pairs[labels]
     return {
         "accuracy": right.float().mean().item(),
         "pair": pair.float().mean().item(),
         "order": right[pair].float().mean().item() if pair.any() else 0.0,
-        "activation": float(sum(active)) / len(test) if outputs[0].gates else 1.0,
+        "activation": active.mean,
         "macs": (counter.macs - counter.head_macs) / len(test),
         "dense_macs": model.dense_macs,
     }

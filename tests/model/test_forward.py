@@ -16,8 +16,9 @@ import dyntune
 from dyntune.core import attention
 from dyntune.core.errors import BackboneError, SpecError
 from dyntune.core.tokens import Projected, Tokens
+from dyntune.model.activation import activation_rates
 from dyntune.model.executions import Compact, Masked
-from dyntune.model.forward import activation_rates, run
+from dyntune.model.forward import run
 from dyntune.parts.policies.base import Gate
 from dyntune.parts.policies.gating import GatingPolicy
 
@@ -451,14 +452,6 @@ def test_parts_put_on_a_bfloat16_host_run(make_host, images_for):
     host = make_host().bfloat16()
     model = dyntune.tune(host, "dyt").eval()
     assert model(images_for(host, 2).bfloat16()).isfinite().all()
-
-
-def test_activation_rates_are_the_share_of_active_patches_of_each_gate():
-    policy = GivenMasks({})
-    gate = dyntune.parts.policies.base.Gate
-    gates = [gate("a", torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0]]), policy), gate("b", torch.ones(2, 4), policy)]
-    assert activation_rates(gates).tolist() == [0.375, 1.0]
-    assert activation_rates([]).shape == (0,)
 
 
 def test_a_refused_part_leaves_the_host_as_trainable_as_it_was(make_host):

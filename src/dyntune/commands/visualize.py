@@ -33,7 +33,7 @@ from dyntune.data import build_transform
 from dyntune.data.images import require_some
 from dyntune.data.load import load_held
 from dyntune.data.transforms import preprocessed
-from dyntune.model.forward import activation_rates
+from dyntune.model.activation import MeanActivation
 from dyntune.model.load import load
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.policies.base import Gate
@@ -100,7 +100,7 @@ def command(
         return ([given] if clip is None else []), tensor
 
     there = _drawn(folder, suffix)
-    rates = []
+    active = MeanActivation()
     for number, read in enumerate(found.batches(per_figure, prepare), 1):
         names = [path.name for path, _ in read]
         shown = [picture for _, (drawn_on, _) in read for picture in drawn_on]
@@ -113,7 +113,7 @@ def command(
             names = [f"frame {number}" for number in range(len(shown))]
         if asked is not None or output.gates:
             drawn = pictures.gated_blocks(gates, asked)
-            rates.append(len(read) * activation_rates(output.gates).cpu())
+            active.add(output.gates, len(read))
             file = folder / f"tokens-{number}.{suffix}"
             if clip is None:
                 _write(pictures.token_figure(shown, gates, grid, names, blocks=drawn), file, there, drawn, gates)
@@ -130,11 +130,11 @@ def command(
             _write(pictures.reduction_figure(shown, output, names), folder / f"reductions-{number}.{suffix}", there)
         if not output.gates and not output.reductions:
             raise DyntuneError(f"{model.spec} in {run} skips, merges and drops no token, so there is nothing to show.")
-    if rates:
-        mean = (torch.stack(rates).sum(0) / found.read).tolist()
-        rate_of = {model.spec: list(zip((gate.unit for gate in output.gates), mean, strict=True))}
+    if active.per_unit:
         _write(
-            pictures.activation_figure(rate_of, {model.spec: model.target_rate}), folder / f"activation.{suffix}", there
+            pictures.activation_figure({model.spec: list(active.per_unit.items())}, {model.spec: model.target_rate}),
+            folder / f"activation.{suffix}",
+            there,
         )
     if rates_on:
         _write(_rates_on(model, rates_on), folder / f"activation-data.{suffix}", there)
@@ -150,15 +150,13 @@ def _rates_on(model: TunedModel, names: list[str]) -> Figure:
     for name in names:
         splits = load_held(name).splits
         images = next(splits[split] for split in ("test", "val", "train") if split in splits)
-        summed: Tensor = torch.zeros(())
+        active = MeanActivation()
         with err.status(f"running on {counted(len(images), images.noun)} of {printable(name)}"), torch.inference_mode():
             for batch, _ in DataLoader(preprocessed(images, model.preprocessing), _BATCH):
-                gates = model.run(batch.to(next(model.parameters()).device)).gates
-                summed = summed + len(batch) * activation_rates(gates).cpu()
-        mean = (summed / len(images)).tolist()
-        if not gates:
+                active.add(model.run(batch.to(next(model.parameters()).device)).gates, len(batch))
+        if not active.per_unit:
             raise DyntuneError(f"{model.spec} has no gates, so that there are no activation rates for --rates-on.")
-        rates[name] = list(zip((gate.unit for gate in gates), mean, strict=True))
+        rates[name] = list(active.per_unit.items())
     return pictures.activation_figure(rates, dict.fromkeys(names, model.target_rate))
 
 

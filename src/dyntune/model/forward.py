@@ -130,8 +130,3 @@ def _reduce(
             tokens = apply(tokens)
             return tokens, parallel, (Reduction(unit.path, policy, tokens.provenance, tokens.x.shape[1]),)
     return tokens, parallel, ()
-
-
-def activation_rates(gates: Sequence[Gate]) -> Tensor:
-    """Share of the tokens that each gate kept active, averaged over the batch: ``(gates,)``, between 0 and 1."""
-    return torch.stack([gate.there.detach().float().mean() for gate in gates]) if gates else torch.empty(0)

@@ -25,6 +25,7 @@ from dyntune.core.tokens import Tokens
 from dyntune.core.words import counted
 from dyntune.data.others import require_images
 from dyntune.data.transforms import Preprocessing, preprocessed
+from dyntune.model.activation import MeanActivation
 from dyntune.model.executions import Compact
 from dyntune.model.twin import twin
 from dyntune.parts.policies.base import Gate, Output
@@ -344,12 +345,10 @@ def _targets(natural: dict[str, float], rate: float) -> dict[str, float]:
 
 def _activations(model: Calibrated, batches: list[Tensor]) -> dict[str, float]:
     """Share of active tokens of each gated unit, as ``evaluate`` counts it."""
-    summed: dict[str, float] = {}
+    active = MeanActivation()
     for batch in batches:
-        for gate in model.run(_to_device(batch, model), execution="compact").gates:
-            summed[gate.unit] = summed.get(gate.unit, 0.0) + len(batch) * gate.values.float().mean().item()
-    total = sum(map(len, batches))
-    return {unit: value / total for unit, value in summed.items()}
+        active.add(model.run(_to_device(batch, model), execution="compact").gates, len(batch))
+    return active.per_unit
 
 
 def _mean(activations: dict[str, float]) -> float:

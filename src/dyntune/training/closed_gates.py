@@ -14,6 +14,7 @@ from dyntune.backbones.units import Unit
 from dyntune.core.modes import evaluating
 from dyntune.core.tokens import Tokens
 from dyntune.data.transforms import preprocessed
+from dyntune.model.activation import MeanActivation
 from dyntune.model.executions import Compact, Execution
 from dyntune.model.tuned import ExecutionName, TunedModel
 from dyntune.parts.policies.base import Gate, Output
@@ -74,11 +75,10 @@ def closed_gates(model: TunedModel, data: Dataset[Any], batch_size: int = 32) ->
         def run(batch: Tensor, execution: ExecutionName | Execution) -> Output:
             return model.run(batch.to(device=like.device, dtype=like.dtype), execution=execution)
 
-        images = sum(map(len, batches))
-        active = dict.fromkeys(gated, 0.0)
+        mean = MeanActivation()
         for batch in batches:
-            for gate in run(batch, "compact").gates:
-                active[gate.unit] += len(batch) * gate.values.float().mean().item() / images
+            mean.add(run(batch, "compact").gates, len(batch))
+        active = mean.per_unit
         found = []
         complete: list[Tensor] = []
         for path, (unit, policy) in gated.items():

@@ -20,6 +20,7 @@ from dyntune.data.base import LabelledImages
 from dyntune.data.clips import Sampling
 from dyntune.data.others import Samples, is_dataset, require_images
 from dyntune.data.transforms import preprocessed
+from dyntune.model.activation import MeanActivation
 from dyntune.model.macs import MacCounter
 from dyntune.model.tasks import Classification, Metric, Task
 from dyntune.model.tasks.classification import require_head
@@ -165,7 +166,7 @@ def evaluate(
     device = next(model.parameters()).device
     metric = metric or model.task.metric(model.backbone.classes)
     images = spoilt = 0
-    active: dict[str, float] = {}
+    active = MeanActivation()
     tokens: dict[str, int] = {}
     counter = MacCounter() if count_macs else None
     with _in_eval_mode(model):
@@ -177,9 +178,7 @@ def evaluate(
                 with counter or nullcontext(), counter.watching(model.backbone) if counter else nullcontext():
                     output = model.run(piece.to(device), execution=execution)
                 logits.append(output.logits.float())
-                for gate in output.gates:
-                    share = float(gate.values.float().mean()) / views
-                    active[gate.unit] = active.get(gate.unit, 0.0) + len(targets) * share
+                active.add(output.gates, len(piece))
             outputs = over_views(torch.cat(logits), views, model.task, model.preprocessing.clip)
             metric.update(outputs, targets)
             spoilt += int((~outputs.reshape(len(outputs), -1).isfinite().all(1)).sum())
@@ -196,12 +195,11 @@ def evaluate(
             spoilt,
             images,
         )
-    rates = {unit: total / images for unit, total in active.items()}
     return Evaluation(
         images=images,
         figures=metric.figures(),
-        activation=sum(rates.values()) / len(rates) if rates else 1.0,
-        activation_per_unit=rates,
+        activation=active.mean,
+        activation_per_unit=active.per_unit,
         macs=(counter.macs - counter.head_macs) / images if counter else None,
         tokens_per_unit=tokens,
         merit=model.task.merit,

@@ -23,7 +23,7 @@ from dyntune.core.errors import CheckpointError, DivergenceError, TrainingError
 from dyntune.core.files import write_json
 from dyntune.core.limits import limits_named
 from dyntune.core.words import counted
-from dyntune.model.forward import activation_rates
+from dyntune.model.activation import activation_rates
 from dyntune.model.objective import Criterion, look_at_units, training_loss
 from dyntune.model.rates import dispatchers
 from dyntune.model.tuned import TunedModel, require_tuned

@@ -14,8 +14,8 @@ import dyntune
 from dyntune.backbones.training import Paced
 from dyntune.core.errors import SpecError, TrainingError
 from dyntune.core.files import SEAL
+from dyntune.model.activation import activation_rates
 from dyntune.model.adapter_folder import CONFIG
-from dyntune.model.forward import activation_rates
 from dyntune.model.rates import dispatchers
 from dyntune.model.worth import unit_worth
 from dyntune.parts.policies.course import Course

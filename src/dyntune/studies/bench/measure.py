@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from dyntune.core.errors import DyntuneError
 from dyntune.core.machine import peak_memory
 from dyntune.core.timing import Latency, Spread, Turns, time_in_turns
+from dyntune.model.activation import activation_rates
 from dyntune.model.macs import MacCounter
 from dyntune.studies.bench.peers import DENSE, Candidate
 
@@ -153,10 +153,9 @@ def _check(
             f"{candidate.name} in {runtime} gave other logits than eager mode: {off} of {len(images)} images are off "
             f"by more than {TOLERANCE:.0e} of the largest logit, the worst by {float(errors.max()):.1e}."
         )
-    shares = [float(gate.values.float().mean()) for gate in output.gates]
     return _Checked(
         macs=(counter.macs - counter.head_macs) / len(images),
-        active=statistics.fmean(shares) if shares else None,
+        active=float(activation_rates(output.gates).mean()) if output.gates else None,
         peak_memory=peak,
         difference=float(errors.max()),
     )
