@@ -7,7 +7,7 @@ from dyntune.studies.noah import SearchSettings
 from dyntune.studies.vtab.recipes import RECIPES
 from dyntune.studies.vtab.report import describe, write_tables
 from dyntune.studies.vtab.results import JobResult
-from dyntune.studies.vtab.tasks import open_benchmark
+from dyntune.studies.vtab.tasks import VTAB_1K, open_benchmark
 
 
 def test_a_preset_as_it_is_needs_no_more_than_its_name(make_plan, tmp_path):
@@ -31,6 +31,17 @@ def test_every_option_that_differs_is_named(make_plan, tmp_path):
     assert "weights of vit_mini_patch4_32.dyntune, images of 48 pixels;" in describe(replace(plan, img_size=48))
     own = describe(replace(plan, recipe=replace(RECIPES["ssf"], name="mine")))
     assert "Recipe mine with epochs 110, batch_size 64, drop_last True" in own and "preset" not in own
+
+
+def test_beside_published_results_it_says_what_the_code_of_the_recipe_does(make_plan, tmp_path):
+    plan = replace(make_plan(tmp_path), recipe=RECIPES["fact"])
+    assert "whose recipe this is" not in describe(plan)
+    text = describe(replace(plan, benchmark=VTAB_1K, model="vit_base_patch16_224.augreg_in21k"))
+    assert text.endswith(
+        "; the PETL-ViT code of FacT and ConvPass, whose recipe this is, starts from ViT-B_16.npz, the original "
+        "ImageNet-21k file (timm: vit_base_patch16_224.orig_in21k) and reports the best of every 10th epoch on the "
+        "test images."
+    )
 
 
 def _finish(plan, accuracy):

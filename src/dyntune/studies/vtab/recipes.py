@@ -23,7 +23,7 @@ class Recipe:
         name: what ``--recipe`` takes.
         source: the code that it follows.
         checkpoint: the weights that this code starts from; they are no part of the recipe, but of ``--weights``.
-        published_select: the split that the code picks the reported epoch on; ``settings.select`` is what is done here.
+        reports: which epoch's accuracy this code reports; ``settings.select`` is what is done here.
         settings: of the training loop.
         drop_path: stochastic depth rate of the last block, rising linearly from 0 at the first.
         normalisation: of the pixels: the backbone's own, 0.5/0.5, ImageNet's statistics, or none.
@@ -32,13 +32,12 @@ class Recipe:
         supernet: epochs and learning rate of noah's supernet, each a factor on those of the job (500 to 100, and 5e-4
             to 1e-3, in NOAH's code).
         noah: sizes and limits of noah's search.
-        note: what else to know.
     """
 
     name: str
     source: str
     checkpoint: str
-    published_select: str
+    reports: str
     settings: TrainSettings
     drop_path: Annotated[float, Range(0, 0.99)] = 0.0
     normalisation: Normalisation = "backbone"
@@ -46,7 +45,6 @@ class Recipe:
     full_lr: float = 0.1
     supernet: tuple[float, float] = (5.0, 0.5)
     noah: SearchSettings = field(default_factory=SearchSettings)
-    note: str = ""
 
     def __post_init__(self) -> None:
         require_ranges(self, TrainingError)
@@ -112,46 +110,42 @@ _ALL = (
         name="dyt",
         source="the DyT code (main_vtab.py)",
         checkpoint="the original ImageNet-21k weights as converted by timm (vit_base_patch16_224.orig_in21k)",
-        published_select="test, every epoch",
+        reports="the best of all epochs on the test images",
         settings=_DYT,
         normalisation="inception",
-        note="The paper's cosine ends at 0, its code's at 1e-5. The per-task adapter scale is not published.",
     ),
     Recipe(
         name="fact",
         source="the PETL-ViT code of FacT and ConvPass",
         checkpoint=_NPZ,
-        published_select="test, every 10th epoch",
+        reports="the best of every 10th epoch on the test images",
         settings=_FACT,
         drop_path=0.1,
         normalisation="imagenet",
-        note="The first two epochs run at the warm-up's first learning rate.",
     ),
     Recipe(
         name="binary",
         source="the PETL-ViT code of the binary adapters, which is also that of AdaptFormer and LoRA there",
         checkpoint=_NPZ,
-        published_select="test, every 10th epoch",
+        reports="the best of every 10th epoch on the test images",
         settings=_FACT,
         drop_path=0.1,
         normalisation="none",
-        note="Like fact, but pixels stay between 0 and 1.",
     ),
     Recipe(
         name="noah",
         source="the NOAH code's Adapter and LoRA runs and its retraining",
         checkpoint=_NPZ,
-        published_select="test, every 10 epochs",
+        reports="the best of every 10th epoch on the test images",
         settings=replace(_FACT, decay_1d=False),
         drop_path=0.1,
         normalisation="imagenet",
-        note="Its VPT runs and its search normalise with 0.5 instead (--normalisation inception).",
     ),
     Recipe(
         name="ssf",
         source="the SSF code",
         checkpoint=_AUGREG,
-        published_select="test",
+        reports="the best epoch on the test images",
         settings=replace(
             _DYT,
             epochs=110,
@@ -164,20 +158,15 @@ _ALL = (
             schedule="timm",
         ),
         normalisation="inception",
-        note="Learning rate (1e-3 to 5e-2), weight decay (5e-5 or 5e-2) and drop path (0, 0.1 or 0.2) are set per task "
-        "there; here they are one value each, so search or override them. Its batch is 32 on each of 2 GPUs.",
     ),
     Recipe(
         name="vpt",
         source="the VPT code",
         checkpoint=_NPZ,
-        published_select="last epoch, mean over 5 seeds",
+        reports="the last epoch, the mean of 5 seeds",
         settings=replace(_DYT, optimizer="sgd", lr=1.25, min_lr=0.0, schedule="epoch", precision="fp32"),
         normalisation="imagenet",
         interpolation="bilinear",
-        note="Learning rate ({50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1, 0.05} / 256 * batch) and weight decay "
-        "({1e-2, 1e-3, 1e-4, 0}) are chosen per task there; here they are one value each, so search or override "
-        "them. It reads the data without JPEG compression, so its CIFAR-100 is not that of the exported files.",
     ),
 )
 RECIPES = {recipe.name: recipe for recipe in _ALL}

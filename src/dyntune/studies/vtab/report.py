@@ -69,7 +69,10 @@ def is_published(plan: Plan) -> bool:
 
 
 def describe(plan: Plan) -> str:
-    """Recipe and what differs from it, the images that train and pick the epoch, backbone weights, and search."""
+    """Recipe and what differs from it, the images that train and pick the epoch, backbone weights, and search.
+
+    Beside published results it also says what the recipe's own code does, which explains part of any difference.
+    """
     kind = "folder" if plan.weights and plan.weights.is_dir() else "file"
     weights = f"from the {kind} {plan.weights.name}" if plan.weights else f"of {plan.model}"
     search = f"learning rate and any adapter scale searched in {plan.search} trials per method and task on val200"
@@ -80,6 +83,11 @@ def describe(plan: Plan) -> str:
         f"backbone weights {weights}" + (f", images of {plan.img_size} pixels" if plan.img_size else ""),
         search if plan.search else "no search",
     ]
+    if is_published(plan):
+        recipe = plan.recipe
+        pieces.append(
+            f"{recipe.source}, whose recipe this is, starts from {recipe.checkpoint} and reports {recipe.reports}"
+        )
     return f"{'; '.join(pieces)}."
 
 
