@@ -13,12 +13,13 @@ from dyntune.backbones.huggingface_models import add_classifier
 from dyntune.core.errors import DyntuneError
 from dyntune.core.version import VERSION as __version__
 from dyntune.inference.optimized import OptimizedModel, optimize
+from dyntune.model.calibrate import calibrate
 from dyntune.model.cost import Cost, cost
 from dyntune.model.load import load
 from dyntune.model.macs import MacCounter
 from dyntune.model.objective import Loss, training_loss
 from dyntune.model.published import load_published
-from dyntune.model.rates import Calibration, calibrate
+from dyntune.model.rates import Calibration
 from dyntune.model.tune import tune
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.registry import registered

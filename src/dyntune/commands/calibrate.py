@@ -27,9 +27,9 @@ from dyntune.core.errors import SpecError
 from dyntune.core.words import counted, millions
 from dyntune.data import load_held
 from dyntune.model.adapter_folder import write_calibration
+from dyntune.model.calibrate import IMAGES, RATES, calibrate
 from dyntune.model.cost import cost
 from dyntune.model.load import load
-from dyntune.model.rates import IMAGES, RATES, calibrate
 from dyntune.parts.spec import format_value
 from dyntune.training.progress import CountBar
 

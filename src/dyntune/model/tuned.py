@@ -26,12 +26,13 @@ from dyntune.core.words import counted
 from dyntune.data.transforms import Preprocessing
 from dyntune.model.adapter_folder import require_no_run, write_adapter
 from dyntune.model.assembly import install, settled
+from dyntune.model.calibrate import set_rate
 from dyntune.model.executions import Compact, Execution, Masked, Sampled
 from dyntune.model.folding import fold
 from dyntune.model.forward import run
 from dyntune.model.hub import HubModel
 from dyntune.model.macs import Trace, trace
-from dyntune.model.rates import Calibration, set_rate
+from dyntune.model.rates import Calibration
 from dyntune.model.state import TunedState, kept_buffers
 from dyntune.model.tasks import Classification, Task
 from dyntune.model.timm_methods import TimmMethods

@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 from dyntune.core.errors import DataError, DyntuneError, TrainingError, in_one_line
 from dyntune.core.limits import limit
 from dyntune.model.adapter_folder import read_config, write_calibration
-from dyntune.model.rates import IMAGES, Calibration, calibrate, dispatchers
+from dyntune.model.calibrate import IMAGES, calibrate
+from dyntune.model.rates import Calibration, dispatchers
 from dyntune.model.tuned import TunedModel
 from dyntune.training.inputs import data_for
 from dyntune.training.progress import CalibrationProgress, Progress

@@ -14,8 +14,8 @@ from dyntune.backbones.owners import release
 from dyntune.backbones.units import Unit
 from dyntune.core.errors import SpecError
 from dyntune.core.tokens import Tokens
+from dyntune.model.calibrate import threshold
 from dyntune.model.executions import Compact
-from dyntune.model.rates import threshold
 from dyntune.model.tuned import TunedModel
 from dyntune.parts.policies.base import Gate
 from dyntune.parts.policies.gating import GatingPolicy
