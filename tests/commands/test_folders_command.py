@@ -12,7 +12,7 @@ from PIL import Image
 from test_cli import dyntune
 
 from dyntune.commands import predict as predict_command
-from dyntune.commands.common import print_json
+from dyntune.commands.console import print_json
 
 COLOURS = ("blue", "[red] rose")
 FAST = ("--method", "dyt:rate=0.5", "--epochs", 1, "--batch-size", 8, "--device", "cpu")

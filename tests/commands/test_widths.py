@@ -9,7 +9,7 @@ import typer.main
 from rich.console import Console
 from typer.testing import CliRunner
 
-from dyntune.commands import common, cost
+from dyntune.commands import console, cost
 from dyntune.commands.main import app
 from dyntune.studies.report import _COLUMNS, _SPEED_COLUMNS
 from dyntune.studies.vtab.tasks import VTAB_1K
@@ -24,7 +24,7 @@ WIDTHS = pytest.mark.parametrize("width", [80, 120])
 @pytest.fixture
 def printed(width, monkeypatch):
     """``printed(function, *arguments)`` is what it prints in a terminal of ``width`` columns."""
-    monkeypatch.setattr(common, "out", Console(width=width))
+    monkeypatch.setattr(console, "out", Console(width=width))
 
     def in_a_terminal(function, *arguments) -> str:
         said = io.StringIO()
@@ -40,7 +40,7 @@ def whole(text: str, width: int, rows) -> None:
     assert "…" not in text
     assert all(len(line) <= width for line in text.splitlines() if line[:1] in "┏┃┡│└")
     words = set(re.findall(r"[^\s│┃]+", text))
-    pieces = {piece.strip() for row in rows for cell in row for piece in common._pieces(cell)}
+    pieces = {piece.strip() for row in rows for cell in row for piece in console._pieces(cell)}
     for piece in pieces - {""}:
         assert set(piece.split()) <= words or piece in text, piece
 
@@ -69,7 +69,7 @@ TABLES = {
 @pytest.mark.parametrize("table", TABLES)
 def test_no_cell_of_a_table_is_cut(table, width, printed):
     columns, rows = TABLES[table]
-    text = printed(common.print_table, "digits with a model of a long name", columns, rows)
+    text = printed(console.print_table, "digits with a model of a long name", columns, rows)
     whole(text, width, rows)
     assert "digits with a model of a long name" in text
     figures = [cell for row in rows for cell in row[1:] if " " not in cell]
@@ -79,7 +79,7 @@ def test_no_cell_of_a_table_is_cut(table, width, printed):
 @WIDTHS
 def test_a_table_that_fits_is_one(width, printed):
     columns, rows = TABLES["methods"]
-    text = printed(common.print_table, "digits", columns, rows)
+    text = printed(console.print_table, "digits", columns, rows)
     assert ("┃" in text) == (width == 120)
     assert "1.13 x" in text and "69.73 M" in text
 
@@ -87,9 +87,9 @@ def test_a_table_that_fits_is_one(width, printed):
 @WIDTHS
 def test_a_command_prints_whole_tables(width, printed, monkeypatch):
     seen = []
-    monkeypatch.setattr(cost, "out", common.out)
+    monkeypatch.setattr(cost, "out", console.out)
     monkeypatch.setattr(
-        cost, "print_table", lambda title, columns, rows: (seen.append(rows), common.print_table(title, columns, rows))
+        cost, "print_table", lambda title, columns, rows: (seen.append(rows), console.print_table(title, columns, rows))
     )
     text = CliRunner().invoke(app, ["cost", "--method", "dyt", "--per-block"]).stdout
     assert len(seen) == 2

@@ -16,14 +16,10 @@ from dyntune.commands.common import (
     ModelOption,
     PolicyOption,
     WeightsOption,
-    err,
-    out,
     parts,
     pick_device,
-    print_json,
-    print_table,
-    space,
 )
+from dyntune.commands.console import err, out, print_json, print_table, space
 from dyntune.commands.options import Options, option, with_options
 from dyntune.core.errors import SpecError
 from dyntune.core.words import counted, duration

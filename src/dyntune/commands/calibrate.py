@@ -16,13 +16,11 @@ from dyntune.commands.common import (
     RunArgument,
     TrainedValFractionOption,
     WeightsOption,
-    err,
     pick_device,
-    print_json,
-    print_table,
     report_skipped,
     say_threads,
 )
+from dyntune.commands.console import err, print_json, print_table
 from dyntune.core.errors import SpecError
 from dyntune.core.words import counted, millions
 from dyntune.data import load_held

@@ -1,34 +1,27 @@
-"""What the commands share: their options, building a model from them, and printing tables or JSON."""
+"""What the commands share: their options, building a model from them, and what they say of data and runs."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shlex
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.cells import cell_len
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
+from dyntune.commands.console import err, print_next, space
 from dyntune.commands.options import option
 from dyntune.core.errors import DataError, SpecError
 from dyntune.core.texts import listed, printable
 from dyntune.core.threads import chosen_by_user, take_threads
 from dyntune.core.words import counted, several
 from dyntune.data.base import DataSplits, LabelledImages
-from dyntune.data.images import expand_images, read_image
 from dyntune.data.load import forms
 from dyntune.data.sources.base import Held
-from dyntune.data.videos import Video, expand_videos
 from dyntune.model.load import load
 from dyntune.model.trial import settle_threads_for
 from dyntune.model.tuned import TunedModel
@@ -38,8 +31,6 @@ from dyntune.training.header import Header
 from dyntune.training.identity import began_with
 from dyntune.training.inputs import Interpolation, Normalisation
 from dyntune.training.settings import TrainSettings
-
-T = TypeVar("T")
 
 DataArgument = Annotated[str, typer.Argument(help=f"{forms()}.")]
 RunArgument = Annotated[Path, typer.Argument(help="Folder that train or save() wrote.")]
@@ -91,16 +82,11 @@ WorkersOption = Annotated[int, typer.Option(min=0, help="Processes that read ima
 DEFAULT_MODEL = BUILTIN_BACKBONE
 VAL_FRACTION = 0.2
 
-_PIPED_WIDTH = None if sys.stdout is not None and sys.stdout.isatty() else 160
-"""A table in a file or a log need not fit a terminal of 80."""
 _MOST_CLASSES = 40
 _MANY = 64
 """Images from which on a trial of threads pays."""
 _RATE_MISSED = 0.02
 """Share of the patches by which a rate may be missed before it is said."""
-# Names of files and classes are part of what is printed, and their brackets and colons mean nothing.
-out = Console(width=_PIPED_WIDTH, markup=False, emoji=False)
-err = Console(stderr=True, markup=False, emoji=False)
 
 
 def parts(method: str, policy: str | None) -> list[str]:
@@ -164,11 +150,6 @@ def show_header(header: Header) -> None:
     if os.environ.get("RANK", "0") == "0":  # another process of the same run says it
         err.print(str(header), highlight=False, soft_wrap=True)
         space()
-
-
-def space() -> None:
-    """An empty line on standard error: between what begins, what goes on, and what has come of it."""
-    err.print()
 
 
 def apply_rate(model: TunedModel, rate: float | None, policy: str | None) -> None:
@@ -235,67 +216,6 @@ def report_classes(data: DataSplits) -> None:
     space()
 
 
-class Pictures:
-    """What is behind command-line arguments, read one after another; what cannot be is named and passed over.
-
-    Args:
-        arguments: files, folders and patterns.
-        videos: whether they stand for videos, which may be folders of frames, and not for images.
-
-    Attributes:
-        paths: the image files, or the videos.
-        failed: what could not be found or read, with the reason.
-        read: how many have been read.
-
-    Raises:
-        DataError: no argument stands for any.
-    """
-
-    def __init__(self, arguments: Sequence[str], *, videos: bool = False) -> None:
-        found: dict[Path, None] = {}
-        self.videos = videos
-        self.failed: dict[str, str] = {}
-        self.read = 0
-        for argument in arguments:
-            try:
-                found.update(dict.fromkeys(expand_videos([argument]) if videos else expand_images([argument])))
-            except DataError as error:
-                if len(arguments) == 1:
-                    raise
-                self._fail(argument, error)
-        self.paths = list(found)
-
-    def batches(self, size: int, prepare: Callable[[Any], T]) -> Iterator[list[tuple[Path, T]]]:
-        """Paths and what is made of the images or videos, so many at a time.
-
-        Args:
-            size: how many.
-            prepare: from a PIL image, or a ``Video``, which is read here, to what is kept of it.
-        """
-        batch: list[tuple[Path, T]] = []
-        for path in self.paths:
-            try:
-                batch.append((path, prepare(Video(path) if self.videos else read_image(path))))
-                self.read += 1
-            except DataError as error:
-                self._fail(str(path), error)
-            if len(batch) == size:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
-
-    def finish(self) -> None:
-        """Ends the command with exit status 1 if something could not be read."""
-        if self.failed:
-            err.print(f"{len(self.failed)} left out, {self.read} done", highlight=False)
-            raise typer.Exit(1)
-
-    def _fail(self, name: str, error: DataError) -> None:
-        self.failed[name] = str(error)
-        err.print(f"left out: {printable(str(error))}", highlight=False, soft_wrap=True)
-
-
 def require_classes(model: TunedModel, data: DataSplits | Held) -> None:
     """Raises DataError when a data set's classes are not those that the model was trained on."""
     if not model.classes and model.backbone.classes and len(data.classes) > model.backbone.classes:
@@ -324,21 +244,6 @@ def load_teacher(run: Path | None, data: DataSplits) -> TunedModel | None:
     return teacher
 
 
-def print_json(data: Any) -> None:
-    """One JSON object on standard output, in ASCII where that cannot show all of its signs."""
-    text = json.dumps(data, indent=2, ensure_ascii=False)
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        text = json.dumps(data, indent=2)
-    typer.echo(text)
-
-
-def print_next(line: str) -> None:
-    """What to do next, as a line that runs as it stands; it is never broken, so that it can be copied."""
-    out.print(f"next: {line}", highlight=False, markup=False, soft_wrap=True)
-
-
 def print_next_eval(run: Path, data: DataSplits, val_fraction: float, on_corrupt: str) -> None:
     """How to evaluate a run that has been trained: on the test images where there are any, else on those there are."""
     words = ["dyntune", "eval", str(run), data.name]
@@ -349,59 +254,3 @@ def print_next_eval(run: Path, data: DataSplits, val_fraction: float, on_corrupt
     if on_corrupt != "error":
         words += ["--on-corrupt", on_corrupt]
     print_next(shlex.join(words))
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table for people, of which nothing is cut however narrow the terminal; the first column names the row.
-
-    Cells are broken at spaces, and names behind the separators of a spec or path. Where that is not enough, a row's
-    figures stand under its name, each with its column's title.
-    """
-    title, rows = printable(title), [tuple(map(printable, row)) for row in rows]
-    cells = [columns, *rows]
-    least = [max(cell_len(piece.rstrip()) for row in cells for piece in _pieces(row[i])) for i in range(len(columns))]
-    most = [max(cell_len(row[i]) for row in cells) for i in range(len(columns))]
-    room = out.width - sum(least) - 3 * len(columns) - 1
-    _print_whole(title, "italic")
-    if room < 0:
-        for row in rows:
-            _print_whole(row[0], "bold")
-            named = [f"{column} {cell}".strip() for column, cell in zip(columns[1:], row[1:], strict=True) if cell]
-            for line in _filled([f"  {one}" for one in named], out.width):
-                _print_whole(line)
-        return
-    widths = list(least)
-    wanting = sorted(range(len(columns)), key=lambda i: most[i] - least[i])
-    for place, i in enumerate(wanting):
-        more = min(most[i] - least[i], room // (len(wanting) - place))
-        widths[i], room = widths[i] + more, room - more
-    table = Table()
-    for index, (column, width) in enumerate(zip(columns, widths, strict=True)):
-        table.add_column(Text(_fold(column, width)), justify="left" if index == 0 else "right", width=width)
-    for row in rows:
-        table.add_row(*(Text(_fold(cell, width)) for cell, width in zip(row, widths, strict=True)))
-    out.print(table)
-
-
-def _print_whole(text: str, style: str | None = None) -> None:
-    """A line that the terminal breaks where it likes, and that can be copied whole."""
-    out.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def _pieces(text: str) -> list[str]:
-    """The pieces of a cell that may stand in a line each: words, figures with their unit, parts of specs and paths."""
-    return re.split(r"(?<= )(?!(?:[kMGx%]|kB|ms)(?:\W|$))|(?<=[,+/])(?=[^\W\d])", text)
-
-
-def _filled(pieces: Sequence[str], width: int) -> list[str]:
-    """Lines of as many pieces as fit, at least one each."""
-    lines = [""]
-    for piece in pieces:
-        if lines[-1] and cell_len((lines[-1] + piece).rstrip()) > width:
-            lines.append("")
-        lines[-1] += piece
-    return [line.rstrip() for line in lines]
-
-
-def _fold(text: str, width: int) -> str:
-    return "\n".join(_filled(_pieces(text), width))

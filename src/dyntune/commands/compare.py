@@ -19,15 +19,12 @@ from dyntune.commands.common import (
     WeightsOption,
     choose_threads,
     load_teacher,
-    out,
-    print_json,
-    print_table,
     report_classes,
     report_skipped,
     show_header,
-    space,
     train_settings,
 )
+from dyntune.commands.console import out, print_json, print_table, space
 from dyntune.commands.options import Options, with_options
 from dyntune.core.machine import machine
 from dyntune.core.words import counted

@@ -9,18 +9,8 @@ import typer
 
 from dyntune.backbones.hosts import create_backbone
 from dyntune.commands.clips import ClipOptions
-from dyntune.commands.common import (
-    DEFAULT_MODEL,
-    JsonOption,
-    MethodOption,
-    ModelOption,
-    PolicyOption,
-    err,
-    out,
-    parts,
-    print_json,
-    print_table,
-)
+from dyntune.commands.common import DEFAULT_MODEL, JsonOption, MethodOption, ModelOption, PolicyOption, parts
+from dyntune.commands.console import err, out, print_json, print_table
 from dyntune.commands.options import Options, with_options
 from dyntune.core.shapes import shapes_only
 from dyntune.core.words import kilobytes, millions

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from dyntune.commands.common import DEFAULT_MODEL, JsonOption, err, out, print_json, print_table, space
+from dyntune.commands.common import DEFAULT_MODEL, JsonOption
 from dyntune.commands.compare import show_comparison
+from dyntune.commands.console import err, out, print_json, print_table, space
 from dyntune.core.errors import DyntuneError
 from dyntune.core.machine import machine
 from dyntune.core.words import counted

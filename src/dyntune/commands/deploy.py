@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 from dyntune.commands import export
-from dyntune.commands.common import err
+from dyntune.commands.console import err
 
 EXAMPLES = export.EXAMPLES
 HIDDEN = True

@@ -23,16 +23,13 @@ from dyntune.commands.common import (
     WeightsOption,
     WorkersOption,
     apply_rate,
-    err,
-    out,
     pick_device,
-    print_json,
-    print_table,
     report_skipped,
     require_classes,
     say_missed_rate,
     say_threads,
 )
+from dyntune.commands.console import err, out, print_json, print_table
 from dyntune.core.errors import DataError
 from dyntune.core.words import counted, millions, several
 from dyntune.data import LabelledImages, load_held

@@ -20,13 +20,10 @@ from dyntune.commands.common import (
     TopPolicyOption,
     WeightsOption,
     apply_rate,
-    err,
-    out,
-    print_json,
-    print_table,
     report_skipped,
     require_classes,
 )
+from dyntune.commands.console import err, out, print_json, print_table
 from dyntune.core.errors import DataError, ExportError
 from dyntune.data import ImageSubset, LabelledImages, load_data, load_held
 from dyntune.data.sources.base import Held

@@ -24,7 +24,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from dyntune import commands
-from dyntune.commands.common import err
+from dyntune.commands.console import err
 from dyntune.core.errors import DyntuneError, TrainingError
 from dyntune.core.limits import advice_for, limits_named
 from dyntune.core.texts import printable
@@ -99,7 +99,7 @@ def _in_lines(example: str, width: int = 74) -> str:
 
 
 for _info in pkgutil.iter_modules(commands.__path__):
-    if _info.name not in ("clips", "common", "main", "options"):
+    if _info.name not in ("clips", "common", "console", "main", "options", "pictures"):  # which commands share
         _module = importlib.import_module(f"{commands.__name__}.{_info.name}")
         _epilog = "\b\n" + "\n".join(("Examples:", *map(_in_lines, _module.EXAMPLES)))
         _hidden = getattr(_module, "HIDDEN", False)

@@ -12,7 +12,8 @@ import typer
 from dyntune.backbones import huggingface_models
 from dyntune.backbones.builtin import BUILTIN_BACKBONE
 from dyntune.backbones.hosts import rebuild
-from dyntune.commands.common import RunArgument, WeightsOption, out, print_next
+from dyntune.commands.common import RunArgument, WeightsOption
+from dyntune.commands.console import out, print_next
 from dyntune.core.errors import CheckpointError
 from dyntune.core.files import write_atomically
 from dyntune.core.shapes import shapes_only

@@ -13,7 +13,8 @@ from rich.padding import Padding
 from rich.text import Text
 
 from dyntune.backbones.hosts import create_backbone
-from dyntune.commands.common import JsonOption, err, out, print_json, print_table
+from dyntune.commands.common import JsonOption
+from dyntune.commands.console import err, out, print_json, print_table
 from dyntune.core.shapes import shapes_only
 from dyntune.core.words import millions
 from dyntune.model.cost import cost

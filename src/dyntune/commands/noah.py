@@ -21,15 +21,13 @@ from dyntune.commands.common import (
     ValFractionOption,
     WeightsOption,
     choose_threads,
-    out,
-    print_json,
     print_next_eval,
     report_classes,
     report_skipped,
     show_header,
-    space,
     train_settings,
 )
+from dyntune.commands.console import out, print_json, space
 from dyntune.commands.options import Options, with_options
 from dyntune.core.errors import DataError, SpecError
 from dyntune.core.words import counted, kilobytes

@@ -16,17 +16,15 @@ from dyntune.commands.common import (
     DeviceOption,
     ImagesArgument,
     JsonOption,
-    Pictures,
     RateOption,
     TopPolicyOption,
     WeightsOption,
     apply_rate,
-    err,
     pick_device,
-    print_json,
-    print_table,
     say_threads,
 )
+from dyntune.commands.console import err, print_json, print_table
+from dyntune.commands.pictures import Pictures
 from dyntune.core.errors import ExportError
 from dyntune.data import build_transform, read_image
 from dyntune.data.images import require_some

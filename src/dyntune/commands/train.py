@@ -28,17 +28,15 @@ from dyntune.commands.common import (
     calibration_images,
     choose_threads,
     load_teacher,
-    out,
     parts,
-    print_json,
     print_next_eval,
     report_classes,
     report_skipped,
     say_missed_rate,
     show_header,
-    space,
     train_settings,
 )
+from dyntune.commands.console import out, print_json, space
 from dyntune.commands.options import Options, with_options
 from dyntune.core.errors import DataError, SpecError
 from dyntune.core.words import counted, kilobytes, several

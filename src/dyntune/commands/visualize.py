@@ -16,16 +16,15 @@ from torch.utils.data import DataLoader
 from dyntune.commands.common import (
     DeviceOption,
     ImagesArgument,
-    Pictures,
     RateOption,
     RunArgument,
     TopPolicyOption,
     WeightsOption,
     apply_rate,
-    err,
-    out,
     pick_device,
 )
+from dyntune.commands.console import err, out
+from dyntune.commands.pictures import Pictures
 from dyntune.core.errors import DyntuneError, SpecError
 from dyntune.core.texts import listed, printable
 from dyntune.core.words import counted

@@ -8,17 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from dyntune.commands.common import (
-    DEFAULT_MODEL,
-    JsonOption,
-    ModelOption,
-    WeightsOption,
-    out,
-    pick_device,
-    print_json,
-    print_table,
-    space,
-)
+from dyntune.commands.common import DEFAULT_MODEL, JsonOption, ModelOption, WeightsOption, pick_device
+from dyntune.commands.console import out, print_json, print_table, space
 from dyntune.commands.options import Options, with_options
 from dyntune.core.errors import TrainingError
 from dyntune.core.machine import machine
