@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from safetensors.torch import save_file
 from timm.layers import SwiGLU, SwiGLUPacked
@@ -30,6 +31,8 @@ from dyntune.backbones.hosts import create_backbone, families
 from dyntune.parts.registry import registered
 from dyntune.studies import compare
 
+settings.register_profile("dyntune", deadline=None)  # a machine may be busy with other things
+settings.load_profile("dyntune")
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 5}
 HOSTS = {
     "plain": {},
@@ -172,6 +175,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--misfortunes", type=int, default=1, help="Kills, and full disks, that each command is tried with."
     )
     parser.addoption("--fuzz-cases", type=int, default=360, help="files to damage in tests/fuzz, of all kinds together")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Each test draws the same numbers, whichever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -65,7 +65,7 @@ def loaded():
     lines = "import json, sys, dyntune", f"import {KERNELS}", "import dyntune.commands.main"
     program = "\n".join(["found = []", *(f"{line}; found.append([*sys.modules])" for line in lines)])
     program += "\nprint(json.dumps(found))"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=600)
     return json.loads(result.stdout)
 
 

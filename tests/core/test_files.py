@@ -4,13 +4,17 @@ import errno
 import multiprocessing
 import os
 import signal
+import stat
 import time
 
 import pytest
 
 from dyntune.core import files
 from dyntune.core.errors import DyntuneError, MachineError
-from dyntune.core.files import alone_in, load_json, room_beside, write_atomically, write_text
+from dyntune.core.files import alone_in, load_json, remove_leftovers, room_beside, write_atomically, write_text
+
+CONTEXT = multiprocessing.get_context("forkserver")
+"""Not fork: what a thread of this process holds would be held for ever in the copy."""
 
 
 def _full(number=errno.ENOSPC, filename=None):
@@ -82,9 +86,10 @@ def _writing(folder, ready):
 
 
 def test_what_killed_writers_left_is_removed_by_the_next(tmp_path):
-    process = multiprocessing.get_context("fork").Process(target=_killed, args=(tmp_path,))
+    process = CONTEXT.Process(target=_killed, args=(tmp_path,))
     process.start()
-    process.join()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     own = tmp_path / ".file.mine"
     own.write_text("no leftover: another name")
     assert len(list(tmp_path.iterdir())) == 3
@@ -96,12 +101,11 @@ def test_what_killed_writers_left_is_removed_by_the_next(tmp_path):
 
 def test_who_is_still_writing_keeps_his_files_and_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PATIENCE", 0.2)
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    process = context.Process(target=_writing, args=(tmp_path, ready))
+    ready = CONTEXT.Event()
+    process = CONTEXT.Process(target=_writing, args=(tmp_path, ready))
     process.start()
     try:
-        assert ready.wait(30)
+        assert ready.wait(120)
         write_text(tmp_path / "file", "new")
         with room_beside(tmp_path / "model"):
             pass
@@ -114,6 +118,38 @@ def test_who_is_still_writing_keeps_his_files_and_folder(tmp_path, monkeypatch):
         process.join()
     with alone_in(tmp_path, DyntuneError("in use")):  # with him his lock is gone
         write_text(tmp_path / "file", "newer")
+
+
+def test_what_another_takes_for_a_leftover_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    lock, times = files._lock, []
+
+    def late(handle):
+        times.append(handle)
+        if len(times) in (1, 3):
+            remove_leftovers(tmp_path / "file")
+            remove_leftovers(tmp_path / "model")
+        return lock(handle)
+
+    monkeypatch.setattr(files, "_lock", late)
+    write_text(tmp_path / "file", "whole")
+    assert len(times) == 2 and (tmp_path / "file").read_text() == "whole"
+    with room_beside(tmp_path / "model") as room:
+        assert len(times) == 4 and [*tmp_path.glob(".model.*")] == [room]
+    assert [*tmp_path.iterdir()] == [tmp_path / "file"]
+
+
+def test_a_file_has_the_permissions_that_any_new_file_has(tmp_path):
+    def by_a_library(path):
+        path.unlink()
+        path.touch(mode=0o600)
+
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "file", "text")
+        write_atomically(tmp_path / "weights", by_a_library)
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file", "weights")] == [0o640, 0o640]
 
 
 def test_one_process_may_hold_a_folder_again_after_it_let_go(tmp_path):

@@ -35,12 +35,13 @@ def test_what_moves_goes_where_its_class_says(name, axis, grows):
 def test_files_are_written_once_and_read_as_any_folder(tmp_path, monkeypatch):
     counts = {"train": 2, "val": 1, "test": 1}
     monkeypatch.setattr(motion, "COUNTS", counts)
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
     others = [context.Process(target=write_motion, args=(tmp_path / "motion", counts)) for _ in range(2)]
     for process in others:
         process.start()
     for process in others:
-        process.join()
+        process.join(300)
+        assert process.exitcode == 0
     data = load_data("motion", root=tmp_path)
     assert data.classes == tuple(sorted(CLASSES)) and [len(s) for s in (data.train, data.val, data.test)] == [16, 8, 8]
     video = data.train.read(0)

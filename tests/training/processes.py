@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dyntune.commands.main import main
+from dyntune.training.progress import ProgressBar
 
 
 class Command:
@@ -42,7 +43,7 @@ class Command:
         assert self._process.pid is not None
         os.kill(self._process.pid, number)
 
-    def ended(self, seconds: float = 120) -> tuple[int, str]:
+    def ended(self, seconds: float = 600) -> tuple[int, str]:
         """Waits for the end: the exit status, less than 0 for a signal, and what it wrote to standard error."""
         self._process.join(seconds)
         assert self._process.exitcode is not None, f"still running after {seconds:g} seconds"
@@ -79,6 +80,31 @@ class KilledAt:
         if self.count is not None:
             file = self.count
             multiprocessing.util.Finalize(None, lambda: file.write_text(str(seen)), exitpriority=100)
+
+
+@dataclass(frozen=True)
+class SignalAt:
+    """Sends the process a signal in a step of its training.
+
+    Args:
+        step: number of the step, from 1, over all epochs.
+        number: of the signal.
+    """
+
+    step: int
+    number: signal.Signals
+
+    def __call__(self) -> None:
+        seen, step = 0, ProgressBar.step
+
+        def counted(bar: ProgressBar, figures: dict[str, float]) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == self.step:
+                os.kill(os.getpid(), self.number)
+            step(bar, figures)
+
+        ProgressBar.step = counted  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)

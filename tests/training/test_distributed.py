@@ -20,7 +20,7 @@ from dyntune.training.logs import read_log
 from dyntune.training.state import STATE, RunState
 
 pytestmark = pytest.mark.slow
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "dyntune"]
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dyntune"]
 
 
 def _arguments(photos: Path, out: Path, batch_size: int, device: str = "cpu") -> list[str]:
@@ -99,9 +99,11 @@ def test_a_signal_to_one_process_stops_all_of_them_with_the_state_saved(photos, 
         Command([*arguments, "--device", "cpu"], tmp_path / rank, RANK=rank, LOCAL_RANK=rank, **together)
         for rank in ("0", "1")
     ]
-    deadline = time.monotonic() + 180
-    while not (out / STATE).exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 600
+    while not (out / STATE).exists() and all(process.running() for process in processes):
+        assert time.monotonic() < deadline, "no epoch was completed"
         time.sleep(0.05)
+    assert (out / STATE).exists(), [process.ended() for process in processes]
     processes[1].send(signal.SIGTERM)
     for process in processes:
         status, errors = process.ended()

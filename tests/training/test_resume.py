@@ -1,19 +1,20 @@
 """Runs that are really killed, as processes, and continued: they come to the same bits as one that was not."""
 
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from processes import Command
+from processes import Command, SignalAt
 from typer.testing import CliRunner
 
 from dyntune.commands.main import app
 from dyntune.model.adapter_folder import WEIGHTS
-from dyntune.training.state import STATE, RunState
+from dyntune.training.state import RunState
 
 EPOCHS = 3
+STEPS = 9
+"""Of an epoch: 36 images in batches of 4."""
 
 pytestmark = pytest.mark.slow
 
@@ -27,19 +28,6 @@ def _finish(photos: Path, out: Path, *more: str) -> None:
     """Trains to the end in this process, where nothing is sent that would stop it."""
     done = CliRunner().invoke(app, [*_arguments(photos, out), *more])
     assert done.exit_code == 0, (done.output, done.exception)
-
-
-def _wait_for_epoch(process: Command, out: Path, epoch: int) -> None:
-    """Waits until the run in ``out`` has completed ``epoch`` epochs and is inside the next one."""
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline:
-        if not process.running():
-            raise AssertionError(f"the run ended before it could be killed: {process.ended()}")
-        if (out / STATE).exists() and RunState.read(out).epoch >= epoch:
-            time.sleep(0.2)
-            return
-        time.sleep(0.05)
-    raise AssertionError("the run never completed an epoch")
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +48,10 @@ def _assert_same_bits(first: Path, second: Path) -> None:
 
 def test_a_killed_run_continues_to_the_same_bits(photos, uninterrupted, tmp_path):
     out = tmp_path / "run"
-    process = Command(_arguments(photos, out), tmp_path / "errors")
-    _wait_for_epoch(process, out, 1)
-    process.send(signal.SIGKILL)
+    process = Command(_arguments(photos, out), tmp_path / "errors", SignalAt(STEPS + 4, signal.SIGKILL))
     assert process.ended()[0] == -signal.SIGKILL
-    assert RunState.read(out).epoch < EPOCHS
+    state = RunState.read(out)
+    assert (state.epoch, state.step) == (1, 0)
     _finish(photos, out, "--resume")
     _assert_same_bits(uninterrupted, out)
 
@@ -72,13 +59,11 @@ def test_a_killed_run_continues_to_the_same_bits(photos, uninterrupted, tmp_path
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_inside_the_epoch_says_how_to_go_on_and_loses_nothing(photos, uninterrupted, tmp_path, number):
     out = tmp_path / "run"
-    process = Command(_arguments(photos, out), tmp_path / "errors")
-    _wait_for_epoch(process, out, 1)
-    process.send(number)
+    process = Command(_arguments(photos, out), tmp_path / "errors", SignalAt(STEPS + 4, number))
     status, errors = process.ended()
     assert status == 1
     assert "--resume" in errors and "Traceback" not in errors
     state = RunState.read(out)
-    assert state.epoch >= 1 and state.step > 0, "the state was saved in the middle of an epoch"
+    assert (state.epoch, state.step) == (1, 4), "the state was saved in the middle of an epoch"
     _finish(photos, out, "--resume")
     _assert_same_bits(uninterrupted, out)

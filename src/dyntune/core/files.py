@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import time
@@ -47,14 +48,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     remove_leftovers(path)
     temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
+        handle, temporary = _own_file_beside(path)
         with os.fdopen(handle, "rb") as held:
-            _lock(held.fileno())
             write(temporary)
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
-            temporary.chmod(0o666 & ~_umask())
+            temporary.chmod(os.fstat(held.fileno()).st_mode & 0o777)  # some libraries write a file of their own
             temporary.replace(path)
     except DyntuneError:
         raise
@@ -86,15 +85,34 @@ def room_beside(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as room, _held(Path(room)):
-        yield Path(room)
+    with contextlib.ExitStack() as stack:
+        while True:
+            room = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)))
+            with contextlib.suppress(FileNotFoundError):
+                if stack.enter_context(_held(room)) and room.exists():
+                    break
+            stack.close()  # before it was locked, another process has taken it for a leftover
+        yield room
+
+
+def _own_file_beside(path: Path) -> tuple[int, Path]:
+    """A new temporary file, locked and open for reading, with the permissions that any new file has."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDONLY | getattr(os, "O_BINARY", 0), 0o666)
+        except FileExistsError:
+            continue
+        if _lock(handle) and temporary.exists():
+            return handle, temporary
+        os.close(handle)  # before it was locked, another process has taken it for a leftover
 
 
 def remove_leftovers(path: Path) -> None:
     """Removes the temporary files and folders beside ``path`` whose writers are gone."""
     if fcntl is None:
         return
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")  # as tempfile makes them
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")  # as tempfile makes them, and files here
     try:
         found = [entry for entry in os.scandir(path.parent) if pattern.fullmatch(entry.name)]
     except OSError:
@@ -232,9 +250,3 @@ def _whole_number(text: str) -> int:
     if len(text) > _LONGEST_NUMBER:
         raise ValueError(f"it has a whole number of {len(text)} digits")
     return int(text)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -69,6 +69,11 @@ class InProcess(contextlib.AbstractContextManager):
 InProcess.Popen = InProcess
 
 
+in_proc = pytest.mark.skipif(
+    not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="processes are found in Linux's /proc"
+)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     torch.manual_seed(0)
@@ -379,12 +384,11 @@ def test_a_rate_for_models_without_gates(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found in Linux's /proc")
+@in_proc
 def test_sigterm_ends_the_worker_too(tmp_path):
     words = [sys.executable, "-m", "dyntune", "bench", "--out", str(tmp_path), "--rounds", "100000", "--threads", "1"]
     with subprocess.Popen([*words, "--device", "cpu"], stderr=subprocess.PIPE, text=True) as process:
-        while not (workers := _workers(process.pid)) and process.poll() is None:
-            time.sleep(0.1)
+        workers = _started(process)
         process.send_signal(signal.SIGTERM)
         assert "--resume goes on with it" in " ".join(process.stderr.read().split())
     assert process.returncode == 1 and workers and not _alive_after(workers, 60)
@@ -406,14 +410,21 @@ def test_sigterm_while_a_worker_starts_ends_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found in Linux's /proc")
+@in_proc
 def test_a_worker_does_not_outlive_a_command_that_was_killed(tmp_path):
     words = [sys.executable, "-m", "dyntune", "bench", "--out", str(tmp_path), "--rounds", "100000", "--threads", "1"]
     with subprocess.Popen([*words, "--device", "cpu"], stderr=subprocess.DEVNULL) as process:
-        while not (workers := _workers(process.pid)) and process.poll() is None:
-            time.sleep(0.1)
+        workers = _started(process)
         process.kill()
     assert workers and not _alive_after(workers, 300)  # which it looks at when it has imported what it needs
+
+
+def _started(process):
+    """The processes that measure for one that has been started, as soon as there is one."""
+    end = time.monotonic() + 300
+    while not (workers := _workers(process.pid)) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+    return workers
 
 
 def _workers(pid):
