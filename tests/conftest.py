@@ -179,7 +179,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Each test draws the same numbers, whichever ran before it."""
+    """What a test draws from torch does not hang on the tests before it, but for fixtures that it shares with them."""
     torch.manual_seed(0)
 
 

@@ -6,8 +6,11 @@ import os
 import signal
 import stat
 import time
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from dyntune.core import files
 from dyntune.core.errors import DyntuneError, MachineError
@@ -125,17 +128,56 @@ def test_what_another_takes_for_a_leftover_before_it_is_locked_is_made_again(tmp
 
     def late(handle):
         times.append(handle)
-        if len(times) in (1, 3):
+        if len(times) in (1, 4):
             remove_leftovers(tmp_path / "file")
             remove_leftovers(tmp_path / "model")
         return lock(handle)
 
     monkeypatch.setattr(files, "_lock", late)
     write_text(tmp_path / "file", "whole")
-    assert len(times) == 2 and (tmp_path / "file").read_text() == "whole"
+    assert len(times) == 3 and (tmp_path / "file").read_text() == "whole"
     with room_beside(tmp_path / "model") as room:
-        assert len(times) == 4 and [*tmp_path.glob(".model.*")] == [room]
+        assert len(times) == 5 and [*tmp_path.glob(".model.*")] == [room]
     assert [*tmp_path.iterdir()] == [tmp_path / "file"]
+
+
+def test_a_folder_that_is_gone_before_it_can_be_locked_is_made_again(tmp_path, monkeypatch):
+    held, seen = files._held, []
+
+    def late(folder):
+        seen.append(folder)
+        if len(seen) == 1:
+            folder.rmdir()
+        return held(folder)
+
+    monkeypatch.setattr(files, "_held", late)
+    with room_beside(tmp_path / "model") as room:
+        assert len(seen) == 2 and [*tmp_path.iterdir()] == [room]
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux tells")
+def test_where_locks_are_refused_files_are_written_without(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_lock", lambda handle: False)
+    handles = len([*Path("/proc/self/fd").iterdir()])
+    write_text(tmp_path / "file", "whole")
+    with room_beside(tmp_path / "model") as room:
+        assert {*tmp_path.iterdir()} == {room, tmp_path / "file"}
+    assert [*tmp_path.iterdir()] == [tmp_path / "file"] and (tmp_path / "file").read_text() == "whole"
+    assert len([*Path("/proc/self/fd").iterdir()]) == handles
+
+
+def test_a_file_that_a_library_puts_in_its_place_is_locked_too(tmp_path, monkeypatch):
+    def by_a_library(path):
+        save_file({"weight": torch.ones(2)}, path)
+
+    def chmod(path, mode):
+        remove_leftovers(tmp_path / "weights")
+        assert path.exists()
+
+    monkeypatch.setattr(Path, "chmod", chmod)
+    write_atomically(tmp_path / "weights", by_a_library)
+    assert load_file(tmp_path / "weights")["weight"].tolist() == [1, 1]
 
 
 def test_a_file_has_the_permissions_that_any_new_file_has(tmp_path):

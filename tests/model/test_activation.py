@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dyntune.core.tokens import EVERY_PATCH
+from dyntune.core.tokens import EVERY_PATCH, Provenance
 from dyntune.model.activation import MeanActivation, activation_rates
 from dyntune.parts.policies.base import Gate
 
@@ -16,6 +16,14 @@ def test_rates_are_the_share_of_active_patches_of_each_gate():
     gates = [gate("a", [1.0, 0, 0, 0], [1, 1, 0, 0]), gate("b", [1.0, 1, 1, 1], [1, 1, 1, 1])]
     assert activation_rates(gates).tolist() == [0.375, 1.0]
     assert activation_rates([]).shape == (0,)
+
+
+def test_tokens_that_training_hides_are_left_out():
+    present = torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 0]])
+    hiding = Gate(
+        "a", torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]]), policy=None, provenance=Provenance(present=present)
+    )
+    assert activation_rates([hiding]).tolist() == [pytest.approx(3 / 5)]
 
 
 def test_each_image_counts_the_same_whatever_its_batch():

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ PATIENCE = 6.0
 """Seconds until a folder counts as in use: what a killed process has started may hold it for a moment."""
 LARGEST_JSON = 16 * 2**20
 """Bytes of a JSON file that is read: the names of a hundred thousand classes are a tenth of it."""
+_TRIES = 20
+"""Temporary files that are made until one could be locked; without, where a file system refuses, as leftovers stay."""
 _DEEPEST = 32
 """Objects and lists inside one another; what is written here has a handful."""
 _LONGEST_NUMBER = 20
@@ -52,9 +55,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with os.fdopen(handle, "rb") as held:
             write(temporary)
             with temporary.open("rb") as written:
+                _lock(written.fileno())  # some libraries put a file of their own, for the owner alone, in its place
                 os.fsync(written.fileno())
-            temporary.chmod(os.fstat(held.fileno()).st_mode & 0o777)  # some libraries write a file of their own
-            temporary.replace(path)
+                temporary.chmod(stat.S_IMODE(os.fstat(held.fileno()).st_mode))
+                temporary.replace(path)
     except DyntuneError:
         raise
     except Exception as error:
@@ -86,26 +90,32 @@ def room_beside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     with contextlib.ExitStack() as stack:
-        while True:
+        for _ in range(_TRIES):
             room = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)))
             with contextlib.suppress(FileNotFoundError):
                 if stack.enter_context(_held(room)) and room.exists():
                     break
             stack.close()  # before it was locked, another process has taken it for a leftover
+        else:
+            room = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)))
         yield room
 
 
 def _own_file_beside(path: Path) -> tuple[int, Path]:
     """A new temporary file, locked and open for reading, with the permissions that any new file has."""
-    while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDONLY | getattr(os, "O_BINARY", 0), 0o666)
-        except FileExistsError:
-            continue
+    handle, temporary = _new_file_beside(path)
+    for _ in range(_TRIES):
         if _lock(handle) and temporary.exists():
-            return handle, temporary
+            break
         os.close(handle)  # before it was locked, another process has taken it for a leftover
+        temporary.unlink(missing_ok=True)
+        handle, temporary = _new_file_beside(path)
+    return handle, temporary
+
+
+def _new_file_beside(path: Path) -> tuple[int, Path]:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDONLY, 0o666), temporary
 
 
 def remove_leftovers(path: Path) -> None:

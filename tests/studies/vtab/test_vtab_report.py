@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from dyntune.studies.noah import SearchSettings
 from dyntune.studies.vtab.recipes import RECIPES
 from dyntune.studies.vtab.report import describe, write_tables
@@ -33,15 +35,13 @@ def test_every_option_that_differs_is_named(make_plan, tmp_path):
     assert "Recipe mine with epochs 110, batch_size 64, drop_last True" in own and "preset" not in own
 
 
-def test_beside_published_results_it_says_what_the_code_of_the_recipe_does(make_plan, tmp_path):
-    plan = replace(make_plan(tmp_path), recipe=RECIPES["fact"])
-    assert "whose recipe this is" not in describe(plan)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_beside_published_results_it_says_what_the_code_of_the_recipe_does(make_plan, tmp_path, recipe):
+    plan = replace(make_plan(tmp_path), recipe=recipe.changed(lr=0.3))
+    assert "that code" not in describe(plan)
     text = describe(replace(plan, benchmark=VTAB_1K, model="vit_base_patch16_224.augreg_in21k"))
-    assert text.endswith(
-        "; the PETL-ViT code of FacT and ConvPass, whose recipe this is, starts from ViT-B_16.npz, the original "
-        "ImageNet-21k file (timm: vit_base_patch16_224.orig_in21k) and reports the best of every 10th epoch on the "
-        "test images."
-    )
+    said = f"follows {recipe.source}; that code starts from {recipe.checkpoint} and reports {recipe.reports}."
+    assert text.endswith(f"; no search; the recipe {said}")
 
 
 def _finish(plan, accuracy):

@@ -285,13 +285,15 @@ def _measured(plan: Path, runtime: str, result: Path) -> Measured:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.__stderr__, start_new_session=True)
         if stop.is_set():
             raise KeyboardInterrupt
-        with process:
-            status = process.wait()
+        status = process.wait()
     except BaseException:
         if process is not None:
             process.terminate()
-            process.wait()  # which leaving the block does for a moment only, where Ctrl-C was pressed
+            process.wait()
         raise
+    finally:
+        if process is not None and process.stdin is not None:
+            process.stdin.close()
     if failed.exists():
         error = load_json(failed)["error"]
         failed.unlink()

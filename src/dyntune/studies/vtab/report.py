@@ -85,9 +85,8 @@ def describe(plan: Plan) -> str:
     ]
     if is_published(plan):
         recipe = plan.recipe
-        pieces.append(
-            f"{recipe.source}, whose recipe this is, starts from {recipe.checkpoint} and reports {recipe.reports}"
-        )
+        pieces.append(f"the recipe follows {recipe.source}")
+        pieces.append(f"that code starts from {recipe.checkpoint} and reports {recipe.reports}")
     return f"{'; '.join(pieces)}."
 
 
